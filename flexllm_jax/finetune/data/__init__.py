@@ -1,0 +1,1 @@
+"""Datasets for finetuning: formats, loss masks, batches and packing."""

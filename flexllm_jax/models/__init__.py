@@ -1,0 +1,1 @@
+"""Decoder models in Flax and their Hugging Face weights."""

@@ -1,0 +1,1 @@
+"""Attention and adapter operators, one folder each."""

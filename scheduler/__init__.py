@@ -1,0 +1,1 @@
+"""The hybrid token scheduler, in pure Python."""
