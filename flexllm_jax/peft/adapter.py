@@ -1,0 +1,206 @@
+"""A LoRA adapter on the host: its configuration, its weights, and what merging it means.
+
+A projection y = x W with an adapter computes y = x W + scale * (x A) B. Ranks and scales may
+differ by layer and module; they follow PEFT's rules, so an adapter means here what it means there.
+Weights are float32 numpy arrays in the orientation of the base kernels, A [d_in, rank] and
+B [rank, d_out] (PEFT stores the transposes). Modules are named as in the parameter tree: q, k, v,
+o, gate, up, down.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from flexllm_jax.models.config import ModelConfig
+
+TARGET_MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "q_proj": "q",
+        "k_proj": "k",
+        "v_proj": "v",
+        "o_proj": "o",
+        "gate_proj": "gate",
+        "up_proj": "up",
+        "down_proj": "down",
+    }
+)
+
+_SHORT_PATHS = {
+    module: f"{'self_attn' if module in ('q', 'k', 'v', 'o') else 'mlp'}.{name}"
+    for name, module in TARGET_MODULES.items()
+}
+
+
+class AdapterError(ValueError):
+    """An adapter or its configuration that cannot be used; one line."""
+
+
+def module_path(layer: int, module: str) -> str:
+    """Hugging Face's name of a projection, e.g. `model.layers.3.self_attn.q_proj` for (3, "q")."""
+    return f"model.layers.{layer}.{_SHORT_PATHS[module]}"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's LoRA configuration, as far as it decides what an adapter computes.
+
+    `target_modules` is a sequence of the names in TARGET_MODULES, or "all-linear" for all seven.
+    `rank_pattern` and `alpha_pattern` map regular expressions on module paths to the rank and alpha
+    used instead of `r` and `alpha`; the first that matches counts. `layers_to_transform` None: all.
+    """
+
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        names = self.target_modules
+        if isinstance(names, str):
+            names = tuple(TARGET_MODULES) if names == "all-linear" else (names,)
+        unknown = [name for name in names if name not in TARGET_MODULES]
+        if unknown or not names:
+            raise AdapterError(
+                f"target_modules={unknown or list(names)!r}: use one or more of "
+                f"{', '.join(TARGET_MODULES)}, or 'all-linear'"
+            )
+        ordered = tuple(name for name in TARGET_MODULES if name in names)
+        object.__setattr__(self, "target_modules", ordered)
+        if self.layers_to_transform is not None:
+            layers = tuple(sorted(set(self.layers_to_transform)))
+            object.__setattr__(self, "layers_to_transform", layers)
+        ranks = {"r": self.r}
+        ranks |= {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
+        for name, value in ranks.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise AdapterError(f"{name}={value!r} must be a positive integer")
+        alphas = {"alpha": self.alpha}
+        alphas |= {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
+        for name, value in alphas.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise AdapterError(f"{name}={value!r} must be a number")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise AdapterError(
+                        f"{name}[{pattern!r}] is not a regular expression: {error}"
+                    ) from None
+
+    def rank(self, layer: int, module: str) -> int:
+        """Rank of one projection's adapter; `module` is its name in the parameter tree ("q")."""
+        return _first_match(self.rank_pattern, module_path(layer, module), self.r)
+
+    def scale(self, layer: int, module: str) -> float:
+        """Factor on A @ B: alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA."""
+        alpha = _first_match(self.alpha_pattern, module_path(layer, module), self.alpha)
+        rank = self.rank(layer, module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, num_layers: int) -> tuple[tuple[int, str], ...]:
+        """The (layer, module) pairs that a new adapter of this configuration has, by layer."""
+        layers = self.layers_to_transform
+        layers = tuple(range(num_layers)) if layers is None else layers
+        outside = [layer for layer in layers if not 0 <= layer < num_layers]
+        if outside:
+            raise AdapterError(
+                f"layers_to_transform={outside!r}: the base model has layers 0 to {num_layers - 1}"
+            )
+        modules = [TARGET_MODULES[name] for name in self.target_modules]
+        return tuple((layer, module) for layer in layers for module in modules)
+
+
+def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, from a dot."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The two factors of one projection's adapter, float32 on the host."""
+
+    a: Float[np.ndarray, "d_in rank"]
+    b: Float[np.ndarray, "rank d_out"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter. `weights` decides which projections it changes: keys are (layer, module)."""
+
+    config: LoraConfig
+    weights: Mapping[tuple[int, str], LoraWeights]
+
+
+def init_adapter(config: LoraConfig, model_config: ModelConfig, seed: int) -> Adapter:
+    """Start an adapter as PEFT does: A uniform in ±1/sqrt(d_in), B zero, so it changes nothing.
+
+    (PEFT's kaiming_uniform with a=sqrt(5): bound = sqrt(6 / ((1 + 5) * d_in)).) A projection's A
+    depends on the seed, layer and module only, not on which other projections are targeted.
+    """
+    weights = {}
+    modules = list(TARGET_MODULES.values())
+    for layer, module in config.targets(model_config.num_layers):
+        d_in, d_out = model_config.kernel_shapes[module]
+        rank = config.rank(layer, module)
+        random = np.random.default_rng([seed, layer, modules.index(module)])
+        bound = 1 / math.sqrt(d_in)
+        a = random.uniform(-bound, bound, (d_in, rank)).astype(np.float32)
+        weights[layer, module] = LoraWeights(a, np.zeros((rank, d_out), np.float32))
+    return Adapter(config, weights)
+
+
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    # Highest precision: the accelerator's default for float32 products may be TF32.
+    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+
+
+_merge = jax.jit(_merged)
+_merge_in_place = jax.jit(_merged, donate_argnums=0)
+
+
+def merge_kernel(
+    kernel: jax.Array, adapter: Adapter, layer: int, module: str, *, donate: bool = False
+) -> jax.Array:
+    """Return `kernel + scale * A @ B`, computed in float32 and rounded once to the kernel's dtype.
+
+    A projection without an adapter is returned as it is. With `donate` the kernel's memory is
+    reused and the old array must not be used again.
+    """
+    weights = adapter.weights.get((layer, module))
+    if weights is None:
+        return kernel
+    merge = _merge_in_place if donate else _merge
+    return merge(kernel, weights.a, weights.b, adapter.config.scale(layer, module))
+
+
+def merge_adapter(params: Any, adapter: Adapter, *, donate: bool = False) -> Any:
+    """Return the parameter tree with the adapter merged into its kernels, one kernel at a time.
+
+    Arrays the adapter does not change are shared with `params`, not copied. With `donate` the
+    memory of the others is reused too, and `params` must not be used again. To export a merged
+    checkpoint while the base model stays in use, see `hf_peft.save_merged`: it copies nothing.
+    """
+    merge = partial(merge_kernel, adapter=adapter, donate=donate)
+    layers = [dict(layer) for layer in params["layers"]]
+    for layer, module in adapter.weights:
+        projection = layers[layer][module]
+        kernel = merge(projection["kernel"], layer=layer, module=module)
+        layers[layer][module] = {**projection, "kernel": kernel}
+    return {**params, "layers": layers}
