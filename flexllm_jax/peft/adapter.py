@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -175,32 +174,31 @@ _merge = jax.jit(_merged)
 _merge_in_place = jax.jit(_merged, donate_argnums=0)
 
 
-def merge_kernel(
-    kernel: jax.Array, adapter: Adapter, layer: int, module: str, *, donate: bool = False
-) -> jax.Array:
-    """Return `kernel + scale * A @ B`, computed in float32 and rounded once to the kernel's dtype.
+def merge_adapter(params: Any, adapter: Adapter, *, donate: bool = False) -> Any:
+    """Return the parameter tree with `kernel + scale * A @ B`, one kernel at a time, on its device.
 
-    A projection without an adapter is returned as it is. With `donate` the kernel's memory is
-    reused and the old array must not be used again.
+    The sum is float32, rounded once to the kernel's dtype. Arrays the adapter does not change are
+    shared with `params`, not copied. With `donate` the memory of the others is reused too, and
+    `params` must not be used again. To export a merged checkpoint while the base model stays in
+    use, see `hf_peft.save_merged`: it needs no device memory.
+    """
+    merge = _merge_in_place if donate else _merge
+    layers = [dict(layer) for layer in params["layers"]]
+    for (layer, module), weights in adapter.weights.items():
+        projection = layers[layer][module]
+        scale = adapter.config.scale(layer, module)
+        kernel = merge(projection["kernel"], weights.a, weights.b, scale)
+        layers[layer][module] = {**projection, "kernel": kernel}
+    return {**params, "layers": layers}
+
+
+def merge_kernel(adapter: Adapter, layer: int, module: str, kernel: np.ndarray) -> np.ndarray:
+    """Return one projection's kernel [d_in, d_out] with the adapter merged, on the host.
+
+    The sum is float32, rounded once to the kernel's dtype; without an adapter there, as it is.
     """
     weights = adapter.weights.get((layer, module))
     if weights is None:
         return kernel
-    merge = _merge_in_place if donate else _merge
-    return merge(kernel, weights.a, weights.b, adapter.config.scale(layer, module))
-
-
-def merge_adapter(params: Any, adapter: Adapter, *, donate: bool = False) -> Any:
-    """Return the parameter tree with the adapter merged into its kernels, one kernel at a time.
-
-    Arrays the adapter does not change are shared with `params`, not copied. With `donate` the
-    memory of the others is reused too, and `params` must not be used again. To export a merged
-    checkpoint while the base model stays in use, see `hf_peft.save_merged`: it copies nothing.
-    """
-    merge = partial(merge_kernel, adapter=adapter, donate=donate)
-    layers = [dict(layer) for layer in params["layers"]]
-    for layer, module in adapter.weights:
-        projection = layers[layer][module]
-        kernel = merge(projection["kernel"], layer=layer, module=module)
-        layers[layer][module] = {**projection, "kernel": kernel}
-    return {**params, "layers": layers}
+    update = adapter.config.scale(layer, module) * (weights.a @ weights.b)
+    return (kernel.astype(np.float32) + update).astype(kernel.dtype)

@@ -1,0 +1,318 @@
+"""Hugging Face safetensors to the parameter tree and back, one tensor at a time.
+
+The parameter tree is a plain nested pytree (dicts, and a list of layers) whose kernels are
+[in, out]; checkpoints store [out, in]. `_tensors` describes every tensor once; abstract parameters,
+loading and saving all follow it. Invariant: loading never holds two tensors of the checkpoint in
+host memory (transposes and casts happen on the device); saving holds one output file's tensors.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flexllm_jax.models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# Next to the weights, what transformers and tokenizers need to use them, and the licence.
+_SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+
+
+class WeightsError(ValueError):
+    """A checkpoint that is incomplete or does not fit its `config.json`; one line."""
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One parameter: where it is in the tree and in the checkpoint. `shape` is the tree's."""
+
+    path: tuple[str | int, ...]
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+    """Every parameter of the model, in the order in which a forward pass reads them."""
+    table = (config.vocab_size, config.d_model)
+    yield _Tensor(("embed", "weight"), "model.embed_tokens.weight", table)
+    for layer in range(config.num_layers):
+        yield from _layer_tensors(config, layer)
+    yield _Tensor(("norm", "weight"), "model.norm.weight", (config.d_model,))
+    if not config.tie_embeddings:
+        yield _Tensor(("head", "weight"), "lm_head.weight", table)
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[_Tensor]:
+    biased = {"q", "k", "v"} if config.attention_bias else set()
+    biased |= {"o"} if config.output_bias else set()
+    norms = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+    sizes = dict.fromkeys(norms, config.d_model)
+    if config.qk_norm:
+        norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+        sizes |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
+    prefix = f"model.layers.{layer}"
+    for module, name in norms.items():
+        path = ("layers", layer, module, "weight")
+        yield _Tensor(path, f"{prefix}.{name}.weight", (sizes[module],))
+    for module, shape in config.kernel_shapes.items():
+        block = "self_attn" if module in ("q", "k", "v", "o") else "mlp"
+        name = f"{prefix}.{block}.{module}_proj"
+        path = ("layers", layer, module)
+        yield _Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
+        if module in biased:
+            yield _Tensor((*path, "bias"), f"{name}.bias", shape[1:])
+
+
+def _tree(config: ModelConfig, leaves: dict[tuple[str | int, ...], Any]) -> Any:
+    """Nest leaves, given by path, into the parameter tree."""
+    tree: dict[str, Any] = {"layers": [{} for _ in range(config.num_layers)]}
+    for path, leaf in leaves.items():
+        node: Any = tree
+        for key in path[:-1]:
+            node = node[key] if isinstance(key, int) else node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _leaf(tree: Any, path: tuple[str | int, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> Any:
+    """Return the parameter tree with jax.ShapeDtypeStruct leaves: the layout, nothing allocated."""
+    return _tree(config, {t.path: jax.ShapeDtypeStruct(t.shape, dtype) for t in _tensors(config)})
+
+
+def load_parameters(
+    path: str | Path, config: ModelConfig, dtype: DTypeLike, device: Any = None
+) -> Any:
+    """Load a checkpoint's tensors, cast to `dtype`, one at a time.
+
+    `device` says where they go: a jax.Device, a Sharding for all of them, a tree of Shardings in
+    the layout of `abstract_parameters`, or None for JAX's default device. Raises WeightsError
+    naming the tensor or file that is missing or does not fit.
+    """
+    directory = Path(path)
+    files = _checkpoint_files(directory)
+    expected = {tensor.name: tensor for tensor in _tensors(config)}
+    missing = [name for name in expected if name not in files]
+    if missing:
+        raise WeightsError(
+            f"{directory}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); "
+            "download the checkpoint again, or correct its config.json"
+        )
+    _check_unexpected(directory, config, [name for name in files if name not in expected])
+
+    leaves: dict[tuple[str | int, ...], Any] = {}
+    # File by file: a network file system is then read in order.
+    for tensor in sorted(expected.values(), key=lambda tensor: files[tensor.name]):
+        stored = _read(directory / files[tensor.name], tensor)
+        leaves[tensor.path] = _place(stored, tensor, dtype, _destination(device, tensor.path))
+        # Not more than one transfer in flight: its source stays in host memory.
+        leaves[tensor.path].block_until_ready()
+    return _tree(config, leaves)
+
+
+def _checkpoint_files(directory: Path) -> dict[str, str]:
+    """Which file holds each tensor of the checkpoint, by the index if there is one."""
+    index, single = directory / _INDEX, directory / _SINGLE
+    if single.is_file():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+    if not index.is_file():
+        raise WeightsError(
+            f"{directory} has neither {_SINGLE} nor {_INDEX}; give a checkpoint in safetensors "
+            "format (transformers' save_pretrained writes it)"
+        )
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{index} has no readable weight_map: {error!r}") from None
+    for name in sorted(set(files.values())):
+        if not (directory / name).is_file():
+            raise WeightsError(
+                f"{directory / name} is missing, but {_INDEX} lists it; download it again"
+            )
+    return files
+
+
+def _open(file: Path) -> Any:
+    # Its numpy framework gives bfloat16 arrays because jax registers ml_dtypes with numpy.
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _check_unexpected(directory: Path, config: ModelConfig, names: list[str]) -> None:
+    """Refuse tensors that a layer would have to use; say which others are left out."""
+    ignored = []
+    for name in sorted(names):
+        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
+            continue  # computed from the config; a copy of the embeddings
+        layer = name.removeprefix("model.layers.").split(".")[0]
+        if name.startswith("model.layers.") and layer.isdigit() and int(layer) < config.num_layers:
+            raise WeightsError(
+                f"{directory}: tensor {name} has no place in {config.architecture} as config.json "
+                "describes it; use the config.json that belongs to the checkpoint"
+            )
+        ignored.append(name)
+    if ignored:
+        logger.warning(
+            "%s: %d tensors are not used: %s%s",
+            directory,
+            len(ignored),
+            ", ".join(ignored[:5]),
+            ", ..." if len(ignored) > 5 else "",
+        )
+
+
+def _read(file: Path, tensor: _Tensor) -> np.ndarray:
+    # Opened for each tensor anew: a mapping kept open keeps the pages read in this process.
+    with _open(file) as checkpoint:
+        try:
+            found = tuple(checkpoint.get_slice(tensor.name).get_shape())
+            kind = checkpoint.get_slice(tensor.name).get_dtype()
+            if found != tensor.stored_shape:
+                raise WeightsError(
+                    f"{file}: tensor {tensor.name} has shape {list(found)}, but config.json asks "
+                    f"for {list(tensor.stored_shape)}"
+                )
+            if kind not in ("BF16", "F16", "F32", "F64"):
+                raise WeightsError(
+                    f"{file}: tensor {tensor.name} has dtype {kind}; use an unquantized checkpoint "
+                    "(BF16, F16, F32)"
+                )
+            return checkpoint.get_tensor(tensor.name)
+        except SafetensorError as error:
+            raise WeightsError(f"{file}: tensor {tensor.name} cannot be read: {error}") from None
+
+
+def _destination(device: Any, path: tuple[str | int, ...]) -> Sharding | None:
+    if device is None or isinstance(device, Sharding):
+        return device
+    if isinstance(device, jax.Device):
+        return SingleDeviceSharding(device)
+    return _leaf(device, path)
+
+
+def _place(
+    stored: np.ndarray, tensor: _Tensor, dtype: DTypeLike, sharding: Sharding | None
+) -> jax.Array:
+    """Put a stored tensor on its devices as the tree has it: transposed there, and cast there."""
+    source = sharding
+    if tensor.transposed and isinstance(sharding, NamedSharding):
+        spec = (*sharding.spec, None, None)[:2]
+        source = NamedSharding(sharding.mesh, PartitionSpec(*spec[::-1]))
+    array = jax.device_put(stored, source)
+    return _convert(tensor.transposed, jnp.dtype(dtype), sharding)(array)
+
+
+@lru_cache
+def _convert(
+    transpose: bool, dtype: jnp.dtype, sharding: Sharding | None
+) -> Callable[[jax.Array], jax.Array]:
+    def convert(array: jax.Array) -> jax.Array:
+        return (array.T if transpose else array).astype(dtype)
+
+    return jax.jit(convert, out_shardings=sharding)
+
+
+def save_parameters(
+    params: Any,
+    config: ModelConfig,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a Hugging Face checkpoint: the weights, and the config and tokenizer of `source_dir`.
+
+    `edit_kernel(layer, module, kernel [in, out])` is applied to each projection on the host, just
+    before it is written: an edited model is never in memory as a whole, and no device memory is
+    used. Weights keep their dtype. `out_dir` appears only once it is complete; it must not exist
+    or be empty, else WeightsError.
+    """
+    source, out = Path(source_dir), Path(out_dir)
+    if not (source / "config.json").is_file():
+        raise WeightsError(f"source_dir={source} has no config.json; give the base checkpoint")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WeightsError(f"out_dir={out} exists and is not empty; choose another or remove it")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for pattern in _SIDE_FILES:
+        for file in source.glob(pattern):
+            if not file.name.endswith(".index.json"):
+                shutil.copyfile(file, partial / file.name)
+    _set_dtype(partial / "config.json", str(params["embed"]["weight"].dtype))
+
+    shards = _shards(params, config, max_shard_bytes)
+    count = len(shards)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    names = [_SINGLE] if count == 1 else names
+    for file, shard in zip(names, shards, strict=True):
+        arrays = {tensor.name: _stored(params, tensor, edit_kernel) for tensor in shard}
+        save_file(arrays, partial / file, metadata={"format": "pt"})
+    if count > 1:
+        total = sum(_leaf(params, tensor.path).nbytes for shard in shards for tensor in shard)
+        files = {t.name: file for file, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    partial.replace(out)
+
+
+def _set_dtype(config_file: Path, dtype: str) -> None:
+    """Make a copied config.json name the dtype of the weights, which loaders may go by."""
+    raw = json.loads(config_file.read_text(encoding="utf-8"))
+    field = "torch_dtype" if "torch_dtype" in raw else "dtype"
+    config_file.write_text(json.dumps({**raw, field: dtype}, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[_Tensor]]:
+    """Cut the tensors, in order, into files of at most `max_bytes` (or one larger tensor)."""
+    shards: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in _tensors(config):
+        nbytes = _leaf(params, tensor.path).nbytes
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += nbytes
+    return shards
+
+
+def _stored(
+    params: Any,
+    tensor: _Tensor,
+    edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None,
+) -> np.ndarray:
+    array = np.asarray(_leaf(params, tensor.path))
+    if edit_kernel is not None and tensor.transposed:
+        _, layer, module, _ = tensor.path
+        array = edit_kernel(int(layer), str(module), array)
+    return np.ascontiguousarray(array.T) if tensor.transposed else array
