@@ -1,0 +1,97 @@
+"""Small random Hugging Face checkpoints for tests, written by transformers itself.
+
+Every parameter is random, norms and biases too: transformers initializes those to ones and zeros,
+which would hide a norm or bias that is dropped, swapped or applied twice. Matrices are scaled so
+that activations and logits stay of order one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+D_MODEL, D_FF, NUM_LAYERS, MAX_POSITIONS = 64, 96, 2, 512
+
+# The original context is short: a test's few positions then reach the scaled frequencies.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def make_llama(path: Path, **options: Any) -> Path:
+    """Write a Llama checkpoint; the options are those of `_make`."""
+    return _make(LlamaConfig, path, **options)
+
+
+def make_qwen2(path: Path, **options: Any) -> Path:
+    """Write a Qwen2 checkpoint (biases on q, k and v); the options are those of `_make`."""
+    return _make(Qwen2Config, path, **options)
+
+
+def make_qwen3(path: Path, **options: Any) -> Path:
+    """Write a Qwen3 checkpoint (norms on q and k); the options are those of `_make`."""
+    return _make(Qwen3Config, path, **options)
+
+
+def _make(
+    config_class: type[PreTrainedConfig],
+    path: Path,
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    tie: bool = False,
+    sharded: bool = False,
+    rope_scaling: str | None = None,
+    vocab: int = 128,
+    seed: int = 0,
+    dtype: str = "float32",
+    **config_fields: Any,
+) -> Path:
+    """Write a checkpoint to `path` and return it.
+
+    `rope_scaling` is "llama3" or None; `sharded` cuts the weights into several files;
+    `config_fields` override fields of the Hugging Face config (say, num_hidden_layers).
+    """
+    rope = {"rope_theta": 10_000.0, **(LLAMA3_ROPE if rope_scaling == "llama3" else {})}
+    fields = {
+        "vocab_size": vocab,
+        "hidden_size": D_MODEL,
+        "intermediate_size": D_FF,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": tie,
+        "rope_parameters": {"rope_type": "default", **rope},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = config_class(**(fields | config_fields))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.3 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+    model.to(getattr(torch, dtype)).save_pretrained(
+        path, max_shard_size="60KB" if sharded else "1GB"
+    )
+    return Path(path)

@@ -1,0 +1,202 @@
+"""ModelConfig against transformers' own reading of the same files, and what it refuses."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from flexllm_jax.models.config import Llama3RopeScaling, ModelConfig, ModelConfigError
+from tests.checkpoints import LLAMA3_ROPE
+
+# config.json as published for these models (older transformers wrote them), shortened.
+LLAMA_3_1_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+QWEN_2_5_0_5B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN_3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+PUBLISHED = {"llama": LLAMA_3_1_8B, "qwen2": QWEN_2_5_0_5B, "qwen3": QWEN_3_0_6B}
+
+
+def write(directory, config, generation=None):
+    (directory / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps(generation))
+    return directory
+
+
+def assert_as_transformers_reads_it(directory):
+    ours, theirs = ModelConfig.from_hf(directory), AutoConfig.from_pretrained(directory)
+    assert ours.architecture == theirs.architectures[0]
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.d_model == theirs.hidden_size
+    assert ours.num_layers == theirs.num_hidden_layers
+    assert ours.num_heads == theirs.num_attention_heads
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    head_dim = getattr(theirs, "head_dim", None)
+    assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.d_ff == theirs.intermediate_size
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.bos_token_id == theirs.bos_token_id
+    rope = dict(theirs.rope_parameters)
+    assert ours.rope_theta == rope.pop("rope_theta")
+    assert (ours.rope_scaling is None) == (rope.pop("rope_type") == "default")
+    if ours.rope_scaling is not None:
+        assert vars(ours.rope_scaling) == {key: rope[key] for key in vars(ours.rope_scaling)}
+    return ours
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_published_config_reads_as_in_transformers(tmp_path, model):
+    assert_as_transformers_reads_it(write(tmp_path, PUBLISHED[model]))
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_transformers_5_writes_it_in_another_form_and_it_reads_the_same(tmp_path, model):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    AutoConfig.from_pretrained(write(old, PUBLISHED[model])).save_pretrained(new)
+    assert "rope_parameters" in json.loads((new / "config.json").read_text())
+    assert assert_as_transformers_reads_it(new) == ModelConfig.from_hf(old)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_absent_optional_fields_take_transformers_defaults(tmp_path, model):
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    needed = (*sizes, "architectures", "model_type")
+    config = {key: PUBLISHED[model][key] for key in needed}
+    assert_as_transformers_reads_it(write(tmp_path, config | {"num_attention_heads": 32}))
+
+
+def test_llama3_rope_scaling_under_its_older_names(tmp_path):
+    older = dict(LLAMA3_ROPE)
+    older["type"] = older.pop("rope_type")
+    config = ModelConfig.from_hf(write(tmp_path, LLAMA_3_1_8B | {"rope_scaling": older}))
+    assert config.rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 32)
+
+
+def test_which_projections_have_a_bias(tmp_path):
+    def biases(config):
+        read = ModelConfig.from_hf(write(tmp_path, config))
+        return read.attention_bias, read.output_bias, read.qk_norm
+
+    assert biases(LLAMA_3_1_8B) == (False, False, False)
+    assert biases(LLAMA_3_1_8B | {"attention_bias": True}) == (True, True, False)
+    assert biases(QWEN_2_5_0_5B) == (True, False, False)
+    assert biases(QWEN_3_0_6B) == (False, False, True)
+
+
+def test_generation_config_decides_what_ends_a_sequence(tmp_path):
+    write(tmp_path, QWEN_2_5_0_5B)
+    assert ModelConfig.from_hf(tmp_path).eos_token_ids == (151645,)
+    write(tmp_path, QWEN_2_5_0_5B, generation={"eos_token_id": [151645, 151643]})
+    assert ModelConfig.from_hf(tmp_path).eos_token_ids == (151645, 151643)
+    write(tmp_path, QWEN_2_5_0_5B, generation={"temperature": 0.7})
+    assert ModelConfig.from_hf(tmp_path).eos_token_ids == (151645,)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "named"),
+    [
+        ("llama", {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ("qwen2", {"rope_scaling": YARN}, "rope_type='yarn'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types[1]"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("qwen2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ("llama", {"num_key_value_heads": 5}, "num_key_value_heads=5"),
+        ("llama", {"hidden_size": "4096"}, "hidden_size='4096'"),
+        ("llama", {"vocab_size": None}, "vocab_size is missing"),
+        ("llama", {"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
+        ("qwen3", {"head_dim": 15}, "head_dim=15"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name_in_one_line(tmp_path, model, change, named):
+    with pytest.raises(ModelConfigError) as error:
+        ModelConfig.from_hf(write(tmp_path, PUBLISHED[model] | change))
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ModelConfigError, match=r"config\.json does not exist; give a local"):
+        ModelConfig.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelConfigError, match=r"config\.json cannot be read"):
+        ModelConfig.from_hf(tmp_path)
