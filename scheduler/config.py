@@ -1,0 +1,67 @@
+"""The limits of the engine that the scheduler plans for, checked once."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+from scheduler.request import Slo
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of the engine; ValueError, naming the field, when they contradict each other.
+
+    max_sequences          rows: requests running at once; each decodes one token per step
+    max_tokens_per_step    token slots of a step; equals the largest bucket
+    max_model_len          prompt + output tokens of a request, tokens of a finetuning sequence
+    token_buckets          token slots of the compiled forward programs, ascending
+    num_pages, page_size, prefix_caching   the KV page pool
+    num_layers, backward_window   a microbatch of t tokens has w = ceil(t / backward_window) loss
+                           units and num_layers * w layer units
+    max_finetune_segments  packed finetuning sequences one step may touch
+    slo                    objectives of requests that bring none
+    idle_step_s            time budget in seconds of a step without inference; inf takes whole
+                           buckets and all units, and such plans depend on no clock
+    """
+
+    max_sequences: int
+    max_tokens_per_step: int
+    max_model_len: int
+    token_buckets: tuple[int, ...]
+    num_pages: int
+    page_size: int = 16
+    prefix_caching: bool = True
+    num_layers: int = 1
+    backward_window: int = 256
+    max_finetune_segments: int = 16
+    slo: Slo = field(default_factory=Slo)
+    idle_step_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_sequences",
+            "max_model_len",
+            "num_pages",
+            "page_size",
+            "num_layers",
+            "backward_window",
+            "max_finetune_segments",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        buckets = self.token_buckets
+        if not buckets or buckets[0] < 1 or any(a >= b for a, b in itertools.pairwise(buckets)):
+            raise ValueError(f"token_buckets={buckets} must be positive and strictly ascending")
+        if buckets[-1] != self.max_tokens_per_step:
+            raise ValueError(
+                f"max_tokens_per_step={self.max_tokens_per_step} must equal the largest of"
+                f" token_buckets={buckets}"
+            )
+        if self.max_sequences > self.max_tokens_per_step:
+            raise ValueError(
+                f"max_sequences={self.max_sequences} must not exceed max_tokens_per_step="
+                f"{self.max_tokens_per_step}: every running sequence decodes in every step"
+            )
+        if not self.idle_step_s > 0:
+            raise ValueError(f"idle_step_s={self.idle_step_s} must be more than 0 seconds")
