@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -201,7 +202,7 @@ class PeftConfig(Section):
     target_modules: tuple[TargetModule, ...] = Field(
         default=ALL_MODULES,
         min_length=1,
-        description="Modules that get an adapter, in every layer.",
+        description="Modules that get an adapter, or all-linear: all seven.",
     )
     use_rslora: Bool = Field(
         default=False, description="Scale by alpha/sqrt(r) instead of alpha/r."
@@ -213,6 +214,10 @@ class PeftConfig(Section):
         default={}, description="Alpha of single modules, by name or regular expression as in PEFT."
     )
 
+    layers_to_transform: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="Layers that get an adapter, from 0. null: all."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _from_dataclass(cls, value: Any) -> Any:
@@ -220,10 +225,25 @@ class PeftConfig(Section):
             return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return value
 
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_linear(cls, modules: Any) -> Any:
+        return ALL_MODULES if modules == "all-linear" else modules
+
     @field_validator("target_modules")
     @classmethod
     def _distinct(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
         return _distinct(modules)
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return patterns
 
 
 class OptimizerConfig(Section):

@@ -1,0 +1,322 @@
+"""Dataset files to token sequences with loss masks.
+
+Formats: OpenAI chat (`messages`), sharegpt, prompt/completion, text, alpaca, question/answer; named
+or detected. Loss is on what the model is to say (the assistant's turns, the completion) up to and
+with the token that ends it, unless everything is asked for. A row that cannot be used is skipped,
+counted, and reported with its line and reason; it never stops a job.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from flexllm_jax.finetune.data.chat import (
+    Segment,
+    UnusableRow,
+    chat_messages,
+    conversation_segments,
+    sharegpt_messages,
+)
+from flexllm_jax.finetune.data.rows import BadRow, DatasetError, read_rows
+
+# The fields that make a row of a format, the most telling formats first.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+}
+ROWS_PER_TOKENIZER_CALL = 256
+ROWS_FOR_DETECTION = 100
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSequence:
+    """A sequence to train on. `loss_mask[i]`: predicting token i counts (never true at 0)."""
+
+    tokens: np.ndarray  # int32 [n]
+    loss_mask: np.ndarray  # bool [n]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row that was not used: its line from 1 (of a JSON array, the item's number) and why."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What a file holds: sequences in file order, and what was left out."""
+
+    path: Path
+    format: str
+    rows: int
+    sequences: tuple[TrainingSequence, ...]
+    skipped: tuple[SkippedRow, ...]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @cached_property
+    def tokens(self) -> int:
+        """All tokens of all sequences."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+    @cached_property
+    def trained_tokens(self) -> int:
+        """Tokens that count in the loss."""
+        return sum(int(sequence.loss_mask.sum()) for sequence in self.sequences)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """CRC-32 of tokens and masks; a resumed job checks that its data did not change."""
+        crc = 0
+        for sequence in self.sequences:
+            crc = zlib.crc32(sequence.tokens.tobytes(), crc)
+            crc = zlib.crc32(sequence.loss_mask.tobytes(), crc)
+        return crc
+
+    def summary(self, shown: int = 5) -> str:
+        """Lines for a log: what was read, then the first `shown` skipped rows and why."""
+        lines = [
+            f"{self.path}: {self.rows} {self.format} rows, {len(self)} sequences, "
+            f"{self.tokens} tokens ({self.trained_tokens} trained), "
+            f"{self.truncated} truncated, {len(self.skipped)} rows skipped"
+        ]
+        lines += [f"  line {row.line}: {row.reason}" for row in self.skipped[:shown]]
+        if len(self.skipped) > shown:
+            lines.append(f"  ... and {len(self.skipped) - shown} more")
+        return "\n".join(lines)
+
+
+def detect_format(row: Mapping[str, Any]) -> str | None:
+    """The format whose fields the row has, or None."""
+    for name, fields in FORMATS.items():
+        if all(field in row for field in fields):
+            return name
+    return None
+
+
+def load_dataset(
+    path: str | Path,
+    tokenizer: Any,
+    format: str = "auto",
+    max_seq_len: int | None = None,
+    train_on: Literal["completion", "all"] = "completion",
+) -> Dataset:
+    """Read, tokenize and mask a JSONL or JSON file.
+
+    `tokenizer` is a Hugging Face tokenizer; conversations need its chat template. Sequences longer
+    than `max_seq_len` tokens are cut, and dropped if nothing trained is left. Raises DatasetError
+    for a file of which nothing can be used.
+    """
+    path = Path(path)
+    if format != "auto" and format not in FORMATS:
+        raise DatasetError(f"{path}: unknown format {format!r}; use auto or {', '.join(FORMATS)}")
+    if format == "auto":
+        format = _detect(path)
+    if format in ("chat", "sharegpt") and not tokenizer.chat_template:
+        raise DatasetError(
+            f"{path}: {format} rows need a chat template and the model's tokenizer has none; "
+            "use a chat model or prompt/completion rows"
+        )
+    encode = _Encoder(tokenizer, max_seq_len, train_on == "all")
+    sequences: list[TrainingSequence] = []
+    skipped: list[SkippedRow] = []
+    rows = truncated = 0
+    reader = read_rows(path)
+    while batch := list(islice(reader, ROWS_PER_TOKENIZER_CALL)):
+        rows += len(batch)
+        kept: list[tuple[int, list[_Draft]]] = []
+        for line, row in batch:
+            try:
+                kept.append((line, _drafts(row, format, tokenizer)))
+            except UnusableRow as reason:
+                skipped.append(SkippedRow(line, str(reason)))
+        for line, outcome in encode(kept):
+            if isinstance(outcome, str):
+                skipped.append(SkippedRow(line, outcome))
+            else:
+                sequences.append(outcome[0])
+                truncated += outcome[1]
+    skipped.sort(key=lambda row: row.line)
+    if not sequences:
+        first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
+        raise DatasetError(f"{path}: none of its {rows} rows can be trained on{first}")
+    return Dataset(path, format, rows, tuple(sequences), tuple(skipped), truncated)
+
+
+def _detect(path: Path) -> str:
+    seen: list[str] = []
+    for _, row in islice(read_rows(path), ROWS_FOR_DETECTION):
+        if isinstance(row, dict):
+            name = detect_format(row)
+            if name:
+                return name
+            seen = seen or sorted(row)
+    if not seen:
+        raise DatasetError(f"{path}: no row in it can be read; it must be JSONL or a JSON array")
+    known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FORMATS.items())
+    raise DatasetError(f"{path}: rows have the fields {', '.join(seen)}; a format needs ({known})")
+
+
+# --- a row as segments of text
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A sequence before tokenization. Raw text gets the tokenizer's BOS and an EOS around it."""
+
+    segments: list[Segment]
+    raw: bool
+
+
+def _drafts(row: dict[str, Any] | BadRow, format: str, tokenizer: Any) -> list[_Draft]:
+    if isinstance(row, BadRow):
+        raise UnusableRow(row.reason)
+    missing = [field for field in FORMATS[format] if field not in row]
+    if missing:
+        raise UnusableRow(f"no field `{missing[0]}`, which {format} rows have")
+    drafts = _READERS[format](row, tokenizer)
+    try:
+        for segment in (segment for draft in drafts for segment in draft.segments):
+            segment.text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UnusableRow("text with half a surrogate pair, which is no character") from None
+    return drafts
+
+
+def _text(row: dict[str, Any], field: str, may_be_empty: bool = False) -> str:
+    value = row[field]
+    if not isinstance(value, str):
+        raise UnusableRow(f"`{field}` must be text, not {type(value).__name__}")
+    if not value.strip() and not may_be_empty:
+        raise UnusableRow(f"`{field}` is empty")
+    return value
+
+
+def _read_chat(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
+    tools = row.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise UnusableRow(f"`tools` must be a list, not {type(tools).__name__}")
+    messages = chat_messages(row)
+    return [_Draft(s, raw=False) for s in conversation_segments(tokenizer, messages, tools)]
+
+
+def _read_sharegpt(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
+    messages = sharegpt_messages(row)
+    return [_Draft(s, raw=False) for s in conversation_segments(tokenizer, messages)]
+
+
+def _read_prompt_completion(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
+    prompt = Segment(_text(row, "prompt", may_be_empty=True), False)
+    return [_Draft([prompt, Segment(_text(row, "completion"), True)], raw=True)]
+
+
+def _read_text(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
+    return [_Draft([Segment(_text(row, "text"), True)], raw=True)]
+
+
+def _read_alpaca(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
+    instruction, answer = _text(row, "instruction"), _text(row, "output")
+    context = _text(row, "input", may_be_empty=True) if row.get("input") is not None else ""
+    question = f"{instruction}\n\n{context}" if context.strip() else instruction
+    plain = f"### Instruction:\n{instruction}\n\n"
+    plain += f"### Input:\n{context}\n\n" if context.strip() else ""
+    return _single_turn(tokenizer, question, answer, plain + "### Response:\n")
+
+
+def _read_question_answer(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
+    question, answer = _text(row, "question"), _text(row, "answer")
+    return _single_turn(tokenizer, question, answer, f"Question: {question}\nAnswer: ")
+
+
+def _single_turn(tokenizer: Any, question: str, answer: str, plain: str) -> list[_Draft]:
+    """A question and its answer: a conversation if the model has a chat template, else plain."""
+    if not tokenizer.chat_template:
+        return [_Draft([Segment(plain, False), Segment(answer, True)], raw=True)]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [_Draft(s, raw=False) for s in conversation_segments(tokenizer, messages)]
+
+
+_READERS: dict[str, Callable[[dict[str, Any], Any], list[_Draft]]] = {
+    "chat": _read_chat,
+    "sharegpt": _read_sharegpt,
+    "prompt_completion": _read_prompt_completion,
+    "alpaca": _read_alpaca,
+    "question_answer": _read_question_answer,
+    "text": _read_text,
+}
+
+
+# --- segments as tokens
+
+
+class _Encoder:
+    """Tokenizes many drafts in one call and masks them."""
+
+    def __init__(self, tokenizer: Any, max_seq_len: int | None, train_on_all: bool):
+        self.tokenizer, self.max_seq_len, self.train_on_all = tokenizer, max_seq_len, train_on_all
+        self.eos = tokenizer.eos_token_id
+        # What the tokenizer puts before any text (Llama 3's BOS); an EOS is added here, not by it.
+        self.prefix = [t for t in tokenizer("")["input_ids"] if t != self.eos]
+
+    def __call__(
+        self, rows: list[tuple[int, list[_Draft]]]
+    ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
+        """Yield (line, (sequence, was cut)) or (line, reason) for every draft, in order."""
+        texts = [s.text for _, drafts in rows for draft in drafts for s in draft.segments]
+        if not texts:
+            return
+        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        for line, drafts in rows:
+            for draft in drafts:
+                pieces = [(next(ids), segment.trained) for segment in draft.segments]
+                yield line, self._sequence(draft, pieces)
+
+    def _sequence(
+        self, draft: _Draft, pieces: list[tuple[list[int], bool]]
+    ) -> tuple[TrainingSequence, bool] | str:
+        tokens: list[int] = []
+        mask: list[bool] = []
+        if draft.raw:
+            tokens += self.prefix
+            mask += [False] * len(self.prefix)
+        for piece, trained in pieces:
+            tokens += piece
+            # Serving stops at the end-of-turn token: what a template puts behind it (a newline,
+            # mostly) is never to be said.
+            said = len(piece)
+            if not draft.raw and self.eos in piece:
+                said -= piece[::-1].index(self.eos)
+            mask += [trained] * said + [False] * (len(piece) - said)
+        if draft.raw and self.eos is not None:
+            tokens.append(self.eos)
+            mask.append(True)
+        if self.train_on_all:
+            mask = [True] * len(mask)
+        length = len(tokens)
+        limit = self.max_seq_len or length
+        loss_mask = np.array(mask[:limit], bool)
+        loss_mask[:1] = False
+        if not loss_mask.any():
+            if length > limit and any(mask[1:]):
+                return f"{length} tokens, and nothing to train in the first {limit} (max_seq_len)"
+            return "nothing to train on"
+        return TrainingSequence(np.array(tokens[:limit], np.int32), loss_mask), length > limit
