@@ -201,6 +201,7 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
         (with_job(peft={"r": 32}), ["finetune.jobs.0.peft.r: rank 32", "adapters.max_rank"]),
         (with_job(peft={"type": "ia3"}), ["finetune.jobs.0.peft.type: got 'ia3'", "'lora'"]),
         (with_job(peft={"target_modules": ["c_attn"]}), ["peft.target_modules.0: got 'c_attn'"]),
+        (with_job(peft={"rank_pattern": {"q(": 2}}), ["peft.rank_pattern: 'q(' is not a regular"]),
         (
             with_job(optimizer={"lr": -1}),
             ["jobs.0.optimizer.lr: got -1", "greater than 0"],
@@ -266,6 +267,10 @@ def test_a_peft_config_is_made_from_a_dataclass() -> None:
 
     job = FinetuneConfig.model_validate(JOB | {"peft": LoraLike()})
     assert job.peft == PeftConfig(r=4, alpha=8.0, target_modules=("down_proj",))
+
+
+def test_all_linear_is_all_seven_modules() -> None:
+    assert PeftConfig.model_validate({"target_modules": "all-linear"}).target_modules == ALL_MODULES
 
 
 def test_describe_tells_every_field() -> None:
