@@ -91,6 +91,7 @@ class Scheduler:
             slo=work.slo or self.config.slo,
             priority=(work.arrival, next(self._arrivals)),
             tokens=list(work.prompt),
+            to_sample=work.max_tokens,
         )
         self._sequences[work.request_id] = sequence
         bisect.insort(self._waiting, sequence, key=_priority)
@@ -105,7 +106,7 @@ class Scheduler:
         # A prefill that found no room in this step goes before finetuning in the next one.
         work = None
         if self._finetuning and not backlog and not self._parked:
-            work = self._plan_finetuning(decode + prefill, features, now, start)
+            work = self._plan_finetuning(decode + prefill, features, start)
         if not decode and not prefill and not work:
             return None
         return self._dispatch(decode, prefill, work, work.features if work else features, now)
@@ -138,18 +139,19 @@ class Scheduler:
             sequence = chunk.sequence
             if not chunk.samples or sequence.status is Status.FINISHED:
                 continue
-            request_id = sequence.request_id
+            request_id = sequence.request.request_id
             if request_id not in sampled:
                 raise ValueError(f"complete: step {plan.step} has no token for {request_id!r}")
-            self._append(sequence, sampled[request_id], now)
+            sequence.append(sampled[request_id], now)
             if request_id in stopped:
                 self._finish(sequence, "stop")
+                finished.append(sequence)
             elif len(sequence.output) == sequence.request.max_tokens:
                 self._finish(sequence, "length")
-            else:
+                finished.append(sequence)
+            elif (len(sequence.tokens) - 1) % self.pool.page_size == 0:
+                # All tokens but the last one are computed for sure, so a page was just filled.
                 self._publish(sequence)
-                continue
-            finished.append(sequence)
         return finished
 
     def cancel(self, request_id: str) -> bool:
@@ -169,27 +171,30 @@ class Scheduler:
     def _plan_decode(self) -> list[Chunk]:
         """One token for every sequence whose prefill is dispatched, oldest first."""
         chunks: list[Chunk] = []
+        page_size = self.pool.page_size
         for sequence in tuple(self._running):
-            if sequence.status is not Status.RUNNING:
-                continue  # preempted by an older one in this loop
-            if sequence.decoding and not sequence.drained and self._grow(sequence, chunks):
-                chunks.append(Chunk(sequence, sequence.computed, 1, True))
+            position = sequence.computed
+            if position < sequence.prefill_end or not sequence.to_sample or sequence.row is None:
+                continue  # in its prefill; or drained; or preempted by an older one just now
+            if position < len(sequence.pages) * page_size or self._grow(sequence, chunks):
+                chunks.append(Chunk(sequence, position, 1, True))
         return chunks
 
     def _plan_prefill(self, room: int) -> tuple[list[Chunk], bool]:
         """Up to `room` prompt tokens, oldest first, and whether some found no room."""
         chunks: list[Chunk] = []
-        for sequence in self._running:
-            if not sequence.decoding and room:
+        prefilling = [s for s in self._running if s.computed < s.prefill_end]
+        for sequence in prefilling:
+            if room:
                 room -= self._append_prefill(chunks, sequence, room)
         while room and self._waiting and self._rows:
             sequence = self._waiting[0]
             # A preempted sequence is computed again from its tokens: it must know them all.
             if sequence.in_flight or not self._admit(sequence):
                 break
+            prefilling.append(sequence)
             room -= self._append_prefill(chunks, sequence, room)
-        prefilling = sum(not sequence.decoding for sequence in self._running)
-        unfinished = prefilling > sum(chunk.samples for chunk in chunks)
+        unfinished = len(prefilling) > sum(chunk.samples for chunk in chunks)
         return chunks, unfinished or bool(not room and self._waiting and self._rows)
 
     def _append_prefill(self, chunks: list[Chunk], sequence: Sequence, room: int) -> int:
@@ -199,7 +204,7 @@ class Scheduler:
         return length
 
     def _plan_finetuning(
-        self, chunks: list[Chunk], features: StepFeatures, now: float, start: float
+        self, chunks: list[Chunk], features: StepFeatures, start: float
     ) -> FinetuneWork | None:
         """Finetuning within the slack of the requests, or within `idle_step_s` without any."""
         idle = not chunks and not self._waiting
@@ -207,7 +212,7 @@ class Scheduler:
             budget_s = self.config.idle_step_s
         else:
             concerned = [chunk.sequence for chunk in chunks] + self._waiting[:1]
-            budget_s = step_budget(concerned, now, start - now, self.latency.margin)
+            budget_s = step_budget(concerned, start, self.latency.margin)
         # What would soon take the pages back: a page for each sequence, and the next request.
         headroom = len(self._running)
         if self._waiting:
@@ -280,7 +285,9 @@ class Scheduler:
         self._preempted.clear()
         for sequence, _, length, samples in itertools.chain(decode, prefill):
             sequence.computed += length
-            sequence.in_flight += samples
+            if samples:
+                sequence.in_flight += 1
+                sequence.to_sample -= 1
         for chunk in prefill:
             # Only now: a request of the same step must not read pages this step still writes.
             self._publish(chunk.sequence)
@@ -324,26 +331,24 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, planned: list[Chunk]) -> bool:
-        """Make room for the next token; False if the sequence itself had to be preempted.
+        """Add a page for the next token; False if the sequence itself had to be preempted.
 
         Without a free page finetuning is parked, then the newest sequence not in this plan is
         preempted; one that only waits for its last tokens to come back goes first.
         """
-        while sequence.computed >= len(sequence.pages) * self.pool.page_size:
-            pages = self.pool.allocate(1)
-            if pages:
-                sequence.pages += pages
-            elif self._finetuning.pages_held:
+        while not (page := self.pool.allocate(1)):
+            if self._finetuning.pages_held:
                 self._park()
-            else:
-                taken = {chunk.sequence for chunk in planned}
-                victim = max(
-                    (other for other in self._running if other not in taken),
-                    key=lambda other: (other.drained, other.priority),
-                )
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
+                continue
+            taken = {chunk.sequence for chunk in planned}
+            victim = max(
+                (other for other in self._running if other not in taken),
+                key=lambda other: (not other.to_sample, other.priority),
+            )
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += page
         return True
 
     def _park(self) -> None:
@@ -358,14 +363,6 @@ class Scheduler:
         sequence.preemptions += 1
         bisect.insort(self._waiting, sequence, key=_priority)
         self._preempted.append(sequence.request_id)
-
-    def _append(self, sequence: Sequence, token: int, now: float) -> None:
-        sequence.in_flight -= 1
-        sequence.tokens.append(token)
-        sequence.output.append(token)
-        sequence.last_token_at = now
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.status is Status.RUNNING:

@@ -2,7 +2,7 @@
 
 A `Request` (inference) or a `Microbatch` (finetuning) goes in; a `StepPlan` comes out, naming the
 tokens of one device step and the backward units that follow it. Everything is frozen except
-`Sequence`, the scheduler's own record of a request, which the engine may read but never writes.
+`Sequence`, the scheduler's own record of a request, which the engine may read but not write.
 
 Invariant: `computed` and `in_flight` describe the steps *dispatched*, not those the host has read
 back; the host learns a token's value one step later, through `Scheduler.complete`.
@@ -64,6 +64,7 @@ class Sequence:
     tokens         prompt + output, the tokens whose values the host knows
     computed       positions whose KV is written by the steps dispatched so far
     in_flight      samples dispatched and not read back yet
+    to_sample      samples not dispatched yet; at 0 nothing is left to plan
     prefill_end    length of the prefill, fixed at admission (after a preemption it covers output)
     pages          KV pages in order of position; page i holds positions [i*size, (i+1)*size)
     row            index in [0, max_sequences), stable while RUNNING, else None
@@ -74,6 +75,7 @@ class Sequence:
     slo: Slo
     priority: tuple[float, int]
     tokens: list[int]
+    to_sample: int
     output: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0
@@ -97,20 +99,14 @@ class Sequence:
         """Tokens known or in flight: one more than will be computed when all is dispatched."""
         return len(self.tokens) + self.in_flight
 
-    @property
-    def num_sampled(self) -> int:
-        """Output tokens dispatched, read back or not."""
-        return len(self.output) + self.in_flight
-
-    @property
-    def decoding(self) -> bool:
-        """Whether the prefill is dispatched: the next chunk reads the last sampled token."""
-        return self.computed >= self.prefill_end
-
-    @property
-    def drained(self) -> bool:
-        """Whether `max_tokens` samples are dispatched: nothing is left to plan."""
-        return len(self.output) + self.in_flight >= self.request.max_tokens
+    def append(self, token: int, now: float) -> None:
+        """Take in the value of the oldest sample in flight, read back at time `now`."""
+        self.in_flight -= 1
+        self.tokens.append(token)
+        self.output.append(token)
+        self.last_token_at = now
+        if self.first_token_at is None:
+            self.first_token_at = now
 
 
 @dataclass(frozen=True)

@@ -32,21 +32,19 @@ def next_token_deadline(sequence: Sequence, first_token_at: float) -> float:
 
 def slack(sequences: Iterable[Sequence], start: float) -> float:
     """Seconds a step that starts at `start` may take before a next token is late; inf if none."""
-    return min((next_token_deadline(s, start) for s in sequences), default=math.inf) - start
+    return min([next_token_deadline(s, start) for s in sequences], default=math.inf) - start
 
 
-def step_budget(
-    sequences: Iterable[Sequence], now: float, pending_s: float, margin: float
-) -> float:
-    """Seconds the next step may take: the smallest slack over `sequences`, at most one TPOT.
+def step_budget(sequences: Iterable[Sequence], start: float, margin: float) -> float:
+    """Seconds a step that starts at `start` may take: the smallest slack, at most one TPOT.
 
-    `pending_s` is the predicted rest of the steps in flight, `margin` in (0, 1] covers prediction
-    errors. The cap of one TPOT keeps a request that arrives meanwhile from waiting longer. Inf
-    without sequences; 0 when a token is already late.
+    `start` is when the device will have finished the steps in flight; `margin` in (0, 1] covers
+    prediction errors. The cap of one TPOT keeps a request that arrives meanwhile from waiting
+    longer. Inf without sequences; 0 when a token is already late.
     """
     sequences = list(sequences)
-    tpot_s = min((sequence.slo.tpot_s for sequence in sequences), default=math.inf)
-    return max(0.0, min(slack(sequences, now + pending_s), tpot_s) * margin)
+    tpot_s = min([sequence.slo.tpot_s for sequence in sequences], default=math.inf)
+    return max(0.0, min(slack(sequences, start), tpot_s) * margin)
 
 
 @dataclass(frozen=True)
