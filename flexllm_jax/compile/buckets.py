@@ -1,0 +1,92 @@
+"""Ahead-of-time compilation of a small set of programs, and the proof that nothing compiles later.
+
+Every program an engine runs is listed with abstract arguments, compiled at start-up with a progress
+bar (and from JAX's persistent cache when it was compiled before), and called as an executable,
+which cannot recompile.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax._src import monitoring
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function to compile: its abstract arguments (pytrees of ShapeDtypeStruct) and which of them
+    it may overwrite."""
+
+    name: str
+    function: Callable
+    arguments: tuple
+    donated: tuple[int, ...] = ()
+
+
+def token_buckets(largest: int, smallest: int = 8, ratio: int = 4) -> tuple[int, ...]:
+    """Sizes from `smallest`, each `ratio` times the one before, and `largest` as the last one.
+
+    Few sizes keep start-up short; finetuning tokens fill what would be padding.
+    """
+    buckets = []
+    size = smallest
+    while size < largest:
+        buckets.append(size)
+        size *= ratio
+    return (*buckets, largest)
+
+
+def use_persistent_cache(folder: Path) -> None:
+    """Keep compiled programs in `folder`, small and quick ones too."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_programs(
+    programs: Iterable[Program], *, progress: bool = True
+) -> dict[str, jax.stages.Compiled]:
+    """Compile the programs, as many at once as there are cores; the result is keyed by name."""
+    programs = list(programs)
+    bar = Progress(
+        TextColumn("compiling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[name]}"),
+        TimeElapsedColumn(),
+        disable=not progress,
+    )
+
+    def compile_one(program: Program) -> jax.stages.Compiled:
+        jitted = jax.jit(program.function, donate_argnums=program.donated)
+        return jitted.lower(*program.arguments).compile()
+
+    with bar, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        task = bar.add_task("compiling", total=len(programs), name="")
+        compiled = {}
+        for program, executable in zip(programs, pool.map(compile_one, programs), strict=True):
+            compiled[program.name] = executable
+            bar.update(task, advance=1, name=program.name)
+    return compiled
+
+
+class CompilationCounter:
+    """Counts what JAX compiles from now on, in any thread, cached or not."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration: float, **_: object) -> None:
+        if event == self._EVENT:
+            self.count += 1
+
+    def close(self) -> None:
+        """Stop counting."""
+        monitoring.unregister_event_duration_listener(self._on_event)

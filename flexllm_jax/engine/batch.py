@@ -1,0 +1,92 @@
+"""The layout of a step's batch, and its one-array form.
+
+Everything the host tells the forward program about a step travels as a single int32 vector: one
+transfer a step. A `BatchShape` is a bucket, and a `Batch` names the vector's parts: views that the
+host fills, or slices on the device.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+
+import jax
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Sizes of a bucket.
+
+    Token slots, sequences (inference and packed finetuning), pages a sequence, sampled rows.
+    """
+
+    tokens: int
+    sequences: int
+    pages: int
+    samples: int
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every field of a batch, in the order of the vector."""
+        return {
+            "token": (self.tokens,),
+            "position": (self.tokens,),
+            "kv_slot": (self.tokens,),
+            "adapter": (self.tokens,),
+            "saved_row": (self.tokens,),
+            "query_starts": (self.sequences + 1,),
+            "kv_lengths": (self.sequences,),
+            "page_tables": (self.sequences, self.pages),
+            "sample": (self.samples,),
+            "num_decode": (),
+            "num_sequences": (),
+        }
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the packed vector."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+
+@dataclass
+class Batch:
+    """A step's tokens; arrays of numpy on the host, of JAX inside a program; all int32.
+
+    token: id, or -1 - row: the newest token of that request row, which only the device knows.
+    kv_slot: page * page_size + offset where the token's key goes, past the pages for padding.
+    adapter: row of the bank, -1 for none. saved_row: slot of a finetuning token in its microbatch,
+    past the end for others. sample: the tokens whose outputs are sampled. The rest is as
+    `ragged_paged_attention` takes it.
+    """
+
+    token: np.ndarray | jax.Array
+    position: np.ndarray | jax.Array
+    kv_slot: np.ndarray | jax.Array
+    adapter: np.ndarray | jax.Array
+    saved_row: np.ndarray | jax.Array
+    query_starts: np.ndarray | jax.Array
+    kv_lengths: np.ndarray | jax.Array
+    page_tables: np.ndarray | jax.Array
+    sample: np.ndarray | jax.Array
+    num_decode: np.ndarray | jax.Array
+    num_sequences: np.ndarray | jax.Array
+
+    @classmethod
+    def cut(cls, vector, shape: BatchShape) -> "Batch":
+        """The fields of a packed vector; views of it when it is a numpy array."""
+        values, at = {}, 0
+        for f in fields(cls):
+            size = int(np.prod(shape.shapes[f.name]))
+            values[f.name] = vector[at : at + size].reshape(shape.shapes[f.name])
+            at += size
+        return cls(**values)
+
+    @classmethod
+    def empty(cls, shape: BatchShape, kv_slots: int, saved_rows: int) -> tuple["Batch", np.ndarray]:
+        """A batch of padding to be filled on the host, and the vector that its fields are views
+        of."""
+        vector = np.zeros(shape.size, np.int32)
+        batch = cls.cut(vector, shape)
+        batch.kv_slot[:] = kv_slots
+        batch.adapter[:] = -1
+        batch.saved_row[:] = saved_rows
+        return batch, vector

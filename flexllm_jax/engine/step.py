@@ -1,0 +1,98 @@
+"""The forward program of a step: decode tokens, prefill chunks and finetuning windows through the
+model together.
+
+Keys and values are written to their pages and the finetuning tokens' activations to their slots, in
+place: `pages`, `saved` and `flow` are donated. Layers are unrolled, so that XLA copies no weights.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from flexllm_jax.engine.batch import Batch, BatchShape
+from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.peft.bypass import no_bypass
+from flexllm_jax.peft.lora import lora_bypass
+from kernels_pallas.ragged_paged_attention import ragged_paged_attention
+
+
+def forward_step(
+    decoder: Decoder,
+    shape: BatchShape,
+    columns: dict[str, slice],
+    params: dict,
+    bank: dict | None,
+    pages: list[dict],
+    finetune: dict | None,
+    last_tokens: Int[Array, " Q"],
+    vector: Int[Array, " X"],
+) -> tuple[list[dict], dict | None, Float[Array, "T D"], Float[Array, "R D"]]:
+    """Run a batch through the model.
+
+    Args:
+        decoder: the model's functions.
+        shape: the bucket, static.
+        columns: what to keep of finetuning tokens (`finetune.backward.saved_columns`), static.
+        params: frozen parameters.
+        bank: {"weights", "scales"} lists by layer, or None: a batch without adapters runs a program
+            without bypasses.
+        pages: per layer {"k", "v"} [P, B, K, H]; donated.
+        finetune: {"saved": per layer, "flow"} (see `finetune.backward`), or None for a batch
+            without finetuning tokens; donated.
+        last_tokens: newest token of each request row.
+        vector: a packed `Batch`.
+
+    Returns:
+        pages, finetune, the last layer's outputs before the final norm, and those of the sampled
+        rows.
+    """
+    batch = Batch.cut(vector, shape)
+    from_device = last_tokens[jnp.maximum(-1 - batch.token, 0)]
+    token = jnp.where(batch.token < 0, from_device, batch.token)
+    angles = decoder.angles(batch.position)
+    x = decoder.embed(params, token)
+    saved_layers, new_pages = [], []
+    for i, layer_params in enumerate(params["layers"]):
+        layer = decoder.layer(layer_params)
+        bypass = no_bypass
+        if bank is not None:
+            bypass = lora_bypass(bank["weights"][i], bank["scales"][i], batch.adapter)
+        activations = {"x": x}
+        q, k, v = layer.attention_inputs(x, angles, bypass, activations.setdefault)
+        own_pages = {
+            "k": _write(pages[i]["k"], batch.kv_slot, k),
+            "v": _write(pages[i]["v"], batch.kv_slot, v),
+        }
+        attended, lse = ragged_paged_attention(
+            q,
+            own_pages["k"],
+            own_pages["v"],
+            batch.query_starts,
+            batch.kv_lengths,
+            batch.page_tables,
+            batch.num_decode,
+            batch.num_sequences,
+        )
+        activations["attended"] = attended
+        x = layer.attention_outputs(x, attended, bypass, activations.setdefault)
+        new_pages.append(own_pages)
+        if finetune is not None:
+            kept = [activations[name].reshape(x.shape[0], -1) for name in columns]
+            values = {"activations": jnp.concatenate(kept, axis=1), "lse": lse}
+            saved_layers.append(
+                {
+                    name: slots.at[batch.saved_row].set(values[name], mode="drop")
+                    for name, slots in finetune["saved"][i].items()
+                }
+            )
+    if finetune is not None:
+        outputs = finetune["flow"]["dx"].at[batch.saved_row].set(x, mode="drop")
+        finetune = {"saved": saved_layers, "flow": finetune["flow"] | {"dx": outputs}}
+    return new_pages, finetune, x, x[batch.sample]
+
+
+def _write(
+    pages: Float[Array, "P B K H"], slots: Int[Array, " T"], values: Float[Array, "T K H"]
+) -> Float[Array, "P B K H"]:
+    """Put each token's row in its slot of the pages; slots past the end are padding."""
+    flat = pages.reshape(-1, *pages.shape[2:])
+    return flat.at[slots].set(values, mode="drop").reshape(pages.shape)

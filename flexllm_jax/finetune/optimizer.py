@@ -1,0 +1,122 @@
+"""AdamW for one job's adapter, as a program that updates the bank's slot in place.
+
+The job's float32 master weights and optimizer state live on the device in the bank's padded shapes;
+the bank holds their copy in the model's dtype. Padding (a rank below the bank's, a module or layer
+without an adapter) stays zero: both of its factors are zero, so its gradients are, and AdamW leaves
+zeros alone. Hyperparameters are inputs of the program, so one program serves every job.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from flexllm_jax.config import OptimizerConfig
+
+# What `optimizer_step` takes as its float32 vector of hyperparameters, in this order.
+HYPERPARAMETERS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_norm")
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0), as transformers' schedulers give it.
+
+    It rises linearly over `warmup` steps, then stays, or falls to 0 at `total_steps` linearly or as
+    half a cosine. Plain floats: the host asks for it between two steps, and must not start a device
+    program for it.
+    """
+    if step < config.warmup:
+        return config.lr * step / config.warmup
+    progress = (step - config.warmup) / max(1, total_steps - config.warmup)
+    factors = {
+        "constant": 1.0,
+        "linear": max(0.0, 1.0 - progress),
+        "cosine": max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress))),
+    }
+    return config.lr * factors[config.schedule]
+
+
+def hyperparameters(config: OptimizerConfig, step: int, total_steps: int) -> list[float]:
+    """The values of HYPERPARAMETERS for one optimizer step."""
+    return [
+        learning_rate(config, step, total_steps),
+        config.beta1,
+        config.beta2,
+        config.eps,
+        config.weight_decay,
+        math.inf if config.clip is None else config.clip,
+    ]
+
+
+def _adamw(**values: jax.Array) -> optax.GradientTransformation:
+    max_norm = values.pop("max_norm")
+    return optax.chain(
+        optax.clip_by_global_norm(max_norm),
+        optax.adamw(**values),
+    )
+
+
+def job_state_shapes(master: list) -> dict:
+    """Shapes of a job's state on the device, all zeros at its start but the master weights.
+
+    {"master": the adapter's float32 weights, "optimizer": AdamW's state, "gradients": float32 sums
+    over the batch's labels
+    so far, "totals": the batch's sum of losses and number of labels}.
+    """
+    adamw = _adamw(**dict.fromkeys(HYPERPARAMETERS, 0.0))
+    return {
+        "master": master,
+        "optimizer": jax.eval_shape(adamw.init, master),
+        "gradients": master,
+        "totals": jax.ShapeDtypeStruct((2,), jnp.float32),
+    }
+
+
+def commit(gradients: list, totals: jax.Array, state: dict) -> dict:
+    """Add a finished microbatch's gradients and totals to its job's state (donated)."""
+    return state | {
+        "gradients": jax.tree.map(jnp.add, state["gradients"], gradients),
+        "totals": state["totals"] + totals,
+    }
+
+
+def optimizer_step(
+    weights: list, state: dict, bank_row: Int[Array, ""], values: Float[Array, " 6"]
+) -> tuple[list, dict, dict]:
+    """One update of one job from its accumulated gradient, which is divided by its number of
+    labels.
+
+    Args:
+        weights: the bank, per layer: module -> {"a": [A, ...], "b": [A, ...]}; donated.
+        state: the job's (`job_state_shapes`); donated.
+        bank_row: the job's row of the bank.
+        values: HYPERPARAMETERS.
+
+    Returns:
+        The bank, the state with its gradients and totals cleared, and the step's metrics: mean
+        loss, number of labels and gradient norm before clipping, float32 scalars. When the loss or
+        the norm is not finite, weights and optimizer state stay as they were; the caller sees it in
+        the metrics and stops the job.
+    """
+    loss, labels = state["totals"]
+    mean = jax.tree.map(lambda g: g / jnp.maximum(labels, 1.0), state["gradients"])
+    norm = optax.global_norm(mean)
+    sound = jnp.isfinite(loss) & jnp.isfinite(norm)
+    transformation = _adamw(**dict(zip(HYPERPARAMETERS, values, strict=True)))
+    updates, optimizer = transformation.update(mean, state["optimizer"], state["master"])
+    updated = {"master": optax.apply_updates(state["master"], updates), "optimizer": optimizer}
+    kept = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old),
+        updated,
+        {name: state[name] for name in updated},
+    )
+    weights = jax.tree.map(
+        lambda rows, own: rows.at[bank_row].set(own.astype(rows.dtype)), weights, kept["master"]
+    )
+    metrics = {"loss": loss / jnp.maximum(labels, 1.0), "labels": labels, "gradient_norm": norm}
+    cleared = {
+        "gradients": jax.tree.map(jnp.zeros_like, state["gradients"]),
+        "totals": jnp.zeros_like(state["totals"]),
+    }
+    return weights, kept | cleared, metrics

@@ -1,0 +1,151 @@
+"""Llama, Qwen2.5 and Qwen3 as one decoder; their differences are fields of ModelConfig.
+
+A layer is two functions with attention between them, because attention reads pages that the step
+program owns, and because token-level finetuning differentiates the two halves apart. The same code
+runs forward and backward:
+
+- `bypass(module, x, y)` adds what an adapter contributes to the output `y` of projection `module`
+  on input `x`;
+- `tap(name, value)` sees the activations that the backward may want: the forward records them, the
+  backward puts the recorded ones in their place, so that whatever was needed only to compute them
+  disappears.
+
+`split` turns the modules into plain pytrees once; the step programs merge them back while tracing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles, rotate
+from flexllm_jax.peft.bypass import Bypass, no_bypass
+
+Tap = Callable[[str, jax.Array], jax.Array]
+Angles = tuple[jax.Array, jax.Array]
+
+
+def no_tap(name: str, value: jax.Array) -> jax.Array:
+    """Nobody is looking."""
+    return value
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and a gated feed-forward network, each after a norm and with a residual."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+        c = config
+        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.input_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
+        self.q = Linear(c.d_model, q_size, dtype, c.attention_bias)
+        self.k = Linear(c.d_model, kv_size, dtype, c.attention_bias)
+        self.v = Linear(c.d_model, kv_size, dtype, c.attention_bias)
+        self.o = Linear(q_size, c.d_model, dtype, c.output_bias)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
+        self.post_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
+        self.gate = Linear(c.d_model, c.d_ff, dtype)
+        self.up = Linear(c.d_model, c.d_ff, dtype)
+        self.down = Linear(c.d_ff, c.d_model, dtype)
+        self.qk_norm, self.head_dim = c.qk_norm, c.head_dim
+
+    def attention_inputs(
+        self,
+        x: Float[Array, "T D"],
+        angles: Angles,
+        bypass: Bypass = no_bypass,
+        tap: Tap = no_tap,
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+        """Queries, keys and values of the layer's input, rotated."""
+        h = self.input_norm(x)
+        heads = (x.shape[0], -1, self.head_dim)
+        q = tap("query", bypass("q", h, self.q(h))).reshape(heads)
+        k = bypass("k", h, self.k(h))
+        v = bypass("v", h, self.v(h)).reshape(heads)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(tap("key", k).reshape(heads))
+        return rotate(q, angles), rotate(k.reshape(heads), angles), v
+
+    def attention_outputs(
+        self,
+        x: Float[Array, "T D"],
+        attended: Float[Array, "T N H"],
+        bypass: Bypass = no_bypass,
+        tap: Tap = no_tap,
+    ) -> Float[Array, "T D"]:
+        """The layer's output, from its input and what attention returned."""
+        attended = attended.reshape(x.shape[0], -1)
+        x = tap("residual", x + bypass("o", attended, self.o(attended)))
+        h = self.post_norm(x)
+        gate = tap("gate", bypass("gate", h, self.gate(h)))
+        up = tap("up", bypass("up", h, self.up(h)))
+        inner = jax.nn.silu(gate) * up
+        return x + bypass("down", inner, self.down(inner))
+
+
+def optional_activations(config: ModelConfig) -> dict[str, int]:
+    """Name and width of each tapped activation of a layer that the backward can also recompute."""
+    c = config
+    widths = {
+        "query": c.num_heads * c.head_dim,
+        "key": c.num_kv_heads * c.head_dim,
+        "residual": c.d_model,
+        "gate": c.d_ff,
+        "up": c.d_ff,
+    }
+    if not c.qk_norm:
+        del widths["key"]  # the rotated keys are in their pages, and nothing else asks for keys
+    return widths
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder's functions over plain parameter pytrees (the layout of `hf_weights`)."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+
+    def layer(self, params: dict) -> DecoderLayer:
+        """A layer's module holding these parameters; call it while tracing."""
+        return nnx.merge(_layer_graph(self.config, self.dtype), params)
+
+    def embed(self, params: dict, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
+        """Token embeddings."""
+        return params["embed"]["weight"][tokens]
+
+    def angles(self, positions: Int[Array, " T"]) -> Angles:
+        """Rotary angles of the positions."""
+        return rotary_angles(self.config, positions)
+
+    def final_norm(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The norm before the output head."""
+        return nnx.merge(_norm_graph(self.config, self.dtype), params["norm"])(x)
+
+    def head(self, params: dict) -> Float[Array, "V D"]:
+        """The output head's rows; the embedding's when they are tied."""
+        return params["embed" if self.config.tie_embeddings else "head"]["weight"]
+
+    def logits(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Float32 logits of last-layer outputs."""
+        return jnp.einsum(
+            "td,vd->tv",
+            self.final_norm(params, x),
+            self.head(params),
+            preferred_element_type=jnp.float32,
+        )
+
+
+@cache
+def _layer_graph(config: ModelConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, dtype)))[0]
+
+
+@cache
+def _norm_graph(config: ModelConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: RMSNorm(config.d_model, config.norm_eps, dtype)))[0]

@@ -1,0 +1,73 @@
+"""The layers that decoders are made of, as Flax modules over flat batches of tokens.
+
+Numerics follow transformers: norms run in float32 and are cast back before their weight is applied;
+rotary angles are float32. Shapes are [T, ...]: a batch has no padding between its sequences.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from flexllm_jax.models.config import ModelConfig
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel (+ bias)."""
+
+    def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, bias: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((d_in, d_out), dtype))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((d_out,), dtype))
+        self.has_bias = bias
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
+        """Apply the projection; the dtype is x's."""
+        y = x @ self.kernel[...]
+        return y + self.bias[...] if self.has_bias else y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last axis."""
+
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalize in float32; the result has x's dtype."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * wide.astype(x.dtype)
+
+
+def rotary_angles(
+    config: ModelConfig, positions: Int[Array, " T"]
+) -> tuple[Float[Array, "T 1 H/2"], Float[Array, "T 1 H/2"]]:
+    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), float32.
+
+    With `rope_scaling` the frequencies are changed as Llama 3.1 does: wavelengths above the
+    original context are stretched by `factor`, short ones are kept, and those between are
+    interpolated.
+    """
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if (scaling := config.rope_scaling) is not None:
+        wavelengths = 2 * math.pi / frequencies
+        turns = scaling.original_max_position_embeddings / wavelengths
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (keep + (1.0 - keep) / scaling.factor)
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "T N H"], angles: tuple[Float[Array, "T 1 H/2"], Float[Array, "T 1 H/2"]]
+) -> Float[Array, "T N H"]:
+    """Rotate the two halves of each head by the angles, in x's dtype."""
+    cos, sin = (angle.astype(x.dtype) for angle in angles)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

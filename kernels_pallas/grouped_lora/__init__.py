@@ -1,0 +1,5 @@
+"""Low-rank products of many adapters in one batch."""
+
+from kernels_pallas.grouped_lora.api import grouped_lora
+
+__all__ = ["grouped_lora"]

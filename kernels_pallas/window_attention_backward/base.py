@@ -1,0 +1,110 @@
+"""The contract of the attention backward of token-level finetuning (FlexLLM, section 6), and its
+XLA reference.
+
+A microbatch's sequences lie one after the other. The windows of one layer run from the last to the
+first; each adds into float32 accumulators of the gradients of the keys and values that its queries
+read. When a window has added its own share, its rows of the accumulators are complete, because
+every later query has been there before.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+_KEYS_AT_ONCE = 256
+
+
+def window_attention_backward(
+    q: Float[Array, "W N H"],
+    k_pages: Float[Array, "P B K H"],
+    v_pages: Float[Array, "P B K H"],
+    kv_slots: Int[Array, " S"],
+    sequence_starts: Int[Array, " W"],
+    window_start: Int[Array, ""],
+    out: Float[Array, "W N H"],
+    lse: Float[Array, "W N"],
+    d_out: Float[Array, "W N H"],
+    dk: Float[Array, "S K H"],
+    dv: Float[Array, "S K H"],
+) -> tuple[Float[Array, "W N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
+    """Gradients of causal attention, scaled by 1/sqrt(H), for one window of queries.
+
+    Args:
+        q: the window's queries; query i is token window_start + i of the microbatch.
+        k_pages: pages of B keys.
+        v_pages: pages of values.
+        kv_slots: where each of the microbatch's S tokens keeps its key and value: page * B +
+            offset; int32.
+        sequence_starts: for each query, the first token of its sequence: it attends to the tokens
+            [sequence_starts[i], window_start + i]. A row that is padding starts past itself and
+            attends to nothing.
+        window_start: first token of the window; int32 scalar.
+        out: the forward's output rows.
+        lse: the forward's log-sum-exp of the scaled scores; float32.
+        d_out: gradient of `out`.
+        dk: float32 accumulator of the keys' gradients; added to in place when donated.
+        dv: float32 accumulator of the values' gradients.
+
+    Returns:
+        dq in q's dtype, and the accumulators with this window's share added.
+
+    The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2).
+    """
+    window, num_heads, head_dim = q.shape
+    kv_heads = k_pages.shape[2]
+    group = num_heads // kv_heads
+    num_slots = kv_slots.shape[0]
+    chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
+    scale = head_dim**-0.5
+    flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
+    flat_values = v_pages.reshape(-1, kv_heads, head_dim)
+
+    def by_kv_head(x):  # [W, N, ...] -> [K, W*G, ...]
+        x = x.reshape(window, kv_heads, group, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0).reshape(kv_heads, window * group, *x.shape[3:])
+
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    queries, d_outs, lses, deltas = (
+        by_kv_head(q),
+        by_kv_head(d_out),
+        by_kv_head(lse),
+        by_kv_head(delta),
+    )
+    index = jnp.repeat(window_start + jnp.arange(window), group)[:, None]  # [W*G, 1]
+    start = jnp.repeat(sequence_starts, group)[:, None]
+
+    def chunk_of_keys(c, carry):
+        dq, dk, dv = carry
+        slots = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk)
+        keys, values = flat_keys[slots], flat_values[slots]  # [C, K, H]
+        key_index = c * chunk + jnp.arange(chunk)
+        visible = (key_index >= start) & (key_index <= index)
+        scores = scale * jnp.einsum(
+            "kqh,ckh->kqc", queries, keys, preferred_element_type=jnp.float32
+        )
+        weights = jnp.where(visible, jnp.exp(scores - lses[..., None]), 0.0)
+        d_weights = jnp.einsum("kqh,ckh->kqc", d_outs, values, preferred_element_type=jnp.float32)
+        d_scores = (scale * weights * (d_weights - deltas[..., None])).astype(q.dtype)
+        dq = dq + jnp.einsum("kqc,ckh->kqh", d_scores, keys, preferred_element_type=jnp.float32)
+        add_k = jnp.einsum("kqc,kqh->ckh", d_scores, queries, preferred_element_type=jnp.float32)
+        add_v = jnp.einsum(
+            "kqc,kqh->ckh", weights.astype(q.dtype), d_outs, preferred_element_type=jnp.float32
+        )
+        return dq, _add_rows(dk, add_k, c * chunk), _add_rows(dv, add_v, c * chunk)
+
+    first = jnp.clip(jnp.min(sequence_starts), 0, num_slots) // chunk
+    last = jnp.minimum((window_start + window + chunk - 1) // chunk, num_slots // chunk)
+    dq, dk, dv = lax.fori_loop(
+        first, last, chunk_of_keys, (jnp.zeros(queries.shape, jnp.float32), dk, dv)
+    )
+    dq = jnp.moveaxis(dq.reshape(kv_heads, window, group, head_dim), 0, 1)
+    return dq.reshape(q.shape).astype(q.dtype), dk, dv
+
+
+def _add_rows(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    """Add `rows` to x[start:start + len(rows)]."""
+    old = lax.dynamic_slice_in_dim(x, start, rows.shape[0])
+    return lax.dynamic_update_slice_in_dim(x, old + rows, start, axis=0)
