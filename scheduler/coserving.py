@@ -131,7 +131,7 @@ class Scheduler:
                 " plan once, in the order they were made"
             )
         self._outstanding.popleft()
-        self._oldest_started = now
+        self._oldest_started = now + self._units_s(plan)
         if measured_s is not None:
             self.latency.observe(plan.features, measured_s)
         finished = []
@@ -303,6 +303,13 @@ class Scheduler:
         elapsed = now - self._oldest_started
         oldest = max(0.0, self._outstanding[0].predicted_s - elapsed)
         return oldest + sum(p.predicted_s for p in itertools.islice(self._outstanding, 1, None))
+
+    def _units_s(self, plan: StepPlan) -> float:
+        """Predicted seconds of a plan's backward units, which run after its tokens are sampled."""
+        if not plan.units or not plan.token_bucket:
+            return 0.0
+        forward = replace(plan.features, layer_units=0, loss_units=0)
+        return max(0.0, plan.predicted_s - self.latency.predict(forward))
 
     # ---- pages and rows ----
 

@@ -156,7 +156,8 @@ class FinetuneQueue:
     def _new_progress(self) -> Progress:
         microbatch = self._queue[0]
         windows = -(-microbatch.tokens // self.config.backward_window)
-        return Progress(microbatch, windows, windows * (1 + self.config.num_layers))
+        layers = self.config.num_layers if microbatch.backward else 0
+        return Progress(microbatch, windows, windows * (1 + layers))
 
     def _size_forward(
         self, progress: Progress, features: StepFeatures, budget_s: float, least: bool

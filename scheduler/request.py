@@ -111,10 +111,14 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Packed finetuning sequences, by length in tokens; `microbatch_id` is the caller's."""
+    """Packed finetuning sequences, by length in tokens; `microbatch_id` is the caller's.
+
+    `backward=False`: only its loss is wanted (validation), so it has loss units and no others.
+    """
 
     microbatch_id: int
     lengths: tuple[int, ...]
+    backward: bool = True
 
     @property
     def tokens(self) -> int:

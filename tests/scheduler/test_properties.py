@@ -1,10 +1,16 @@
-"""The scheduler under random requests, cancels, microbatches, stops and tiny pools."""
+"""The scheduler under random requests, cancels, microbatches, stops and tiny pools.
+
+Everything is drawn small and tight, so that most histories meet full pools, preemptions, parks and
+shared prefixes; the simulated device finds any page that does not hold what it should.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scheduler.coserving import Scheduler, SchedulerConfig
@@ -12,32 +18,39 @@ from scheduler.latency import LatencyModel
 from scheduler.request import Microbatch, Slo
 from tests.scheduler.simulated_device import SimulatedEngine, request
 
-MAX_MODEL_LEN = 24
+PATTERN = (0, 1, 0, 0, 1, 1, 1, 0, 0, 0, 1, 0)
 
-# Two token values: prompts then often begin alike, and outputs repeat prompts.
-prompts = st.lists(st.integers(0, 1), min_size=1, max_size=14).map(tuple)
+# Prompts begin alike, so that prefixes are shared.
+prompts = st.builds(
+    lambda length, tail: PATTERN[:length] + tuple(tail),
+    st.integers(1, len(PATTERN)),
+    st.lists(st.integers(0, 1), max_size=3),
+)
+add_request = st.tuples(
+    st.just("request"),
+    prompts,
+    st.integers(1, 9),  # max_tokens
+    st.sampled_from([None, None, 1, 2, 3]),  # stop after
+    st.sampled_from([None, "adapter"]),
+)
+add_microbatch = st.tuples(
+    st.just("microbatch"), st.lists(st.integers(1, 12), min_size=1, max_size=4)
+)
+step = st.tuples(st.just("step"), st.integers(1, 5))
+cancel = st.tuples(st.just("cancel"), st.integers(0, 9))
+cancel_microbatch = st.tuples(st.just("cancel_microbatch"), st.sampled_from([None, 0, 1]))
 actions = st.one_of(
-    st.tuples(
-        st.just("request"),
-        prompts,
-        st.integers(1, 8),  # max_tokens
-        st.sampled_from([None, None, 1, 2, 3]),  # stop after
-        st.sampled_from([None, "adapter"]),
-    ),
-    st.tuples(st.just("microbatch"), st.lists(st.integers(1, 12), min_size=1, max_size=4)),
-    st.tuples(st.just("cancel"), st.integers(0, 9)),
-    st.tuples(st.just("cancel_microbatch"), st.sampled_from([None, 0, 1])),
-    st.tuples(st.just("step"), st.integers(1, 6)),
+    add_request, step, add_request, step, add_request, add_microbatch, cancel, cancel_microbatch
 )
 configs = st.builds(
     SchedulerConfig,
-    max_sequences=st.integers(1, 4),
+    max_sequences=st.integers(1, 5),
     max_tokens_per_step=st.just(8),
-    max_model_len=st.just(MAX_MODEL_LEN),
+    max_model_len=st.just(24),
     token_buckets=st.sampled_from([(8,), (4, 8), (1, 2, 4, 8), (5, 7, 8)]),
-    num_pages=st.integers(2, 20),
-    page_size=st.integers(1, 4),
-    prefix_caching=st.booleans(),
+    num_pages=st.integers(4, 12),
+    page_size=st.integers(1, 3),
+    prefix_caching=st.sampled_from([True, True, True, False]),
     num_layers=st.integers(1, 3),
     backward_window=st.integers(1, 8),
     max_finetune_segments=st.integers(1, 3),
@@ -53,64 +66,76 @@ latencies = st.sampled_from(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@dataclass
+class History:
+    """Applies actions to a scheduler, and knows what must come of them."""
+
+    engine: SimulatedEngine
+    tokens: dict[str, int] = field(default_factory=dict)  # output tokens of uncancelled requests
+    microbatches: list[int] = field(default_factory=list)  # ids queued and not cancelled
+    work: int = 0  # bounds the steps that all of it may take
+    ids: itertools.count = field(default_factory=itertools.count)
+
+    def request(self, prompt, max_tokens, stop, salt):
+        scheduler, request_id = self.engine.scheduler, str(next(self.ids))
+        room = scheduler.config.num_pages * scheduler.config.page_size
+        max_tokens = min(max_tokens, room)
+        prompt = prompt[: room - max_tokens + 1]
+        self.tokens[request_id] = min(max_tokens, stop or max_tokens)
+        self.engine.stop_after[request_id] = stop or 0
+        self.work += len(prompt) + max_tokens
+        arrival = self.engine.now
+        scheduler.add(request(request_id, prompt, max_tokens, arrival=arrival, cache_salt=salt))
+
+    def microbatch(self, lengths):
+        scheduler = self.engine.scheduler
+        while sum(map(scheduler.pool.pages_for, lengths)) > scheduler.config.num_pages:
+            lengths = [length - 1 for length in lengths if length > 1]
+        microbatch = Microbatch(next(self.ids), tuple(lengths))
+        self.microbatches.append(microbatch.microbatch_id)
+        self.work += microbatch.tokens * (2 + scheduler.config.num_layers)
+        scheduler.add(microbatch)
+
+    def cancel(self, index):
+        known = str(index) in self.tokens and str(index) not in self.engine.finished
+        assert self.engine.scheduler.cancel(str(index)) == known
+        if known:
+            del self.tokens[str(index)]
+
+    def cancel_microbatch(self, index):
+        queued = [i for i in self.microbatches if i not in self.engine.microbatches_done]
+        target = queued[index or 0] if len(queued) > (index or 0) else None
+        argument = None if index is None else target if target is not None else -1
+        assert self.engine.scheduler.cancel_microbatch(argument) == (target is not None)
+        if target is not None:
+            self.microbatches.remove(target)
+
+    def step(self, count):
+        for _ in range(count):
+            self.engine.step()
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     config=configs,
     latency=latencies,
     ahead=st.integers(0, 2),
     step_s=st.sampled_from([0.0, 0.02, 1.0]),
-    program=st.lists(actions, max_size=30),
+    program=st.lists(actions, min_size=5, max_size=40),
 )
 def test_any_history_keeps_every_invariant_and_ends(config, latency, ahead, step_s, program):
     scheduler = Scheduler(config, LatencyModel(*latency))
     engine = SimulatedEngine(scheduler, ahead=ahead, step_s=step_s)
-    expected: dict[str, int] = {}
-    microbatches: list[int] = []
-    work = 0
+    history = History(engine)
     for name, *arguments in program:
-        if name == "request":
-            prompt, max_tokens, stop, salt = arguments
-            request_id = str(len(expected))
-            pages = -(-(len(prompt) + max_tokens - 1) // config.page_size)
-            if pages > config.num_pages:
-                continue
-            scheduler.add(
-                request(request_id, prompt, max_tokens, arrival=engine.now, cache_salt=salt)
-            )
-            expected[request_id] = min(max_tokens, stop or max_tokens)
-            work += len(prompt) + max_tokens
-            if stop:
-                engine.stop_after[request_id] = stop
-        elif name == "microbatch":
-            (lengths,) = arguments
-            if sum(-(-length // config.page_size) for length in lengths) > config.num_pages:
-                continue
-            scheduler.add(Microbatch(len(microbatches), tuple(lengths)))
-            microbatches.append(len(microbatches))
-            work += sum(lengths) * (2 + config.num_layers)
-        elif name == "cancel":
-            (index,) = arguments
-            if scheduler.cancel(str(index)):
-                assert str(index) not in engine.finished
-                del expected[str(index)]
-                expected[f"cancelled {index}"] = -1  # keeps the next ids fresh
-        elif name == "cancel_microbatch":
-            head = scheduler.num_microbatches and next(iter(scheduler._finetuning._queue))
-            target = arguments[0]
-            if scheduler.cancel_microbatch(target):
-                microbatches[head.microbatch_id if target is None else target] = -1
-        else:
-            for _ in range(arguments[0]):
-                engine.step()
+        getattr(history, name)(*arguments)
         engine.check_state()
 
-    engine.drain(limit=50 + 20 * work)
+    engine.drain(limit=50 + 20 * history.work)
 
-    assert {
-        request_id: len(sequence.output) for request_id, sequence in engine.finished.items()
-    } == {request_id: tokens for request_id, tokens in expected.items() if tokens >= 0}
-    assert engine.microbatches_done == [index for index in microbatches if index >= 0]
+    outputs = {name: len(sequence.output) for name, sequence in engine.finished.items()}
+    assert outputs == history.tokens
+    assert engine.microbatches_done == history.microbatches
     assert scheduler.pool.num_free == config.num_pages
     for sequence in engine.finished.values():
-        on_device = engine.device[sequence].tokens
-        assert sequence.tokens == on_device[: len(sequence.tokens)]
+        assert sequence.tokens == engine.device[sequence].tokens[: len(sequence.tokens)]
