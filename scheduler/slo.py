@@ -40,11 +40,12 @@ def step_budget(sequences: Iterable[Sequence], start: float, margin: float) -> f
 
     `start` is when the device will have finished the steps in flight; `margin` in (0, 1] covers
     prediction errors. The cap of one TPOT keeps a request that arrives meanwhile from waiting
-    longer. Inf without sequences; 0 when a token is already late.
+    longer; it needs no margin, as larger slack covers the error. Inf without sequences; 0 when a
+    token is already late.
     """
     sequences = list(sequences)
     tpot_s = min([sequence.slo.tpot_s for sequence in sequences], default=math.inf)
-    return max(0.0, min(slack(sequences, start), tpot_s) * margin)
+    return max(0.0, min(slack(sequences, start) * margin, tpot_s))
 
 
 @dataclass(frozen=True)
