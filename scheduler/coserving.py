@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -46,7 +47,8 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._rows = list(range(config.max_sequences))  # free rows, a heap
         self._outstanding: deque[StepPlan] = deque()
-        self._oldest_started = 0.0  # when the device began the oldest outstanding plan
+        # When the device began the oldest outstanding plan, or finishes the last completed one.
+        self._device_free = -math.inf
         self._steps = itertools.count()
         self._arrivals = itertools.count()
         self._preempted: list[str] = []  # not reported in a plan yet
@@ -121,6 +123,7 @@ class Scheduler:
     ) -> list[Sequence]:
         """Take in the results of the oldest outstanding plan; returns the sequences it finished.
 
+        To be called as soon as the tokens are read back: its units may still run, at time `now`.
         `sampled` has a token for each request of the plan that samples; `stopped` are requests
         whose token of this plan is their last. Tokens of finished or cancelled requests are
         ignored. `measured_s`, the step's seconds on the device, corrects the latency model.
@@ -131,7 +134,7 @@ class Scheduler:
                 " plan once, in the order they were made"
             )
         self._outstanding.popleft()
-        self._oldest_started = now + self._units_s(plan)
+        self._device_free = now + self._units_s(plan)
         if measured_s is not None:
             self.latency.observe(plan.features, measured_s)
         finished = []
@@ -292,17 +295,17 @@ class Scheduler:
             # Only now: a request of the same step must not read pages this step still writes.
             self._publish(chunk.sequence)
         if not self._outstanding:
-            self._oldest_started = now
+            self._device_free = max(now, self._device_free)
         self._outstanding.append(plan)
         return plan
 
     def _pending_s(self, now: float) -> float:
-        """Predicted seconds until the device has finished the outstanding plans."""
+        """Predicted seconds until the device has finished all it was given."""
         if not self._outstanding:
-            return 0.0
-        elapsed = now - self._oldest_started
-        oldest = max(0.0, self._outstanding[0].predicted_s - elapsed)
-        return oldest + sum(p.predicted_s for p in itertools.islice(self._outstanding, 1, None))
+            return max(0.0, self._device_free - now)
+        oldest_end = self._device_free + self._outstanding[0].predicted_s
+        rest = itertools.islice(self._outstanding, 1, None)
+        return max(0.0, oldest_end - now) + sum(plan.predicted_s for plan in rest)
 
     def _units_s(self, plan: StepPlan) -> float:
         """Predicted seconds of a plan's backward units, which run after its tokens are sampled."""

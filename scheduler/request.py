@@ -156,7 +156,7 @@ class StepPlan:
     forward            finetuning tokens of the forward program, after all inference tokens
     units              backward units to run after it: with w = ceil(tokens / backward_window),
                        units [0, w) are one loss window each and units [w, w + num_layers * w)
-                       one layer x one window each
+                       one layer x one window each (these not for `Microbatch.backward=False`)
     microbatch_done    `units` ends with the microbatch's last unit
     token_bucket       token slots of the forward program; 0 when there is no forward program
     preempted          requests that lost their pages since the plan before

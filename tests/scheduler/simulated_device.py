@@ -174,7 +174,7 @@ class SimulatedEngine:
     def total_units(self, microbatch: Microbatch) -> int:
         config = self.scheduler.config
         windows = -(-microbatch.tokens // config.backward_window)
-        return windows + config.num_layers * windows
+        return windows + (config.num_layers * windows if microbatch.backward else 0)
 
     # ---- what must hold ----
 

@@ -354,8 +354,8 @@ def in_backward(latency: LatencyModel, **changes) -> Scheduler:
 def test_backward_units_fill_the_slack_and_stop_when_a_token_is_late():
     latency = LatencyModel({4: 0.01}, {"layer_units": 0.01, "loss_units": 0.01})
     scheduler = in_backward(latency, slo=Slo(tpot_s=0.1, ttft_s=1.0))
-    scheduler.add(request("r", 4, max_tokens=50))
-    run(scheduler, 0.0)
+    scheduler.add(request("r", 4, max_tokens=50, arrival=-1.0))
+    assert not run(scheduler, 0.0).units  # the first token is late
     counts = [len(run(scheduler, now).units) for now in (0.0, 0.15, 0.9)]
     # One TPOT at most; then 0.05 s until the third token is due; then nothing: it is late.
     budgets = [0.1 * latency.margin, 0.05 * latency.margin, 0.0]
@@ -371,6 +371,22 @@ def test_steps_in_flight_use_up_the_slack():
     assert not first.units
     second = planned(scheduler, 0.09)  # token 3 at 0.2; 0.04 s are in flight, 0.07 s are left
     assert len(second.units) == int((0.07 * latency.margin - 0.04) / 0.001) == 20
+
+
+def test_units_still_running_use_up_the_slack():
+    latency = LatencyModel({4: 0.01}, {"layer_units": 0.001, "loss_units": 0.001})
+    scheduler = in_backward(latency, slo=Slo(tpot_s=0.1, ttft_s=9.0))
+    scheduler.add(request("r", 4, max_tokens=50))
+    assert len(run(scheduler, 0.0).units) == 90  # the token is read at 0.0, the units end at 0.09
+    assert not planned(scheduler, 0.0).units
+
+
+def test_a_microbatch_without_backward_has_loss_units_only():
+    scheduler = make()
+    scheduler.add(Microbatch(0, (10,), backward=False))
+    plan = run(scheduler)
+    assert plan.microbatch_done and plan.units == range(2)
+    assert (plan.features.loss_units, plan.features.layer_units) == (2, 0)
 
 
 def test_unfinished_prefill_goes_before_finetuning():

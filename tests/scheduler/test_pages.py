@@ -12,6 +12,12 @@ token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 salts = st.sampled_from([None, "a", ("a", 2)])
 
 
+def take(pool: PagePool, count: int) -> list[int]:
+    pages = pool.allocate(count)
+    assert pages is not None
+    return pages
+
+
 def longest_prefix(published, tokens, salt, size):
     """Brute force: how many pages of `tokens` are in `published`, a set of (salt, tokens)."""
     count = 0
@@ -33,7 +39,7 @@ def test_match_is_the_longest_published_prefix(size, sequences):
         for index, page in enumerate(found):
             assert content[page] == (salt, tuple(tokens[: (index + 1) * size]))
         pool.share(found, queried=len(found))
-        pages = found + (pool.allocate(pool.pages_for(len(tokens)) - len(found)) or [])
+        pages = found + take(pool, pool.pages_for(len(tokens)) - len(found))
         full = len(tokens) // size
         pool.publish(tokens, salt, pages, full)
         for index in range(full):
@@ -87,7 +93,7 @@ def test_eviction_never_serves_other_tokens(size, num_pages, sequences):
 
 def test_the_whole_prompt_is_never_matched():
     pool = PagePool(8, 2)
-    pages = pool.allocate(2)
+    pages = take(pool, 2)
     pool.publish([1, 2, 3, 4], None, pages, 2)
     assert pool.find_prefix([1, 2, 3, 4], None) == pages[:1]
     assert pool.find_prefix([1, 2, 3, 4, 5], None) == pages
@@ -95,10 +101,10 @@ def test_the_whole_prompt_is_never_matched():
 
 def test_a_reused_page_is_not_taken_for_the_parent_it_was():
     pool = PagePool(2, 1)
-    pages = pool.allocate(2)
+    pages = take(pool, 2)
     pool.publish([7, 8], None, pages, 2)
     pool.release(pages[:1])
-    (again,) = pool.allocate(1)
+    (again,) = take(pool, 1)
     assert again == pages[0]
     pool.publish([9], None, [again], 1)
     assert pool.find_prefix([9, 8, 0], None) == [again]
@@ -106,7 +112,7 @@ def test_a_reused_page_is_not_taken_for_the_parent_it_was():
 
 def test_the_end_of_a_prefix_is_evicted_first_and_free_pages_before_it():
     pool = PagePool(4, 1)
-    pages = pool.allocate(3)
+    pages = take(pool, 3)
     pool.publish([1, 2, 3], None, pages, 3)
     pool.release(pages)
     assert pool.num_free == 4 and pool.num_cached == 3
@@ -124,14 +130,14 @@ def test_allocation_takes_all_or_nothing():
 
 def test_without_prefix_caching_nothing_is_kept():
     pool = PagePool(2, 1, prefix_caching=False)
-    pages = pool.allocate(2)
+    pages = take(pool, 2)
     pool.publish([1, 2], None, pages, 2)
     assert pool.find_prefix([1, 2, 3], None) == [] and pool.num_cached == 0
 
 
 def test_a_page_released_twice_is_an_error():
     pool = PagePool(1, 1)
-    pages = pool.allocate(1)
+    pages = take(pool, 1)
     pool.release(pages)
     with pytest.raises(RuntimeError, match="page 0 was released more often"):
         pool.release(pages)

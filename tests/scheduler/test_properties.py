@@ -34,7 +34,7 @@ add_request = st.tuples(
     st.sampled_from([None, "adapter"]),
 )
 add_microbatch = st.tuples(
-    st.just("microbatch"), st.lists(st.integers(1, 12), min_size=1, max_size=4)
+    st.just("microbatch"), st.lists(st.integers(1, 12), min_size=1, max_size=4), st.booleans()
 )
 step = st.tuples(st.just("step"), st.integers(1, 5))
 cancel = st.tuples(st.just("cancel"), st.integers(0, 9))
@@ -87,11 +87,11 @@ class History:
         arrival = self.engine.now
         scheduler.add(request(request_id, prompt, max_tokens, arrival=arrival, cache_salt=salt))
 
-    def microbatch(self, lengths):
+    def microbatch(self, lengths, backward):
         scheduler = self.engine.scheduler
         while sum(map(scheduler.pool.pages_for, lengths)) > scheduler.config.num_pages:
             lengths = [length - 1 for length in lengths if length > 1]
-        microbatch = Microbatch(next(self.ids), tuple(lengths))
+        microbatch = Microbatch(next(self.ids), tuple(lengths), backward)
         self.microbatches.append(microbatch.microbatch_id)
         self.work += microbatch.tokens * (2 + scheduler.config.num_layers)
         scheduler.add(microbatch)

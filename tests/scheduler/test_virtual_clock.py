@@ -5,6 +5,8 @@ The device is an 8B model on an A100, roughly: 15 ms to read the weights, 312 TF
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -75,9 +77,13 @@ def serve(rate: float, finetune: bool, device_factor: float = 1.0, duration_s: f
             scheduler.add(Microbatch(0, (2048, 1024, 1024)))
         plan = scheduler.plan(now)
         if plan:
-            seconds = device.predict(plan.features) * (1 + 0.1 * noise.standard_normal())
-            device_free = max(device_free, now) + max(seconds, 1e-3)
-            outstanding.append((plan, seconds, device_free))
+            forward = replace(plan.features, layer_units=0, loss_units=0)
+            pace = max(0.5, 1 + 0.1 * noise.standard_normal())
+            start = max(device_free, now)
+            seconds = device.predict(plan.features) * pace
+            device_free = start + seconds
+            # Tokens are read when the forward ends, while the units still run.
+            outstanding.append((plan, seconds, start + device.predict(forward) * pace))
             trained += plan.microbatch_done and 4096
         elif not outstanding:
             now = arriving[-1].arrival
