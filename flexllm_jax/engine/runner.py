@@ -5,6 +5,7 @@ Every method dispatches a program and returns at once; arrays stay on the device
 from one program to the next. Nothing here waits for a result or compiles one after `__init__`.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -151,12 +152,8 @@ class Runner:
             shape = self.batch_shape(bucket)
             forward = partial(forward_step, decoder, shape, self.columns)
             vector = _ints(shape.size)
-            for variant, bank_or_none, finetune_or_none in (
-                ("base", None, None),
-                ("adapters", bank, None),
-                ("finetune", bank, finetune),
-            ):
-                arguments = (params, bank_or_none, pages, finetune_or_none, last_tokens, vector)
+            for variant, extra in (("base", (None, None)), ("adapters", (bank, finetune))):
+                arguments = (params, extra[0], pages, extra[1], last_tokens, vector)
                 programs.append(Program(f"forward/{variant}/{bucket}", forward, arguments, (2, 3)))
             hidden = jax.ShapeDtypeStruct((bucket, d_model), hidden_dtype)
             programs.append(
@@ -183,8 +180,11 @@ class Runner:
         weights, scales = bank["weights"], bank["scales"]
         table = _ints(4, self.slots)
         state = self.job_state_shapes
-        layer_bank = {"weights": weights[0], "scales": scales[0]}
-        layer_arguments = (params["layers"][0], layer_bank, pages[0], finetune["saved"][0])
+        adapter = {
+            "weights": state["master"][0],
+            "scales": dict.fromkeys(self.bank_shape.modules, _floats(1)),
+        }
+        layer_arguments = (params["layers"][0], adapter, pages[0], finetune["saved"][0])
         return [
             *programs,
             Program("write_history", sampler.write_history, (history, _INT, counts, prompt), (0,)),
@@ -192,19 +192,18 @@ class Runner:
             Program("copy_row", copy_row, (weights, scales, _INT, _INT), (0, 1)),
             Program(
                 "loss_unit",
-                partial(loss_unit, decoder, window),
+                _marked(partial(loss_unit, decoder, window)),
                 (head, finetune["flow"], pending["totals"], table, _INT),
                 (1, 2),
             ),
             Program(
                 "layer_unit",
-                partial(layer_unit, decoder, window, self.columns),
+                _marked(partial(layer_unit, decoder, window, self.columns)),
                 (
                     *layer_arguments,
                     finetune["flow"],
                     pending["gradients"][0],
                     table,
-                    _INT,
                     _INT,
                 ),
                 (4, 5),
@@ -225,10 +224,11 @@ class Runner:
     # -- a step -----------------------------------------------------------------------------------
 
     def forward(self, variant: str, bucket: int, vector: Int[np.ndarray, " X"]):
-        """Run the forward program; returns the outputs [T, D] and those of the sampled rows [R,
-        D]."""
-        finetune = self.finetune if variant == "finetune" else None
-        bank = None if variant == "base" else self.bank
+        """Run the forward program; returns the outputs [T, D] and those of the sampled rows [R, D].
+
+        `variant`: "base", or "adapters" when a token has an adapter or is a finetuning token.
+        """
+        bank, finetune = (None, None) if variant == "base" else (self.bank, self.finetune)
         self.pages, finetune, hidden, sampled = self._programs[f"forward/{variant}/{bucket}"](
             self.params, bank, self.pages, finetune, self.last_tokens, vector
         )
@@ -290,30 +290,37 @@ class Runner:
         """Zero the finetuning buffers after a microbatch that left values which are not finite."""
         self.finetune = self._programs["clear"](self.finetune)
 
-    def loss_unit(self, table: jax.Array, start: int) -> None:
-        """Loss of one window and its gradient."""
-        self.finetune["flow"], self.pending["totals"] = self._programs["loss_unit"](
+    def loss_unit(self, table: jax.Array, start: int) -> jax.Array:
+        """Loss of one window and its gradient; returns a scalar that is ready when it is done."""
+        self.finetune["flow"], self.pending["totals"], done = self._programs["loss_unit"](
             _head(self.params),
             self.finetune["flow"],
             self.pending["totals"],
             table,
             np.int32(start),
         )
+        return done
 
-    def layer_unit(self, layer: int, table: jax.Array, slot: int, start: int) -> None:
-        """Backward of one layer for one window."""
-        bank = {name: by_layer[layer] for name, by_layer in self.bank.items()}
-        self.finetune["flow"], self.pending["gradients"][layer] = self._programs["layer_unit"](
+    def layer_unit(
+        self, layer: int, table: jax.Array, weights: list, scales: list, start: int
+    ) -> jax.Array:
+        """Backward of one layer for one window; returns a scalar that is ready when it is done.
+
+        weights, scales: the job's adapter, by layer, as `finetune.backward.layer_unit` takes it.
+        """
+        adapter = {"weights": weights[layer], "scales": scales[layer]}
+        program = self._programs["layer_unit"]
+        self.finetune["flow"], self.pending["gradients"][layer], done = program(
             self.params["layers"][layer],
-            bank,
+            adapter,
             self.pages[layer],
             self.finetune["saved"][layer],
             self.finetune["flow"],
             self.pending["gradients"][layer],
             table,
-            np.int32(slot - 1),
             np.int32(start),
         )
+        return done
 
     def commit(self, state: dict) -> dict:
         """Add the finished microbatch's gradients to its job's state."""
@@ -340,6 +347,16 @@ class Runner:
 def _head(params: dict) -> dict:
     """The parameters that turn outputs into logits."""
     return {name: params[name] for name in ("embed", "norm", "head") if name in params}
+
+
+def _marked(unit: Callable) -> Callable:
+    """A backward unit that also returns a scalar to wait on: its other outputs are donated on."""
+
+    def run(*arguments):
+        flow, totals = unit(*arguments)
+        return flow, totals, flow["dx"][0, 0]
+
+    return run
 
 
 def _begin_microbatch(flow: dict, pending: dict) -> tuple[dict, dict]:

@@ -58,7 +58,8 @@ def saved_columns(config: ModelConfig, names: tuple[str, ...]) -> dict[str, slic
 def saved_shapes(
     config: ModelConfig, dtype: jnp.dtype, slots: int, columns: dict[str, slice]
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes of what the forward keeps of each layer, in one array so that one write keeps it all."""
+    """Shapes of what the forward keeps of each layer, in one array so that one write keeps it
+    all."""
     width = max(c.stop for c in columns.values())
     shapes = {
         "activations": jax.ShapeDtypeStruct((slots, width), dtype),
@@ -173,13 +174,12 @@ def layer_unit(
     window: int,
     columns: dict[str, slice],
     layer_params: dict,
-    bank: dict,
+    adapter: dict,
     pages: dict,
     saved: dict,
     flow: dict,
     gradients: dict,
     table: Int[Array, "4 S"],
-    bank_row: Int[Array, ""],
     start: Int[Array, ""],
 ) -> tuple[dict, dict]:
     """One layer of the backward for one window of tokens.
@@ -189,14 +189,14 @@ def layer_unit(
         window: W, static.
         columns: `saved_columns`, static.
         layer_params: the layer's frozen parameters.
-        bank: the layer's adapters: {"weights", "scales"} as `lora_bypass` takes them.
+        adapter: the job's adapter in this layer: {"weights": module -> {"a", "b"} float32,
+            "scales": module -> [1]}.
         pages: the layer's {"k", "v"} pages.
         saved: what the forward kept of this layer (`saved_shapes`).
         flow: `flow_shapes`; dx[start:start+W] goes in as the gradient of the layer's output;
             donated.
         gradients: module -> {"a": [d_in, R], "b": [R, d_out]} float32, added to; donated.
         table: the microbatch (`MicrobatchTable`).
-        bank_row: the job's row in the bank.
         start: first slot of the window.
 
     Returns:
@@ -218,13 +218,12 @@ def layer_unit(
 
     whole = MicrobatchTable.unpack(table)
     sequence_start = window_of(whole.sequence_start)
-    adapter = jnp.where(sequence_start < whole.label.shape[0], 0, -1)
-    own = jax.tree.map(lambda w: w[bank_row].astype(jnp.float32), bank["weights"])
-    scales = jax.tree.map(lambda s: s[bank_row, None], bank["scales"])
+    own_row = jnp.where(sequence_start < whole.label.shape[0], 0, -1)
+    own = adapter["weights"]
 
     def bypass(own: dict) -> Bypass:
         stacked = jax.tree.map(lambda w: w[None], own)
-        return lora_bypass(stacked, scales, adapter)
+        return lora_bypass(stacked, adapter["scales"], own_row)
 
     angles = decoder.angles(window_of(whole.position))
     x, attended = kept["x"], kept["attended"].reshape(window, decoder.config.num_heads, -1)

@@ -37,10 +37,10 @@ def window_attention_backward(
         k_pages: pages of B keys.
         v_pages: pages of values.
         kv_slots: where each of the microbatch's S tokens keeps its key and value: page * B +
-            offset; int32.
+            offset; int32. Any slot does for a token that is padding.
         sequence_starts: for each query, the first token of its sequence: it attends to the tokens
-            [sequence_starts[i], window_start + i]. A row that is padding starts past itself and
-            attends to nothing.
+            [sequence_starts[i], window_start + i]. A row that is padding starts past itself,
+            attends to nothing, and changes nothing whatever its other arguments hold.
         window_start: first token of the window; int32 scalar.
         out: the forward's output rows.
         lse: the forward's log-sum-exp of the scaled scores; float32.
@@ -66,6 +66,13 @@ def window_attention_backward(
         x = x.reshape(window, kv_heads, group, *x.shape[2:])
         return jnp.moveaxis(x, 1, 0).reshape(kv_heads, window * group, *x.shape[3:])
 
+    token = window_start + jnp.arange(window)
+    attends = sequence_starts <= token
+    # Padding holds anything, NaN too, and 0 * NaN is NaN.
+    q, out, d_out = (jnp.where(attends[:, None, None], x, 0) for x in (q, out, d_out))
+    # Sequences follow each other, so all keys from the first to the last are some query's.
+    first_key = jnp.min(jnp.where(attends, sequence_starts, num_slots))
+    last_key = jnp.max(jnp.where(attends, token, -1))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     queries, d_outs, lses, deltas = (
         by_kv_head(q),
@@ -73,14 +80,16 @@ def window_attention_backward(
         by_kv_head(lse),
         by_kv_head(delta),
     )
-    index = jnp.repeat(window_start + jnp.arange(window), group)[:, None]  # [W*G, 1]
+    index = jnp.repeat(token, group)[:, None]  # [W*G, 1]
     start = jnp.repeat(sequence_starts, group)[:, None]
 
     def chunk_of_keys(c, carry):
         dq, dk, dv = carry
         slots = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk)
-        keys, values = flat_keys[slots], flat_values[slots]  # [C, K, H]
         key_index = c * chunk + jnp.arange(chunk)
+        read = ((key_index >= first_key) & (key_index <= last_key))[:, None, None]
+        keys = jnp.where(read, flat_keys[slots], 0)  # [C, K, H]
+        values = jnp.where(read, flat_values[slots], 0)
         visible = (key_index >= start) & (key_index <= index)
         scores = scale * jnp.einsum(
             "kqh,ckh->kqc", queries, keys, preferred_element_type=jnp.float32
@@ -95,10 +104,11 @@ def window_attention_backward(
         )
         return dq, _add_rows(dk, add_k, c * chunk), _add_rows(dv, add_v, c * chunk)
 
-    first = jnp.clip(jnp.min(sequence_starts), 0, num_slots) // chunk
-    last = jnp.minimum((window_start + window + chunk - 1) // chunk, num_slots // chunk)
     dq, dk, dv = lax.fori_loop(
-        first, last, chunk_of_keys, (jnp.zeros(queries.shape, jnp.float32), dk, dv)
+        first_key // chunk,
+        last_key // chunk + 1,
+        chunk_of_keys,
+        (jnp.zeros(queries.shape, jnp.float32), dk, dv),
     )
     dq = jnp.moveaxis(dq.reshape(kv_heads, window, group, head_dim), 0, 1)
     return dq.reshape(q.shape).astype(q.dtype), dk, dv

@@ -1,0 +1,348 @@
+"""The engine: schedule, run, postprocess, one step after the other (FlexLLM, sections 5 and 6).
+
+The host runs one step ahead: step k + 1 is planned and dispatched before the tokens of step k are
+read, and sampled tokens go from step to step on the device. The engine is driven by one thread;
+`LLM` wraps it in one.
+"""
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from flexllm_jax.config import Config
+from flexllm_jax.engine import profile
+from flexllm_jax.engine.plan_batch import PlannedBatch, StepBuilder
+from flexllm_jax.engine.request import RequestState, top_logprobs
+from flexllm_jax.engine.runner import FINETUNE_SEQUENCES, Runner
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.finetune.job import FinetuneJob
+from flexllm_jax.finetune.trainer import Trainer
+from flexllm_jax.peft.adapter import Adapter
+from flexllm_jax.peft.bank import BankDirectory, Published, from_row, to_rows
+from flexllm_jax.peft.hf_peft import load_adapter
+from scheduler.coserving import Scheduler, SchedulerConfig
+from scheduler.request import Request, Slo, StepPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _InFlight:
+    """A dispatched step: what will have to be read, and what to do with it."""
+
+    plan: StepPlan
+    started: float
+    sampled: list[RequestState]
+    report: dict | None  # from the sampler
+    prompt_logprobs: list[tuple[RequestState, slice, list[int], dict]]
+    last_unit: jax.Array | None  # ready when the step's backward units are done
+    hidden: jax.Array | None
+    after: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Engine:
+    """Serves requests and trains adapters with one model on one device.
+
+    Args:
+        config: the whole configuration.
+        tokenizer: a Hugging Face tokenizer, for stop strings.
+        progress: show progress bars while starting.
+
+    `step` does one step and returns the requests that finished; everything else queues work.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any, *, progress: bool = True):
+        self.config, self.tokenizer = config, tokenizer
+        started = time.monotonic()
+        self.runner = runner = Runner(config, progress=progress)
+        log.info("%s", runner.memory.describe())
+        slo = Slo(config.scheduler.slo.tpot_ms / 1e3, config.scheduler.slo.ttft_ms / 1e3)
+        self.slo = slo
+        latency = profile.measure(runner, progress=progress)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_sequences=runner.rows,
+                max_tokens_per_step=runner.buckets[-1],
+                max_model_len=runner.max_model_len,
+                token_buckets=runner.buckets,
+                num_pages=runner.num_pages,
+                page_size=runner.page_size,
+                prefix_caching=config.cache.prefix_caching,
+                num_layers=runner.model.num_layers,
+                backward_window=runner.window,
+                max_finetune_segments=FINETUNE_SEQUENCES,
+                slo=slo,
+                idle_step_s=config.finetune.idle_step_ms / 1e3,
+            ),
+            latency,
+        )
+        self.directory = BankDirectory(config.adapters.slots)
+        self.trainer = Trainer(
+            config, runner, self.scheduler, self.publish_job, self.directory.stop_training
+        )
+        self._builder = StepBuilder(runner)
+        self._requests: dict[str, RequestState] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._unsettled: _InFlight | None = None  # its tokens are read, its units maybe running
+        self._device_free_at = 0.0
+        self._ids = itertools.count()
+        self._seeds = np.random.default_rng(config.workload.seed if config.workload else 0)
+        self.steps = 0
+        self.host_seconds: deque[float] = deque(maxlen=100_000)
+        for adapter in config.adapters.preload:
+            self.load_adapter(adapter.name, adapter.path)
+        self.startup_s = time.monotonic() - started
+        runner.compilations.count = 0
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        adapter: str | None = None,
+        *,
+        arrival: float | None = None,
+        seed_offset: int = 0,
+    ) -> RequestState:
+        """Queue one output sequence for a prompt of token ids.
+
+        Raises ValueError, saying why, for what can never be served: an empty prompt, token ids
+        outside the vocabulary, a prompt and max_tokens beyond the context, an adapter that is not
+        loaded.
+        """
+        eos = self.runner.model.eos_token_ids
+        params.check_banned(eos)
+        vocab_size = self.runner.model.vocab_size
+        outside = [t for t in prompt if not 0 <= t < vocab_size]
+        if outside:
+            raise ValueError(
+                f"prompt has token id {outside[0]}, the vocabulary has ids 0 to {vocab_size - 1}: "
+                f"use this model's tokenizer"
+            )
+        published = self.directory.lookup(adapter) if adapter else None
+        seed = params.seed
+        seed = int(self._seeds.integers(2**31)) if seed is None else seed + seed_offset
+        state = RequestState(
+            request_id=str(next(self._ids)),
+            prompt=tuple(prompt),
+            params=params,
+            seed=seed & 0x7FFFFFFF,
+            arrival=time.monotonic() if arrival is None else arrival,
+            stop_ids=params.stop_ids(eos),
+            adapter=published,
+        )
+        salt = (published.name, published.version) if published else None
+        if params.prompt_logprobs is not None:
+            salt = (salt, state.request_id)  # the whole prompt must be computed: share nothing
+        self.scheduler.add(
+            Request(state.request_id, state.prompt, params.max_tokens, state.arrival, salt)
+        )
+        if published:
+            published.users += 1
+        self._requests[state.request_id] = state
+        return state
+
+    def cancel(self, state: RequestState, error: str | None = None) -> None:
+        """Drop a request; its pages are free at once."""
+        if self.scheduler.cancel(state.request_id):
+            state.error = error
+            self._finish(state, "cancelled")
+
+    def _finish(self, state: RequestState, reason: str) -> None:
+        state.finish_reason = reason
+        self._requests.pop(state.request_id, None)
+        if state.adapter:
+            self.directory.release(state.adapter)
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path) -> Published:
+        """Load a PEFT folder as a new version of `name`."""
+        adapter = load_adapter(path, self.runner.model, self.config.model.path)
+        return self.publish(name, adapter)
+
+    def publish(self, name: str, adapter: Adapter) -> Published:
+        """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
+        values, scales = to_rows(adapter, self.runner.model, self.runner.bank_shape, name)
+        ranks = {key: w.a.shape[1] for key, w in adapter.weights.items()}
+        published = self.directory.publish(name, adapter.config, ranks)
+        self.runner.write_adapter(published.slot, values, scales)
+        return published
+
+    def publish_job(self, job: FinetuneJob) -> Published:
+        """Serve what a job has learnt so far under its name: a copy of its slot on the device."""
+        published = self.directory.publish(job.name, job.lora, job.ranks)
+        self.runner.copy_adapter(job.slot, published.slot)
+        return published
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it finish."""
+        self.directory.unload(name)
+
+    def read_adapter(self, name: str) -> Adapter:
+        """A served adapter's weights on the host; waits for the device."""
+        published = self.directory.lookup(name)
+        values = self.runner.read_adapter(published.slot)
+        return from_row(values, published.config, published.ranks)
+
+    # -- jobs -------------------------------------------------------------------------------------
+
+    def add_job(self, job: FinetuneJob) -> None:
+        """Start a finetuning job beside whatever runs."""
+        job.slot = self.directory.start_training(job.name)
+        try:
+            self.trainer.start(job)
+        except Exception:
+            self.directory.stop_training(job.name)
+            raise
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished, a job running, or a step in flight."""
+        return bool(self._requests or self.trainer.active or self._in_flight or self._unsettled)
+
+    def step(self) -> list[RequestState]:
+        """Plan and dispatch a step, then read the one before; returns requests that finished."""
+        started = time.perf_counter()
+        self.trainer.feed()
+        plan = self.scheduler.plan(time.monotonic())
+        if plan is not None:
+            self._in_flight.append(self._dispatch(plan))
+            self.steps += 1
+        self.host_seconds.append(time.perf_counter() - started)
+        if self._in_flight and (plan is None or len(self._in_flight) > 1):
+            return self._postprocess(self._in_flight.popleft())
+        if plan is None:
+            self._settle()
+        return []
+
+    def _dispatch(self, plan: StepPlan) -> _InFlight:
+        """Send a step's programs to the device."""
+        step = _InFlight(plan, time.monotonic(), [], None, [], None, None)
+        runner = self.runner
+        if plan.microbatch_started and plan.microbatch is not None:
+            self.trainer.begin(plan.microbatch, plan.microbatch_pages)
+        if plan.token_bucket:
+            packed = self.trainer.current if plan.forward else None
+            batch = self._builder.build(plan, self._requests, packed)
+            step.hidden, hidden_rows = runner.forward(
+                batch.variant, plan.token_bucket, batch.vector
+            )
+            if batch.sampled:
+                step.sampled = batch.sampled
+                step.report = runner.sample(hidden_rows, batch.rows, full=batch.full)
+            self._request_prompt_logprobs(step, batch)
+        if plan.units:
+            step.last_unit = self.trainer.backward(plan.units)
+        if plan.microbatch_done:
+            step.after = self.trainer.finish_microbatch()
+        jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
+        return step
+
+    def _request_prompt_logprobs(self, step: _InFlight, batch: PlannedBatch) -> None:
+        if not batch.prompt_targets:
+            return
+        targets = np.zeros(step.plan.token_bucket, np.int32)
+        for _, where, tokens in batch.prompt_targets:
+            targets[where.start : where.start + len(tokens)] = tokens
+        report = self.runner.prompt_logprobs(step.hidden, targets)
+        step.prompt_logprobs = [(*entry, report) for entry in batch.prompt_targets]
+
+    def _postprocess(self, step: _InFlight) -> list[RequestState]:
+        """Read a step's tokens, find out who is done, and let the scheduler know."""
+        self._settle()
+        plan = step.plan
+        if step.report is None and step.last_unit is None:
+            jax.block_until_ready(step.hidden)  # nothing to read: still, stay one step ahead only
+        sampled, stopped = self._read_tokens(step)
+        self._read_prompt_logprobs(step)
+        now = time.monotonic()
+        measured = (
+            None if step.last_unit is not None else now - max(step.started, self._device_free_at)
+        )
+        if measured is not None:
+            self._device_free_at = now
+        self._unsettled = step
+        finished = []
+        for sequence in self.scheduler.complete(plan, sampled, stopped, now, measured):
+            state = self._requests[sequence.request_id]
+            self._finish(state, sequence.finish_reason or "stop")
+            finished.append(state)
+        if not step.sampled:
+            self._settle()
+        return finished
+
+    def _settle(self) -> None:
+        """Wait for the backward units of the step whose tokens were read last."""
+        step, self._unsettled = self._unsettled, None
+        if step is None:
+            return
+        if step.last_unit is not None:
+            jax.block_until_ready(step.last_unit)
+            now = time.monotonic()
+            measured = now - max(step.started, self._device_free_at)
+            self.scheduler.latency.observe(step.plan.features, measured)
+            self._device_free_at = now
+        for read in step.after:
+            read()
+
+    def _read_tokens(self, step: _InFlight) -> tuple[dict[str, int], set[str]]:
+        if step.report is None:
+            return {}, set()
+        report = jax.tree.map(np.asarray, step.report)
+        sampled, stopped = {}, set()
+        for i, state in enumerate(step.sampled):
+            token = int(report["tokens"][i])
+            sampled[state.request_id] = token
+            if state.finished:
+                continue
+            if state.params.logprobs is not None:
+                state.logprobs.append(
+                    top_logprobs(
+                        token,
+                        report["logprobs"][i],
+                        report["top_tokens"][i],
+                        report["top_logprobs"][i],
+                        state.params.logprobs,
+                    )
+                )
+            if state.append(token, self.tokenizer):
+                stopped.add(state.request_id)
+        return sampled, stopped
+
+    def _read_prompt_logprobs(self, step: _InFlight) -> None:
+        for state, where, tokens, report in step.prompt_logprobs:
+            host = jax.tree.map(np.asarray, report)
+            if not state.prompt_logprobs:
+                state.prompt_logprobs = [None]  # nothing precedes the first token
+            for i, token in enumerate(tokens, start=where.start):
+                if len(state.prompt_logprobs) < len(state.prompt):
+                    state.prompt_logprobs.append(
+                        top_logprobs(
+                            token,
+                            host["logprobs"][i],
+                            host["top_tokens"][i],
+                            host["top_logprobs"][i],
+                            state.params.prompt_logprobs or 0,
+                        )
+                    )
+
+    def stop(self) -> None:
+        """End cleanly: unfinished requests get an error, running jobs write a checkpoint."""
+        for state in list(self._requests.values()):
+            self.cancel(state, "the engine was stopped")
+        while self._in_flight:
+            self._postprocess(self._in_flight.popleft())
+        self._settle()
+        self.trainer.stop()
+        self.runner.compilations.close()

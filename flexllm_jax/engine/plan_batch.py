@@ -1,0 +1,160 @@
+"""Turns a step plan into the arrays of a batch: the only per-token work of the host.
+
+Tokens lie in the order decode, prefill, finetuning. The page table of every request row is kept
+between steps, and only pages that are new are written to it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from flexllm_jax.engine.batch import Batch
+from flexllm_jax.engine.request import RequestState
+from flexllm_jax.engine.runner import Runner
+from flexllm_jax.engine.sampler import BANNED, SamplingRows
+from flexllm_jax.finetune.trainer import CurrentMicrobatch
+from scheduler.request import Chunk, StepPlan
+
+
+@dataclass
+class PlannedBatch:
+    """A step ready to run: which forward program, its vector, and who is sampled how.
+
+    prompt_targets: for requests that want log-probabilities of their prompt, the tokens of the
+    batch and what follows each.
+    """
+
+    variant: str
+    vector: np.ndarray
+    sampled: list[RequestState]
+    rows: SamplingRows
+    full: bool
+    prompt_targets: list[tuple[RequestState, slice, list[int]]]
+
+
+class StepBuilder:
+    """Builds batches, and remembers the pages of each request row."""
+
+    def __init__(self, runner: Runner):
+        self._runner = runner
+        self._tables = np.zeros((runner.rows, runner.pages_per_sequence), np.int32)
+
+    def build(
+        self,
+        plan: StepPlan,
+        requests: dict[str, RequestState],
+        microbatch: CurrentMicrobatch | None,
+    ) -> PlannedBatch:
+        """The batch of a plan; `microbatch` is the one in work when the plan has a forward of
+        it."""
+        runner, page_size = self._runner, self._runner.page_size
+        shape = runner.batch_shape(plan.token_bucket)
+        batch, vector = Batch.empty(shape, runner.num_pages * page_size, runner.slots)
+        rows = SamplingRows.neutral(shape.samples, no_row=runner.rows)
+        planned = PlannedBatch("base", vector, [], rows, False, [])
+        at = 0
+        for s, chunk in enumerate((*plan.decode, *plan.prefill)):
+            state = requests[chunk.sequence.request_id]
+            end = at + chunk.length
+            where = slice(at, end)
+            row = self._prepare_row(chunk, state)
+            if s < len(plan.decode):
+                batch.token[at] = -1 - row
+            else:
+                stop = chunk.start + chunk.length
+                batch.token[where] = chunk.sequence.tokens[chunk.start : stop]
+                self._want_prompt_logprobs(planned, state, chunk, where)
+            position = np.arange(chunk.start, chunk.start + chunk.length)
+            batch.position[where] = position
+            batch.kv_slot[where] = (
+                self._tables[row, position // page_size] * page_size + position % page_size
+            )
+            if state.adapter:
+                batch.adapter[where] = state.adapter.slot - 1
+                planned.variant = "adapters"
+            batch.kv_lengths[s] = chunk.start + chunk.length
+            batch.page_tables[s] = self._tables[row]
+            batch.query_starts[s + 1 :] = end
+            if chunk.samples:
+                self._sample(planned, batch, state, chunk, end - 1)
+            at = end
+        batch.num_decode[...] = len(plan.decode)
+        sequences = len(plan.decode) + len(plan.prefill)
+        if plan.forward is not None and microbatch is not None:
+            planned.variant = "adapters"
+            sequences = self._add_finetuning(plan, batch, microbatch, at, sequences)
+        batch.num_sequences[...] = sequences
+        return planned
+
+    def _prepare_row(self, chunk: Chunk, state: RequestState) -> int:
+        """Bring the row's page table up to date; start its history if it is new in the row."""
+        sequence = chunk.sequence
+        row = sequence.row
+        if state.row != row or state.preemptions != sequence.preemptions:
+            state.row, state.preemptions, state.copied_pages = row, sequence.preemptions, 0
+            if state.params.needs_history:
+                vocab_size = self._runner.model.vocab_size
+                counts = np.bincount(np.array(state.output, np.int64), minlength=vocab_size)
+                prompt = np.zeros(vocab_size, np.bool_)
+                prompt[list(state.prompt)] = True
+                self._runner.write_history(row, counts.astype(np.int32), prompt)
+        new = sequence.pages[state.copied_pages :]
+        if new:
+            self._tables[row, state.copied_pages : len(sequence.pages)] = new
+            state.copied_pages = len(sequence.pages)
+        return row
+
+    def _sample(
+        self, planned: PlannedBatch, batch: Batch, state: RequestState, chunk: Chunk, token: int
+    ) -> None:
+        """Sample from the output of `token` of the batch."""
+        i = len(planned.sampled)
+        planned.sampled.append(state)
+        batch.sample[i] = token
+        sequence = chunk.sequence
+        index = len(sequence.output) + sequence.in_flight - 1  # the plan has counted this one
+        rows, params = planned.rows, state.params
+        rows.row[i] = sequence.row
+        if not state.needs_full_sampling(index):
+            return
+        planned.full = True
+        rows.index[i], rows.seed[i] = index, state.seed
+        rows.temperature[i], rows.top_k[i] = params.temperature, params.top_k
+        rows.top_p[i], rows.min_p[i] = params.top_p, params.min_p
+        rows.repetition[i] = params.repetition_penalty
+        rows.presence[i], rows.frequency[i] = params.presence_penalty, params.frequency_penalty
+        if index < params.min_tokens:
+            banned = sorted(state.stop_ids)[:BANNED]
+            rows.banned[i, : len(banned)] = banned
+
+    def _want_prompt_logprobs(
+        self, planned: PlannedBatch, state: RequestState, chunk: Chunk, where: slice
+    ) -> None:
+        if state.params.prompt_logprobs is None or chunk.start >= len(state.prompt) - 1:
+            return
+        targets = list(state.prompt[chunk.start + 1 : chunk.start + 1 + chunk.length])
+        planned.prompt_targets.append((state, where, targets))
+
+    def _add_finetuning(
+        self, plan: StepPlan, batch: Batch, current: CurrentMicrobatch, at: int, sequences: int
+    ) -> int:
+        """Append the plan's range of the microbatch; returns the number of sequences in use."""
+        forward, packed = plan.forward, current.packed
+        tokens = slice(forward.start, forward.start + forward.length)
+        where = slice(at, at + forward.length)
+        batch.token[where] = packed.token[tokens]
+        batch.position[where] = packed.position[tokens]
+        batch.kv_slot[where] = current.kv_slot[tokens]
+        batch.adapter[where] = packed.job.slot - 1
+        batch.saved_row[where] = np.arange(tokens.start, tokens.stop)
+        start = 0
+        for length, pages in zip(packed.lengths, current.pages, strict=True):
+            first, last = max(start, tokens.start), min(start + length, tokens.stop)
+            if first < last:
+                at += last - first
+                batch.query_starts[sequences + 1 :] = at
+                batch.kv_lengths[sequences] = last - start
+                batch.page_tables[sequences, : len(pages)] = pages
+                sequences += 1
+            start += length
+        return sequences

@@ -1,0 +1,302 @@
+"""A finetuning job on the host: its data, its place in it, and what it has achieved.
+
+The job hands out microbatches; the engine runs them whenever the scheduler finds time and tells the
+job when an optimizer step is dispatched and, a step later, what it measured. A microbatch belongs
+to one job alone, so a job that diverges can never touch another's gradients.
+"""
+
+import enum
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flexllm_jax.config import FinetuneConfig
+from flexllm_jax.finetune.data import BatchStream, Dataset, TrainingSequence, load_dataset, pack
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.peft.adapter import Adapter, LoraConfig, init_adapter
+from flexllm_jax.peft.hf_peft import load_adapter
+
+
+class JobStatus(enum.Enum):
+    """Where a job is."""
+
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class PackedMicrobatch:
+    """Sequences of one job that go through the model together.
+
+    token, label, position and sequence_start are int32 [n], n the tokens of all sequences (see
+    `finetune.backward.MicrobatchTable`). `ends_batch`: an optimizer step follows. `validation`:
+    only its loss is wanted; `ends_validation`: it is the last of its pass.
+    """
+
+    microbatch_id: int
+    job: "FinetuneJob"
+    lengths: tuple[int, ...]
+    token: np.ndarray
+    label: np.ndarray
+    position: np.ndarray
+    sequence_start: np.ndarray
+    ends_batch: bool = False
+    validation: bool = False
+    ends_validation: bool = False
+    stream_state: dict | None = None  # of the data after this batch
+
+
+def create_job(
+    config: FinetuneConfig,
+    model: ModelConfig,
+    model_path: Path,
+    tokenizer: Any,
+    max_tokens: int,
+    max_model_len: int,
+) -> "FinetuneJob":
+    """Load a job's data and its first adapter.
+
+    Rows that cannot be used are skipped and counted in the job's messages. Raises DatasetError or
+    AdapterError, in one line, when nothing can be done with the data or the adapter.
+    """
+    longest = min(config.max_seq_len or max_tokens, max_tokens, max_model_len)
+    load = partial(
+        load_dataset,
+        tokenizer=tokenizer,
+        format=config.format,
+        max_seq_len=longest,
+        train_on=config.train_on,
+    )
+    dataset = load(config.dataset)
+    validation = load(config.validation) if config.validation else None
+    if config.init_adapter:
+        adapter = load_adapter(config.init_adapter, model, model_path)
+    else:
+        peft = config.peft
+        lora = LoraConfig(
+            r=peft.r,
+            alpha=peft.alpha,
+            target_modules=tuple(peft.target_modules),
+            use_rslora=peft.use_rslora,
+            rank_pattern=peft.rank_pattern,
+            alpha_pattern=peft.alpha_pattern,
+        )
+        adapter = init_adapter(lora, model, config.seed)
+    job = FinetuneJob(config, adapter.config, adapter, dataset, validation, max_tokens)
+    job.messages += [data.summary() for data in (dataset, validation) if data and data.skipped]
+    return job
+
+
+def _pack_arrays(sequences: list[TrainingSequence]) -> dict:
+    labels = []
+    for s in sequences:
+        label = np.full(len(s), -1, np.int32)
+        label[:-1] = np.where(s.loss_mask[1:], s.tokens[1:], -1)
+        labels.append(label)
+    lengths = tuple(len(s) for s in sequences)
+    starts = np.cumsum([0, *lengths[:-1]])
+    return {
+        "lengths": lengths,
+        "token": np.concatenate([s.tokens for s in sequences]).astype(np.int32),
+        "label": np.concatenate(labels),
+        "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "sequence_start": np.repeat(starts, lengths).astype(np.int32),
+    }
+
+
+@dataclass
+class FinetuneJob:
+    """One job; the engine owns its device state and drives it.
+
+    `step` counts optimizer steps whose results are known; `dispatched` those under way too.
+    """
+
+    config: FinetuneConfig
+    lora: LoraConfig
+    adapter: Adapter  # the adapter it starts from; names its (layer, module) pairs
+    dataset: Dataset
+    validation: Dataset | None
+    max_tokens: int  # of a microbatch
+    slot: int = 0
+    state: dict = field(default_factory=dict, repr=False)  # on the device
+    scales: list = field(
+        default_factory=list, repr=False
+    )  # of the adapter, by layer, on the device
+    status: JobStatus = JobStatus.RUNNING
+    reason: str | None = None
+    step: int = 0
+    dispatched: int = 0
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    tokens: int = 0  # forward tokens of this run, up to the last step done
+    tokens_pending: int = 0  # the same, up to the last microbatch dispatched
+    tokens_started: int = 0  # forward tokens handed out, for fairness between jobs
+    resumed_from: int = 0
+    started_at: float = field(default_factory=time.monotonic)
+    finished_at: float | None = None
+    adapter_dir: Path | None = None
+    messages: list[str] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event, repr=False)
+
+    def __post_init__(self):
+        c = self.config
+        self.stream = BatchStream(self.dataset, c.batch_tokens, c.seed)
+        self.total_steps = c.steps or self.stream.total_batches(c.epochs or 1)
+        self._ready: deque[PackedMicrobatch] = deque()
+        self._position: dict = self.stream.state()
+        self._batches_out = 0
+        self._validation_sum = np.zeros(2)
+        self._validations_left = 0  # microbatches prepared and not measured
+
+    @property
+    def name(self) -> str:
+        """The job's name, also its adapter's."""
+        return self.config.name
+
+    @property
+    def ranks(self) -> dict[tuple[int, str], int]:
+        """Rank of each (layer, module) of the adapter."""
+        return {key: w.a.shape[1] for key, w in self.adapter.weights.items()}
+
+    @property
+    def running(self) -> bool:
+        """Whether the job still has work."""
+        return self.status is JobStatus.RUNNING
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Forward tokens over wall time, as the paper counts."""
+        wall = (self.finished_at or time.monotonic()) - self.started_at
+        return self.tokens / wall if wall > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to the last step at the pace so far; None before the first step."""
+        done = self.step - self.resumed_from
+        if not done:
+            return None
+        return (time.monotonic() - self.started_at) / done * (self.total_steps - self.step)
+
+    @property
+    def position(self) -> dict:
+        """Where in its data the job is after `dispatched` optimizer steps."""
+        return self._position
+
+    def restore(self, step: int, info: dict) -> None:
+        """Go on from a checkpoint taken after optimizer step `step`."""
+        self.stream.restore(info["stream"])
+        self._position = self.stream.state()
+        self.step = self.dispatched = self._batches_out = self.resumed_from = step
+        self.losses = list(info["losses"])
+        self.gradient_norms = list(info["gradient_norms"])
+        self.validation_losses = [(int(s), float(v)) for s, v in info["validation_losses"]]
+
+    def checkpoint_info(self, position: dict) -> dict:
+        """What a checkpoint of the steps done so far keeps beside the arrays."""
+        return {
+            "stream": position,
+            "losses": list(self.losses),
+            "gradient_norms": list(self.gradient_norms),
+            "validation_losses": list(self.validation_losses),
+            "total_steps": self.total_steps,
+        }
+
+    # -- microbatches -----------------------------------------------------------------------------
+
+    def next_microbatch(self, ids: Iterator[int]) -> PackedMicrobatch | None:
+        """The next microbatch in order, or None when all have been handed out."""
+        if not self._ready and self._batches_out < self.total_steps:
+            self._prepare(ids)
+        if not self._ready or not self.running:
+            return None
+        microbatch = self._ready.popleft()
+        self.tokens_started += len(microbatch.token)
+        return microbatch
+
+    def _prepare(self, ids: Iterator[int]) -> None:
+        """Pack the next batch, and the validation set if it is due after it."""
+        packed = pack(self.stream.next_batch(), self.max_tokens)
+        self._batches_out += 1
+        state = self.stream.state()
+        for i, sequences in enumerate(packed):
+            last = i == len(packed) - 1
+            self._ready.append(
+                PackedMicrobatch(
+                    next(ids),
+                    self,
+                    **_pack_arrays(sequences),
+                    ends_batch=last,
+                    stream_state=state if last else None,
+                )
+            )
+        if self.validation is None:
+            return
+        every = self.config.validation_every
+        if self._batches_out == self.total_steps or (every and self._batches_out % every == 0):
+            packed = pack(self.validation.sequences, self.max_tokens)
+            self._validations_left += len(packed)
+            for i, sequences in enumerate(packed):
+                self._ready.append(
+                    PackedMicrobatch(
+                        next(ids),
+                        self,
+                        **_pack_arrays(sequences),
+                        validation=True,
+                        ends_validation=i == len(packed) - 1,
+                    )
+                )
+
+    # -- progress ---------------------------------------------------------------------------------
+
+    def step_dispatched(self, microbatch: PackedMicrobatch) -> None:
+        """The optimizer step that `microbatch` ends is on its way."""
+        self.dispatched += 1
+        self._position = microbatch.stream_state or self._position
+
+    def step_done(self, loss: float, gradient_norm: float, tokens: int) -> None:
+        """An optimizer step's results, and the run's tokens up to it. A loss or norm that is not
+        finite fails the job."""
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            self.finish(
+                JobStatus.FAILED,
+                f"job {self.name!r} stopped: loss {loss} and gradient norm {gradient_norm} at "
+                f"step {self.step + 1} are not finite; lower optimizer.lr "
+                f"({self.config.optimizer.lr}) or optimizer.clip and resume",
+            )
+            return
+        self.step += 1
+        self.tokens = tokens
+        self.losses.append(loss)
+        self.gradient_norms.append(gradient_norm)
+
+    def validated(self, totals: np.ndarray, *, ends: bool) -> None:
+        """Add a validation microbatch's sum of losses and number of labels."""
+        self._validation_sum += totals
+        self._validations_left -= 1
+        if ends:
+            total, labels = self._validation_sum
+            self.validation_losses.append((self.step, float(total / max(labels, 1))))
+            self._validation_sum = np.zeros(2)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps are done and the validation after them too."""
+        return self.step >= self.total_steps and not self._validations_left
+
+    def finish(self, status: JobStatus, reason: str | None = None) -> None:
+        """End the job."""
+        self.status, self.reason = status, reason
+        self.finished_at = time.monotonic()
+        self._ready.clear()
+        self.ended.set()

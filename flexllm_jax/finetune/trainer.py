@@ -1,0 +1,269 @@
+"""Runs jobs on the device as the scheduler finds time: microbatches, backward units, optimizer
+steps, checkpoints.
+
+Every method only dispatches. What must be read back (losses, norms, checkpoints) is returned as a
+function that the engine calls once the step is done. Jobs share the engine fairly by tokens: the
+one that was given least comes next.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flexllm_jax.config import Config
+from flexllm_jax.engine.runner import Runner
+from flexllm_jax.finetune.checkpoint import CheckpointError, JobCheckpoints
+from flexllm_jax.finetune.job import FinetuneJob, JobStatus, PackedMicrobatch
+from flexllm_jax.finetune.optimizer import hyperparameters
+from flexllm_jax.peft.bank import from_row, to_rows
+from flexllm_jax.peft.hf_peft import save_adapter
+from scheduler.coserving import Scheduler
+from scheduler.request import Microbatch
+
+log = logging.getLogger(__name__)
+_QUEUED = 2  # microbatches handed to the scheduler ahead of time
+
+
+@dataclass
+class CurrentMicrobatch:
+    """The microbatch in work: its pages, where each token's key is, and its table on the device."""
+
+    packed: PackedMicrobatch
+    pages: tuple[tuple[int, ...], ...]
+    kv_slot: np.ndarray
+    table: jax.Array
+
+
+class Trainer:
+    """All jobs of an engine. `publish` serves a finished job's adapter."""
+
+    def __init__(
+        self,
+        config: Config,
+        runner: Runner,
+        scheduler: Scheduler,
+        publish: Callable[[FinetuneJob], object],
+        release: Callable[[str], None],
+    ):
+        self._config, self._runner, self._scheduler = config, runner, scheduler
+        self._publish, self._release = publish, release
+        self.jobs: dict[str, FinetuneJob] = {}
+        self._queued: dict[int, PackedMicrobatch] = {}
+        self._ids = itertools.count()
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writes: list[Future] = []
+        self.current: CurrentMicrobatch | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a job is running."""
+        return any(job.running for job in self.jobs.values())
+
+    def start(self, job: FinetuneJob) -> None:
+        """Put a job's adapter in its slot, from its newest checkpoint if it resumes, and let it
+        run."""
+        if job.name in self.jobs and self.jobs[job.name].running:
+            raise ValueError(f"job {job.name!r} is running already: use another name")
+        runner = self._runner
+        values, scales = to_rows(job.adapter, runner.model, runner.bank_shape, job.name)
+        job.state = runner.zeros(runner.job_state_shapes)
+        kept = {"master": values, "optimizer": jax.tree.map(np.asarray, job.state["optimizer"])}
+        checkpoint = self._checkpoints(job).restore_latest(kept) if job.config.resume else None
+        if checkpoint is not None:
+            job.restore(checkpoint.step, checkpoint.info)
+            kept = checkpoint.arrays
+        runner.write_adapter(job.slot, kept["master"], scales)
+        job.scales = jax.device_put(jax.tree.map(lambda s: s.reshape(1), scales), runner.device)
+        job.state |= jax.device_put(kept, runner.device)
+        self.jobs[job.name] = job
+        if job.complete:
+            self._complete(job)
+
+    def feed(self) -> None:
+        """Keep a few microbatches queued with the scheduler."""
+        while self._scheduler.num_microbatches < _QUEUED:
+            jobs = sorted((j for j in self.jobs.values() if j.running), key=_served)
+            packed = next((p for j in jobs if (p := j.next_microbatch(self._ids))), None)
+            if packed is None:
+                return
+            self._queued[packed.microbatch_id] = packed
+            self._scheduler.add(
+                Microbatch(packed.microbatch_id, packed.lengths, backward=not packed.validation)
+            )
+
+    # -- dispatch ---------------------------------------------------------------------------------
+
+    def begin(self, microbatch: Microbatch, pages: tuple[tuple[int, ...], ...]) -> None:
+        """Start a microbatch in these pages, also again after it lost others."""
+        packed, runner = self._queued[microbatch.microbatch_id], self._runner
+        page_size = runner.page_size
+        kv_slot = np.concatenate(
+            [
+                np.asarray(own, np.int32)[np.arange(length) // page_size] * page_size
+                + np.arange(length, dtype=np.int32) % page_size
+                for own, length in zip(pages, packed.lengths, strict=True)
+            ]
+        )
+        tokens = len(packed.token)
+        table = np.zeros((4, runner.slots), np.int32)
+        table[0], table[3] = -1, runner.slots
+        table[:, :tokens] = (packed.label, packed.position, kv_slot, packed.sequence_start)
+        self.current = CurrentMicrobatch(
+            packed, pages, kv_slot, jax.device_put(table, runner.device)
+        )
+        runner.begin_microbatch()
+
+    def backward(self, units: range) -> jax.Array:
+        """Dispatch backward units of the microbatch in work; returns what is ready when they are.
+
+        Units count as the scheduler does: first the loss of every window, then layer after layer
+        from the last, window after window from the last.
+        """
+        current, runner = self.current, self._runner
+        window = runner.window
+        windows = -(-len(current.packed.token) // window)
+        job, last_layer = current.packed.job, runner.model.num_layers - 1
+        done = None
+        for unit in units:
+            if unit < windows:
+                done = runner.loss_unit(current.table, unit * window)
+            else:
+                layers, earlier = divmod(unit - windows, windows)
+                start = (windows - 1 - earlier) * window
+                done = runner.layer_unit(
+                    last_layer - layers, current.table, job.state["master"], job.scales, start
+                )
+        return done
+
+    def finish_microbatch(self) -> list[Callable[[], None]]:
+        """Account for the microbatch whose last unit was dispatched; step the optimizer if due."""
+        packed, runner = self.current.packed, self._runner
+        self._queued.pop(packed.microbatch_id, None)
+        self.current = None
+        job = packed.job
+        if not job.running:
+            return []
+        if packed.validation:
+            totals = runner.totals()
+            totals.copy_to_host_async()
+            return [lambda: self._validated(packed, totals)]
+        job.state = runner.commit(job.state)
+        job.tokens_pending += len(packed.token)
+        if not packed.ends_batch:
+            return []
+        values = hyperparameters(job.config.optimizer, job.dispatched, job.total_steps)
+        job.state, metrics = runner.optimizer_step(
+            job.state, job.slot, np.asarray(values, np.float32)
+        )
+        jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
+        job.step_dispatched(packed)
+        every = self._config.finetune.checkpoint_every
+        snapshot = None
+        if every and job.dispatched % every == 0 and job.dispatched < job.total_steps:
+            snapshot = runner.copy_state(job.state)
+        tokens, position = job.tokens_pending, job.position
+        return [lambda: self._stepped(job, metrics, tokens, position, snapshot)]
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def _stepped(
+        self, job: FinetuneJob, metrics: dict, tokens: int, position: dict, snapshot: dict | None
+    ) -> None:
+        if not job.running:
+            return
+        job.step_done(float(metrics["loss"]), float(metrics["gradient_norm"]), tokens)
+        if not job.running:
+            log.error("%s", job.reason)
+            self._end(job)
+            self._runner.clear_finetune()
+        elif snapshot is not None:
+            self._write(job, job.step, snapshot, job.checkpoint_info(position))
+        if job.running and job.complete:
+            self._complete(job)
+
+    def _validated(self, packed: PackedMicrobatch, totals: jax.Array) -> None:
+        job = packed.job
+        job.validated(np.asarray(totals), ends=packed.ends_validation)
+        if job.running and job.complete:
+            self._complete(job)
+
+    def _complete(self, job: FinetuneJob) -> None:
+        """All steps are done: keep the state, serve the adapter, write it in PEFT's format."""
+        self._write(
+            job, job.step, self._runner.copy_state(job.state), job.checkpoint_info(job.position)
+        )
+        try:
+            self._publish(job)
+        except ValueError as error:  # no free slot: the export is what counts
+            job.messages.append(str(error))
+            log.warning("%s", error)
+        job.adapter_dir = self.export(job, self._config.output_dir / job.name / "adapter")
+        job.finish(JobStatus.SUCCEEDED)
+        self._end(job)
+
+    def export(self, job: FinetuneJob, out_dir: Path) -> Path:
+        """Write the job's adapter as it is now; waits for the device."""
+        master = jax.tree.map(np.asarray, job.state["master"])
+        adapter = from_row(master, job.lora, job.ranks)
+        save_adapter(adapter, self._runner.model, self._config.model.path, out_dir)
+        return out_dir
+
+    def cancel(self, job: FinetuneJob) -> None:
+        """Stop a job and keep its last checkpoint."""
+        if job.running:
+            job.finish(JobStatus.CANCELLED, "cancelled")
+            self._end(job)
+
+    def _end(self, job: FinetuneJob) -> None:
+        """Take back what an ended job holds."""
+        for microbatch_id, packed in list(self._queued.items()):
+            if packed.job is job:
+                self._scheduler.cancel_microbatch(microbatch_id)
+                del self._queued[microbatch_id]
+        if job.status is not JobStatus.SUCCEEDED:
+            log.info("job %s ended: %s", job.name, job.reason)
+        job.state = {}
+        self._release(job.name)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _checkpoints(self, job: FinetuneJob) -> JobCheckpoints:
+        return JobCheckpoints(self._config.output_dir / job.name / "checkpoints")
+
+    def _write(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
+        """Write a checkpoint in the background; a failure is reported and costs nothing else."""
+
+        def write() -> None:
+            try:
+                arrays = jax.tree.map(np.asarray, snapshot)
+                self._checkpoints(job).save(step, arrays, info)
+            except (CheckpointError, OSError) as error:
+                job.messages.append(str(error))
+                log.error("%s", error)
+
+        self._writes = [w for w in self._writes if not w.done()]
+        self._writes.append(self._writer.submit(write))
+
+    def stop(self) -> None:
+        """Write a checkpoint of every running job and wait for all that are under way."""
+        for job in self.jobs.values():
+            if job.running and job.step > job.resumed_from:
+                self._write(
+                    job,
+                    job.step,
+                    self._runner.copy_state(job.state),
+                    job.checkpoint_info(job.position),
+                )
+            if job.running:
+                job.finish(JobStatus.CANCELLED, "the engine was stopped; resume goes on from here")
+        self._writer.shutdown(wait=True)
+
+
+def _served(job: FinetuneJob) -> int:
+    return job.tokens_started

@@ -1,0 +1,441 @@
+"""The Python API: generate, finetune, and both at once.
+
+    llm = LLM("path/to/model")
+    job = llm.finetune(FinetuneConfig(name="mine", dataset="rows.jsonl", epochs=1))
+    outputs = llm.generate(["Hello"], SamplingParams(max_tokens=32))     # beside the running job
+    job.wait()
+    outputs = llm.generate(["Hello"], SamplingParams(max_tokens=32), adapter="mine")
+
+The engine runs in a thread of its own, which alone touches it: calls are queued to it and carried
+out between two steps.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import AutoTokenizer
+
+from flexllm_jax.config import Config, ConfigError, FinetuneConfig, build_config
+from flexllm_jax.engine.engine import Engine
+from flexllm_jax.engine.request import RequestState, TokenLogprobs
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.peft.adapter import Adapter
+from flexllm_jax.peft.hf_peft import save_adapter, save_merged
+
+Prompt = str | Sequence[int]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One output of a prompt. `logprobs`: for each token, token id -> log-probability."""
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str | None
+    logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What came of one prompt; the attributes of a single output are here too.
+
+    `prompt_logprobs` has None for the first token, which nothing precedes.
+    """
+
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    ttft_s: float | None
+    tpot_s: float | None
+
+    @property
+    def text(self) -> str:
+        """Text of the first output."""
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the first output."""
+        return self.outputs[0].token_ids
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        """Log-probabilities of the first output."""
+        return self.outputs[0].logprobs
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first output ended: "stop" or "length"."""
+        return self.outputs[0].finish_reason
+
+
+class RequestFuture(Future):
+    """Done when the request is; `state` is its record, also before."""
+
+    state: RequestState
+
+
+class EngineLoop:
+    """The thread that drives an engine, and the way in for all others."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._calls: queue.SimpleQueue[tuple[Callable, Future] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, RequestFuture] = {}
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        """Run `function` in the engine's thread between two steps; returns or raises as it does."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the engine has stopped") from self._error
+        future: Future = Future()
+        self._calls.put((lambda: function(*args, **kwargs), future))
+        return future.result()
+
+    def submit(self, *args: Any, **kwargs: Any) -> RequestFuture:
+        """`Engine.add_request`; the future holds the finished RequestState."""
+
+        def add() -> RequestFuture:
+            future = RequestFuture()
+            future.state = self.engine.add_request(*args, **kwargs)
+            self._waiting[future.state.request_id] = future
+            return future
+
+        return self.call(add)
+
+    def cancel(self, future: RequestFuture, error: str) -> None:
+        """Drop a request that was submitted; its future holds it as it was."""
+
+        def drop() -> None:
+            state = future.state
+            if not state.finished:
+                self.engine.cancel(state, error)
+                self._waiting.pop(state.request_id).set_result(state)
+
+        self.call(drop)
+
+    def stop(self) -> None:
+        """Stop the engine: jobs checkpoint, unfinished requests fail."""
+        if self._thread.is_alive():
+            self._calls.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._answer_calls():
+                for state in self.engine.step():
+                    self._waiting.pop(state.request_id).set_result(state)
+            self.engine.stop()
+        except BaseException as error:
+            self._error = error
+            raise
+        finally:
+            for future in self._waiting.values():
+                if self._error:
+                    future.set_exception(RuntimeError(f"the engine failed: {self._error!r}"))
+                else:
+                    future.set_result(future.state)
+            while not self._calls.empty():
+                if call := self._calls.get():
+                    call[1].set_exception(RuntimeError("the engine has stopped"))
+
+    def _answer_calls(self) -> bool:
+        """Carry out what is queued, waiting for it when there is nothing else to do."""
+        while not self._calls.empty() or not self.engine.has_work:
+            call = self._calls.get()
+            if call is None:
+                return False
+            function, future = call
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        return True
+
+
+@dataclass
+class Job:
+    """A finetuning job as seen from outside."""
+
+    _job: FinetuneJob
+    _loop: EngineLoop
+    name: str = field(init=False)
+
+    def __post_init__(self):
+        self.name = self._job.name
+
+    @property
+    def status(self) -> str:
+        """running, succeeded, failed or cancelled."""
+        return self._job.status.value
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed or was cancelled."""
+        return self._job.reason
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss of every optimizer step so far."""
+        return list(self._job.losses)
+
+    @property
+    def validation_losses(self) -> list[tuple[int, float]]:
+        """(optimizer step, mean loss) of every validation so far."""
+        return list(self._job.validation_losses)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return self._job.step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all."""
+        return self._job.total_steps
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Forward tokens over wall time."""
+        return self._job.tokens_per_s
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left at the pace so far."""
+        return self._job.eta_s
+
+    @property
+    def messages(self) -> list[str]:
+        """Warnings: rows skipped, checkpoints that could not be written."""
+        return list(self._job.messages)
+
+    @property
+    def adapter_dir(self) -> Path | None:
+        """Where the finished adapter lies in PEFT's format."""
+        return self._job.adapter_dir
+
+    def wait(self, timeout: float | None = None) -> "Job":
+        """Wait until it has ended. TimeoutError after `timeout` seconds."""
+        if not self._job.ended.wait(timeout):
+            raise TimeoutError(f"job {self.name!r} is still running after {timeout} s")
+        return self
+
+    def publish(self) -> int:
+        """Serve what it has learnt so far under its name; returns the version."""
+        return self._loop.call(lambda: self._loop.engine.publish_job(self._job).version)
+
+    def cancel(self) -> None:
+        """Stop it; its last checkpoint stays."""
+        self._loop.call(lambda: self._loop.engine.trainer.cancel(self._job))
+
+
+class LLM:
+    """A model that serves requests and finetunes adapters at the same time.
+
+    Args:
+        model: folder of a Hugging Face checkpoint.
+        adapters: name -> PEFT folder, served from the start.
+        dtype: "float32" or "bfloat16".
+        max_model_len: longest prompt + output, tokens.
+        adapter_bank: size of the bank, e.g. `{"slots": 8, "max_rank": 16}` (section `adapters`).
+        progress: show progress bars while starting.
+        config_fields: other sections of the configuration, e.g. `cache={"num_pages": 512}`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        dtype: str | None = None,
+        max_model_len: int | None = None,
+        adapter_bank: Mapping[str, Any] | None = None,
+        progress: bool = True,
+        **config_fields: Any,
+    ):
+        section = {"path": str(model), "dtype": dtype, "max_model_len": max_model_len}
+        tree = {"model": {k: v for k, v in section.items() if v is not None}, **config_fields}
+        preload = [{"name": name, "path": str(path)} for name, path in (adapters or {}).items()]
+        tree["adapters"] = {**(adapter_bank or {}), "preload": preload}
+        self._start(build_config(tree, "LLM"), progress)
+
+    @classmethod
+    def from_config(cls, config: Config, *, progress: bool = True) -> "LLM":
+        """The same from a whole configuration."""
+        llm = cls.__new__(cls)
+        llm._start(config, progress)
+        return llm
+
+    def _start(self, config: Config, progress: bool) -> None:
+        self.config = config
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model.path={str(config.model.path)!r} has no usable tokenizer "
+                f"({str(error).splitlines()[0]}): give a complete Hugging Face checkpoint"
+            ) from None
+        self.engine = Engine(config, self.tokenizer, progress=progress)
+        self._loop = EngineLoop(self.engine)
+
+    # -- inference --------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with the tokenizer's special tokens."""
+        return (
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+        )
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        adapter: str | None = None,
+        arrival: float | None = None,
+    ) -> list[RequestFuture]:
+        """Queue a prompt; a future of the finished RequestState for each of its `n` outputs.
+
+        `arrival`: when the request arrived (time.monotonic), for its latencies; now by default.
+        """
+        params = sampling_params or SamplingParams()
+        tokens = self.encode(prompt)
+        return [
+            self._loop.submit(tokens, params, adapter, arrival=arrival, seed_offset=i)
+            for i in range(params.n)
+        ]
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answer prompts (texts or token ids) with the base model or an adapter, in order.
+
+        A job that runs goes on beside it. Raises ValueError for a prompt that can never be served;
+        nothing is generated then.
+        """
+        prompts = _as_list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise ValueError(
+                f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: "
+                f"give one for all or one for each"
+            )
+        groups: list[list[RequestFuture]] = []
+        try:
+            for prompt, params in zip(prompts, sampling_params, strict=True):
+                groups.append(self.submit(prompt, params, adapter))
+        except ValueError:
+            for future in (future for group in groups for future in group):
+                self._loop.cancel(future, "another prompt of the call was refused")
+            raise
+        return [self._output([future.result() for future in group]) for group in groups]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        sampling_params: SamplingParams | None = None,
+        adapter: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several, through the tokenizer's chat template."""
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False)
+            for c in conversations
+        ]
+        tokens = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompts]
+        return self.generate(tokens, sampling_params, adapter)
+
+    def _output(self, states: list[RequestState]) -> RequestOutput:
+        first = states[0]
+        if first.error:
+            raise RuntimeError(f"request failed: {first.error}")
+        params, timing = first.params, first.timing
+        return RequestOutput(
+            prompt_token_ids=list(first.prompt),
+            outputs=[
+                CompletionOutput(
+                    token_ids=state.output,
+                    text=state.text(self.tokenizer),
+                    finish_reason=state.finish_reason,
+                    logprobs=None if params.logprobs is None else state.logprobs,
+                )
+                for state in states
+            ],
+            prompt_logprobs=None if params.prompt_logprobs is None else first.prompt_logprobs,
+            ttft_s=timing.ttft_s,
+            tpot_s=timing.tpot_s,
+        )
+
+    # -- finetuning and adapters ------------------------------------------------------------------
+
+    def finetune(self, config: FinetuneConfig) -> Job:
+        """Start a job; it runs in what inference leaves, and is served by its name when it is
+        done."""
+        runner = self.engine.runner
+        job = create_job(
+            config,
+            runner.model,
+            self.config.model.path,
+            self.tokenizer,
+            self.config.finetune.max_tokens,
+            runner.max_model_len,
+        )
+        self._loop.call(self.engine.add_job, job)
+        return Job(job, self._loop)
+
+    def load_adapter(self, name: str, path: str | Path) -> int:
+        """Serve a PEFT folder as `name`; returns its version."""
+        return self._loop.call(lambda: self.engine.load_adapter(name, path).version)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it finish."""
+        self._loop.call(self.engine.unload_adapter, name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that can be asked for."""
+        return self._loop.call(lambda: sorted(self.engine.directory.current))
+
+    def export_adapter(self, name: str, out_dir: str | Path) -> None:
+        """Write a served adapter in PEFT's format."""
+        adapter = self._read(name)
+        save_adapter(adapter, self.engine.runner.model, self.config.model.path, out_dir)
+
+    def export_merged(self, name: str, out_dir: str | Path) -> None:
+        """Write the base model with a served adapter merged in, as a Hugging Face checkpoint."""
+        adapter, runner = self._read(name), self.engine.runner
+        save_merged(runner.params, adapter, runner.model, self.config.model.path, out_dir)
+
+    def _read(self, name: str) -> Adapter:
+        return self._loop.call(self.engine.read_adapter, name)
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop: running jobs write a checkpoint, unfinished requests fail."""
+        self._loop.stop()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as several."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)
