@@ -49,6 +49,7 @@ class Scheduler:
         self._outstanding: deque[StepPlan] = deque()
         # When the device began the oldest outstanding plan, or finishes the last completed one.
         self._device_free = -math.inf
+        self._blocked: tuple[Sequence, int] | None = None  # not admitted with this much room
         self._steps = itertools.count()
         self._arrivals = itertools.count()
         self._preempted: list[str] = []  # not reported in a plan yet
@@ -323,13 +324,19 @@ class Scheduler:
         Finetuning gives its pages up when that is enough to admit.
         """
         pool, salt = self.pool, sequence.request.cache_salt
+        # Looking a long prompt up costs time: only once more pages are free than when it failed.
+        room = pool.num_free + self._finetuning.pages_held - len(self._running)
+        if self._blocked and self._blocked[0] is sequence and room <= self._blocked[1]:
+            return False
         shared = pool.find_prefix(sequence.tokens, salt)
         needed = pool.pages_for(len(sequence.tokens)) - len(shared)
         missing = needed + len(self._running) - pool.num_free_beside(shared)
         if missing > self._finetuning.pages_held:
+            self._blocked = (sequence, room)
             return False
         if missing > 0:
             self._park()
+        self._blocked = None
         pool.share(shared, queried=(len(sequence.tokens) - 1) // pool.page_size)
         sequence.pages = shared + (pool.allocate(needed) or [])
         sequence.computed = sequence.cached_tokens = len(shared) * pool.page_size

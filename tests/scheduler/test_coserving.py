@@ -277,6 +277,24 @@ def test_after_a_park_finetuning_waits_until_there_is_room_for_both():
     assert run(scheduler).microbatch_started
 
 
+def test_a_blocked_request_is_looked_up_again_only_when_pages_came_free(monkeypatch):
+    scheduler = make(num_pages=12, prefix_caching=False)
+    scheduler.add(request("old", 16, max_tokens=3))
+    scheduler.add(request("older", 14, max_tokens=9))
+    run(scheduler)
+    scheduler.add(request("blocked", 20, max_tokens=1))
+    looked_up = []
+    find_prefix = scheduler.pool.find_prefix
+    monkeypatch.setattr(
+        scheduler.pool,
+        "find_prefix",
+        lambda tokens, salt: looked_up.append(len(tokens)) or find_prefix(tokens, salt),
+    )
+    plans = [run(scheduler) for _ in range(4)]
+    assert looked_up == [14, 20, 20]
+    assert shape(plans[-1].prefill)[0][0] == "blocked"
+
+
 # ---- finetuning ----
 
 
