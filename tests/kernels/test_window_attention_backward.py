@@ -1,0 +1,205 @@
+"""The attention backward, window by window, against jax.vjp of dense attention over all tokens."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kernels_pallas.window_attention_backward import base
+from tests.kernels.paged import PagePool
+
+# Every implementation of the contract.
+IMPLEMENTATIONS = {"xla": base.window_attention_backward}
+
+LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a window's edge, some inside
+TOKENS = sum(LENGTHS)  # the rest of the slots is padding
+SLOTS = 448  # of the microbatch; a multiple of every window
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Page size, query heads, kv heads, head dimension and dtype of a model."""
+
+    page_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: type
+    tolerance: float
+
+
+SHAPES = {
+    "page16-gqa4-h64-float32": Shape(16, 4, 1, 64, np.float32, 2e-5),
+    "page32-gqa7-h80-bfloat16": Shape(32, 14, 2, 80, ml_dtypes.bfloat16, 3e-2),
+    "page128-gqa1-h16-float32": Shape(128, 2, 2, 16, np.float32, 2e-5),
+}
+CASES = [
+    ("page16-gqa4-h64-float32", 64),
+    ("page16-gqa4-h64-float32", 7),
+    ("page128-gqa1-h16-float32", 1),
+    ("page32-gqa7-h80-bfloat16", 64),
+]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A microbatch in the contract's arrays, and the gradients it has."""
+
+    per_token: dict  # q, out, lse, d_out, sequence_starts: [SLOTS, ...]
+    k_pages: np.ndarray
+    v_pages: np.ndarray
+    kv_slots: np.ndarray
+    gradients: dict  # dq, dk, dv [TOKENS, ...]
+
+
+def dense_attention(q, k, v, starts):
+    """(output, log-sum-exp) of packed causal attention; float32, one score for every pair."""
+    group = q.shape[1] // k.shape[1]
+    k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+    token = jnp.arange(q.shape[0])
+    visible = (token <= token[:, None]) & (token >= starts[:, None])
+    scores = jnp.einsum("qnh,knh->nqk", q, k) / np.sqrt(q.shape[-1])
+    scores = jnp.where(visible, scores, -jnp.inf)
+    lse = jax.nn.logsumexp(scores, axis=-1)
+    return jnp.einsum("nqk,knh->qnh", jnp.exp(scores - lse[..., None]), v), lse.T
+
+
+@jax.jit
+def dense_gradients(q, k, v, d_out, starts):
+    """Output, log-sum-exp, and the gradients of q, k and v."""
+    (out, lse), pull = jax.vjp(lambda q, k, v: dense_attention(q, k, v, starts), q, k, v)
+    return out, lse, pull((d_out, jnp.zeros_like(lse)))
+
+
+@cache
+def problem(name: str) -> Problem:
+    """A random microbatch whose padding, in the arrays and in the pages, is NaN."""
+    shape, rng = SHAPES[name], np.random.default_rng(0)
+
+    def normal(heads):
+        return rng.standard_normal((TOKENS, heads, shape.head_dim)).astype(shape.dtype)
+
+    q, d_out, k, v = (normal(n) for n in [shape.heads] * 2 + [shape.kv_heads] * 2)
+    firsts = np.cumsum((0, *LENGTHS))[:-1]
+    starts = np.repeat(firsts, LENGTHS).astype(np.int32)
+    exact = [x.astype(np.float32) for x in (q, k, v)]
+    out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), starts)
+
+    pool = PagePool(64, shape.page_size, shape.kv_heads, shape.head_dim, shape.dtype, rng)
+    kv_slots = np.zeros(SLOTS, np.int32)
+    for first, length in zip(firsts, LENGTHS, strict=True):
+        own = slice(first, first + length)
+        table = np.asarray(pool.write(k[own], v[own]), np.int32)
+        offsets = np.arange(length)
+        page = table[offsets // shape.page_size]
+        kv_slots[own] = page * shape.page_size + offsets % shape.page_size
+    # Padding's keys are in a slot that nothing has written.
+    never_written = np.isnan(pool.k.astype(np.float32)).all(axis=(2, 3)).reshape(-1)
+    kv_slots[TOKENS:] = np.flatnonzero(never_written)[0]
+
+    def padded(x, fill=np.nan):
+        rows = np.full((SLOTS - TOKENS, *x.shape[1:]), fill)
+        return np.concatenate([np.asarray(x), rows.astype(x.dtype)])
+
+    per_token = {
+        "q": padded(q),
+        "out": padded(np.asarray(out).astype(shape.dtype)),
+        "lse": padded(np.asarray(lse)),
+        "d_out": padded(d_out),
+        "sequence_starts": padded(starts, SLOTS),
+    }
+    names = ("dq", "dk", "dv")
+    gradients = dict(zip(names, map(np.asarray, gradients), strict=True))
+    return Problem(per_token, pool.k, pool.v, kv_slots, gradients)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def backward(request):
+    """An implementation, compiled once for all tests of a shape."""
+    return _compiled(request.param)
+
+
+@cache
+def _compiled(name: str):
+    return jax.jit(IMPLEMENTATIONS[name], donate_argnames=("dk", "dv"))
+
+
+def run_window(backward, problem: Problem, start: int, window: int, dk, dv):
+    rows = {name: x[start : start + window] for name, x in problem.per_token.items()}
+    return backward(
+        rows["q"],
+        problem.k_pages,
+        problem.v_pages,
+        problem.kv_slots,
+        rows["sequence_starts"],
+        np.int32(start),
+        rows["out"],
+        rows["lse"],
+        rows["d_out"],
+        dk,
+        dv,
+    )
+
+
+def zeros(shape: Shape):
+    return jnp.zeros((SLOTS, shape.kv_heads, shape.head_dim), jnp.float32)
+
+
+def assert_close(actual, desired, tolerance):
+    """Equal to within a fraction of the largest value: sums of many terms lose digits where they
+    cancel."""
+    scale = np.abs(desired).max()
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float32), desired, rtol=0, atol=tolerance * scale
+    )
+
+
+@pytest.mark.parametrize(("name", "window"), CASES)
+def test_windows_in_reverse_order_add_up_to_the_whole_gradient(backward, name, window):
+    shape, whole = SHAPES[name], problem(name)
+    dk, dv = zeros(shape), zeros(shape)
+    dq = np.zeros((SLOTS, shape.heads, shape.head_dim), np.float32)
+    done = {"dk": np.zeros(dk.shape, np.float32), "dv": np.zeros(dv.shape, np.float32)}
+    for start in reversed(range(0, SLOTS, window)):
+        rows = slice(start, start + window)
+        dq_rows, dk, dv = run_window(backward, whole, start, window, dk, dv)
+        assert dq_rows.dtype == shape.dtype
+        dq[rows] = dq_rows
+        # A window's own keys are complete as soon as it is done: nothing earlier reads them.
+        done["dk"][rows], done["dv"][rows] = dk[rows], dv[rows]
+
+    assert_close(dq[:TOKENS], whole.gradients["dq"], shape.tolerance)
+    for key, total in (("dk", dk), ("dv", dv)):
+        assert_close(done[key][:TOKENS], whole.gradients[key], shape.tolerance)
+        np.testing.assert_array_equal(done[key], np.asarray(total))
+        assert not done[key][TOKENS:].any()
+    assert not dq[TOKENS:].any()
+
+
+def test_a_window_adds_to_what_the_accumulators_hold(backward):
+    name, window, start = "page16-gqa4-h64-float32", 64, 128
+    shape, whole = SHAPES[name], problem(name)
+    rng = np.random.default_rng(1)
+    before = rng.standard_normal((2, SLOTS, shape.kv_heads, shape.head_dim)).astype(np.float32)
+    _, *share = run_window(backward, whole, start, window, zeros(shape), zeros(shape))
+    _, *after = run_window(backward, whole, start, window, *map(jnp.asarray, before))
+    np.testing.assert_allclose(np.stack(after), before + np.stack(share), rtol=0, atol=1e-5)
+    # Queries 128..192 see the sequences 0..130, 130, 131..195: keys from 192 on are untouched.
+    np.testing.assert_array_equal(np.stack(after)[:, 192:], before[:, 192:])
+
+
+def test_a_window_of_padding_changes_nothing(backward):
+    name, window = "page16-gqa4-h64-float32", 64
+    shape, whole = SHAPES[name], problem(name)
+    padding = {name: np.roll(x, window - SLOTS + TOKENS, 0) for name, x in whole.per_token.items()}
+    padding["sequence_starts"][:] = SLOTS
+    ones = jnp.ones((SLOTS, shape.kv_heads, shape.head_dim), jnp.float32)
+    nothing = Problem(padding, whole.k_pages, whole.v_pages, whole.kv_slots, {})
+    dq, dk, dv = run_window(backward, nothing, SLOTS - window, window, ones, ones + 0)
+    assert not np.asarray(dq).any()
+    assert (np.asarray(dk) == 1).all()
+    assert (np.asarray(dv) == 1).all()
