@@ -209,6 +209,11 @@ class Job:
         return self._job.tokens_per_s
 
     @property
+    def step_times(self) -> list[float]:
+        """When each optimizer step of this run was done (time.monotonic)."""
+        return list(self._job.step_times)
+
+    @property
     def eta_s(self) -> float | None:
         """Seconds left at the pace so far."""
         return self._job.eta_s

@@ -138,6 +138,7 @@ class FinetuneJob:
     dispatched: int = 0
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
+    step_times: list[float] = field(default_factory=list)  # of this run's steps, time.monotonic
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     tokens: int = 0  # forward tokens of this run, up to the last step done
     tokens_pending: int = 0  # the same, up to the last microbatch dispatched
@@ -264,21 +265,25 @@ class FinetuneJob:
         self.dispatched += 1
         self._position = microbatch.stream_state or self._position
 
-    def step_done(self, loss: float, gradient_norm: float, tokens: int) -> None:
-        """An optimizer step's results, and the run's tokens up to it. A loss or norm that is not
-        finite fails the job."""
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+    def step_done(self, metrics: dict[str, float], tokens: int) -> None:
+        """An optimizer step's results (see `optimizer_step`), and the run's tokens up to it.
+
+        A result that is not finite fails the job.
+        """
+        wrong = [f"{name} {v}" for name, v in metrics.items() if not math.isfinite(v)]
+        if wrong:
             self.finish(
                 JobStatus.FAILED,
-                f"job {self.name!r} stopped: loss {loss} and gradient norm {gradient_norm} at "
-                f"step {self.step + 1} are not finite; lower optimizer.lr "
-                f"({self.config.optimizer.lr}) or optimizer.clip and resume",
+                f"job {self.name!r} stopped: {', '.join(wrong)} at step {self.step + 1} is not "
+                f"finite; lower optimizer.lr ({self.config.optimizer.lr}) or optimizer.clip and "
+                f"resume",
             )
             return
         self.step += 1
         self.tokens = tokens
-        self.losses.append(loss)
-        self.gradient_norms.append(gradient_norm)
+        self.losses.append(metrics["loss"])
+        self.step_times.append(time.monotonic())
+        self.gradient_norms.append(metrics["gradient_norm"])
 
     def validated(self, totals: np.ndarray, *, ends: bool) -> None:
         """Add a validation microbatch's sum of losses and number of labels."""

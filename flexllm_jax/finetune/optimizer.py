@@ -94,18 +94,19 @@ def optimizer_step(
         values: HYPERPARAMETERS.
 
     Returns:
-        The bank, the state with its gradients and totals cleared, and the step's metrics: mean
-        loss, number of labels and gradient norm before clipping, float32 scalars. When the loss or
-        the norm is not finite, weights and optimizer state stay as they were; the caller sees it in
+        The bank, the state with its gradients and totals cleared, and the step's metrics, float32
+        scalars: mean loss, gradient norm before clipping, and the updated weights' norm. When one
+        of them is not finite, weights and optimizer state stay as they were; the caller sees it in
         the metrics and stops the job.
     """
     loss, labels = state["totals"]
     mean = jax.tree.map(lambda g: g / jnp.maximum(labels, 1.0), state["gradients"])
     norm = optax.global_norm(mean)
-    sound = jnp.isfinite(loss) & jnp.isfinite(norm)
     transformation = _adamw(**dict(zip(HYPERPARAMETERS, values, strict=True)))
     updates, optimizer = transformation.update(mean, state["optimizer"], state["master"])
     updated = {"master": optax.apply_updates(state["master"], updates), "optimizer": optimizer}
+    weight_norm = optax.global_norm(updated["master"])
+    sound = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(weight_norm)
     kept = jax.tree.map(
         lambda new, old: jnp.where(sound, new, old),
         updated,
@@ -114,7 +115,11 @@ def optimizer_step(
     weights = jax.tree.map(
         lambda rows, own: rows.at[bank_row].set(own.astype(rows.dtype)), weights, kept["master"]
     )
-    metrics = {"loss": loss / jnp.maximum(labels, 1.0), "labels": labels, "gradient_norm": norm}
+    metrics = {
+        "loss": loss / jnp.maximum(labels, 1.0),
+        "gradient_norm": norm,
+        "weight_norm": weight_norm,
+    }
     cleared = {
         "gradients": jax.tree.map(jnp.zeros_like, state["gradients"]),
         "totals": jnp.zeros_like(state["totals"]),

@@ -177,7 +177,7 @@ class Trainer:
     ) -> None:
         if not job.running:
             return
-        job.step_done(float(metrics["loss"]), float(metrics["gradient_norm"]), tokens)
+        job.step_done({name: float(value) for name, value in metrics.items()}, tokens)
         if not job.running:
             log.error("%s", job.reason)
             self._end(job)

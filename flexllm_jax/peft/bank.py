@@ -83,6 +83,8 @@ def to_rows(
             f"adapter {name!r} has rank {largest}, the bank holds at most {shape.rank}: "
             f"raise adapters.max_rank"
         )
+    if not all(np.isfinite(w.a).all() and np.isfinite(w.b).all() for w in adapter.weights.values()):
+        raise AdapterError(f"adapter {name!r} has weights that are not finite: train it again")
     values = jax.tree.map(
         lambda s: np.zeros(s.shape, s.dtype), weight_shapes(config, shape, None, jnp.float32)
     )
