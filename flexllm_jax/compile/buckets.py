@@ -40,8 +40,10 @@ def token_buckets(largest: int, smallest: int = 8, ratio: int = 4) -> tuple[int,
     return (*buckets, largest)
 
 
-def use_persistent_cache(folder: Path) -> None:
-    """Keep compiled programs in `folder`, small and quick ones too."""
+def use_persistent_cache(folder: Path | None) -> None:
+    """Keep compiled programs in `folder`, small and quick ones too; None keeps none."""
+    if folder is None:
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder.expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -83,7 +85,7 @@ class CompilationCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_: object) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int | float) -> None:
         if event == self._EVENT:
             self.count += 1
 

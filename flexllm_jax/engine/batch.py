@@ -5,10 +5,12 @@ transfer a step. A `BatchShape` is a bucket, and a `Batch` names the vector's pa
 host fills, or slices on the device.
 """
 
-from dataclasses import dataclass, fields
+import itertools
+import math
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-import jax
 import numpy as np
 
 
@@ -42,9 +44,15 @@ class BatchShape:
         }
 
     @cached_property
+    def parts(self) -> dict[str, slice]:
+        """Where every field lies in the vector."""
+        ends = list(itertools.accumulate(math.prod(shape) for shape in self.shapes.values()))
+        return {n: slice(a, b) for n, a, b in zip(self.shapes, [0, *ends], ends, strict=False)}
+
+    @property
     def size(self) -> int:
         """Length of the packed vector."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return max(part.stop for part in self.parts.values())
 
 
 @dataclass
@@ -58,27 +66,23 @@ class Batch:
     `ragged_paged_attention` takes it.
     """
 
-    token: np.ndarray | jax.Array
-    position: np.ndarray | jax.Array
-    kv_slot: np.ndarray | jax.Array
-    adapter: np.ndarray | jax.Array
-    saved_row: np.ndarray | jax.Array
-    query_starts: np.ndarray | jax.Array
-    kv_lengths: np.ndarray | jax.Array
-    page_tables: np.ndarray | jax.Array
-    sample: np.ndarray | jax.Array
-    num_decode: np.ndarray | jax.Array
-    num_sequences: np.ndarray | jax.Array
+    token: Any
+    position: Any
+    kv_slot: Any
+    adapter: Any
+    saved_row: Any
+    query_starts: Any
+    kv_lengths: Any
+    page_tables: Any
+    sample: Any
+    num_decode: Any
+    num_sequences: Any
 
     @classmethod
     def cut(cls, vector, shape: BatchShape) -> "Batch":
         """The fields of a packed vector; views of it when it is a numpy array."""
-        values, at = {}, 0
-        for f in fields(cls):
-            size = int(np.prod(shape.shapes[f.name]))
-            values[f.name] = vector[at : at + size].reshape(shape.shapes[f.name])
-            at += size
-        return cls(**values)
+        shapes = shape.shapes
+        return cls(**{n: vector[part].reshape(shapes[n]) for n, part in shape.parts.items()})
 
     @classmethod
     def empty(cls, shape: BatchShape, kv_slots: int, saved_rows: int) -> tuple["Batch", np.ndarray]:

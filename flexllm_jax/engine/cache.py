@@ -8,6 +8,7 @@ import math
 import os
 import resource
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def tree_bytes(tree) -> int:
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def device_memory(device: jax.Device) -> int:
+def device_memory(device: Any) -> int:
     """Bytes of memory the device may use; for a CPU, the host's physical memory."""
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
@@ -41,7 +42,7 @@ def device_memory(device: jax.Device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def peak_memory(device: jax.Device) -> int:
+def peak_memory(device: Any) -> int:
     """Most bytes in use so far: of the device, or of the process when the device is a CPU."""
     statistics = device.memory_stats()
     if statistics and "peak_bytes_in_use" in statistics:

@@ -250,7 +250,7 @@ class Engine:
         return step
 
     def _request_prompt_logprobs(self, step: _InFlight, batch: PlannedBatch) -> None:
-        if not batch.prompt_targets:
+        if step.hidden is None or not batch.prompt_targets:
             return
         targets = np.zeros(step.plan.token_bucket, np.int32)
         for _, where, tokens in batch.prompt_targets:

@@ -13,7 +13,7 @@ from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
 from flexllm_jax.finetune.trainer import CurrentMicrobatch
-from scheduler.request import Chunk, StepPlan
+from scheduler.request import Chunk, FinetuneForward, StepPlan
 
 
 @dataclass
@@ -48,7 +48,7 @@ class StepBuilder:
         """The batch of a plan; `microbatch` is the one in work when the plan has a forward of
         it."""
         runner, page_size = self._runner, self._runner.page_size
-        shape = runner.batch_shape(plan.token_bucket)
+        shape = runner.batch_shapes[plan.token_bucket]
         batch, vector = Batch.empty(shape, runner.num_pages * page_size, runner.slots)
         rows = SamplingRows.neutral(shape.samples, no_row=runner.rows)
         planned = PlannedBatch("base", vector, [], rows, False, [])
@@ -82,7 +82,7 @@ class StepBuilder:
         sequences = len(plan.decode) + len(plan.prefill)
         if plan.forward is not None and microbatch is not None:
             planned.variant = "adapters"
-            sequences = self._add_finetuning(plan, batch, microbatch, at, sequences)
+            sequences = self._add_finetuning(plan.forward, batch, microbatch, at, sequences)
         batch.num_sequences[...] = sequences
         return planned
 
@@ -90,6 +90,8 @@ class StepBuilder:
         """Bring the row's page table up to date; start its history if it is new in the row."""
         sequence = chunk.sequence
         row = sequence.row
+        if row is None:
+            raise RuntimeError(f"request {state.request_id} is planned without a row")
         if state.row != row or state.preemptions != sequence.preemptions:
             state.row, state.preemptions, state.copied_pages = row, sequence.preemptions, 0
             if state.params.needs_history:
@@ -136,10 +138,15 @@ class StepBuilder:
         planned.prompt_targets.append((state, where, targets))
 
     def _add_finetuning(
-        self, plan: StepPlan, batch: Batch, current: CurrentMicrobatch, at: int, sequences: int
+        self,
+        forward: FinetuneForward,
+        batch: Batch,
+        current: CurrentMicrobatch,
+        at: int,
+        sequences: int,
     ) -> int:
-        """Append the plan's range of the microbatch; returns the number of sequences in use."""
-        forward, packed = plan.forward, current.packed
+        """Append a range of the microbatch's tokens; returns the number of sequences in use."""
+        packed = current.packed
         tokens = slice(forward.start, forward.start + forward.length)
         where = slice(at, at + forward.length)
         batch.token[where] = packed.token[tokens]

@@ -70,7 +70,7 @@ def _forward(
     runner: Runner, bucket: int, variant: str, chunks: list[tuple[int, int]]
 ) -> Callable[[], object]:
     """A forward and a sample of sequences with (cached, new) tokens, all in the same pages."""
-    shape = runner.batch_shape(bucket)
+    shape = runner.batch_shapes[bucket]
     batch, vector = Batch.empty(shape, runner.num_pages * runner.page_size, runner.slots)
     at = 0
     for s, (cached, new) in enumerate(chunks):

@@ -68,6 +68,7 @@ class Runner:
         self.buckets = config.compile.token_buckets or token_buckets(
             config.scheduler.max_tokens_per_step
         )
+        self.batch_shapes = {bucket: self._batch_shape(bucket) for bucket in self.buckets}
         self.bank_shape = BankShape(
             rows=config.adapters.slots - 1,
             rank=config.adapters.max_rank,
@@ -88,7 +89,13 @@ class Runner:
         }
         self.job_state_shapes = job_state_shapes(weight_shapes(model, shape, None, jnp.float32))
         saved = self.config.finetune.saved
-        names = {"all": tuple(optional_activations(model)), "inputs": ()}.get(saved, saved)
+        optional = tuple(optional_activations(model))
+        names = {"all": optional, "inputs": ()}[saved] if isinstance(saved, str) else saved
+        if unknown := set(names) - set(optional):
+            raise ValueError(
+                f"finetune.saved names {', '.join(sorted(unknown))}, which this model does not "
+                f"have: use all, inputs or some of {', '.join(optional)}"
+            )
         self.columns = saved_columns(model, names)
         finetune = {
             "saved": saved_shapes(model, dtype, self.slots, self.columns),
@@ -127,8 +134,7 @@ class Runner:
             lambda s: jax.device_put(np.zeros(s.shape, s.dtype), self.device), shapes
         )
 
-    def batch_shape(self, bucket: int) -> BatchShape:
-        """The batch of a token bucket."""
+    def _batch_shape(self, bucket: int) -> BatchShape:
         return BatchShape(
             tokens=bucket,
             sequences=min(bucket, self.rows + FINETUNE_SEQUENCES),
@@ -149,7 +155,7 @@ class Runner:
         hidden_dtype = decoder.dtype
         programs = []
         for bucket in self.buckets:
-            shape = self.batch_shape(bucket)
+            shape = self.batch_shapes[bucket]
             forward = partial(forward_step, decoder, shape, self.columns)
             vector = _ints(shape.size)
             for variant, extra in (("base", (None, None)), ("adapters", (bank, finetune))):
@@ -163,7 +169,7 @@ class Runner:
                     (head, hidden, _ints(bucket)),
                 )
             )
-        for rows in sorted({self.batch_shape(bucket).samples for bucket in self.buckets}):
+        for rows in sorted({self.batch_shapes[bucket].samples for bucket in self.buckets}):
             hidden = jax.ShapeDtypeStruct((rows, d_model), hidden_dtype)
             packed = _ints(sampler.PACKED_ROWS, rows)
             greedy, full = (

@@ -7,6 +7,7 @@ zeros alone. Hyperparameters are inputs of the program, so one program serves ev
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +50,10 @@ def hyperparameters(config: OptimizerConfig, step: int, total_steps: int) -> lis
     ]
 
 
-def _adamw(**values: jax.Array) -> optax.GradientTransformation:
-    max_norm = values.pop("max_norm")
-    return optax.chain(
-        optax.clip_by_global_norm(max_norm),
-        optax.adamw(**values),
-    )
+def _adamw(values: Any) -> optax.GradientTransformation:
+    *adam, max_norm = values
+    keywords = dict(zip(HYPERPARAMETERS, adam, strict=False))
+    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adamw(**keywords))
 
 
 def job_state_shapes(master: list) -> dict:
@@ -64,7 +63,7 @@ def job_state_shapes(master: list) -> dict:
     over the batch's labels
     so far, "totals": the batch's sum of losses and number of labels}.
     """
-    adamw = _adamw(**dict.fromkeys(HYPERPARAMETERS, 0.0))
+    adamw = _adamw([0.0] * len(HYPERPARAMETERS))
     return {
         "master": master,
         "optimizer": jax.eval_shape(adamw.init, master),
@@ -102,8 +101,7 @@ def optimizer_step(
     loss, labels = state["totals"]
     mean = jax.tree.map(lambda g: g / jnp.maximum(labels, 1.0), state["gradients"])
     norm = optax.global_norm(mean)
-    transformation = _adamw(**dict(zip(HYPERPARAMETERS, values, strict=True)))
-    updates, optimizer = transformation.update(mean, state["optimizer"], state["master"])
+    updates, optimizer = _adamw(values).update(mean, state["optimizer"], state["master"])
     updated = {"master": optax.apply_updates(state["master"], updates), "optimizer": optimizer}
     weight_norm = optax.global_norm(updated["master"])
     sound = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(weight_norm)

@@ -125,11 +125,10 @@ class Trainer:
         Units count as the scheduler does: first the loss of every window, then layer after layer
         from the last, window after window from the last.
         """
-        current, runner = self.current, self._runner
+        current, runner = self._in_work(), self._runner
         window = runner.window
         windows = -(-len(current.packed.token) // window)
         job, last_layer = current.packed.job, runner.model.num_layers - 1
-        done = None
         for unit in units:
             if unit < windows:
                 done = runner.loss_unit(current.table, unit * window)
@@ -141,9 +140,14 @@ class Trainer:
                 )
         return done
 
+    def _in_work(self) -> CurrentMicrobatch:
+        if self.current is None:
+            raise RuntimeError("backward units are planned, and no microbatch is in work")
+        return self.current
+
     def finish_microbatch(self) -> list[Callable[[], None]]:
         """Account for the microbatch whose last unit was dispatched; step the optimizer if due."""
-        packed, runner = self.current.packed, self._runner
+        packed, runner = self._in_work().packed, self._runner
         self._queued.pop(packed.microbatch_id, None)
         self.current = None
         job = packed.job

@@ -25,7 +25,7 @@ def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k_pages: Float[Array, "P B K H"],
     v_pages: Float[Array, "P B K H"],
-    query_starts: Int[Array, "S_plus_1"],
+    query_starts: Int[Array, " S_plus_1"],
     kv_lengths: Int[Array, " S"],
     page_tables: Int[Array, "S M"],
     num_decode: Int[Array, ""],
