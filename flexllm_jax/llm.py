@@ -24,7 +24,7 @@ from flexllm_jax.config import Config, ConfigError, FinetuneConfig, build_config
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.request import RequestState, TokenLogprobs
 from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.finetune.job import FinetuneJob, JobStatus, create_job
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.hf_peft import save_adapter, save_merged
 
@@ -76,6 +76,16 @@ class RequestOutput:
         return self.outputs[0].finish_reason
 
 
+@dataclass(frozen=True)
+class NewRequest:
+    """A request to queue. `arrival`: time.monotonic, for its latencies."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    adapter: str | None
+    arrival: float
+
+
 class RequestFuture(Future):
     """Done when the request is; `state` is its record, also before."""
 
@@ -112,6 +122,32 @@ class EngineLoop:
 
         return self.call(add)
 
+    def submit_all(self, requests: Sequence["NewRequest"]) -> list[RequestFuture]:
+        """Queue many requests between two steps; one that can never be served holds its
+        ValueError, and the others go on."""
+
+        def add() -> list[RequestFuture]:
+            futures = []
+            for new in requests:
+                future = RequestFuture()
+                futures.append(future)
+                try:
+                    future.state = self.engine.add_request(
+                        new.prompt, new.params, new.adapter, arrival=new.arrival
+                    )
+                except ValueError as error:
+                    future.set_exception(error)
+                else:
+                    self._waiting[future.state.request_id] = future
+            return futures
+
+        return self.call(add)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
     def cancel(self, future: RequestFuture, error: str) -> None:
         """Drop a request that was submitted; its future holds it as it was."""
 
@@ -139,6 +175,9 @@ class EngineLoop:
             self._error = error
             raise
         finally:
+            for job in self.engine.trainer.jobs.values():
+                if job.running:
+                    job.finish(JobStatus.FAILED, f"the engine failed: {self._error!r}")
             for future in self._waiting.values():
                 if self._error:
                     future.set_exception(RuntimeError(f"the engine failed: {self._error!r}"))
@@ -202,6 +241,11 @@ class Job:
     def total_steps(self) -> int:
         """Optimizer steps in all."""
         return self._job.total_steps
+
+    @property
+    def tokens(self) -> int:
+        """Forward tokens of this run, up to the last step done."""
+        return self._job.tokens
 
     @property
     def tokens_per_s(self) -> float:
@@ -318,6 +362,16 @@ class LLM:
             for i in range(params.n)
         ]
 
+    def submit_all(self, requests: Sequence[NewRequest]) -> list[RequestFuture]:
+        """Queue many prompts at once; the future of one that can never be served holds its
+        ValueError."""
+        return self._loop.submit_all(requests)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs: not closed, and not failed."""
+        return self._loop.alive
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -389,14 +443,19 @@ class LLM:
         """Start a job; it runs in what inference leaves, and is served by its name when it is
         done."""
         runner = self.engine.runner
-        job = create_job(
-            config,
-            runner.model,
-            self.config.model.path,
-            self.tokenizer,
-            self.config.finetune.max_tokens,
-            runner.max_model_len,
+        return self.start_job(
+            create_job(
+                config,
+                runner.model,
+                self.config.model.path,
+                self.tokenizer,
+                self.config.finetune.max_tokens,
+                runner.max_model_len,
+            )
         )
+
+    def start_job(self, job: FinetuneJob) -> Job:
+        """`finetune` with a job whose data is loaded already."""
         self._loop.call(self.engine.add_job, job)
         return Job(job, self._loop)
 

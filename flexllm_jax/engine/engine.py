@@ -5,6 +5,7 @@ read, and sampled tokens go from step to step on the device. The engine is drive
 `LLM` wraps it in one.
 """
 
+import gc
 import itertools
 import logging
 import time
@@ -99,6 +100,8 @@ class Engine:
         for adapter in config.adapters.preload:
             self.load_adapter(adapter.name, adapter.path)
         self.startup_s = time.monotonic() - started
+        gc.collect()
+        gc.freeze()  # what lives now lives on: later collections need not walk it between steps
         runner.compilations.count = 0
 
     # -- requests ---------------------------------------------------------------------------------

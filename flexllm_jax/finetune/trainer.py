@@ -8,6 +8,7 @@ one that was given least comes next.
 
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Trainer:
         run."""
         if job.name in self.jobs and self.jobs[job.name].running:
             raise ValueError(f"job {job.name!r} is running already: use another name")
+        job.started_at = time.monotonic()
         runner = self._runner
         values, scales = to_rows(job.adapter, runner.model, runner.bank_shape, job.name)
         job.state = runner.zeros(runner.job_state_shapes)
