@@ -5,6 +5,7 @@ Every method dispatches a program and returns at once; arrays stay on the device
 from one program to the next. Nothing here waits for a result or compiles one after `__init__`.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -76,7 +77,9 @@ class Runner:
         )
         self.params = load_parameters(config.model.path, self.model, dtype, self.device)
         self._allocate(dtype)
+        started = time.monotonic()
         self._programs = compile_programs(self._list_programs(), progress=progress)
+        self.compile_s = time.monotonic() - started
         self.compilations = CompilationCounter()
 
     # -- arrays -----------------------------------------------------------------------------------
