@@ -12,6 +12,7 @@ out between two steps.
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -335,6 +336,7 @@ class LLM:
             ) from None
         self.engine = Engine(config, self.tokenizer, progress=progress)
         self._loop = EngineLoop(self.engine)
+        weakref.finalize(self, self._loop.stop)  # also when the program ends without close()
 
     # -- inference --------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
-from flexllm_jax.engine.plan_batch import PlannedBatch, StepBuilder
+from flexllm_jax.engine.plan_batch import PlannedBatch, PromptTargets, StepBuilder
 from flexllm_jax.engine.request import RequestState, top_logprobs
 from flexllm_jax.engine.runner import FINETUNE_SEQUENCES, Runner
 from flexllm_jax.engine.sampling_params import SamplingParams
@@ -42,7 +42,7 @@ class _InFlight:
     started: float
     sampled: list[RequestState]
     report: dict | None  # from the sampler
-    prompt_logprobs: list[tuple[RequestState, slice, list[int], dict]]
+    prompt_logprobs: list[tuple[PromptTargets, dict]]
     last_unit: jax.Array | None  # ready when the step's backward units are done
     hidden: jax.Array | None
     after: list[Callable[[], None]] = field(default_factory=list)
@@ -142,6 +142,8 @@ class Engine:
             stop_ids=params.stop_ids(eos),
             adapter=published,
         )
+        if params.prompt_logprobs is not None:
+            state.prompt_logprobs = [None] * len(state.prompt)  # the first stays: nothing precedes
         salt = (published.name, published.version) if published else None
         if params.prompt_logprobs is not None:
             salt = (salt, state.request_id)  # the whole prompt must be computed: share nothing
@@ -256,10 +258,11 @@ class Engine:
         if step.hidden is None or not batch.prompt_targets:
             return
         targets = np.zeros(step.plan.token_bucket, np.int32)
-        for _, where, tokens in batch.prompt_targets:
-            targets[where.start : where.start + len(tokens)] = tokens
+        for target in batch.prompt_targets:
+            at = target.batch_start
+            targets[at : at + len(target.tokens)] = target.tokens
         report = self.runner.prompt_logprobs(step.hidden, targets)
-        step.prompt_logprobs = [(*entry, report) for entry in batch.prompt_targets]
+        step.prompt_logprobs = [(target, report) for target in batch.prompt_targets]
 
     def _postprocess(self, step: _InFlight) -> list[RequestState]:
         """Read a step's tokens, find out who is done, and let the scheduler know."""
@@ -324,21 +327,18 @@ class Engine:
         return sampled, stopped
 
     def _read_prompt_logprobs(self, step: _InFlight) -> None:
-        for state, where, tokens, report in step.prompt_logprobs:
-            host = jax.tree.map(np.asarray, report)
-            if not state.prompt_logprobs:
-                state.prompt_logprobs = [None]  # nothing precedes the first token
-            for i, token in enumerate(tokens, start=where.start):
-                if len(state.prompt_logprobs) < len(state.prompt):
-                    state.prompt_logprobs.append(
-                        top_logprobs(
-                            token,
-                            host["logprobs"][i],
-                            host["top_tokens"][i],
-                            host["top_logprobs"][i],
-                            state.params.prompt_logprobs or 0,
-                        )
-                    )
+        step.prompt_logprobs = [(t, jax.tree.map(np.asarray, r)) for t, r in step.prompt_logprobs]
+        for target, report in step.prompt_logprobs:
+            state = target.state
+            for i, token in enumerate(target.tokens):
+                at = target.batch_start + i
+                state.prompt_logprobs[target.position + i] = top_logprobs(
+                    token,
+                    float(report["logprobs"][at]),
+                    report["top_tokens"][at],
+                    report["top_logprobs"][at],
+                    state.params.prompt_logprobs or 0,
+                )
 
     def stop(self) -> None:
         """End cleanly: unfinished requests get an error, running jobs write a checkpoint."""

@@ -16,20 +16,30 @@ from flexllm_jax.finetune.trainer import CurrentMicrobatch
 from scheduler.request import Chunk, FinetuneForward, StepPlan
 
 
+@dataclass(frozen=True)
+class PromptTargets:
+    """Prompt tokens whose log-probabilities a step yields.
+
+    tokens: the prompt's tokens from `position` on; the outputs that predict them are the batch's
+    from `batch_start` on.
+    """
+
+    state: RequestState
+    position: int
+    tokens: tuple[int, ...]
+    batch_start: int
+
+
 @dataclass
 class PlannedBatch:
-    """A step ready to run: which forward program, its vector, and who is sampled how.
-
-    prompt_targets: for requests that want log-probabilities of their prompt, the tokens of the
-    batch and what follows each.
-    """
+    """A step ready to run: which forward program, its vector, and who is sampled how."""
 
     variant: str
     vector: np.ndarray
     sampled: list[RequestState]
     rows: SamplingRows
     full: bool
-    prompt_targets: list[tuple[RequestState, slice, list[int]]]
+    prompt_targets: list[PromptTargets]
 
 
 class StepBuilder:
@@ -63,7 +73,7 @@ class StepBuilder:
             else:
                 stop = chunk.start + chunk.length
                 batch.token[where] = chunk.sequence.tokens[chunk.start : stop]
-                self._want_prompt_logprobs(planned, state, chunk, where)
+                self._want_prompt_logprobs(planned, state, chunk, at)
             position = np.arange(chunk.start, chunk.start + chunk.length)
             batch.position[where] = position
             batch.kv_slot[where] = (
@@ -130,12 +140,13 @@ class StepBuilder:
             rows.banned[i, : len(banned)] = banned
 
     def _want_prompt_logprobs(
-        self, planned: PlannedBatch, state: RequestState, chunk: Chunk, where: slice
+        self, planned: PlannedBatch, state: RequestState, chunk: Chunk, at: int
     ) -> None:
         if state.params.prompt_logprobs is None or chunk.start >= len(state.prompt) - 1:
             return
-        targets = list(state.prompt[chunk.start + 1 : chunk.start + 1 + chunk.length])
-        planned.prompt_targets.append((state, where, targets))
+        first = chunk.start + 1
+        tokens = state.prompt[first : first + chunk.length]
+        planned.prompt_targets.append(PromptTargets(state, first, tokens, at))
 
     def _add_finetuning(
         self,

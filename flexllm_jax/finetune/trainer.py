@@ -94,10 +94,16 @@ class Trainer:
             packed = next((p for j in jobs if (p := j.next_microbatch(self._ids))), None)
             if packed is None:
                 return
-            self._queued[packed.microbatch_id] = packed
-            self._scheduler.add(
-                Microbatch(packed.microbatch_id, packed.lengths, backward=not packed.validation)
+            microbatch = Microbatch(
+                packed.microbatch_id, packed.lengths, backward=not packed.validation
             )
+            try:
+                self._scheduler.add(microbatch)
+            except ValueError as error:  # it can never run: too few pages for it, even alone
+                packed.job.finish(JobStatus.FAILED, f"job {packed.job.name!r} stopped: {error}")
+                self._end(packed.job)
+                continue
+            self._queued[packed.microbatch_id] = packed
 
     # -- dispatch ---------------------------------------------------------------------------------
 
