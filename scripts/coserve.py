@@ -1,0 +1,118 @@
+"""Replay a workload while finetuning, on one engine; writes report.json, report.png and adapters.
+
+Ends when every request is answered and every job is done. Ctrl-C stops cleanly: jobs write a
+checkpoint that the next run goes on from, and unfinished requests count as failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rich import get_console
+from rich.markup import escape
+
+from flexllm_jax import LLM, SamplingParams
+from flexllm_jax.cli import (
+    INTERRUPTED,
+    check_output_dir,
+    make_parser,
+    read_config,
+    run_script,
+    shows_progress,
+)
+from flexllm_jax.config import ConfigError
+from flexllm_jax.plot import write_plot
+from flexllm_jax.progress import ProgressDisplay
+from flexllm_jax.replay import encode_prompt
+from flexllm_jax.report import make_report, summary_table, write_report
+from flexllm_jax.run import Inputs, Run, prepare
+
+ANSWER_TOKENS = 64
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--stop-jobs-with-workload",
+        action="store_true",
+        help="stop when every request is answered; jobs write a checkpoint instead of finishing",
+    )
+    parser.add_argument(
+        "--ask",
+        action="append",
+        default=[],
+        metavar="PROMPT",
+        help="answer PROMPT before and after finetuning, and show both; may be repeated",
+    )
+    return parser.parse_args(arguments)
+
+
+def encode_questions(prompts: Sequence[str], inputs: Inputs) -> list[list[int]]:
+    """Token ids of the prompts of `--ask`; ConfigError for one that leaves no room to answer."""
+    questions = [encode_prompt(inputs.tokenizer, prompt) for prompt in prompts]
+    for tokens in questions:
+        if len(tokens) + ANSWER_TOKENS > inputs.context:
+            raise ConfigError(
+                f"--ask: a prompt of {len(tokens)} tokens and an answer of {ANSWER_TOKENS} exceed "
+                f"the context of {inputs.context}; shorten it"
+            )
+    return questions
+
+
+def ask(llm: LLM, questions: Sequence[list[int]], adapter: str | None = None) -> list[str]:
+    """Greedy answers."""
+    if not questions:
+        return []
+    outputs = llm.generate(list(questions), SamplingParams(max_tokens=ANSWER_TOKENS), adapter)
+    return [output.text.strip() for output in outputs]
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    arguments = parse()
+    config = read_config(arguments)
+    if config.workload is None:
+        raise ConfigError("workload: required field is missing; add it, or run scripts/finetune.py")
+    check_output_dir(config.output_dir)
+    inputs = prepare(config)
+    questions = encode_questions(arguments.ask, inputs)
+    console = get_console()
+    console.print(f"starting {config.model.path}: loading, compiling, profiling")
+    llm = LLM.from_config(config, progress=shows_progress())
+    run, answers, interrupted = Run(llm, []), {}, False
+    try:
+        console.print(f"ready after {llm.engine.startup_s:.1f} s")
+        answers["before"] = ask(llm, questions)
+        run = Run.start(llm, inputs)
+        with ProgressDisplay() as display:
+            run.watch(display, wait_for_jobs=not arguments.stop_jobs_with_workload)
+        run.note_end()
+        served = set(llm.adapters)
+        for job in run.jobs:
+            if job.name in served:
+                answers[f"after, {job.name}"] = ask(llm, questions, job.name)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("stopping: jobs write checkpoints, unfinished requests fail")
+    finally:
+        run.close()
+    for job in run.jobs:
+        for message in job.messages:
+            console.print(f"job {job.name}: {message}", markup=False)
+    report = make_report(run)
+    files = write_report(report, config.output_dir), write_plot(run, config.output_dir)
+    console.print(summary_table(report))
+    for i, prompt in enumerate(arguments.ask):
+        console.print(f"\n[bold]{escape(prompt)}[/bold]")
+        for when, texts in answers.items():
+            console.print(f"  {when}: {texts[i]}", markup=False, highlight=False)
+    console.print(f"\nwritten: {files[0]}, {files[1]}")
+    if interrupted:
+        return INTERRUPTED
+    return 1 if any(job.status == "failed" for job in run.jobs) else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

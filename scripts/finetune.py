@@ -1,0 +1,66 @@
+"""Finetune adapters, without serving; writes each in PEFT's format, and report.json, report.png.
+
+Every step is as large as it can be whatever the clock says, so that a run is deterministic, also
+one that was stopped and resumed. Ctrl-C stops cleanly: jobs write a checkpoint that the next run
+goes on from.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rich import get_console
+
+from flexllm_jax import LLM
+from flexllm_jax.cli import (
+    INTERRUPTED,
+    check_output_dir,
+    make_parser,
+    read_config,
+    run_script,
+    shows_progress,
+)
+from flexllm_jax.config import ConfigError
+from flexllm_jax.plot import write_plot
+from flexllm_jax.progress import ProgressDisplay
+from flexllm_jax.report import make_report, summary_table, write_report
+from flexllm_jax.run import Run, prepare
+
+
+def main() -> int:
+    """Run; returns the exit status."""
+    config = read_config(make_parser(__doc__).parse_args())
+    if not config.finetune.jobs:
+        raise ConfigError("finetune.jobs: there is no job; add one")
+    finetune = config.finetune.model_copy(update={"idle_step_ms": math.inf})
+    config = config.model_copy(update={"finetune": finetune, "workload": None})
+    check_output_dir(config.output_dir)
+    inputs = prepare(config)
+    console = get_console()
+    console.print(f"starting {config.model.path}: loading, compiling, profiling")
+    llm = LLM.from_config(config, progress=shows_progress())
+    run, interrupted = Run(llm, []), False
+    try:
+        console.print(f"ready after {llm.engine.startup_s:.1f} s")
+        run = Run.start(llm, inputs)
+        with ProgressDisplay() as display:
+            run.watch(display)
+    except KeyboardInterrupt:
+        interrupted = True
+        console.print("stopping: jobs write checkpoints; the next run goes on from them")
+    finally:
+        run.close()
+    for job in run.jobs:
+        for message in job.messages:
+            console.print(f"job {job.name}: {message}", markup=False, soft_wrap=True)
+    report = make_report(run)
+    files = write_report(report, config.output_dir), write_plot(run, config.output_dir)
+    console.print(summary_table(report))
+    console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
+    if interrupted:
+        return INTERRUPTED
+    return 1 if any(job.status == "failed" for job in run.jobs) else 0
+
+
+if __name__ == "__main__":
+    run_script(main)
