@@ -12,6 +12,7 @@ out between two steps.
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -79,12 +80,16 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class NewRequest:
-    """A request to queue. `arrival`: time.monotonic, for its latencies."""
+    """A request to queue. `arrival`: time.monotonic, for its latencies.
+
+    `seed_offset` is added to the seed, so that several outputs of one prompt differ.
+    """
 
     prompt: tuple[int, ...]
     params: SamplingParams
     adapter: str | None
     arrival: float
+    seed_offset: int = 0
 
 
 class RequestFuture(Future):
@@ -112,20 +117,11 @@ class EngineLoop:
         self._calls.put((lambda: function(*args, **kwargs), future))
         return future.result()
 
-    def submit(self, *args: Any, **kwargs: Any) -> RequestFuture:
-        """`Engine.add_request`; the future holds the finished RequestState."""
+    def submit(self, requests: Sequence[NewRequest]) -> list[RequestFuture]:
+        """Queue requests between two steps; a future of each finished RequestState.
 
-        def add() -> RequestFuture:
-            future = RequestFuture()
-            future.state = self.engine.add_request(*args, **kwargs)
-            self._waiting[future.state.request_id] = future
-            return future
-
-        return self.call(add)
-
-    def submit_all(self, requests: Sequence["NewRequest"]) -> list[RequestFuture]:
-        """Queue many requests between two steps; one that can never be served holds its
-        ValueError, and the others go on."""
+        The future of one that can never be served holds its ValueError; the others go on.
+        """
 
         def add() -> list[RequestFuture]:
             futures = []
@@ -134,7 +130,11 @@ class EngineLoop:
                 futures.append(future)
                 try:
                     future.state = self.engine.add_request(
-                        new.prompt, new.params, new.adapter, arrival=new.arrival
+                        new.prompt,
+                        new.params,
+                        new.adapter,
+                        arrival=new.arrival,
+                        seed_offset=new.seed_offset,
                     )
                 except ValueError as error:
                     future.set_exception(error)
@@ -357,17 +357,31 @@ class LLM:
 
         `arrival`: when the request arrived (time.monotonic), for its latencies; now by default.
         """
-        params = sampling_params or SamplingParams()
-        tokens = self.encode(prompt)
-        return [
-            self._loop.submit(tokens, params, adapter, arrival=arrival, seed_offset=i)
-            for i in range(params.n)
-        ]
+        futures = self.submit_all(
+            self._requests(prompt, sampling_params or SamplingParams(), adapter, arrival)
+        )
+        self._raise_refused(futures)
+        return futures
+
+    def _requests(
+        self, prompt: Prompt, params: SamplingParams, adapter: str | None, arrival: float | None
+    ) -> list[NewRequest]:
+        tokens = tuple(self.encode(prompt))
+        arrival = time.monotonic() if arrival is None else arrival
+        return [NewRequest(tokens, params, adapter, arrival, i) for i in range(params.n)]
+
+    def _raise_refused(self, futures: Sequence[RequestFuture]) -> None:
+        """Raise the error of a request that was refused, and drop the others of the call."""
+        refused = [f for f in futures if f.done() and isinstance(f.exception(), ValueError)]
+        if refused:
+            for future in futures:
+                if future not in refused:
+                    self._loop.cancel(future, "another prompt of the call was refused")
+            raise refused[0].exception() or ValueError
 
     def submit_all(self, requests: Sequence[NewRequest]) -> list[RequestFuture]:
-        """Queue many prompts at once; the future of one that can never be served holds its
-        ValueError."""
-        return self._loop.submit_all(requests)
+        """Queue requests at once; the future of one that can never be served holds the error."""
+        return self._loop.submit(requests)
 
     @property
     def alive(self) -> bool:
@@ -393,15 +407,14 @@ class LLM:
                 f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: "
                 f"give one for all or one for each"
             )
-        groups: list[list[RequestFuture]] = []
-        try:
-            for prompt, params in zip(prompts, sampling_params, strict=True):
-                groups.append(self.submit(prompt, params, adapter))
-        except ValueError:
-            for future in (future for group in groups for future in group):
-                self._loop.cancel(future, "another prompt of the call was refused")
-            raise
-        return [self._output([future.result() for future in group]) for group in groups]
+        requests = [
+            self._requests(prompt, params, adapter, None)
+            for prompt, params in zip(prompts, sampling_params, strict=True)
+        ]
+        futures = self.submit_all([request for group in requests for request in group])
+        self._raise_refused(futures)
+        states = iter([future.result() for future in futures])
+        return [self._output([next(states) for _ in group]) for group in requests]
 
     def chat(
         self,
