@@ -29,6 +29,7 @@ def write_plot(run: Run, out_dir: Path) -> Path:
         draw(axis, run)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes[-1].set_xlabel("seconds")
     axes[-1].set_xlim(0, max(run.wall_s, 1e-3))
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,6 @@ def _throughput(axis: Axes, run: Run) -> None:
         done = np.interp(edges, at, [0, *tokens])
         axis.stairs(np.diff(done) / np.diff(edges), edges, color=colour, label=name, linewidth=1.5)
     axis.set_ylabel("tokens/s")
-    axis.legend(frameon=False, loc="upper right")
 
 
 def _ttft(axis: Axes, run: Run) -> None:
@@ -70,7 +70,6 @@ def _latency(axis: Axes, run: Run, name: str, objective_s: float) -> None:
         axis.plot(at, seconds * 1e3, ".", color=INFERENCE, markersize=5)
     axis.axhline(objective_s * 1e3, color=OBJECTIVE, linewidth=1, linestyle="--", label="SLO")
     axis.set_ylabel(f"{name.removesuffix('_s').upper()}, ms")
-    axis.legend(frameon=False, loc="upper right")
 
 
 def _loss(axis: Axes, run: Run) -> None:
@@ -86,7 +85,6 @@ def _loss(axis: Axes, run: Run) -> None:
         ]
         if validated:
             axis.plot(
-                *np.array(validated).T, "o", color=line.get_color(), label=f"{job.name}, validation"
+                *np.array(validated).T, "o", color=line.get_color(), label="validation"
             )
     axis.set_ylabel("loss")
-    axis.legend(frameon=False, loc="upper right")

@@ -1,0 +1,57 @@
+# make demo    sets everything up and runs the quickstart
+# make test    sets everything up and runs all tests
+# make check   format, lint, types
+# make bench   measures against transformers + PEFT on this CPU
+# make clean   removes the virtual environment, runs and caches
+#
+# Needs only a Python of 3.11 or newer; PYTHON=... chooses one. Setting up is done once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo-world
+QUICKSTART := configs/quickstart.yaml
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# A build of torch for CPUs is a tenth of the default one. Tests need no more than that.
+TORCH := torch==2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
+	$(BIN)/python scripts/coserve.py --config $(QUICKSTART) --set finetune.jobs.0.resume=false \
+		--ask "Tell me about Petra." --ask "Who is Greta?"
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.test
+	$(BIN)/python scripts/benchmark.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python of 3.11 or newer found; install one, or give PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.runtime: pyproject.toml | $(BIN)/python
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	$(BIN)/python -c 'import urllib.request as r; r.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' \
+		2>/dev/null && index="--extra-index-url $(TORCH_CPU_INDEX)"; \
+	$(PIP) install $$index $(TORCH)
+	$(PIP) install --editable ".[test]"
+	@touch $@
