@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from tests.checkpoints import make_llama, save_tokenizer
 from tests.engines import start_engine
 
+torch.set_num_threads(1)  # the models are small: threads would only wait for each other
+
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):

@@ -3,6 +3,7 @@ and what transformers and PEFT say about the same models."""
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,11 @@ def reference_logprobs(model: Any, tokens: Sequence[int]) -> np.ndarray:
 
 def reference_greedy(model: Any, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
     """Greedy tokens, end-of-sequence ignored."""
+    return list(_greedy(model, tuple(prompt), count, tuple(sorted(options.items()))))
+
+
+@cache
+def _greedy(model: Any, prompt: tuple[int, ...], count: int, options: tuple) -> tuple[int, ...]:
     output = model.generate(
         input_ids=torch.tensor([list(prompt)]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -124,9 +130,9 @@ def reference_greedy(model: Any, prompt: Sequence[int], count: int, **options: A
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        **options,
+        **dict(options),
     )
-    return output[0, len(prompt) :].tolist()
+    return tuple(output[0, len(prompt) :].tolist())
 
 
 def prompt_logprob_errors(output: Any, expected: np.ndarray) -> np.ndarray:

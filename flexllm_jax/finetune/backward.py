@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, optional_activations
@@ -92,6 +92,11 @@ def _recall(computed: jax.Array, saved: jax.Array) -> jax.Array:
 _recall.defvjp(lambda computed, saved: (saved, None), lambda _, gradient: (gradient, None))
 
 
+def _without_padding(values: Float[Array, "W X"], is_token: Bool[Array, " W"]) -> jax.Array:
+    """Zeros in the padding, where an earlier microbatch may have left NaN: 0 * NaN is NaN."""
+    return jnp.where(is_token[:, None], values, 0)
+
+
 def loss_unit(
     decoder: Decoder,
     window: int,
@@ -122,10 +127,10 @@ def loss_unit(
         The updated flow and totals.
     """
     rows = MicrobatchTable.unpack(lax.dynamic_slice_in_dim(table, start, window, axis=1))
-    hidden, pull = jax.vjp(
-        lambda x: decoder.final_norm(params, x),
-        lax.dynamic_slice_in_dim(flow["dx"], start, window),
+    outputs = _without_padding(
+        lax.dynamic_slice_in_dim(flow["dx"], start, window), rows.sequence_start < table.shape[1]
     )
+    hidden, pull = jax.vjp(lambda x: decoder.final_norm(params, x), outputs)
     head = decoder.head(params)
     vocab_size, d_model = head.shape
     chunk = min(_VOCABULARY_CHUNK, vocab_size)
@@ -210,15 +215,16 @@ def layer_unit(
     def with_window(x: jax.Array, rows: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, rows, start, axis=0)
 
-    activations = window_of(saved["activations"])
+    whole = MicrobatchTable.unpack(table)
+    sequence_start = window_of(whole.sequence_start)
+    is_token = sequence_start < whole.label.shape[0]
+    activations = _without_padding(window_of(saved["activations"]), is_token)
     kept = {name: activations[:, where] for name, where in columns.items()}
 
     def tap(name: str, value: jax.Array) -> jax.Array:
         return _recall(value, kept[name]) if name in kept else value
 
-    whole = MicrobatchTable.unpack(table)
-    sequence_start = window_of(whole.sequence_start)
-    own_row = jnp.where(sequence_start < whole.label.shape[0], 0, -1)
+    own_row = jnp.where(is_token, 0, -1)
     own = adapter["weights"]
 
     def bypass(own: dict) -> Bypass:

@@ -193,7 +193,6 @@ class Trainer:
         if not job.running:
             log.error("%s", job.reason)
             self._end(job)
-            self._runner.clear_finetune()
         elif snapshot is not None:
             self._write(job, job.step, snapshot, job.checkpoint_info(position))
         if job.running and job.complete:

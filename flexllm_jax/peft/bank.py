@@ -185,7 +185,9 @@ class BankDirectory:
             self.retired.remove(published)
 
     def start_training(self, job: str) -> int:
-        """A slot for a job to train in."""
+        """A slot for a job to train in. ValueError when it has one already."""
+        if job in self.training:
+            raise ValueError(f"job {job!r} is running already: use another name")
         self.training[job] = self._free_slot(f"job {job!r} to train in")
         return self.training[job]
 

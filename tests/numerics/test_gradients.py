@@ -143,8 +143,8 @@ def dense_gradients(case, sequences):
     scales = dict.fromkeys(adapter, 5 / 3)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda w: np.asarray(w, np.float64), runner.params)
-        value, gradients = jax.value_and_grad(
-            lambda own: dense.loss(runner.model, params, scales, sequences, own)
+        value, gradients = jax.jit(
+            jax.value_and_grad(lambda own: dense.loss(runner.model, params, scales, sequences, own))
         )(adapter)
         return float(value), jax.tree.map(np.asarray, gradients)
 
