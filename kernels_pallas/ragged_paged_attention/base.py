@@ -15,8 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
-_BLOCKS_AT_ONCE = 8
-_CHUNK_BLOCK = 32  # queries a block of a prefill chunk or finetuning window holds
+_BLOCKS_AT_ONCE = 4
+_CHUNK_BLOCK = 64  # queries a block of a prefill chunk or finetuning window holds
 _SMALL_BATCH = 32  # up to here every query is a block of its own
 _KEYS_AT_ONCE = 128
 

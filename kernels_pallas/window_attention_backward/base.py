@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_KEYS_AT_ONCE = 256
+_KEYS_AT_ONCE = 128
 
 
 def window_attention_backward(
