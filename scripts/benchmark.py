@@ -35,6 +35,7 @@ import matplotlib.pyplot as plt
 
 SEQUENCE, PROMPT, PROMPTS, NEW_TOKENS, RANK = 512, 128, 8, 64, 16
 VOCABULARY = 8192
+TPOT_MS = 250.0  # the objective while co-serving
 SAMPLING = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
@@ -84,12 +85,16 @@ class Ours:
             dtype="float32",
             max_model_len=SEQUENCE,
             cache={"page_size": 16},
-            scheduler={"max_tokens_per_step": SEQUENCE, "max_sequences": PROMPTS},
+            scheduler={
+                "max_tokens_per_step": SEQUENCE,
+                "max_sequences": PROMPTS,
+                "slo": {"tpot_ms": TPOT_MS},
+            },
             compile={"token_buckets": [PROMPTS, 128, SEQUENCE]},
             adapter_bank={"slots": 3, "max_rank": RANK},
             finetune={
                 "max_tokens": SEQUENCE,
-                "window": SEQUENCE,
+                "window": SEQUENCE // 2,
                 "saved": "all",
                 "checkpoint_every": 0,
             },
