@@ -19,6 +19,8 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
 
+export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
+
 .DELETE_ON_ERROR:
 .PHONY: demo test check bench clean
 

@@ -1,5 +1,11 @@
 """flexllm_jax: serve a language model and finetune its adapters on the same device."""
 
+import os
+
+# Said before transformers is imported: it would tell everybody that PyTorch is not installed, which
+# is not needed here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, load_config
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.llm import LLM, CompletionOutput, Job, RequestOutput

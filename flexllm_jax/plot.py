@@ -84,7 +84,5 @@ def _loss(axis: Axes, run: Run) -> None:
             (times[step - first - 1], loss) for step, loss in job.validation_losses if step > first
         ]
         if validated:
-            axis.plot(
-                *np.array(validated).T, "o", color=line.get_color(), label="validation"
-            )
+            axis.plot(*np.array(validated).T, "o", color=line.get_color(), label="validation")
     axis.set_ylabel("loss")

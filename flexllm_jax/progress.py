@@ -12,8 +12,8 @@ from rich.table import Table
 
 from flexllm_jax.llm import Job
 from flexllm_jax.replay import Replay
-from flexllm_jax.report import number
 from flexllm_jax.run import Run
+from flexllm_jax.summary import number
 
 _REFRESH_S = 0.25
 _LINE_S = 5.0

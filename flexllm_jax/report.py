@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from flexllm_jax.engine.cache import peak_memory
 from flexllm_jax.llm import LLM, Job
@@ -92,56 +91,3 @@ def write_report(report: dict[str, Any], out_dir: Path) -> Path:
         os.fsync(stream.fileno())
     unfinished.replace(file)
     return file
-
-
-def summary_table(report: dict[str, Any]) -> Table:
-    """The report in a few lines."""
-    table = Table(show_header=False, title="summary", title_justify="left")
-    inference, engine = report["inference"], report["engine"]
-    if inference["requests"]:
-        table.add_row(
-            "requests",
-            f"{inference['completed']:,} completed, {inference['failed']:,} failed "
-            f"of {inference['requests']:,}",
-        )
-        for reason, count in list(inference.get("failures", {}).items())[:3]:
-            table.add_row("", f"{count:,} failed: {reason}")
-        table.add_row(
-            "tokens",
-            f"{inference['prompt_tokens']:,} in, {inference['output_tokens']:,} out"
-            f" ({number(inference['output_tokens_per_s'])}/s)",
-        )
-        for name in ("ttft_ms", "tpot_ms"):
-            row = inference[name]
-            text = ", ".join(f"{key} {number(value)}" for key, value in row.items())
-            table.add_row(name.removesuffix("_ms").upper(), f"{text} ms")
-        attainment = inference["slo_attainment"]
-        table.add_row("SLO met", "-" if attainment is None else f"{attainment:.1%}")
-    for name, job in report["finetune"].items():
-        losses, validated = job["losses"], job["validation_losses"]
-        text = f"{job['status']}, {job['steps']}/{job['total_steps']} steps, "
-        text += f"{job['tokens']:,} tokens ({number(job['tokens_per_s'])}/s)"
-        if losses:
-            text += f", loss {losses[0]:.3f} → {losses[-1]:.3f}"
-        if validated:
-            text += f", validation loss {validated[-1][1]:.3f}"
-        table.add_row(f"job {name}", text)
-        if job["reason"]:
-            table.add_row("", job["reason"])
-        if job["adapter_dir"]:
-            table.add_row("", f"adapter: {job['adapter_dir']}")
-    host = engine["host_ms_per_step"]
-    table.add_row(
-        "engine",
-        f"{engine['device']}, {engine['wall_s']:.1f} s, {engine['steps']:,} steps, host "
-        f"{host['p50']:.2f} ms a step, {engine['recompiles_after_warmup']} recompilations, "
-        f"{engine['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
-    )
-    return table
-
-
-def number(value: float | None) -> str:
-    """A measured value with three digits or so; - for none."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -14,7 +14,6 @@ from rich.markup import escape
 
 from flexllm_jax import LLM, SamplingParams
 from flexllm_jax.cli import (
-    INTERRUPTED,
     check_output_dir,
     make_parser,
     read_config,
@@ -22,11 +21,10 @@ from flexllm_jax.cli import (
     shows_progress,
 )
 from flexllm_jax.config import ConfigError
-from flexllm_jax.plot import write_plot
 from flexllm_jax.progress import ProgressDisplay
 from flexllm_jax.replay import encode_prompt
-from flexllm_jax.report import make_report, summary_table, write_report
 from flexllm_jax.run import Inputs, Run, prepare
+from flexllm_jax.summary import conclude
 
 ANSWER_TOKENS = 64
 
@@ -98,20 +96,12 @@ def main() -> int:
         console.print("stopping: jobs write checkpoints, unfinished requests fail")
     finally:
         run.close()
-    for job in run.jobs:
-        for message in job.messages:
-            console.print(f"job {job.name}: {message}", markup=False)
-    report = make_report(run)
-    files = write_report(report, config.output_dir), write_plot(run, config.output_dir)
-    console.print(summary_table(report))
+    status = conclude(run, interrupted=interrupted)
     for i, prompt in enumerate(arguments.ask):
         console.print(f"\n[bold]{escape(prompt)}[/bold]")
         for when, texts in answers.items():
             console.print(f"  {when}: {texts[i]}", markup=False, highlight=False)
-    console.print(f"\nwritten: {files[0]}, {files[1]}")
-    if interrupted:
-        return INTERRUPTED
-    return 1 if any(job.status == "failed" for job in run.jobs) else 0
+    return status
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from rich import get_console
 
 from flexllm_jax import LLM
 from flexllm_jax.cli import (
-    INTERRUPTED,
     check_output_dir,
     make_parser,
     read_config,
@@ -21,10 +20,9 @@ from flexllm_jax.cli import (
     shows_progress,
 )
 from flexllm_jax.config import ConfigError
-from flexllm_jax.plot import write_plot
 from flexllm_jax.progress import ProgressDisplay
-from flexllm_jax.report import make_report, summary_table, write_report
 from flexllm_jax.run import Run, prepare
+from flexllm_jax.summary import conclude
 
 
 def main() -> int:
@@ -50,16 +48,7 @@ def main() -> int:
         console.print("stopping: jobs write checkpoints; the next run goes on from them")
     finally:
         run.close()
-    for job in run.jobs:
-        for message in job.messages:
-            console.print(f"job {job.name}: {message}", markup=False, soft_wrap=True)
-    report = make_report(run)
-    files = write_report(report, config.output_dir), write_plot(run, config.output_dir)
-    console.print(summary_table(report))
-    console.print(f"written: {files[0]}, {files[1]}", soft_wrap=True)
-    if interrupted:
-        return INTERRUPTED
-    return 1 if any(job.status == "failed" for job in run.jobs) else 0
+    return conclude(run, interrupted=interrupted)
 
 
 if __name__ == "__main__":
