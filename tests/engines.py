@@ -63,7 +63,8 @@ def letter_rows(count: int, longest: int = 60, seed: int = 0) -> list[dict]:
     letters = list("abcdefghijklmnop ")
     rows = []
     for _ in range(count):
-        prompt = "".join(random.choice(letters, random.integers(1, longest // 2)))
+        prompt = random.choice(letters[:-1])  # a completion of spaces alone is skipped
+        prompt += "".join(random.choice(letters, random.integers(0, longest // 2 - 1)))
         completion = (prompt.upper() * 3)[: random.integers(1, longest // 2)]
         rows.append({"prompt": prompt, "completion": completion})
     return rows

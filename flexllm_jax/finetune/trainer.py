@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.runner import Runner
@@ -214,8 +215,18 @@ class Trainer:
         except ValueError as error:  # no free slot: the export is what counts
             job.messages.append(str(error))
             log.warning("%s", error)
-        job.adapter_dir = self.export(job, self._config.output_dir / job.name / "adapter")
-        job.finish(JobStatus.SUCCEEDED)
+        folder = self._config.output_dir / job.name / "adapter"
+        try:
+            job.adapter_dir = self.export(job, folder)
+        except (OSError, SafetensorError) as error:
+            reason = (
+                f"job {job.name!r} is trained, but its adapter could not be written to {folder} "
+                f"({error}): free space on the disk and resume the job"
+            )
+            log.error("%s", reason)
+            job.finish(JobStatus.FAILED, reason)
+        else:
+            job.finish(JobStatus.SUCCEEDED)
         self._end(job)
 
     def export(self, job: FinetuneJob, out_dir: Path) -> Path:

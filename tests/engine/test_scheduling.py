@@ -80,6 +80,28 @@ class TestPreemption:
             (alone,) = llm.generate([list(state.prompt)], params)
             assert alone.token_ids == state.output
 
+    def test_prompt_logprobs_of_a_prompt_that_was_begun_twice(
+        self, llm, llama_reference, monkeypatch
+    ):
+        """A long prompt is preempted between its chunks; the cache has forgotten the first ones."""
+        scheduler = llm.engine.scheduler
+        monkeypatch.setattr(scheduler, "_prefill_limit", lambda decode, start: 8)
+        monkeypatch.setattr(scheduler, "_publish", lambda sequence: None)
+        params = SamplingParams(max_tokens=80, ignore_eos=True)
+        older = [llm.submit(p, params)[0] for p in random_prompts([20, 22, 24, 26], seed=60)]
+        while not all(len(future.state.output) > 20 for future in older):
+            time.sleep(0.001)
+        (prompt,) = random_prompts([120], seed=61)
+        (long,) = llm.submit(prompt, SamplingParams(max_tokens=1, prompt_logprobs=0))
+        state = long.result(60)
+        assert state.preemptions > 0, "it was not preempted: nothing is shown"
+        expected = reference_logprobs(llama_reference, prompt)
+        for i, logprobs in enumerate(state.prompt_logprobs[1:]):
+            assert logprobs == {prompt[i + 1]: pytest.approx(expected[i, prompt[i + 1]], abs=1e-3)}
+        for future in older:
+            expected = reference_greedy(llama_reference, future.state.prompt, 80)
+            assert future.result(60).output == expected
+
     def test_with_a_job_beside_that_loses_its_pages(self, llm, llama_reference, tmp_path):
         rows = write_rows(tmp_path / "rows.jsonl", letter_rows(20, longest=80))
         job = llm.finetune(job_config("parked", rows, steps=300))
