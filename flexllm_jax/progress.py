@@ -26,6 +26,7 @@ class ProgressDisplay:
         self._console = get_console()
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
         self._shown = 0.0
+        self._run: Run | None = None
 
     def __enter__(self) -> ProgressDisplay:
         if self._console.is_terminal:
@@ -34,10 +35,13 @@ class ProgressDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal and self._run:
+            self._live.update(_table(self._run), refresh=True)  # as it ended
         self._live.stop()
 
     def update(self, run: Run) -> None:
         """Show how far the run is, unless it was just shown."""
+        self._run = run
         now = time.monotonic()
         if now - self._shown < (_REFRESH_S if self._console.is_terminal else _LINE_S):
             return
