@@ -27,7 +27,7 @@ export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
 demo: $(VENV)/.runtime
 	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
 	$(BIN)/python scripts/coserve.py --config $(QUICKSTART) --set finetune.jobs.0.resume=false \
-		--ask "Tell me about Petra." --ask "Who is Greta?"
+		--ask "Tell me about Sara." --ask "Who is Felix?" --ask "Tell me about Laura."
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
