@@ -17,7 +17,7 @@ from flexllm_jax import LLM, FinetuneConfig
 COMPILE_CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Names in the parameter tree, written out by hand.
-SHORT = dict(zip(SEVEN, ("q", "k", "v", "o", "gate", "up", "down"), strict=True))
+SHORT: dict[str, str] = dict(zip(SEVEN, ("q", "k", "v", "o", "gate", "up", "down"), strict=True))
 
 
 def start_engine(path: Path, output_dir: Path, **changes: Any) -> LLM:
@@ -94,7 +94,7 @@ def save_random_adapter(base: Path, path: Path, seed: int = 0, **options: Any) -
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     return path
 
 

@@ -1,5 +1,7 @@
 """Sampling against transformers' own logits processors, and everything that ends an output."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -55,9 +57,8 @@ class TestDraws:
         ids=["plain", "temperature", "top-k", "top-p", "min-p", "all"],
     )
     def test_frequencies(self, llm, logits, fields, warpers):
-        left = LogitsProcessorList(warpers)(
-            torch.tensor([PROMPT]), torch.tensor(logits[None], dtype=torch.float32)
-        )
+        processors: Any = LogitsProcessorList(warpers)
+        left = processors(torch.tensor([PROMPT]), torch.tensor(logits[None], dtype=torch.float32))
         expected = torch.softmax(left[0].double(), -1).numpy()
         params = SamplingParams(
             **({"temperature": 1.0} | fields), max_tokens=1, seed=11, n=self.DRAWS
@@ -106,7 +107,7 @@ def penalized_greedy(model, prompt, count, repetition=1.0, presence=0.0, frequen
 
     `banned`: tokens that cannot come before output token `banned[1]`.
     """
-    processor = RepetitionPenaltyLogitsProcessor(repetition)
+    processor: Any = RepetitionPenaltyLogitsProcessor(repetition)
     output: list[int] = []
     for index in range(count):
         tokens = [*prompt, *output]

@@ -45,9 +45,7 @@ def test_logits(half, llama, llama_reference):
 
 def test_a_job_learns_as_in_float32(half, llm, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", letter_rows(30))
-    jobs = [
-        engine.finetune(job_config("half", rows, steps=20)).wait(120) for engine in (half, llm)
-    ]
+    jobs = [engine.finetune(job_config("half", rows, steps=20)).wait(120) for engine in (half, llm)]
     assert all(job.status == "succeeded" for job in jobs)
     np.testing.assert_allclose(jobs[0].losses, jobs[1].losses, rtol=0.05)
     assert np.mean(jobs[0].losses[-3:]) < 0.8 * np.mean(jobs[0].losses[:3])
