@@ -259,32 +259,28 @@ class Trainer:
         return JobCheckpoints(self._config.output_dir / job.name / "checkpoints")
 
     def _write(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
-        """Write a checkpoint in the background; a failure is reported and costs nothing else."""
-
-        def write() -> None:
-            try:
-                arrays = jax.tree.map(np.asarray, snapshot)
-                self._checkpoints(job).save(step, arrays, info)
-            except (CheckpointError, OSError) as error:
-                job.messages.append(str(error))
-                log.error("%s", error)
-
+        """Write a checkpoint in the background."""
         self._writes = [w for w in self._writes if not w.done()]
-        self._writes.append(self._writer.submit(write))
+        self._writes.append(self._writer.submit(self._save, job, step, snapshot, info))
+
+    def _save(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
+        """Write a checkpoint; a failure is reported and costs nothing else."""
+        try:
+            arrays = jax.tree.map(np.asarray, snapshot)
+            self._checkpoints(job).save(step, arrays, info)
+        except (CheckpointError, OSError) as error:
+            job.messages.append(str(error))
+            log.error("%s", error)
 
     def stop(self) -> None:
-        """Write a checkpoint of every running job and wait for all that are under way."""
+        """Write a checkpoint of every running job, after those that are under way."""
+        self._writer.shutdown(wait=True)
         for job in self.jobs.values():
             if job.running and job.step > job.resumed_from:
-                self._write(
-                    job,
-                    job.step,
-                    self._runner.copy_state(job.state),
-                    job.checkpoint_info(job.position),
-                )
+                info = job.checkpoint_info(job.position)
+                self._save(job, job.step, self._runner.copy_state(job.state), info)
             if job.running:
                 job.finish(JobStatus.CANCELLED, "the engine was stopped; resume goes on from here")
-        self._writer.shutdown(wait=True)
 
 
 def _served(job: FinetuneJob) -> int:
