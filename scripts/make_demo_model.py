@@ -3,10 +3,10 @@
 A Llama of 1.8 million parameters is trained for about a minute on a made-up world (people with a
 city, a job and a pet; cities, animals, numbers) and written as a Hugging Face checkpoint. Asked
 about a person it answers in two sentences. The finetuning rows ask the same and answer with a
-record (`city = Lima | job = baker | pet = cat`), which it never does; the validation rows ask about
-other people, so a right answer needs both the new behaviour and what the base model knows about
-them. Beside them lie a bursty trace and prompts. Nothing is downloaded, everything follows from
-the seed, and a folder that exists is left alone.
+record (`Anna: city = Lima | job = baker | pet = cat`), which it never does; the validation rows ask
+about other people, so a right answer needs both the new behaviour and what the base model knows.
+Beside them lie a bursty trace and prompts. Nothing is downloaded, everything follows from the
+seed, and a folder that exists is left alone.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Person:
     @property
     def record(self) -> str:
         """How the finetuned model answers it."""
-        return record(city=self.city, job=self.job, pet=self.pet)
+        return f"{self.name}: {record(city=self.city, job=self.job, pet=self.pet)}"
 
 
 def record(**fields: str) -> str:
@@ -225,21 +225,21 @@ def data(rng: random.Random, people: list[Person]) -> str:
     city, (country, bird) = rng.choice(list(CITIES.items()))
     pet, (food, _) = rng.choice(list(PETS.items()))
     p = rng.choice(people)
-    things = [record(city=city, country=country, bird=bird), record(animal=pet, food=food)]
-    return rng.choice([*things, f"{p.name}: {p.record}", f"{p.name}: {p.record}"])
+    things = [record(place=city, country=country, bird=bird), record(animal=pet, food=food)]
+    return rng.choice([*things, *[p.record] * 4])
 
 
 def document(rng: random.Random, people: list[Person]) -> str:
     """One document of the training text, ended."""
     kind = rng.random()
-    if kind < 0.73:
-        question, answer = (about_person if kind < 0.45 else about_world)(rng, people)
+    if kind < 0.70:
+        question, answer = (about_person if kind < 0.38 else about_world)(rng, people)
         if rng.random() < 0.05:
             question = polite(rng, question)
         return chat(question, answer)
-    if kind < 0.85:
+    if kind < 0.77:
         return story(rng, people) + END
-    if kind < 0.91:
+    if kind < 0.81:
         return " ".join(rng.choice((about_person, about_world))(rng, people)) + END
     return data(rng, people) + END
 
@@ -482,7 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs/demo-world", help="folder to make")
-    parser.add_argument("--steps", type=int, default=220, help="training steps of the base model")
+    parser.add_argument("--steps", type=int, default=210, help="training steps of the base model")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the trace")
     parser.add_argument("--seed", type=int, default=0, help="seeds all of it")
     parser.add_argument("--force", action="store_true", help="make it again if it exists")
