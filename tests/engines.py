@@ -2,6 +2,7 @@
 and what transformers and PEFT say about the same models."""
 
 import json
+import signal
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -149,3 +150,8 @@ def prompt_logprob_errors(output: Any, expected: np.ndarray) -> np.ndarray:
         assert set(best[:3].tolist()) <= logprobs.keys()
         errors += [abs(value - expected[i, token]) for token, value in logprobs.items()]
     return np.array(errors)
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: a shell that started the tests in the background made all ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -14,6 +14,7 @@ import pytest
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
 from tests.engines import (
+    heed_interrupts,
     job_config,
     letter_rows,
     random_prompts,
@@ -98,6 +99,7 @@ def test_interrupted_then_killed_then_resumed(llm, llama, rows, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=heed_interrupts,
         )
         try:
             said, errors = interrupt(process, how, steps=13)

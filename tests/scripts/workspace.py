@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.engines import COMPILE_CACHE, letter_rows, write_rows
+from tests.engines import COMPILE_CACHE, heed_interrupts, letter_rows, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -58,6 +58,7 @@ class Workspace:
             stderr=subprocess.STDOUT,
             text=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            preexec_fn=heed_interrupts,
         )
         output = ""
         assert process.stdout is not None
