@@ -96,6 +96,7 @@ class Ours:
                 "max_tokens": SEQUENCE,
                 "window": SEQUENCE // 2,
                 "saved": "all",
+                "idle_step_ms": 1000,
                 "checkpoint_every": 0,
             },
             output_dir=str(out),
