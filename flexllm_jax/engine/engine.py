@@ -142,10 +142,9 @@ class Engine:
             stop_ids=params.stop_ids(eos),
             adapter=published,
         )
-        if params.prompt_logprobs is not None:
-            state.prompt_logprobs = [None] * len(state.prompt)  # the first stays: nothing precedes
         salt = (published.name, published.version) if published else None
         if params.prompt_logprobs is not None:
+            state.prompt_logprobs = [None] * len(state.prompt)  # the first stays: nothing precedes
             salt = (salt, state.request_id)  # the whole prompt must be computed: share nothing
         self.scheduler.add(
             Request(state.request_id, state.prompt, params.max_tokens, state.arrival, salt)

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,6 @@ class Trainer:
         self._queued: dict[int, PackedMicrobatch] = {}
         self._ids = itertools.count()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._writes: list[Future] = []
         self.current: CurrentMicrobatch | None = None
 
     @property
@@ -70,8 +69,6 @@ class Trainer:
     def start(self, job: FinetuneJob) -> None:
         """Put a job's adapter in its slot, from its newest checkpoint if it resumes, and let it
         run."""
-        if job.name in self.jobs and self.jobs[job.name].running:
-            raise ValueError(f"job {job.name!r} is running already: use another name")
         job.started_at = time.monotonic()
         runner = self._runner
         values, scales = to_rows(job.adapter, runner.model, runner.bank_shape, job.name)
@@ -91,7 +88,8 @@ class Trainer:
     def feed(self) -> None:
         """Keep a few microbatches queued with the scheduler."""
         while self._scheduler.num_microbatches < _QUEUED:
-            jobs = sorted((j for j in self.jobs.values() if j.running), key=_served)
+            running = (job for job in self.jobs.values() if job.running)
+            jobs = sorted(running, key=lambda job: job.tokens_started)
             packed = next((p for j in jobs if (p := j.next_microbatch(self._ids))), None)
             if packed is None:
                 return
@@ -260,8 +258,7 @@ class Trainer:
 
     def _write(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
         """Write a checkpoint in the background."""
-        self._writes = [w for w in self._writes if not w.done()]
-        self._writes.append(self._writer.submit(self._save, job, step, snapshot, info))
+        self._writer.submit(self._save, job, step, snapshot, info)
 
     def _save(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
         """Write a checkpoint; a failure is reported and costs nothing else."""
@@ -281,7 +278,3 @@ class Trainer:
                 self._save(job, job.step, self._runner.copy_state(job.state), info)
             if job.running:
                 job.finish(JobStatus.CANCELLED, "the engine was stopped; resume goes on from here")
-
-
-def _served(job: FinetuneJob) -> int:
-    return job.tokens_started
