@@ -45,8 +45,9 @@ class RMSNorm(nnx.Module):
 
 def rotary_angles(
     config: ModelConfig, positions: Int[Array, " T"]
-) -> tuple[Float[Array, "T 1 H/2"], Float[Array, "T 1 H/2"]]:
-    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), float32.
+) -> tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]:
+    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), float32, for `rotate`: both
+    halves of a head have the same angles, and the sine of the first half is negated.
 
     With `rope_scaling` the frequencies are changed as Llama 3.1 does: wavelengths above the
     original context are stretched by `factor`, short ones are kept, and those between are
@@ -61,13 +62,18 @@ def rotary_angles(
         keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         frequencies = frequencies * (keep + (1.0 - keep) / scaling.factor)
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(
-    x: Float[Array, "T N H"], angles: tuple[Float[Array, "T 1 H/2"], Float[Array, "T 1 H/2"]]
+    x: Float[Array, "T N H"], angles: tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]
 ) -> Float[Array, "T N H"]:
-    """Rotate the two halves of each head by the angles, in x's dtype."""
+    """Rotate the two halves of each head by the angles, in x's dtype.
+
+    One multiply-add over whole heads: XLA's CPU backend vectorizes it, and not a concatenation of
+    rotated halves.
+    """
     cos, sin = (angle.astype(x.dtype) for angle in angles)
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return x * cos + jnp.concatenate([second, first], axis=-1) * sin
