@@ -4,8 +4,8 @@ A layer is two functions with attention between them, because attention reads pa
 program owns, and because token-level finetuning differentiates the two halves apart. The same code
 runs forward and backward:
 
-- `bypass(module, x, y)` adds what an adapter contributes to the output `y` of projection `module`
-  on input `x`;
+- `bypass(x, outputs)` adds what an adapter contributes to the outputs, by name, of the projections
+  that read `x`;
 - `tap(name, value)` sees the activations that the backward may want: the forward records them, the
   backward puts the recorded ones in their place, so that whatever was needed only to compute them
   disappears.
@@ -65,9 +65,9 @@ class DecoderLayer(nnx.Module):
         """Queries, keys and values of the layer's input, rotated."""
         h = self.input_norm(x)
         heads = (x.shape[0], -1, self.head_dim)
-        q = tap("query", bypass("q", h, self.q(h))).reshape(heads)
-        k = bypass("k", h, self.k(h))
-        v = bypass("v", h, self.v(h)).reshape(heads)
+        outputs = bypass(h, {"q": self.q(h), "k": self.k(h), "v": self.v(h)})
+        q, k = tap("query", outputs["q"]).reshape(heads), outputs["k"]
+        v = outputs["v"].reshape(heads)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(tap("key", k).reshape(heads))
         return rotate(q, angles), rotate(k.reshape(heads), angles), v
@@ -81,12 +81,11 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "T D"]:
         """The layer's output, from its input and what attention returned."""
         attended = attended.reshape(x.shape[0], -1)
-        x = tap("residual", x + bypass("o", attended, self.o(attended)))
+        x = tap("residual", x + bypass(attended, {"o": self.o(attended)})["o"])
         h = self.post_norm(x)
-        gate = tap("gate", bypass("gate", h, self.gate(h)))
-        up = tap("up", bypass("up", h, self.up(h)))
-        inner = jax.nn.silu(gate) * up
-        return x + bypass("down", inner, self.down(inner))
+        outputs = bypass(h, {"gate": self.gate(h), "up": self.up(h)})
+        inner = jax.nn.silu(tap("gate", outputs["gate"])) * tap("up", outputs["up"])
+        return x + bypass(inner, {"down": self.down(inner)})["down"]
 
 
 def optional_activations(config: ModelConfig) -> dict[str, int]:

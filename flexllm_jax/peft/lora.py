@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Int
 
-from flexllm_jax.peft.bypass import Bypass
+from flexllm_jax.peft.bypass import Bypass, Outputs
 from kernels_pallas.grouped_lora import grouped_lora
 
 
@@ -17,10 +17,18 @@ def lora_bypass(weights: dict, scales: dict, adapter: Int[Array, " T"]) -> Bypas
         adapter: row of the weights for each token, or -1 for the base model alone.
     """
 
-    def bypass(module: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        if module not in weights:
-            return y
-        own = weights[module]
-        return y + grouped_lora(x, own["a"], own["b"], scales[module], adapter)
+    def bypass(x: jax.Array, outputs: Outputs) -> Outputs:
+        names = [name for name in outputs if name in weights]
+        if not names:
+            return outputs
+        sums = grouped_lora(
+            x,
+            tuple(outputs[name] for name in names),
+            tuple(weights[name]["a"] for name in names),
+            tuple(weights[name]["b"] for name in names),
+            tuple(scales[name] for name in names),
+            adapter,
+        )
+        return outputs | dict(zip(names, sums, strict=True))
 
     return bypass

@@ -1,37 +1,122 @@
-"""The contract of the grouped low-rank product, and its XLA reference.
+"""The contract of grouped LoRA, and its XLA reference.
 
-The reference multiplies every token with every adapter's A, keeps the rank rows of the token's own
-adapter, and multiplies with all B at once: two dense products, exact, and differentiable by JAX
-itself. It costs in proportion to the slots of the bank, which is right for a few adapters; the work
-for a token of no adapter is zeros.
+The reference takes the adapters that the batch uses one after the other: its work follows their
+number, not the slots of the bank. A token's result depends on nothing but its own adapter: what the
+others add to its row is zero.
 """
 
+from collections.abc import Sequence
+
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 
 def grouped_lora(
     x: Float[Array, "T D"],
-    a: Float[Array, "A D R"],
-    b: Float[Array, "A R E"],
-    scale: Float[Array, " A"],
+    ys: Sequence[Float[Array, "T E"]],
+    a: Sequence[Float[Array, "A D R"]],
+    b: Sequence[Float[Array, "A R E"]],
+    scales: Sequence[Float[Array, " A"]],
     adapter: Int[Array, " T"],
-) -> Float[Array, "T E"]:
-    """scale[i] * (x @ a[i]) @ b[i] with i = adapter[t] for each token t; zero where adapter[t] < 0.
+) -> tuple[Float[Array, "T E"], ...]:
+    """ys[j] + scales[j][i] * (x @ a[j][i]) @ b[j][i] for each token, with i = adapter[t].
 
     Args:
-        x: inputs of the base projection.
-        a: down projections of all adapters; adapters of a smaller rank are padded with zeros.
-        b: up projections.
-        scale: LoRA's alpha / r (or alpha / sqrt(r)) of each adapter; float32.
-        adapter: row of a, b and scale for each token, or -1; int32.
+        x: input of several base projections.
+        ys: their outputs; E may differ from one to the next.
+        a: for each projection, the down projections of all adapters; adapters of a smaller rank are
+            padded with zeros.
+        b: for each projection, the up projections.
+        scales: for each projection, LoRA's alpha / r (or alpha / sqrt(r)) of each adapter; float32.
+        adapter: row of a, b and scales for each token, or -1: y stays as it is; int32.
 
     Returns:
-        The adapters' contribution, in x's dtype. Differentiable in x, a and b.
+        The sums, in the dtype of ys. Products accumulate in float32.
     """
-    num_adapters, _, rank = a.shape
-    shrunk = jnp.einsum("td,adr->tar", x, a.astype(x.dtype), preferred_element_type=jnp.float32)
-    own = adapter[:, None] == jnp.arange(num_adapters)
-    shrunk = jnp.where(own[:, :, None], shrunk * scale[:, None], 0.0).astype(x.dtype)
-    expanded = b.astype(x.dtype).reshape(num_adapters * rank, -1)
-    return shrunk.reshape(-1, num_adapters * rank) @ expanded
+
+    def add(row: jax.Array, ys: tuple) -> tuple:
+        down, up, scale, own = _one_adapter(a, b, scales, adapter, row, x.dtype)
+        shrunk = _shrink(x, down, scale, own)
+        return tuple(y + s @ u for y, s, u in zip(ys, shrunk, up, strict=True))
+
+    return _for_each_adapter(adapter, a[0].shape[0], add, tuple(ys))
+
+
+def grouped_lora_backward(
+    x: Float[Array, "T D"],
+    d_ys: Sequence[Float[Array, "T E"]],
+    a: Sequence[Float[Array, "A D R"]],
+    b: Sequence[Float[Array, "A R E"]],
+    scales: Sequence[Float[Array, " A"]],
+    adapter: Int[Array, " T"],
+) -> tuple[
+    Float[Array, "T D"], tuple[Float[Array, "A D R"], ...], tuple[Float[Array, "A R E"], ...]
+]:
+    """Gradients of `grouped_lora` with respect to x, a and b (that of ys is d_ys itself).
+
+    dx = sum over j of d_s @ a.T, da = x.T @ d_s, db = s.T @ d_y, with s = scale * x @ a and
+    d_s = scale * d_y @ b.T over the tokens of each adapter. Unlike in `grouped_lora`, x and d_ys must
+    be finite for tokens of no adapter too.
+
+    Returns:
+        dx in x's dtype; da and db in theirs: zeros for an adapter without tokens.
+    """
+
+    def add(row: jax.Array, carry: tuple) -> tuple:
+        dx, da, db = carry
+        down, up, scale, own = _one_adapter(a, b, scales, adapter, row, x.dtype)
+        shrunk = _shrink(x, down, scale, own)
+        d_shrunk = [
+            jnp.where(own[:, None], s * _product("te,re->tr", d_y, u), 0).astype(x.dtype)
+            for d_y, u, s in zip(d_ys, up, scale, strict=True)
+        ]
+        dx = dx + _product("tr,dr->td", jnp.concatenate(d_shrunk, 1), jnp.concatenate(down, 1))
+        da = [
+            total.at[row].set(_product("tr,td->rd", d, x).T.astype(total.dtype))
+            for total, d in zip(da, d_shrunk, strict=True)
+        ]
+        db = [
+            total.at[row].set(_product("tr,te->re", s, d_y).astype(total.dtype))
+            for total, s, d_y in zip(db, shrunk, d_ys, strict=True)
+        ]
+        return dx, tuple(da), tuple(db)
+
+    zeros = (
+        jnp.zeros(x.shape, jnp.float32),
+        tuple(jnp.zeros_like(w) for w in a),
+        tuple(jnp.zeros_like(w) for w in b),
+    )
+    dx, da, db = _for_each_adapter(adapter, a[0].shape[0], add, zeros)
+    return dx.astype(x.dtype), da, db
+
+
+def _for_each_adapter(adapter: jax.Array, num_adapters: int, add, carry):
+    """carry = add(row, carry) for the row of every adapter that a token has."""
+    if num_adapters == 1:
+        return add(jnp.int32(0), carry)
+    present = jnp.any(adapter[:, None] == jnp.arange(num_adapters), axis=0)
+    # Rows of the adapters in use come first.
+    place = jnp.where(present, jnp.cumsum(present) - 1, num_adapters)
+    rows = jnp.zeros(num_adapters, jnp.int32).at[place].set(jnp.arange(num_adapters), mode="drop")
+    return lax.fori_loop(0, jnp.sum(present), lambda i, carry: add(rows[i], carry), carry)
+
+
+def _one_adapter(a, b, scales, adapter, row, dtype):
+    """One row's factors in the inputs' dtype, its scales, and which tokens are its own."""
+    down, up = ([w[row].astype(dtype) for w in factors] for factors in (a, b))
+    return down, up, [s[row] for s in scales], adapter == row
+
+
+def _shrink(x, down, scale, own) -> list[jax.Array]:
+    """scale * x @ a for each projection, in one product; zeros where the token is not the row's."""
+    shrunk = _product("td,dr->tr", x, jnp.concatenate(down, axis=1))
+    rank = down[0].shape[1]
+    factors = jnp.repeat(jnp.stack(scale), rank)
+    shrunk = jnp.where(own[:, None], shrunk * factors, 0.0).astype(x.dtype)
+    return jnp.split(shrunk, len(down), axis=1)
+
+
+def _product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)

@@ -1,6 +1,7 @@
-"""Grouped LoRA against one product per token, and its gradients against one product per adapter."""
+"""Grouped LoRA against one product per token, and its gradients against JAX's own of one product per
+adapter."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +9,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas.grouped_lora import base
+from kernels_pallas.backend import XLA
+from kernels_pallas.grouped_lora import grouped_lora as api
 from tests.kernels.paged import round_to
 
-# Every implementation of the contract.
-IMPLEMENTATIONS = {"xla": base.grouped_lora}
+BACKENDS = {"xla": XLA}
 
-TOKENS, D_IN, D_OUT, ADAPTERS, RANK = 50, 48, 80, 4, 16
+TOKENS, D_IN, D_OUT, ADAPTERS, RANK = 50, 48, (80, 32, 48), 4, 16
 RANKS = (16, 4, 8, 1)  # of each adapter; the rest of the stack is zeros
 TOLERANCE = {np.float32: 1e-5, ml_dtypes.bfloat16: 3e-2}
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=BACKENDS)
 def grouped_lora(request):
     """An implementation, compiled once for all tests of a dtype."""
     return _compiled(request.param)
@@ -27,30 +28,45 @@ def grouped_lora(request):
 
 @cache
 def _compiled(name: str):
-    return jax.jit(IMPLEMENTATIONS[name])
+    return jax.jit(partial(api, backend=BACKENDS[name]))
 
 
-def problem(dtype, seed: int = 0) -> list[np.ndarray]:
-    """x, a, b, scale and adapter, the tokens in no order and some without an adapter."""
+def problem(dtype, seed: int = 0, adapters: int = ADAPTERS) -> list:
+    """x, ys, a, b, scales and adapter, the tokens in no order and some without an adapter."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((TOKENS, D_IN)).astype(dtype)
-    a = (rng.standard_normal((ADAPTERS, D_IN, RANK)) / np.sqrt(D_IN)).astype(dtype)
-    b = (rng.standard_normal((ADAPTERS, RANK, D_OUT)) / np.sqrt(RANK)).astype(dtype)
-    for i, rank in enumerate(RANKS):
-        a[i, :, rank:], b[i, rank:] = 0, 0
-    scale = np.array([2.0, 0.5, 16.0 / 8**0.5, 32.0], np.float32)
-    adapter = rng.integers(-1, ADAPTERS, TOKENS).astype(np.int32)
-    return [x, a, b, scale, adapter]
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    x = normal(TOKENS, D_IN).astype(dtype)
+    ys = tuple(normal(TOKENS, d).astype(dtype) for d in D_OUT)
+    a = tuple(normal(adapters, D_IN, RANK) / D_IN**0.5 for _ in D_OUT)
+    b = tuple(normal(adapters, RANK, d) / RANK**0.5 for d in D_OUT)
+    for down, up in zip(a, b, strict=True):
+        for i, rank in enumerate(RANKS[:adapters]):
+            down[i, :, rank:], up[i, rank:] = 0, 0
+    scales = tuple(
+        np.array([2.0, 0.5, 16.0 / 8**0.5, 32.0], np.float32)[:adapters] + j
+        for j in range(len(D_OUT))
+    )
+    adapter = rng.integers(-1, adapters, TOKENS).astype(np.int32)
+    return [x, ys, tuple(w.astype(dtype) for w in a), tuple(w.astype(dtype) for w in b)] + [
+        scales,
+        adapter,
+    ]
 
 
-def token_by_token(x, a, b, scale, adapter) -> np.ndarray:
+def token_by_token(x, ys, a, b, scales, adapter) -> list[np.ndarray]:
     """The contract, in float64."""
-    x, a, b = (round_to(value, value.dtype) for value in (x, a, b))
-    out = np.zeros((len(x), b.shape[2]))
-    for t, i in enumerate(adapter):
-        if i >= 0:
-            out[t] = scale[i] * (x[t] @ a[i, :, : RANKS[i]]) @ b[i, : RANKS[i]]
-    return out
+    sums = []
+    for y, down, up, scale in zip(ys, a, b, scales, strict=True):
+        rows, total, down, up = (round_to(value, value.dtype) for value in (x, y, down, up))
+        total = np.array(total, np.float64)
+        for t, i in enumerate(adapter):
+            if i >= 0:
+                total[t] += scale[i] * (rows[t] @ down[i]) @ up[i]
+        sums.append(total)
+    return sums
 
 
 def assert_close(actual, desired, tolerance):
@@ -58,62 +74,73 @@ def assert_close(actual, desired, tolerance):
     np.testing.assert_allclose(actual, desired, rtol=0, atol=tolerance * np.abs(desired).max())
 
 
+@pytest.mark.parametrize("adapters", (ADAPTERS, 1))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: np.dtype(dtype).name)
-def test_every_token_gets_its_own_adapter(grouped_lora, dtype):
+def test_every_token_gets_its_own_adapter(grouped_lora, dtype, adapters):
     for seed in range(3):
-        arguments = problem(dtype, seed)
-        out = grouped_lora(*arguments)
-        assert out.dtype == dtype
-        assert_close(out, token_by_token(*arguments), TOLERANCE[dtype])
-        assert not np.asarray(out, np.float32)[arguments[4] < 0].any()
+        arguments = problem(dtype, seed, adapters)
+        for out, expected in zip(grouped_lora(*arguments), token_by_token(*arguments), strict=True):
+            assert out.dtype == dtype
+            assert_close(out, expected, TOLERANCE[dtype])
 
 
-def test_tokens_without_an_adapter_get_exactly_nothing(grouped_lora):
-    x, a, b, scale, _ = problem(np.float32)
-    x[3] = np.nan
-    out = grouped_lora(x, a, b, scale, np.full(TOKENS, -1, np.int32))
-    assert not np.asarray(out).any()
+def test_tokens_without_an_adapter_keep_their_values(grouped_lora):
+    """To the last bit, and whatever their inputs hold."""
+    x, ys, a, b, scales, adapter = problem(np.float32)
+    without = adapter < 0
+    x[without] = np.nan
+    for out, y in zip(grouped_lora(x, ys, a, b, scales, adapter), ys, strict=True):
+        np.testing.assert_array_equal(np.asarray(out)[without], y[without])
+    nobody = np.full(TOKENS, -1, np.int32)
+    for out, y in zip(grouped_lora(x, ys, a, b, scales, nobody), ys, strict=True):
+        np.testing.assert_array_equal(out, y)
 
 
 def test_an_adapter_never_changes_what_another_gives(grouped_lora):
     """Bit for bit, whatever the other adapters and the other tokens are."""
-    x, a, b, scale, adapter = problem(np.float32)
+    x, ys, a, b, scales, adapter = problem(np.float32)
     own = adapter == 1
-    before = np.asarray(grouped_lora(x, a, b, scale, adapter))
+    before = grouped_lora(x, ys, a, b, scales, adapter)
     other = np.arange(ADAPTERS) != 1
-    a[other], b[other], scale[other], x[~own] = a[other] * 1e4, b[other] - 7, -1, 1e6
-    after = np.asarray(grouped_lora(x, a, b, scale, np.where(own, 1, adapter[::-1])))
-    np.testing.assert_array_equal(after[own], before[own])
+    x[~own] = 1e6
+    for down, up, scale in zip(a, b, scales, strict=True):
+        down[other], up[other], scale[other] = down[other] * 1e4, up[other] - 7, -1
+    after = grouped_lora(x, ys, a, b, scales, np.where(own, 1, adapter[::-1]).astype(np.int32))
+    for was, now in zip(before, after, strict=True):
+        np.testing.assert_array_equal(np.asarray(now)[own], np.asarray(was)[own])
 
 
-def test_gradients_are_those_of_one_product_per_adapter(grouped_lora):
-    x, a, b, scale, adapter = problem(np.float32)
-    d_out = np.random.default_rng(1).standard_normal((TOKENS, D_OUT)).astype(np.float32)
+@pytest.mark.parametrize("adapters", (ADAPTERS, 1))
+def test_gradients_are_those_of_one_product_per_adapter(grouped_lora, adapters):
+    x, ys, a, b, scales, adapter = problem(np.float32, adapters=adapters)
+    rng = np.random.default_rng(1)
+    d_outs = [rng.standard_normal((TOKENS, d)).astype(np.float32) for d in D_OUT]
 
-    def one_by_one(x, a, b):
-        total = 0.0
-        for i in range(ADAPTERS):
+    def one_by_one(x, ys, a, b):
+        total = sum(jnp.vdot(y, d) for y, d in zip(ys, d_outs, strict=True))
+        for i in range(adapters):
             own = np.flatnonzero(adapter == i)
-            out = scale[i] * (x[own] @ a[i] @ b[i])
-            total += jnp.vdot(out, d_out[own])
+            for down, up, scale, d in zip(a, b, scales, d_outs, strict=True):
+                total += jnp.vdot(scale[i] * (x[own] @ down[i] @ up[i]), d[own])
         return total
 
-    def grouped(x, a, b):
-        return jnp.vdot(grouped_lora(x, a, b, scale, adapter), d_out)
+    def grouped(x, ys, a, b):
+        outs = grouped_lora(x, ys, a, b, scales, adapter)
+        return sum(jnp.vdot(out, d) for out, d in zip(outs, d_outs, strict=True))
 
-    expected = jax.jit(jax.grad(one_by_one, argnums=(0, 1, 2)))(x, a, b)
-    actual = jax.jit(jax.grad(grouped, argnums=(0, 1, 2)))(x, a, b)
-    for got, want in zip(actual, expected, strict=True):
+    expected = jax.jit(jax.grad(one_by_one, argnums=(0, 1, 2, 3)))(x, ys, a, b)
+    actual = jax.jit(jax.grad(grouped, argnums=(0, 1, 2, 3)))(x, ys, a, b)
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_close(got, np.asarray(want), 1e-5)
 
 
 def test_an_adapter_without_tokens_has_no_gradient(grouped_lora):
-    x, a, b, scale, adapter = problem(np.float32)
+    x, ys, a, b, scales, adapter = problem(np.float32)
     adapter[adapter == 2] = -1
 
     def loss(a, b):
-        return jnp.sum(grouped_lora(x, a, b, scale, adapter) ** 2)
+        return sum(jnp.sum(out**2) for out in grouped_lora(x, ys, a, b, scales, adapter))
 
-    for gradient in jax.jit(jax.grad(loss, argnums=(0, 1)))(a, b):
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(a, b)):
         assert not np.asarray(gradient)[2].any()
         assert np.asarray(gradient)[[0, 1, 3]].any(axis=(1, 2)).all()
