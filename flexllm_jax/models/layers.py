@@ -46,8 +46,9 @@ class RMSNorm(nnx.Module):
 def rotary_angles(
     config: ModelConfig, positions: Int[Array, " T"]
 ) -> tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]:
-    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), float32, for `rotate`: both
-    halves of a head have the same angles, and the sine of the first half is negated.
+    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), float32, for `rotate`.
+
+    Both halves of a head have the same angles, and the sine of the first half is negated.
 
     With `rope_scaling` the frequencies are changed as Llama 3.1 does: wavelengths above the
     original context are stretched by `factor`, short ones are kept, and those between are
