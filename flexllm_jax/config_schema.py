@@ -448,9 +448,10 @@ class Config(Section):
 
     model: ModelSection = Field(description="The base model.")
     parallel: ParallelSection = Field(default_factory=ParallelSection, description="Devices.")
-    kernels: Literal["auto", "xla"] = Field(
+    kernels: Literal["auto", "xla", "pallas"] = Field(
         default="auto",
-        description="Attention and adapter kernels: the device's best, or plain XLA.",
+        description="Attention and adapter kernels. auto: pallas on a GPU, xla elsewhere. pallas "
+        "without a GPU runs in an interpreter, slowly.",
     )
     cache: CacheSection = Field(default_factory=CacheSection, description="KV pages.")
     adapters: AdaptersSection = Field(default_factory=AdaptersSection, description="Adapter bank.")

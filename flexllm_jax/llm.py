@@ -465,7 +465,7 @@ class LLM:
                 self.config.model.path,
                 self.tokenizer,
                 self.config.finetune.max_tokens,
-                runner.max_model_len,
+                runner.sizes.max_model_len,
             )
         )
 

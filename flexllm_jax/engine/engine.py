@@ -20,8 +20,9 @@ import numpy as np
 from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
 from flexllm_jax.engine.plan_batch import PlannedBatch, PromptTargets, StepBuilder
+from flexllm_jax.engine.programs import FINETUNE_SEQUENCES
 from flexllm_jax.engine.request import RequestState, top_logprobs
-from flexllm_jax.engine.runner import FINETUNE_SEQUENCES, Runner
+from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.trainer import Trainer
@@ -69,15 +70,15 @@ class Engine:
         latency = profile.measure(runner, progress=progress)
         self.scheduler = Scheduler(
             SchedulerConfig(
-                max_sequences=runner.rows,
-                max_tokens_per_step=runner.buckets[-1],
-                max_model_len=runner.max_model_len,
-                token_buckets=runner.buckets,
+                max_sequences=runner.sizes.rows,
+                max_tokens_per_step=runner.sizes.buckets[-1],
+                max_model_len=runner.sizes.max_model_len,
+                token_buckets=runner.sizes.buckets,
                 num_pages=runner.num_pages,
-                page_size=runner.page_size,
+                page_size=runner.sizes.page_size,
                 prefix_caching=config.cache.prefix_caching,
                 num_layers=runner.model.num_layers,
-                backward_window=runner.window,
+                backward_window=runner.sizes.window,
                 max_finetune_segments=FINETUNE_SEQUENCES,
                 slo=slo,
                 idle_step_s=config.finetune.idle_step_ms / 1e3,
@@ -175,7 +176,7 @@ class Engine:
 
     def publish(self, name: str, adapter: Adapter) -> Published:
         """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
-        values, scales = to_rows(adapter, self.runner.model, self.runner.bank_shape, name)
+        values, scales = to_rows(adapter, self.runner.model, self.runner.sizes.bank, name)
         ranks = {key: w.a.shape[1] for key, w in adapter.weights.items()}
         published = self.directory.publish(name, adapter.config, ranks)
         self.runner.write_adapter(published.slot, values, scales)

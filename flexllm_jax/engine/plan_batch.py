@@ -47,7 +47,7 @@ class StepBuilder:
 
     def __init__(self, runner: Runner):
         self._runner = runner
-        self._tables = np.zeros((runner.rows, runner.pages_per_sequence), np.int32)
+        self._tables = np.zeros((runner.sizes.rows, runner.sizes.pages_per_sequence), np.int32)
 
     def build(
         self,
@@ -57,10 +57,10 @@ class StepBuilder:
     ) -> PlannedBatch:
         """The batch of a plan; `microbatch` is the one in work when the plan has a forward of
         it."""
-        runner, page_size = self._runner, self._runner.page_size
-        shape = runner.batch_shapes[plan.token_bucket]
-        batch, vector = Batch.empty(shape, runner.num_pages * page_size, runner.slots)
-        rows = SamplingRows.neutral(shape.samples, no_row=runner.rows)
+        runner, page_size = self._runner, self._runner.sizes.page_size
+        shape = runner.sizes.batch_shapes[plan.token_bucket]
+        batch, vector = Batch.empty(shape, runner.num_pages * page_size, runner.sizes.slots)
+        rows = SamplingRows.neutral(shape.samples, no_row=runner.sizes.rows)
         planned = PlannedBatch("base", vector, [], rows, False, [])
         at = 0
         for s, chunk in enumerate((*plan.decode, *plan.prefill)):

@@ -38,9 +38,11 @@ def measure(runner: Runner, *, progress: bool) -> LatencyModel:
 
 
 def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
-    longest = min(_LONG_CONTEXT, runner.max_model_len, runner.num_pages * runner.page_size)
-    for bucket in runner.buckets:
-        decodes = min(bucket, runner.rows)
+    longest = min(
+        _LONG_CONTEXT, runner.sizes.max_model_len, runner.num_pages * runner.sizes.page_size
+    )
+    for bucket in runner.sizes.buckets:
+        decodes = min(bucket, runner.sizes.rows)
         for context in (1, longest):
             features = StepFeatures(bucket, decode_tokens=decodes, kv_tokens=decodes * context)
             yield features, _forward(runner, bucket, "base", [(context - 1, 1)] * decodes)
@@ -53,11 +55,11 @@ def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]
                 adapters=variant == "adapters",
             )
             yield features, _forward(runner, bucket, variant, [(0, chunk)])
-    table = np.zeros((4, runner.slots), np.int32)
-    table[3] = runner.slots  # padding: the products are the same, no key is visible
+    table = np.zeros((4, runner.sizes.slots), np.int32)
+    table[3] = runner.sizes.slots  # padding: the products are the same, no key is visible
     table = jax.device_put(table, runner.device)
     units = runner.model.num_layers
-    weights = runner.zeros(runner.job_state_shapes["master"])
+    weights = runner.zeros(runner.sizes.job_state["master"])
     scales = [{m: np.ones(1, np.float32) for m in layer} for layer in weights]
     yield (
         StepFeatures(layer_units=units),
@@ -70,18 +72,20 @@ def _forward(
     runner: Runner, bucket: int, variant: str, chunks: list[tuple[int, int]]
 ) -> Callable[[], object]:
     """A forward and a sample of sequences with (cached, new) tokens, all in the same pages."""
-    shape = runner.batch_shapes[bucket]
-    batch, vector = Batch.empty(shape, runner.num_pages * runner.page_size, runner.slots)
+    shape = runner.sizes.batch_shapes[bucket]
+    batch, vector = Batch.empty(
+        shape, runner.num_pages * runner.sizes.page_size, runner.sizes.slots
+    )
     at = 0
     for s, (cached, new) in enumerate(chunks):
         batch.position[at : at + new] = np.arange(cached, cached + new)
         batch.kv_lengths[s] = cached + new
-        batch.page_tables[s] = np.arange(runner.pages_per_sequence) % runner.num_pages
+        batch.page_tables[s] = np.arange(runner.sizes.pages_per_sequence) % runner.num_pages
         at += new
         batch.query_starts[s + 1 :] = at
     batch.num_decode[...] = sum(new == 1 for _, new in chunks)
     batch.num_sequences[...] = len(chunks)
-    rows = SamplingRows.neutral(shape.samples, no_row=runner.rows)
+    rows = SamplingRows.neutral(shape.samples, no_row=runner.sizes.rows)
 
     def run() -> object:
         _, sampled = runner.forward(variant, bucket, vector)

@@ -12,6 +12,7 @@ from flexllm_jax.engine.batch import Batch, BatchShape
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import no_bypass
 from flexllm_jax.peft.lora import lora_bypass
+from kernels_pallas.backend import Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 
 
@@ -19,6 +20,7 @@ def forward_step(
     decoder: Decoder,
     shape: BatchShape,
     columns: dict[str, slice],
+    backend: Backend,
     params: dict,
     bank: dict | None,
     pages: list[dict],
@@ -32,6 +34,7 @@ def forward_step(
         decoder: the model's functions.
         shape: the bucket, static.
         columns: what to keep of finetuning tokens (`finetune.backward.saved_columns`), static.
+        backend: which kernels to use, static.
         params: frozen parameters.
         bank: {"weights", "scales"} lists by layer, or None: a batch without adapters runs a program
             without bypasses.
@@ -55,7 +58,7 @@ def forward_step(
         layer = decoder.layer(layer_params)
         bypass = no_bypass
         if bank is not None:
-            bypass = lora_bypass(bank["weights"][i], bank["scales"][i], batch.adapter)
+            bypass = lora_bypass(bank["weights"][i], bank["scales"][i], batch.adapter, backend)
         activations = {"x": x}
         q, k, v = layer.attention_inputs(x, angles, bypass, activations.setdefault)
         own_pages = {
@@ -71,6 +74,7 @@ def forward_step(
             batch.page_tables,
             batch.num_decode,
             batch.num_sequences,
+            backend=backend,
         )
         activations["attended"] = attended
         x = layer.attention_outputs(x, attended, bypass, activations.setdefault)

@@ -20,6 +20,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, optional_activations
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.lora import lora_bypass
+from kernels_pallas.backend import Backend
 from kernels_pallas.window_attention_backward import window_attention_backward
 
 _VOCABULARY_CHUNK = 4096
@@ -178,6 +179,7 @@ def layer_unit(
     decoder: Decoder,
     window: int,
     columns: dict[str, slice],
+    backend: Backend,
     layer_params: dict,
     adapter: dict,
     pages: dict,
@@ -193,6 +195,7 @@ def layer_unit(
         decoder: the model's functions.
         window: W, static.
         columns: `saved_columns`, static.
+        backend: which kernels to use, static.
         layer_params: the layer's frozen parameters.
         adapter: the job's adapter in this layer: {"weights": module -> {"a", "b"} float32,
             "scales": module -> [1]}.
@@ -229,7 +232,7 @@ def layer_unit(
 
     def bypass(own: dict) -> Bypass:
         stacked = jax.tree.map(lambda w: w[None], own)
-        return lora_bypass(stacked, adapter["scales"], own_row)
+        return lora_bypass(stacked, adapter["scales"], own_row, backend)
 
     angles = decoder.angles(window_of(whole.position))
     x, attended = kept["x"], kept["attended"].reshape(window, decoder.config.num_heads, -1)
@@ -256,6 +259,7 @@ def layer_unit(
         d_attended,
         flow["dk"],
         flow["dv"],
+        backend=backend,
     )
     d_keys, d_values = window_of(dk).astype(k.dtype), window_of(dv).astype(v.dtype)
     d_input, d_own_inputs = pull_inputs((dq, d_keys, d_values))

@@ -71,8 +71,8 @@ class Trainer:
         run."""
         job.started_at = time.monotonic()
         runner = self._runner
-        values, scales = to_rows(job.adapter, runner.model, runner.bank_shape, job.name)
-        job.state = runner.zeros(runner.job_state_shapes)
+        values, scales = to_rows(job.adapter, runner.model, runner.sizes.bank, job.name)
+        job.state = runner.zeros(runner.sizes.job_state)
         kept = {"master": values, "optimizer": jax.tree.map(np.asarray, job.state["optimizer"])}
         checkpoint = self._checkpoints(job).restore_latest(kept) if job.config.resume else None
         if checkpoint is not None:
@@ -109,7 +109,7 @@ class Trainer:
     def begin(self, microbatch: Microbatch, pages: tuple[tuple[int, ...], ...]) -> None:
         """Start a microbatch in these pages, also again after it lost others."""
         packed, runner = self._queued[microbatch.microbatch_id], self._runner
-        page_size = runner.page_size
+        page_size = runner.sizes.page_size
         kv_slot = np.concatenate(
             [
                 np.asarray(own, np.int32)[np.arange(length) // page_size] * page_size
@@ -118,8 +118,8 @@ class Trainer:
             ]
         )
         tokens = len(packed.token)
-        table = np.zeros((4, runner.slots), np.int32)
-        table[0], table[3] = -1, runner.slots
+        table = np.zeros((4, runner.sizes.slots), np.int32)
+        table[0], table[3] = -1, runner.sizes.slots
         table[:, :tokens] = (packed.label, packed.position, kv_slot, packed.sequence_start)
         self.current = CurrentMicrobatch(
             packed, pages, kv_slot, jax.device_put(table, runner.device)
@@ -133,7 +133,7 @@ class Trainer:
         from the last, window after window from the last.
         """
         current, runner = self._in_work(), self._runner
-        window = runner.window
+        window = runner.sizes.window
         windows = -(-len(current.packed.token) // window)
         job, last_layer = current.packed.job, runner.model.num_layers - 1
         for unit in units:

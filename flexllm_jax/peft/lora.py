@@ -4,10 +4,13 @@ import jax
 from jaxtyping import Array, Int
 
 from flexllm_jax.peft.bypass import Bypass, Outputs
+from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora
 
 
-def lora_bypass(weights: dict, scales: dict, adapter: Int[Array, " T"]) -> Bypass:
+def lora_bypass(
+    weights: dict, scales: dict, adapter: Int[Array, " T"], backend: Backend = XLA
+) -> Bypass:
     """The bypass of one layer.
 
     Args:
@@ -15,6 +18,7 @@ def lora_bypass(weights: dict, scales: dict, adapter: Int[Array, " T"]) -> Bypas
             bypass.
         scales: module -> [A] float32.
         adapter: row of the weights for each token, or -1 for the base model alone.
+        backend: which kernels to use.
     """
 
     def bypass(x: jax.Array, outputs: Outputs) -> Outputs:
@@ -28,6 +32,7 @@ def lora_bypass(weights: dict, scales: dict, adapter: Int[Array, " T"]) -> Bypas
             tuple(weights[name]["b"] for name in names),
             tuple(scales[name] for name in names),
             adapter,
+            backend,
         )
         return outputs | dict(zip(names, sums, strict=True))
 

@@ -1,5 +1,9 @@
-"""Picks the implementation of ragged paged attention. The XLA reference is the only one so far."""
+"""Picks the implementation."""
 
-from kernels_pallas.ragged_paged_attention.base import ragged_paged_attention
+from kernels_pallas.ragged_paged_attention import base
+from kernels_pallas.backend import XLA, Backend
 
-__all__ = ["ragged_paged_attention"]
+
+def ragged_paged_attention(*arguments, backend: Backend = XLA):
+    """See `base.ragged_paged_attention`."""
+    return base.ragged_paged_attention(*arguments)

@@ -1,6 +1,9 @@
-"""Picks the implementation of the window's attention backward. The XLA reference is the only one so
-far."""
+"""Picks the implementation."""
 
-from kernels_pallas.window_attention_backward.base import window_attention_backward
+from kernels_pallas.window_attention_backward import base
+from kernels_pallas.backend import XLA, Backend
 
-__all__ = ["window_attention_backward"]
+
+def window_attention_backward(*arguments, backend: Backend = XLA):
+    """See `base.window_attention_backward`."""
+    return base.window_attention_backward(*arguments)

@@ -2,21 +2,17 @@
 (invariant 7; that nothing compiles is shown in `test_resume`, in a process of its own)."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from flexllm_jax import SamplingParams
-from flexllm_jax.engine.batch import BatchShape
-from flexllm_jax.engine.cache import page_shapes
-from flexllm_jax.engine.step import forward_step
-from flexllm_jax.finetune.backward import flow_shapes, layer_unit, saved_columns, saved_shapes
-from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.compile.buckets import compile_programs
+from flexllm_jax.engine.programs import list_programs
+from flexllm_jax.finetune.backward import saved_columns
 from flexllm_jax.models.hf_weights import abstract_parameters
-from flexllm_jax.peft.bank import BankShape, scale_shapes, weight_shapes
+from flexllm_jax.peft.bank import BankShape
 from tests.engines import job_config, letter_rows, random_prompts, write_rows
 
 
@@ -57,48 +53,32 @@ def test_programs_hold_no_copy_of_the_weights(llm):
 
     Compiled for weights that are large beside the tokens' activations; nothing is allocated.
     """
-    model = replace(llm.engine.runner.model, d_model=512, d_ff=2048, num_heads=8, num_kv_heads=8)
-    model = replace(model, head_dim=64)
-    decoder, tokens, dtype = Decoder(model, jnp.float32), 8, jnp.float32
-    params = abstract_parameters(model, dtype)
-    pages = page_shapes(model, dtype, 16, 8)
-    columns = saved_columns(model, ("query",))
-    finetune = {
-        "saved": saved_shapes(model, dtype, 16, columns),
-        "flow": flow_shapes(model, dtype, 16),
-    }
-    bank_shape = BankShape(rows=2, rank=2, modules=("q", "down"))
-    bank = {
-        "weights": weight_shapes(model, bank_shape, 2, dtype),
-        "scales": scale_shapes(model, bank_shape, 2),
-    }
-    own = weight_shapes(model, bank_shape, None, jnp.float32)[0]
-    scales = dict.fromkeys(own, jax.ShapeDtypeStruct((1,), jnp.float32))
-    batch = BatchShape(tokens=tokens, sequences=4, pages=4, samples=4)
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    forward = jax.jit(partial(forward_step, decoder, batch, columns), donate_argnums=(2, 3))
-    compiled = forward.lower(params, bank, pages, finetune, ints(4), ints(batch.size)).compile()
-    memory: Any = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 0.1 * size(params["layers"])
-    assert memory.alias_size_in_bytes >= size(pages, finetune)
-
-    unit = jax.jit(partial(layer_unit, decoder, tokens, columns), donate_argnums=(4, 5))
-    compiled = unit.lower(
-        params["layers"][0],
-        {"weights": own, "scales": scales},
-        pages[0],
-        finetune["saved"][0],
-        finetune["flow"],
-        own,
-        ints(4, 16),
-        ints(),
-    ).compile()
-    memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < 0.1 * size(params["layers"][0])
-    assert memory.alias_size_in_bytes >= size(finetune["flow"], own)
+    sizes = llm.engine.runner.sizes
+    model = replace(sizes.model, d_model=512, d_ff=2048, num_heads=8, num_kv_heads=8, head_dim=64)
+    sizes = replace(
+        sizes,
+        model=model,
+        rows=4,
+        slots=16,
+        window=8,
+        buckets=(8,),
+        bank=BankShape(rows=2, rank=2, modules=("q", "down")),
+        columns=saved_columns(model, ("query",)),
+    )
+    layers = abstract_parameters(model, sizes.dtype)["layers"]
+    programs = {program.name: program for program in list_programs(sizes, num_pages=16)}
+    for name, weights, buffers in (
+        ("forward/adapters/8", layers, (sizes.pages(16), sizes.finetune_arrays)),
+        (
+            "layer_unit",
+            layers[0],
+            (sizes.finetune_arrays["flow"], sizes.pending_arrays["gradients"][0]),
+        ),
+    ):
+        compiled = compile_programs([programs[name]], progress=False)[name]
+        memory: Any = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes < 0.1 * size(weights)
+        assert memory.alias_size_in_bytes >= size(*buffers)
 
 
 def test_buffers_stay_at_their_address_while_serving_and_training(llm, tmp_path):

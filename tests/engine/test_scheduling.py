@@ -31,7 +31,7 @@ def test_more_requests_than_rows(llm, llama_reference):
 
 def test_prompts_longer_than_a_step(llm, llama_reference):
     prompts = random_prompts([48, 49, 97, 140])
-    assert max(llm.engine.runner.buckets) == 48
+    assert max(llm.engine.runner.sizes.buckets) == 48
     outputs = llm.generate(prompts, SamplingParams(max_tokens=18, ignore_eos=True))
     assert_greedy(llama_reference, prompts, outputs, 18)
 

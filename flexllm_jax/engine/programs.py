@@ -1,0 +1,306 @@
+"""The engine's programs and the shapes of its arrays, from the configuration alone.
+
+Nothing here touches a device: the runner allocates and compiles these shapes, and the same programs
+compile for a GPU that is not there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+
+from flexllm_jax.compile.buckets import Program, token_buckets
+from flexllm_jax.config import Config
+from flexllm_jax.engine import sampler
+from flexllm_jax.engine.batch import BatchShape
+from flexllm_jax.engine.cache import page_shapes
+from flexllm_jax.engine.step import forward_step
+from flexllm_jax.finetune.backward import (
+    flow_shapes,
+    layer_unit,
+    loss_unit,
+    saved_columns,
+    saved_shapes,
+)
+from flexllm_jax.finetune.optimizer import HYPERPARAMETERS, commit, job_state_shapes, optimizer_step
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.decoder import Decoder, optional_activations
+from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.peft.adapter import TARGET_MODULES
+from flexllm_jax.peft.bank import BankShape, copy_row, scale_shapes, weight_shapes, write_row
+from kernels_pallas.backend import Backend
+
+# Most packed finetuning sequences whose tokens one step's forward may hold.
+FINETUNE_SEQUENCES = 32
+_INT = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """The sizes that all arrays and programs of an engine follow from.
+
+    rows: most running requests. slots: tokens of a microbatch. window: tokens of a backward unit.
+    buckets: token slots of the forward programs. columns: where a saved activation lies in its row
+    (`finetune.backward.saved_columns`).
+    """
+
+    model: ModelConfig
+    dtype: jnp.dtype
+    backend: Backend
+    max_model_len: int
+    page_size: int
+    rows: int
+    slots: int
+    window: int
+    buckets: tuple[int, ...]
+    bank: BankShape
+    columns: dict[str, slice]
+
+    @classmethod
+    def from_config(cls, config: Config, model: ModelConfig, backend: Backend) -> "EngineSizes":
+        """What the configuration asks for. ValueError names what the model does not have."""
+        longest = model.max_position_embeddings
+        return cls(
+            model=model,
+            dtype=jnp.dtype(config.model.dtype),
+            backend=backend,
+            max_model_len=min(config.model.max_model_len or longest, longest),
+            page_size=config.cache.page_size,
+            rows=config.scheduler.max_sequences,
+            slots=config.finetune.max_tokens,
+            window=config.finetune.window,
+            buckets=config.compile.token_buckets
+            or token_buckets(config.scheduler.max_tokens_per_step),
+            bank=BankShape(
+                rows=config.adapters.slots - 1,
+                rank=config.adapters.max_rank,
+                modules=tuple(TARGET_MODULES[name] for name in config.adapters.target_modules),
+            ),
+            columns=saved_columns(model, _saved_names(config, model)),
+        )
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Columns of the page tables."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def wanted_pages(self) -> int:
+        """KV pages that the largest possible load fills; packed sequences end within a page."""
+        finetuning = self.slots // self.page_size + FINETUNE_SEQUENCES
+        return self.rows * self.pages_per_sequence + finetuning
+
+    @cached_property
+    def batch_shapes(self) -> dict[int, BatchShape]:
+        """The layout of a step's batch in each bucket."""
+        return {
+            bucket: BatchShape(
+                tokens=bucket,
+                sequences=min(bucket, self.rows + FINETUNE_SEQUENCES),
+                pages=self.pages_per_sequence,
+                samples=min(bucket, self.rows),
+            )
+            for bucket in self.buckets
+        }
+
+    @cached_property
+    def bank_arrays(self) -> dict:
+        """The adapter bank: {"weights", "scales"}, lists by layer."""
+        return {
+            "weights": weight_shapes(self.model, self.bank, self.bank.rows, self.dtype),
+            "scales": scale_shapes(self.model, self.bank, self.bank.rows),
+        }
+
+    @cached_property
+    def bank_row(self) -> tuple[list, list]:
+        """One adapter's float32 weights and scales in the bank's padded shapes."""
+        return (
+            weight_shapes(self.model, self.bank, None, jnp.float32),
+            scale_shapes(self.model, self.bank, None),
+        )
+
+    @cached_property
+    def job_state(self) -> dict:
+        """A finetuning job's state on the device."""
+        return job_state_shapes(self.bank_row[0])
+
+    @cached_property
+    def finetune_arrays(self) -> dict:
+        """The microbatch's buffers: {"saved": by layer, "flow"}."""
+        return {
+            "saved": saved_shapes(self.model, self.dtype, self.slots, self.columns),
+            "flow": flow_shapes(self.model, self.dtype, self.slots),
+        }
+
+    @cached_property
+    def pending_arrays(self) -> dict:
+        """What the microbatch in work has accumulated."""
+        return {"gradients": self.job_state["gradients"], "totals": _floats(2)}
+
+    @cached_property
+    def request_arrays(self) -> dict:
+        """By request row: its newest token, and what the penalties know of it."""
+        history = (self.rows, self.model.vocab_size)
+        return {
+            "last_tokens": _ints(self.rows),
+            "history": {
+                "counts": _ints(*history),
+                "prompt": jax.ShapeDtypeStruct(history, jnp.bool_),
+            },
+        }
+
+    def pages(self, num_pages: int) -> list:
+        """The KV pages of all layers."""
+        return page_shapes(self.model, self.dtype, num_pages, self.page_size)
+
+
+def _saved_names(config: Config, model: ModelConfig) -> tuple[str, ...]:
+    """The optional activations that `finetune.saved` asks for."""
+    saved, optional = config.finetune.saved, tuple(optional_activations(model))
+    names = {"all": optional, "inputs": ()}[saved] if isinstance(saved, str) else tuple(saved)
+    if unknown := set(names) - set(optional):
+        raise ValueError(
+            f"finetune.saved names {', '.join(sorted(unknown))}, which this model does not "
+            f"have: use all, inputs or some of {', '.join(optional)}"
+        )
+    return names
+
+
+def head_parameters(params: dict) -> dict:
+    """The parameters that turn outputs into logits."""
+    return {name: params[name] for name in ("embed", "norm", "head") if name in params}
+
+
+def list_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
+    """Every program of an engine with that many KV pages."""
+    return [
+        *_forward_programs(sizes, num_pages),
+        *_sampling_programs(sizes),
+        *_adapter_programs(sizes),
+        *_finetuning_programs(sizes, num_pages),
+    ]
+
+
+def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
+    decoder = Decoder(sizes.model, sizes.dtype)
+    params, pages = abstract_parameters(sizes.model, sizes.dtype), sizes.pages(num_pages)
+    last_tokens = sizes.request_arrays["last_tokens"]
+    variants = {
+        "base": (None, None),
+        "adapters": (sizes.bank_arrays, sizes.finetune_arrays),
+    }
+    programs = []
+    for bucket, shape in sizes.batch_shapes.items():
+        forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend)
+        for variant, (bank, finetune) in variants.items():
+            arguments = (params, bank, pages, finetune, last_tokens, _ints(shape.size))
+            programs.append(Program(f"forward/{variant}/{bucket}", forward, arguments, (2, 3)))
+    return programs
+
+
+def _sampling_programs(sizes: EngineSizes) -> list[Program]:
+    decoder = Decoder(sizes.model, sizes.dtype)
+    head = head_parameters(abstract_parameters(sizes.model, sizes.dtype))
+    last_tokens, history = (sizes.request_arrays[name] for name in ("last_tokens", "history"))
+
+    def hidden(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, sizes.model.d_model), sizes.dtype)
+
+    prompt_logprobs = partial(sampler.prompt_logprobs, decoder)
+    programs = [
+        Program(f"prompt_logprobs/{n}", prompt_logprobs, (head, hidden(n), _ints(n)))
+        for n in sizes.buckets
+    ]
+    for rows in sorted({shape.samples for shape in sizes.batch_shapes.values()}):
+        packed = _ints(sampler.PACKED_ROWS, rows)
+        greedy, full = (
+            partial(sample, decoder) for sample in (sampler.sample_greedy, sampler.sample_full)
+        )
+        arguments = (head, hidden(rows), last_tokens)
+        programs += [
+            Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (2,)),
+            Program(f"sample/full/{rows}", full, (*arguments, history, packed), (2, 3)),
+        ]
+    counts = _ints(sizes.model.vocab_size)
+    prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)
+    written = (history, _INT, counts, prompt)
+    return [*programs, Program("write_history", sampler.write_history, written, (0,))]
+
+
+def _adapter_programs(sizes: EngineSizes) -> list[Program]:
+    weights, scales = sizes.bank_arrays["weights"], sizes.bank_arrays["scales"]
+    return [
+        Program("write_row", write_row, (weights, scales, _INT, *sizes.bank_row), (0, 1)),
+        Program("copy_row", copy_row, (weights, scales, _INT, _INT), (0, 1)),
+    ]
+
+
+def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
+    decoder, window = Decoder(sizes.model, sizes.dtype), sizes.window
+    params = abstract_parameters(sizes.model, sizes.dtype)
+    finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
+    flow, weights = finetune["flow"], sizes.bank_arrays["weights"]
+    table = _ints(4, sizes.slots)
+    adapter = {
+        "weights": state["master"][0],
+        "scales": dict.fromkeys(sizes.bank.modules, _floats(1)),
+    }
+    one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
+    return [
+        Program(
+            "loss_unit",
+            _marked(partial(loss_unit, decoder, window)),
+            (head_parameters(params), flow, pending["totals"], table, _INT),
+            (1, 2),
+        ),
+        Program(
+            "layer_unit",
+            _marked(partial(layer_unit, decoder, window, sizes.columns, sizes.backend)),
+            (*one_layer, flow, pending["gradients"][0], table, _INT),
+            (4, 5),
+        ),
+        Program("begin_microbatch", _begin_microbatch, (flow, pending), (0, 1)),
+        Program("clear", _clear, (finetune,), (0,)),
+        Program("commit", commit, (pending["gradients"], pending["totals"], state), (2,)),
+        Program("copy_totals", _copy, (pending["totals"],)),
+        Program("copy_state", _copy, ({k: state[k] for k in ("master", "optimizer")},)),
+        Program(
+            "optimizer_step",
+            optimizer_step,
+            (weights, state, _INT, _floats(len(HYPERPARAMETERS))),
+            (0, 1),
+        ),
+    ]
+
+
+def _marked(unit: Callable) -> Callable:
+    """A backward unit that also returns a scalar to wait on: its other outputs are donated on."""
+
+    def run(*arguments):
+        flow, totals = unit(*arguments)
+        return flow, totals, flow["dx"][0, 0]
+
+    return run
+
+
+def _begin_microbatch(flow: dict, pending: dict) -> tuple[dict, dict]:
+    zeros = {name: jnp.zeros_like(flow[name]) for name in ("dk", "dv")}
+    return flow | zeros, jax.tree.map(jnp.zeros_like, pending)
+
+
+def _clear(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def _copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
