@@ -1,4 +1,11 @@
-"""Grouped LoRA with a choice of implementation, and its derivative."""
+"""Grouped LoRA with a choice of implementation, and its derivative.
+
+With one adapter, which is how finetuning calls it, both backends take the plain XLA products: there
+is nothing to group, the shrink of all projections is one matrix product over the concatenated `a`
+and each expand one that accumulates onto y in place, both bound by reading x and y once, where
+cuBLAS and XLA's autotuner (which splits the long sum) leave a kernel of ours nothing to save but a
+few launches; and the backward consists of products of the same shapes.
+"""
 
 from functools import partial
 
@@ -6,13 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.grouped_lora import base
+from kernels_pallas.grouped_lora import base, block_backward, pallas_triton
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def grouped_lora(x, ys, a, b, scales, adapter, backend: Backend = XLA):
     """See `base.grouped_lora`. Differentiable in x, ys, a and b; scales are constants."""
-    return base.grouped_lora(x, ys, a, b, scales, adapter)
+    if _takes_xla(backend, a):
+        return base.grouped_lora(x, ys, a, b, scales, adapter)
+    return pallas_triton.grouped_lora(x, ys, a, b, scales, adapter, backend)
 
 
 def _forward(x, ys, a, b, scales, adapter, backend):
@@ -21,9 +30,14 @@ def _forward(x, ys, a, b, scales, adapter, backend):
 
 def _backward(backend, residuals, d_ys):
     x, a, b, scales, adapter = residuals
-    dx, da, db = base.grouped_lora_backward(x, d_ys, a, b, scales, adapter)
+    implementation = base if _takes_xla(backend, a) else block_backward
+    dx, da, db = implementation.grouped_lora_backward(x, d_ys, a, b, scales, adapter)
     constants = jax.tree.map(jnp.zeros_like, scales)
     return dx, d_ys, da, db, constants, None
+
+
+def _takes_xla(backend: Backend, a) -> bool:
+    return backend.implementation == "xla" or a[0].shape[0] == 1
 
 
 grouped_lora.defvjp(_forward, _backward)

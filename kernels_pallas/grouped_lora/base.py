@@ -39,7 +39,10 @@ def grouped_lora(
     def add(row: jax.Array, ys: tuple) -> tuple:
         down, up, scale, own = _one_adapter(a, b, scales, adapter, row, x.dtype)
         shrunk = _shrink(x, down, scale, own)
-        return tuple(y + s @ u for y, s, u in zip(ys, shrunk, up, strict=True))
+        return tuple(
+            y + jnp.matmul(s, u, precision=_exact(s))
+            for y, s, u in zip(ys, shrunk, up, strict=True)
+        )
 
     return _for_each_adapter(adapter, a[0].shape[0], add, tuple(ys))
 
@@ -57,8 +60,8 @@ def grouped_lora_backward(
     """Gradients of `grouped_lora` with respect to x, a and b (that of ys is d_ys itself).
 
     dx = sum over j of d_s @ a.T, da = x.T @ d_s, db = s.T @ d_y, with s = scale * x @ a and
-    d_s = scale * d_y @ b.T over the tokens of each adapter. Unlike in `grouped_lora`, x and d_ys must
-    be finite for tokens of no adapter too.
+    d_s = scale * d_y @ b.T over the tokens of each adapter. Unlike in `grouped_lora`, x and d_ys
+    must be finite for tokens of no adapter too.
 
     Returns:
         dx in x's dtype; da and db in theirs: zeros for an adapter without tokens.
@@ -69,16 +72,16 @@ def grouped_lora_backward(
         down, up, scale, own = _one_adapter(a, b, scales, adapter, row, x.dtype)
         shrunk = _shrink(x, down, scale, own)
         d_shrunk = [
-            jnp.where(own[:, None], s * _product("te,re->tr", d_y, u), 0).astype(x.dtype)
+            jnp.where(own[:, None], s * product("te,re->tr", d_y, u), 0).astype(x.dtype)
             for d_y, u, s in zip(d_ys, up, scale, strict=True)
         ]
-        dx = dx + _product("tr,dr->td", jnp.concatenate(d_shrunk, 1), jnp.concatenate(down, 1))
+        dx = dx + product("tr,dr->td", jnp.concatenate(d_shrunk, 1), jnp.concatenate(down, 1))
         da = [
-            total.at[row].set(_product("tr,td->rd", d, x).T.astype(total.dtype))
+            total.at[row].set(product("tr,td->rd", d, x).T.astype(total.dtype))
             for total, d in zip(da, d_shrunk, strict=True)
         ]
         db = [
-            total.at[row].set(_product("tr,te->re", s, d_y).astype(total.dtype))
+            total.at[row].set(product("tr,te->re", s, d_y).astype(total.dtype))
             for total, s, d_y in zip(db, shrunk, d_ys, strict=True)
         ]
         return dx, tuple(da), tuple(db)
@@ -111,12 +114,18 @@ def _one_adapter(a, b, scales, adapter, row, dtype):
 
 def _shrink(x, down, scale, own) -> list[jax.Array]:
     """scale * x @ a for each projection, in one product; zeros where the token is not the row's."""
-    shrunk = _product("td,dr->tr", x, jnp.concatenate(down, axis=1))
+    shrunk = product("td,dr->tr", x, jnp.concatenate(down, axis=1))
     rank = down[0].shape[1]
     factors = jnp.repeat(jnp.stack(scale), rank)
     shrunk = jnp.where(own[:, None], shrunk * factors, 0.0).astype(x.dtype)
     return jnp.split(shrunk, len(down), axis=1)
 
 
-def _product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
+def product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The einsum of x and y in float32."""
+    return jnp.einsum(formula, x, y, precision=_exact(x), preferred_element_type=jnp.float32)
+
+
+def _exact(x: jax.Array) -> lax.Precision | None:
+    """For products of x: GPUs would otherwise round float32 factors to TF32."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -1,5 +1,5 @@
-"""Grouped LoRA against one product per token, and its gradients against JAX's own of one product per
-adapter."""
+"""Grouped LoRA against one product per token, and its gradients against JAX's own of one product
+per adapter."""
 
 from functools import cache, partial
 
@@ -9,13 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas.backend import XLA
+from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora as api
+from kernels_pallas.grouped_lora.blocks import block_map
 from tests.kernels.paged import round_to
 
-BACKENDS = {"xla": XLA}
+BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
 
-TOKENS, D_IN, D_OUT, ADAPTERS, RANK = 50, 48, (80, 32, 48), 4, 16
+# Sizes that no tile divides, and of several tiles.
+TOKENS, D_IN, D_OUT, ADAPTERS, RANK = 50, 600, (530, 32, 48), 4, 16
 RANKS = (16, 4, 8, 1)  # of each adapter; the rest of the stack is zeros
 TOLERANCE = {np.float32: 1e-5, ml_dtypes.bfloat16: 3e-2}
 
@@ -31,29 +33,27 @@ def _compiled(name: str):
     return jax.jit(partial(api, backend=BACKENDS[name]))
 
 
-def problem(dtype, seed: int = 0, adapters: int = ADAPTERS) -> list:
+def problem(
+    dtype, seed: int = 0, adapters: int = ADAPTERS, tokens: int = TOKENS, rank: int = RANK
+) -> list:
     """x, ys, a, b, scales and adapter, the tokens in no order and some without an adapter."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
 
-    x = normal(TOKENS, D_IN).astype(dtype)
-    ys = tuple(normal(TOKENS, d).astype(dtype) for d in D_OUT)
-    a = tuple(normal(adapters, D_IN, RANK) / D_IN**0.5 for _ in D_OUT)
-    b = tuple(normal(adapters, RANK, d) / RANK**0.5 for d in D_OUT)
+    x = normal(tokens, D_IN).astype(dtype)
+    ys = tuple(normal(tokens, d).astype(dtype) for d in D_OUT)
+    a = tuple(normal(adapters, D_IN, rank) / D_IN**0.5 for _ in D_OUT)
+    b = tuple(normal(adapters, rank, d) / rank**0.5 for d in D_OUT)
     for down, up in zip(a, b, strict=True):
-        for i, rank in enumerate(RANKS[:adapters]):
-            down[i, :, rank:], up[i, rank:] = 0, 0
-    scales = tuple(
-        np.array([2.0, 0.5, 16.0 / 8**0.5, 32.0], np.float32)[:adapters] + j
-        for j in range(len(D_OUT))
-    )
-    adapter = rng.integers(-1, adapters, TOKENS).astype(np.int32)
-    return [x, ys, tuple(w.astype(dtype) for w in a), tuple(w.astype(dtype) for w in b)] + [
-        scales,
-        adapter,
-    ]
+        for i, own_rank in enumerate(RANKS[:adapters]):
+            down[i, :, own_rank:], up[i, own_rank:] = 0, 0
+    scale = np.resize(np.array([2.0, 0.5, 16.0 / 8**0.5, 32.0], np.float32), adapters)
+    scales = tuple(scale + j for j in range(len(D_OUT)))
+    adapter = rng.integers(-1, adapters, tokens).astype(np.int32)
+    a, b = (tuple(w.astype(dtype) for w in factors) for factors in (a, b))
+    return [x, ys, a, b, scales, adapter]
 
 
 def token_by_token(x, ys, a, b, scales, adapter) -> list[np.ndarray]:
@@ -82,6 +82,27 @@ def test_every_token_gets_its_own_adapter(grouped_lora, dtype, adapters):
         for out, expected in zip(grouped_lora(*arguments), token_by_token(*arguments), strict=True):
             assert out.dtype == dtype
             assert_close(out, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    ({"rank": 8}, {"rank": 40}, {"tokens": 150, "adapters": 2}, {"tokens": 3, "adapters": 70}),
+    ids=("rank-below-a-tile", "rank-of-no-tile", "long-prompts", "more-adapters-than-tokens"),
+)
+def test_shapes(grouped_lora, shape):
+    arguments = problem(np.float32, **shape)
+    for out, expected in zip(grouped_lora(*arguments), token_by_token(*arguments), strict=True):
+        assert_close(out, expected, TOLERANCE[np.float32])
+
+
+def test_factors_may_be_more_precise_than_the_inputs(grouped_lora):
+    """As finetuning keeps them: they are rounded to the inputs' dtype first."""
+    x, ys, a, b, scales, adapter = problem(ml_dtypes.bfloat16)
+    precise = [[w.astype(np.float32) * (1 + 2**-12) for w in factors] for factors in (a, b)]
+    outs = grouped_lora(x, ys, *precise, scales, adapter)
+    for out, same in zip(outs, grouped_lora(x, ys, a, b, scales, adapter), strict=True):
+        assert out.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(out, same)
 
 
 def test_tokens_without_an_adapter_keep_their_values(grouped_lora):
@@ -144,3 +165,34 @@ def test_an_adapter_without_tokens_has_no_gradient(grouped_lora):
     for gradient in jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(a, b)):
         assert not np.asarray(gradient)[2].any()
         assert np.asarray(gradient)[[0, 1, 3]].any(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("block_rows", (1, 4, 16))
+def test_blocks_hold_every_token_of_an_adapter_once_and_in_order(block_rows):
+    num_adapters, num_tokens = 5, 37
+    rng = np.random.default_rng(0)
+    most_blocks = np.minimum(np.arange(num_tokens), num_adapters - 1)
+    for adapter in (
+        *(rng.integers(-1, num_adapters, num_tokens) for _ in range(5)),
+        np.where(rng.random(num_tokens) < 0.5, 3, -1),
+        np.zeros(num_tokens),
+        np.full(num_tokens, -1),
+        most_blocks,
+    ):
+        adapter = adapter.astype(np.int32)
+        blocks = jax.jit(block_map, static_argnums=(1, 2))(adapter, num_adapters, block_rows)
+        rows, places = np.asarray(blocks.tokens), np.asarray(blocks.place)
+        expected = []
+        for i in range(num_adapters):
+            own = np.flatnonzero(adapter == i)
+            expected += [(i, list(own[k : k + block_rows])) for k in range(0, len(own), block_rows)]
+        empty = len(rows) - len(expected)
+        expected += [(num_adapters, [])] * empty
+        actual = [
+            (i, [t for t in block if t < num_tokens])
+            for i, block in zip(np.asarray(blocks.adapter), rows, strict=True)
+        ]
+        assert actual == expected
+        taken = adapter >= 0
+        np.testing.assert_array_equal(rows.reshape(-1)[places[taken]], np.flatnonzero(taken))
+        assert (places[~taken] >= rows.size).all()

@@ -1,0 +1,146 @@
+"""Grouped LoRA at the shapes of real models, and the tiles to choose from."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.cases import Case, ModelShape, model_shards
+from kernels_pallas.grouped_lora import grouped_lora
+from kernels_pallas.grouped_lora.blocks import block_rows
+from kernels_pallas.grouped_lora.pallas_triton import padded_rank, tuning_key
+
+
+def groups(model: ModelShape) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Projections that read the same input: name -> (D, each E)."""
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        "qkv": (model.d_model, (q, kv, kv)),
+        "o": (q, (model.d_model,)),
+        "gate_up": (model.d_model, (model.d_ff, model.d_ff)),
+        "down": (model.d_ff, (model.d_model,)),
+    }
+
+
+def forward_and_backward(x, ys, a, b, scales, adapter, d_ys, backend: Backend = XLA):
+    """What a training step computes: the sums, and the gradients of x, a and b."""
+
+    def add(x, a, b):
+        return grouped_lora(x, ys, a, b, scales, adapter, backend)
+
+    sums, pull = jax.vjp(add, x, a, b)
+    return sums, pull(d_ys)
+
+
+def base_product(case: Case) -> tuple[int, int, int]:
+    """Tokens, inputs and outputs of the base projection that a case adds to, for timing it beside:
+    what LoRA costs is its time over that of x [tokens, inputs] @ w [inputs, outputs]."""
+    x, ys, *_ = jax.eval_shape(case.make, jax.random.key(0))
+    return *x.shape, sum(y.shape[1] for y in ys)
+
+
+def _make(key, tokens, d_in, d_outs, adapters, rank, dtype, unused=False, d_ys=False) -> tuple:
+    """Tokens of all adapters in turn; `unused` gives every fourth token none, and NaN as input."""
+    keys = iter(jax.random.split(key, 1 + 4 * len(d_outs)))
+
+    def normal(*shape: int, scale: float = 1.0):
+        return scale * jax.random.normal(next(keys), shape, dtype)
+
+    x = normal(tokens, d_in)
+    ys = tuple(normal(tokens, d) for d in d_outs)
+    a = tuple(normal(adapters, d_in, rank, scale=d_in**-0.5) for _ in d_outs)
+    b = tuple(normal(adapters, rank, d, scale=rank**-0.5) for d in d_outs)
+    scales = tuple(jnp.linspace(0.5, 2, adapters, dtype=jnp.float32) for _ in d_outs)
+    adapter = jnp.arange(tokens, dtype=jnp.int32) % adapters
+    if unused:
+        without = jnp.arange(tokens) % 4 == 3
+        x = jnp.where(without[:, None], jnp.nan, x)
+        adapter = jnp.where(without, -1, adapter)
+    gradients = (tuple(normal(tokens, d) for d in d_outs),) if d_ys else ()
+    return x, ys, a, b, scales, adapter, *gradients
+
+
+def _case(
+    name: str,
+    group: tuple[int, tuple[int, ...]],
+    tokens: int,
+    adapters: int,
+    rank: int = 16,
+    dtype: Any = jnp.bfloat16,
+    unused: bool = False,
+    backward: bool = False,
+) -> Case:
+    d_in, d_outs = group
+    factors = sum(rank * (d_in + d_out) for d_out in d_outs)
+    rows = tokens * (d_in + 2 * sum(d_outs))
+    values = adapters * factors + rows
+    if backward:  # reads x, d_ys and the factors, writes dx and the factors' gradients
+        values += 2 * adapters * factors + tokens * (2 * d_in + sum(d_outs))
+    shapes = (tokens, d_in, d_outs, adapters, rank, dtype, unused, backward)
+    return Case(
+        name,
+        forward_and_backward if backward else grouped_lora,
+        lambda key: _make(key, *shapes),
+        # Backward computes s again, d_s, dx, da and db.
+        flops=2.0 * tokens * factors * (3.5 if backward else 1),
+        bytes=float(values * jnp.dtype(dtype).itemsize),
+        bound="bandwidth",
+        donated=() if backward else (1,),
+    )
+
+
+def _cases() -> Iterator[Case]:
+    for model in model_shards():
+        for name, group in groups(model).items():
+            case = partial(_case, group=group)
+            where = f"{model.name}/{name}"
+            yield case(f"{where}/decode-256-of-64", tokens=256, adapters=64)
+            yield case(f"{where}/decode-8-of-8", tokens=8, adapters=8)
+            yield case(f"{where}/prefill-4096-of-4", tokens=4096, adapters=4)
+            yield case(f"{where}/train-1024", tokens=1024, adapters=1)
+            yield case(f"{where}/train-1024-backward", tokens=1024, adapters=1, backward=True)
+    model = next(model_shards())
+    for name in ("qkv", "down"):
+        case = partial(_case, group=groups(model)[name], adapters=64, unused=True)
+        where = f"{model.name}/{name}"
+        for rank in (8, 64, 128):
+            yield case(f"{where}/decode-256-of-64/rank{rank}", tokens=256, rank=rank)
+            yield case(f"{where}/mixed-2048-of-64/rank{rank}", tokens=2048, rank=rank)
+        yield case(f"{where}/decode-256-of-64/float32", tokens=256, dtype=jnp.float32)
+        yield case(f"{where}/mixed-2048-of-64/float32", tokens=2048, dtype=jnp.float32)
+        yield case(f"{where}/mixed-2048-of-64/rank16", tokens=2048)
+
+
+CASES = tuple(_cases())
+
+
+def tuning_keys(case: Case) -> tuple[str, str]:
+    """The entries of the tuning table that a case uses: of shrink and of expand."""
+    x, _, a, *_ = jax.eval_shape(case.make, jax.random.key(0))
+    rows = block_rows(x.shape[0], a[0].shape[0])
+    ranks = [padded_rank(down.shape[2]) for down in a]
+    return (
+        tuning_key("shrink", rows, sum(ranks), x.dtype),
+        tuning_key("expand", rows, max(ranks), x.dtype),
+    )
+
+
+def candidates(key: str) -> Iterator[dict[str, int]]:
+    """Tiles worth timing for a key of the tuning table."""
+    if key.startswith("shrink"):
+        for columns in (32, 64, 128, 256):
+            for programs in (132, 264, 528, 1056):
+                for num_warps, num_stages in ((2, 4), (4, 3), (4, 5), (8, 4)):
+                    yield {
+                        "columns": columns,
+                        "programs": programs,
+                        "num_warps": num_warps,
+                        "num_stages": num_stages,
+                    }
+    else:
+        for columns in (64, 128, 256, 512):
+            for num_warps in (2, 4, 8):
+                yield {"columns": columns, "num_warps": num_warps, "num_stages": 1}

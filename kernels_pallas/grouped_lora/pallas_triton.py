@@ -1,0 +1,228 @@
+"""Grouped LoRA in two Pallas-Triton kernels for all projections of one input.
+
+1. Shrink: s_j = scale_j * x @ a_j for every projection j, in one pass over x and a. A decode step
+   has few blocks and a long D, which is therefore split over programs; each writes a partial sum.
+2. Expand: y_j += s_j @ b_j in place. One grid covers the output tiles of every projection, and each
+   program adds up the partial sums of its rows: always in the same order.
+
+Both work on the blocks of `block_map`: a program gathers its block's tokens, reads its adapter's
+factors and nothing else. Tokens of no adapter are in no block, so their rows are never touched, and
+blocks without tokens leave at once.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.backend import Backend
+from kernels_pallas.grouped_lora.blocks import BlockMap, block_map, block_rows
+from kernels_pallas.tuning import tiles
+
+MOST_SPLITS = 16
+
+
+def grouped_lora(
+    x: Float[Array, "T D"],
+    ys: Sequence[Float[Array, "T E"]],
+    a: Sequence[Float[Array, "A D R"]],
+    b: Sequence[Float[Array, "A R E"]],
+    scales: Sequence[Float[Array, " A"]],
+    adapter: Int[Array, " T"],
+    backend: Backend,
+) -> tuple[Float[Array, "T E"], ...]:
+    """See `base.grouped_lora`."""
+    num_adapters = a[0].shape[0]
+    blocks = block_map(adapter, num_adapters, block_rows(x.shape[0], num_adapters))
+    partial_sums = _shrink(x, a, scales, blocks, backend)
+    return _expand(partial_sums, ys, b, blocks, x.dtype, backend)
+
+
+def tuning_key(kernel: str, rows: int, columns: int, dtype) -> str:
+    """What the tiles of "shrink" or "expand" depend on: rows of a block, columns of s (of all
+    projections together in shrink, of the widest in expand) and the dtype of x."""
+    return f"{kernel}/m{rows}/r{columns}/{jnp.dtype(dtype).name}"
+
+
+def padded_rank(rank: int) -> int:
+    """A product's sizes are powers of two from 16 up."""
+    return max(16, pl.next_power_of_2(rank))
+
+
+def _shrink(x, a, scales, blocks: BlockMap, backend: Backend) -> jax.Array:
+    """scale * x @ a by block, as partial sums over D [splits, B, M, ranks of all projections]."""
+    num_blocks, rows = blocks.tokens.shape
+    ranks = [padded_rank(down.shape[2]) for down in a]
+    tile = shrink_tiles(backend.chip, rows, sum(ranks), x.dtype)
+    steps = pl.cdiv(x.shape[1], tile["columns"])
+    splits = max(1, min(tile["programs"] // num_blocks, MOST_SPLITS))
+    steps_each = pl.cdiv(steps, splits)
+    splits = pl.cdiv(steps, steps_each)
+    return pl.pallas_call(
+        partial(_shrink_kernel, ranks=ranks, tile=tile["columns"], steps=steps_each),
+        grid=(num_blocks, splits),
+        out_shape=jax.ShapeDtypeStruct((splits, num_blocks, rows, sum(ranks)), jnp.float32),
+        compiler_params=_compiler_params(tile),
+        interpret=backend.interpret,
+        name="grouped_lora_shrink",
+    )(blocks.tokens, blocks.adapter, x, *a, *scales)
+
+
+def _shrink_kernel(tokens_ref, adapter_ref, x_ref, *refs, ranks, tile, steps):
+    """One block's sum over `steps` tiles of D."""
+    a_refs, scale_refs, out_ref = refs[: len(ranks)], refs[len(ranks) : -1], refs[-1]
+    num_adapters, d_model, _ = a_refs[0].shape
+    block, split = pl.program_id(0), pl.program_id(1)
+    adapter = adapter_ref[block]
+
+    @pl.when(adapter < num_adapters)
+    def _():
+        tokens = tokens_ref[block, :]
+        rows = tokens.shape[0]
+
+        def add_tile(step, sums):
+            start = step * tile
+            x = _load_rows(x_ref, tokens, start, tile)
+            return tuple(
+                total + _dot(x, _load_factor(a_ref, adapter, start, 0, tile, rank, x.dtype))
+                for total, a_ref, rank in zip(sums, a_refs, ranks, strict=True)
+            )
+
+        first = split * steps
+        last = jnp.minimum(first + steps, pl.cdiv(d_model, tile))
+        zeros = tuple(jnp.zeros((rows, rank), jnp.float32) for rank in ranks)
+        sums = lax.fori_loop(first, last, add_tile, zeros)
+        column = 0
+        for total, scale_ref, rank in zip(sums, scale_refs, ranks, strict=True):
+            out_ref[split, block, :, pl.ds(column, rank)] = scale_ref[adapter] * total
+            column += rank
+
+
+def _expand(partial_sums, ys, b, blocks: BlockMap, dtype, backend: Backend) -> tuple:
+    """ys + s @ b in place, s the total of the partial sums."""
+    num_blocks, rows = blocks.tokens.shape
+    ranks = [padded_rank(up.shape[1]) for up in b]
+    tile = expand_tiles(backend.chip, rows, max(ranks), dtype)
+    counts = [pl.cdiv(y.shape[1], tile["columns"]) for y in ys]
+    first_y = 3 + len(b)
+    return pl.pallas_call(
+        partial(_expand_kernel, ranks=ranks, counts=counts, tile=tile["columns"], dtype=dtype),
+        grid=(num_blocks, sum(counts)),
+        out_shape=tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys),
+        input_output_aliases={first_y + j: j for j in range(len(ys))},
+        compiler_params=_compiler_params(tile),
+        interpret=backend.interpret,
+        name="grouped_lora_expand",
+    )(blocks.tokens, blocks.adapter, partial_sums, *b, *ys)
+
+
+def _expand_kernel(tokens_ref, adapter_ref, sums_ref, *refs, ranks, counts, tile, dtype):
+    """One tile of one projection's output, at one block's tokens."""
+    b_refs, y_refs, out_refs = (refs[i : i + len(ranks)] for i in range(0, len(refs), len(ranks)))
+    block, number = pl.program_id(0), pl.program_id(1)
+    adapter = adapter_ref[block]
+    used = adapter < b_refs[0].shape[0]
+
+    def add_product(b_ref, y_ref, out_ref, column, rank, start):
+        tokens = tokens_ref[block, :]
+        y = _load_rows(y_ref, tokens, start, tile)
+        up = _load_factor(b_ref, adapter, 0, start, rank, tile, dtype)
+        s = _total(sums_ref, block, tokens < y_ref.shape[0], column, rank).astype(dtype)
+        total = y.astype(jnp.float32) + _dot(s, up)
+        index, mask = _rows_index(y_ref, tokens, start, tile)
+        pltriton.store(out_ref.at[index], total.astype(y.dtype), mask=mask)
+
+    first, column = 0, 0
+    for b_ref, y_ref, out_ref, count, rank in zip(
+        b_refs, y_refs, out_refs, counts, ranks, strict=True
+    ):
+        mine = used & (number >= first) & (number < first + count)
+        start = (number - first) * tile
+        pl.when(mine)(partial(add_product, b_ref, y_ref, out_ref, column, rank, start))
+        first, column = first + count, column + rank
+
+
+def _total(sums_ref, block, valid, column: int, rank: int) -> jax.Array:
+    """One projection's s of a block: its partial sums, first to last; zeros in empty rows."""
+    splits, _, rows, _ = sums_ref.shape
+    shape = (rows, rank)
+    row, rank_index = _iota(shape, 0), column + _iota(shape, 1)
+    total = jnp.zeros(shape, jnp.float32)
+    for split in range(splits):
+        index = (jnp.full(shape, split), jnp.full(shape, block), row, rank_index)
+        total += pltriton.load(sums_ref.at[index], mask=_over_columns(valid, rank), other=0.0)
+    return total
+
+
+def _load_rows(ref, tokens, start, width: int) -> jax.Array:
+    """Columns from `start` of the tokens' rows; zeros in empty rows and beyond the last column."""
+    index, mask = _rows_index(ref, tokens, start, width)
+    return pltriton.load(ref.at[index], mask=mask, other=0.0)
+
+
+def _rows_index(ref, tokens, start, width: int):
+    shape = (tokens.shape[0], width)
+    columns = start + _iota(shape, 1)
+    mask = _over_columns(tokens < ref.shape[0], width)
+    if ref.shape[1] % width:
+        mask &= columns < ref.shape[1]
+    return (_over_columns(tokens, width), columns), mask
+
+
+def _load_factor(ref, adapter, row, column, height: int, width: int, dtype) -> jax.Array:
+    """A tile of one adapter's factor, with zeros beyond its last row and column."""
+    shape = (height, width)
+    rows, columns = row + _iota(shape, 0), column + _iota(shape, 1)
+    mask = None
+    for place, tile, size in ((rows, height, ref.shape[1]), (columns, width, ref.shape[2])):
+        if size % tile:
+            mask = place < size if mask is None else mask & (place < size)
+    index = (jnp.full(shape, adapter), rows, columns)
+    other = None if mask is None else 0.0
+    return pltriton.load(ref.at[index], mask=mask, other=other).astype(dtype)
+
+
+def _over_columns(vector, width: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, (vector.shape[0], width), (0,))
+
+
+def _iota(shape: tuple[int, int], dimension: int) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, shape, dimension)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x @ y in float32, without TF32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return pltriton.dot(x, y, precision=precision)
+
+
+def shrink_tiles(chip: str, rows: int, columns: int, dtype) -> dict[str, int]:
+    """columns: of x in one step of the loop; programs: how many to split D for."""
+    width = 4096 * 2 // (columns * jnp.dtype(dtype).itemsize)
+    default = {
+        "columns": min(128, max(16, 2 ** int(math.log2(width)))),
+        "programs": 512 if rows == 16 else 264,
+        "num_warps": 4,
+        "num_stages": 4,
+    }
+    return tiles("grouped_lora", chip, tuning_key("shrink", rows, columns, dtype), default)
+
+
+def expand_tiles(chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
+    """columns: of y in one program."""
+    default = {
+        "columns": max(32, min(8192 // rank, 16384 // rows, 512)),
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+    return tiles("grouped_lora", chip, tuning_key("expand", rows, rank, dtype), default)
+
+
+def _compiler_params(tile: dict[str, int]):
+    return pltriton.CompilerParams(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
