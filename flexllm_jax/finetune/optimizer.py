@@ -59,9 +59,9 @@ def _adamw(values: Any) -> optax.GradientTransformation:
 def job_state_shapes(master: list) -> dict:
     """Shapes of a job's state on the device, all zeros at its start but the master weights.
 
-    {"master": the adapter's float32 weights, "optimizer": AdamW's state, "gradients": float32 sums
-    over the batch's labels
-    so far, "totals": the batch's sum of losses and number of labels}.
+    {"master": the adapter's float32 weights, "optimizer": AdamW's state, "totals": the batch's sum
+    of losses and number of labels so far, "gradients": float32 sums over those labels, left from
+    the batch before while there are none}.
     """
     adamw = _adamw([0.0] * len(HYPERPARAMETERS))
     return {
@@ -74,8 +74,11 @@ def job_state_shapes(master: list) -> dict:
 
 def commit(gradients: list, totals: jax.Array, state: dict) -> dict:
     """Add a finished microbatch's gradients and totals to its job's state (donated)."""
+    begun = state["totals"][1] > 0
     return state | {
-        "gradients": jax.tree.map(jnp.add, state["gradients"], gradients),
+        "gradients": jax.tree.map(
+            lambda total, own: jnp.where(begun, total, 0.0) + own, state["gradients"], gradients
+        ),
         "totals": state["totals"] + totals,
     }
 
@@ -93,7 +96,7 @@ def optimizer_step(
         values: HYPERPARAMETERS.
 
     Returns:
-        The bank, the state with its gradients and totals cleared, and the step's metrics, float32
+        The bank, the state with its totals cleared, and the step's metrics, float32
         scalars: mean loss, gradient norm before clipping, and the updated weights' norm. When one
         of them is not finite, weights and optimizer state stay as they were; the caller sees it in
         the metrics and stops the job.
@@ -118,8 +121,4 @@ def optimizer_step(
         "gradient_norm": norm,
         "weight_norm": weight_norm,
     }
-    cleared = {
-        "gradients": jax.tree.map(jnp.zeros_like, state["gradients"]),
-        "totals": jnp.zeros_like(state["totals"]),
-    }
-    return weights, kept | cleared, metrics
+    return weights, state | kept | {"totals": jnp.zeros_like(state["totals"])}, metrics
