@@ -1,12 +1,14 @@
-# make demo    sets everything up and runs the quickstart
-# make test    sets everything up and runs all tests
-# make check   format, lint, types
-# make bench   measures against transformers + PEFT on this CPU
-# make clean   removes the virtual environment, runs and caches
+# make demo         sets everything up and runs the quickstart
+# make test         sets everything up and runs all tests
+# make check        format, lint, types
+# make gpu-compile  compiles every kernel and the engine's programs for H200 and A100, without a GPU
+# make bench        measures against transformers + PEFT on this CPU
+# make clean        removes the virtual environment, runs and caches
 #
 # Needs only a Python of 3.11 or newer; PYTHON=... chooses one. Setting up is done once.
 
 VENV := .venv
+GPU_VENV := .venv-gpu
 BIN := $(VENV)/bin
 DEMO := runs/demo-world
 QUICKSTART := configs/quickstart.yaml
@@ -22,7 +24,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check bench clean
+.PHONY: demo test check gpu-compile bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
@@ -37,11 +39,14 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+gpu-compile: $(GPU_VENV)/.compiler
+	$(GPU_VENV)/bin/python scripts/gpu_compile.py
+
 bench: $(VENV)/.test
 	$(BIN)/python scripts/benchmark.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python of 3.11 or newer found; install one, or give PYTHON=/path/to/python" >&2; exit 1; }
@@ -56,4 +61,13 @@ $(VENV)/.test: $(VENV)/.runtime
 		2>/dev/null && index="--extra-index-url $(TORCH_CPU_INDEX)"; \
 	$(PIP) install $$index $(TORCH)
 	$(PIP) install --editable ".[test]"
+	@touch $@
+
+# XLA's compiler for GPUs, in an environment of its own: beside it, jax looks for a GPU at every start.
+$(GPU_VENV)/.compiler: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable .
+	version=$$($(GPU_VENV)/bin/python -c 'from importlib.metadata import version; print(version("jax"))') && \
+	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
 	@touch $@
