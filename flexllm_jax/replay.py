@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from flexllm_jax.config import ConfigError, WorkloadSection
+from flexllm_jax.engine.loop import NewRequest, RequestFuture
 from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.llm import LLM, NewRequest, RequestFuture
+from flexllm_jax.llm import LLM
 from scheduler.slo import RequestTiming
 from scheduler.workload import Arrival, Lengths, load_trace, make_arrivals
 

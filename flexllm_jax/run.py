@@ -10,12 +10,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from transformers import AutoTokenizer
-
-from flexllm_jax.config import Config, ConfigError
+from flexllm_jax.config import Config
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.llm import LLM, Job
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.peft.hf_peft import load_adapter
 from flexllm_jax.replay import Replay, ReplayRequest, prepare_requests
 
@@ -42,17 +41,10 @@ def prepare(config: Config) -> Inputs:
     config.require_inputs()
     path = config.model.path
     model = ModelConfig.from_hf(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.path: {path} has no usable tokenizer ({str(error).splitlines()[0]}); give a "
-            f"complete Hugging Face checkpoint"
-        ) from None
+    tokenizer = load_tokenizer(path)
     for adapter in config.adapters.preload:
         load_adapter(adapter.path, model, path)
-    context = model.max_position_embeddings
-    context = min(config.model.max_model_len or context, context)
+    context = model.context_length(config.model.max_model_len)
     jobs = [
         create_job(job, model, path, tokenizer, config.finetune.max_tokens, context)
         for job in config.finetune.jobs

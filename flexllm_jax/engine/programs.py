@@ -29,7 +29,14 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, optional_activations
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
-from flexllm_jax.peft.bank import BankShape, copy_row, scale_shapes, weight_shapes, write_row
+from flexllm_jax.peft.bank import (
+    BankShape,
+    copy_row,
+    read_row,
+    scale_shapes,
+    weight_shapes,
+    write_row,
+)
 from kernels_pallas.backend import Backend
 
 # Most packed finetuning sequences whose tokens one step's forward may hold.
@@ -61,12 +68,11 @@ class EngineSizes:
     @classmethod
     def from_config(cls, config: Config, model: ModelConfig, backend: Backend) -> "EngineSizes":
         """What the configuration asks for. ValueError names what the model does not have."""
-        longest = model.max_position_embeddings
         return cls(
             model=model,
             dtype=jnp.dtype(config.model.dtype),
             backend=backend,
-            max_model_len=min(config.model.max_model_len or longest, longest),
+            max_model_len=model.context_length(config.model.max_model_len),
             page_size=config.cache.page_size,
             rows=config.scheduler.max_sequences,
             slots=config.finetune.max_tokens,
@@ -233,6 +239,7 @@ def _adapter_programs(sizes: EngineSizes) -> list[Program]:
     weights, scales = sizes.bank_arrays["weights"], sizes.bank_arrays["scales"]
     return [
         Program("write_row", write_row, (weights, scales, _INT, *sizes.bank_row), (0, 1)),
+        Program("read_row", read_row, (weights, _INT)),
         Program("copy_row", copy_row, (weights, scales, _INT, _INT), (0, 1)),
     ]
 

@@ -120,8 +120,7 @@ class Runner:
 
     def read_adapter(self, slot: int) -> list:
         """A slot's weights on the host, float32; waits for the device."""
-        row = slot - 1
-        return jax.tree.map(lambda w: np.asarray(w)[row].astype(np.float32), self.bank["weights"])
+        return jax.device_get(self._programs["read_row"](self.bank["weights"], np.int32(slot - 1)))
 
     # -- finetuning -------------------------------------------------------------------------------
 
@@ -132,7 +131,7 @@ class Runner:
         )
 
     def clear_finetune(self) -> None:
-        """Zero the finetuning buffers after a microbatch that left values which are not finite."""
+        """Zero the finetuning buffers."""
         self.finetune = self._programs["clear"](self.finetune)
 
     def loss_unit(self, table: jax.Array, start: int) -> jax.Array:

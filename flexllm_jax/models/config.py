@@ -100,6 +100,10 @@ class ModelConfig:
             "down": (self.d_ff, self.d_model),
         }
 
+    def context_length(self, limit: int | None) -> int:
+        """Longest prompt plus output: the model's own, or `limit` where that is shorter."""
+        return min(limit or self.max_position_embeddings, self.max_position_embeddings)
+
     @classmethod
     def from_hf(cls, path: str | Path) -> "ModelConfig":
         """Read `config.json` and, if there is one, `generation_config.json` of a checkpoint.

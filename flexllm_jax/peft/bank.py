@@ -59,6 +59,11 @@ def write_row(weights: list, scales: list, row: jax.Array, values: list, factors
     return weights, jax.tree.map(lambda s, v: s.at[row].set(v), scales, factors)
 
 
+def read_row(weights: list, row: jax.Array) -> list:
+    """One row of the bank, float32."""
+    return jax.tree.map(lambda w: w[row].astype(jnp.float32), weights)
+
+
 def copy_row(weights: list, scales: list, source: jax.Array, target: jax.Array):
     """Copy one row of the bank (donated) to another, on the device."""
     return jax.tree.map(lambda w: w.at[target].set(w[source]), (weights, scales))
