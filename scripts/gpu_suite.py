@@ -37,7 +37,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernels_pallas.benchmark import Timer
 from llama_8b import HF_CONFIG
 from rich.console import Console
 from rich.progress import track
@@ -45,8 +44,10 @@ from rich.table import Table
 from side_by_side import Workload, compare, plot, show
 
 from kernels_pallas.backend import XLA, Backend, select_backend
+from kernels_pallas.benchmark import seconds_per_call
 from kernels_pallas.cases import Case
 
+CALLS, RUNS = (2, 1) if DRY_RUN else (20, 5)  # of a kernel: in a row, and how often
 KERNELS = ("ragged_paged_attention", "window_attention_backward", "grouped_lora")
 
 
@@ -54,9 +55,9 @@ def measure_roofline() -> dict[str, float]:
     """Bytes/s of a large copy and FLOP/s of a large bfloat16 product, here and now."""
     values, side = (2**20, 256) if DRY_RUN else (2**30, 8192)
     x = jnp.zeros(values, jnp.bfloat16)
-    copied = Timer(jax.jit(lambda x: x + 1), (x,)).seconds()
+    copied = seconds_per_call(lambda x: x + 1, (x,), donated=(0,))
     a = jnp.ones((side, side), jnp.bfloat16)
-    product = Timer(jax.jit(lambda a, b: a @ b), (a, a)).seconds()
+    product = seconds_per_call(jnp.matmul, (a, a))
     return {"bytes_per_s": 2 * x.nbytes / copied, "flops_per_s": 2 * side**3 / product}
 
 
@@ -116,6 +117,7 @@ def run_kernels(
     for kernel, case in track(cases, "checking and timing"):
         name = f"{kernel}/{case.name}"
         run, seed = compiled[name], secrets.randbits(31)
+        function = partial(case.function, backend=backend)
         arguments = case.make(jax.random.key(seed))
         with jax.default_matmul_precision("highest"):
             expected = jax.jit(partial(case.function, backend=XLA))(*widened(arguments))
@@ -123,7 +125,7 @@ def run_kernels(
         poison(jax.eval_shape(partial(case.function, backend=XLA), *arguments))
         error = relative_error(run(*arguments), expected)
         del expected
-        seconds = Timer(run, kept, case.donated).seconds()
+        seconds = seconds_per_call(function, kept, case.donated, calls=CALLS, runs=RUNS)
         least = {
             "bandwidth": case.bytes / roofline["bytes_per_s"],
             "products": case.flops / roofline["flops_per_s"],
@@ -145,8 +147,8 @@ def run_kernels(
 
 
 def beside_cudnn(rows: list[dict], roofline: dict[str, float]) -> list[dict]:
-    """Causal attention of one fresh sequence by `jax.nn.dot_product_attention` (cuDNN), which is the
-    work of the prefill cases."""
+    """The work of the prefill cases, causal attention of one fresh sequence, by cuDNN
+    (`jax.nn.dot_product_attention`)."""
     if DRY_RUN:
         return []
     specs = import_module("kernels_pallas.ragged_paged_attention.arg_specs")
@@ -163,7 +165,7 @@ def beside_cudnn(rows: list[dict], roofline: dict[str, float]) -> list[dict]:
             for key, n in zip(keys, heads, strict=True)
         )
         attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-        seconds = Timer(jax.jit(attend), (q, k, v)).seconds()
+        seconds = seconds_per_call(attend, (q, k, v))
         found.append(
             {
                 "case": row["case"],
@@ -187,7 +189,7 @@ def lora_overhead(rows: list[dict]) -> list[dict]:
         tokens, d_in, d_out = specs.base_product(case)
         dtype = jax.eval_shape(case.make, jax.random.key(0))[0].dtype
         x, w = jnp.ones((tokens, d_in), dtype), jnp.ones((d_in, d_out), dtype)
-        base = 1e6 * Timer(jax.jit(jnp.matmul), (x, w)).seconds()
+        base = 1e6 * seconds_per_call(jnp.matmul, (x, w))
         found.append(
             {
                 "case": row["case"],
