@@ -35,11 +35,24 @@ def forward_and_backward(x, ys, a, b, scales, adapter, d_ys, backend: Backend = 
     return sums, pull(d_ys)
 
 
-def base_product(case: Case) -> tuple[int, int, int]:
-    """Tokens, inputs and outputs of the base projection that a case adds to, for timing it beside:
-    what LoRA costs is its time over that of x [tokens, inputs] @ w [inputs, outputs]."""
+def base_projection(case: Case) -> Case:
+    """The product that a case adds to: what LoRA costs is the case's time over this one's."""
     x, ys, *_ = jax.eval_shape(case.make, jax.random.key(0))
-    return *x.shape, sum(y.shape[1] for y in ys)
+    (tokens, d_in), d_out = x.shape, sum(y.shape[1] for y in ys)
+
+    def make(key):
+        x_key, w_key = jax.random.split(key)
+        w = jax.random.normal(w_key, (d_in, d_out), x.dtype)
+        return jax.random.normal(x_key, (tokens, d_in), x.dtype), d_in**-0.5 * w
+
+    return Case(
+        f"{case.name}/base",
+        lambda x, w, backend=XLA: x @ w,
+        make,
+        flops=2.0 * tokens * d_in * d_out,
+        bytes=float((tokens * (d_in + d_out) + d_in * d_out) * x.dtype.itemsize),
+        bound="products" if tokens > 200 else "bandwidth",
+    )
 
 
 def _make(key, tokens, d_in, d_outs, adapters, rank, dtype, unused=False, d_ys=False) -> tuple:
@@ -104,14 +117,15 @@ def _cases() -> Iterator[Case]:
             yield case(f"{where}/train-1024-backward", tokens=1024, adapters=1, backward=True)
     model = next(model_shards())
     for name in ("qkv", "down"):
-        case = partial(_case, group=groups(model)[name], adapters=64, unused=True)
-        where = f"{model.name}/{name}"
-        for rank in (8, 64, 128):
-            yield case(f"{where}/decode-256-of-64/rank{rank}", tokens=256, rank=rank)
-            yield case(f"{where}/mixed-2048-of-64/rank{rank}", tokens=2048, rank=rank)
-        yield case(f"{where}/decode-256-of-64/float32", tokens=256, dtype=jnp.float32)
-        yield case(f"{where}/mixed-2048-of-64/float32", tokens=2048, dtype=jnp.float32)
-        yield case(f"{where}/mixed-2048-of-64/rank16", tokens=2048)
+        for tokens, adapters, where in (
+            (256, 64, f"{model.name}/{name}/decode-256-of-64"),
+            (2048, 64, f"{model.name}/{name}/mixed-2048-of-64"),
+            (4096, 4, f"{model.name}/{name}/prefill-4096-of-4"),
+        ):
+            case = partial(_case, group=groups(model)[name], tokens=tokens, adapters=adapters)
+            for rank in (8, 64, 128):
+                yield case(f"{where}/rank{rank}", rank=rank, unused=True)
+            yield case(f"{where}/float32", dtype=jnp.float32, unused=True)
 
 
 CASES = tuple(_cases())

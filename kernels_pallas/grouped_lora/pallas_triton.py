@@ -10,7 +10,6 @@ factors and nothing else. Tokens of no adapter are in no block, so their rows ar
 blocks without tokens leave at once.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -203,25 +202,42 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def shrink_tiles(chip: str, rows: int, columns: int, dtype) -> dict[str, int]:
-    """columns: of x in one step of the loop; programs: how many to split D for."""
-    width = 4096 * 2 // (columns * jnp.dtype(dtype).itemsize)
+    """columns: of x in one step of the loop; programs: how many to split D for.
+
+    Unless measured otherwise: steps that read about 12 KiB of factors and 64 bytes or more of each
+    row of x, and enough programs for three or four on each SM, or two where a step reads many rows.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    many_sums = rows * columns * itemsize > 16384 or (itemsize == 4 and rows == 64)
     default = {
-        "columns": min(128, max(16, 2 ** int(math.log2(width)))),
+        "columns": _power_of_two(
+            12288 // (columns * itemsize), 64 // itemsize, 64 if rows == 64 else 128
+        ),
         "programs": 512 if rows == 16 else 264,
-        "num_warps": 4,
+        "num_warps": 8 if many_sums else 4,
         "num_stages": 4,
     }
     return tiles("grouped_lora", chip, tuning_key("shrink", rows, columns, dtype), default)
 
 
 def expand_tiles(chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
-    """columns: of y in one program."""
-    default = {
-        "columns": max(32, min(8192 // rank, 16384 // rows, 512)),
-        "num_warps": 4,
-        "num_stages": 1,
-    }
+    """columns: of y in one program.
+
+    Unless measured otherwise: 16 KiB of factors, and at most 64 values of y for each thread; less
+    in float32, whose products run without tensor cores and keep their factors in registers.
+    """
+    num_warps = 8 if rows == 64 else 4
+    if jnp.dtype(dtype) == jnp.float32:
+        columns = _power_of_two(2048 // rank, 32, 64)
+    else:
+        columns = _power_of_two(min(8192 // rank, 2048 * num_warps // rows), 32, 512)
+    default = {"columns": columns, "num_warps": num_warps, "num_stages": 1}
     return tiles("grouped_lora", chip, tuning_key("expand", rows, rank, dtype), default)
+
+
+def _power_of_two(size: int, least: int, most: int) -> int:
+    """The largest power of two up to size, between two others."""
+    return min(max(1 << max(size, 1).bit_length() - 1, least), most)
 
 
 def _compiler_params(tile: dict[str, int]):

@@ -1,0 +1,11 @@
+"""Times grouped LoRA, and beside each decode step the base projection that it adds to.
+
+python -m kernels_pallas.grouped_lora.bench [--case SUBSTRING] [--backend pallas|xla]
+"""
+
+from kernels_pallas.benchmark import main
+from kernels_pallas.grouped_lora.arg_specs import CASES, base_projection
+
+if __name__ == "__main__":
+    bases = tuple(base_projection(case) for case in CASES if "decode" in case.name)
+    main(sorted((*CASES, *bases), key=lambda case: case.name))
