@@ -1,7 +1,7 @@
 """The attention backward, window by window, against jax.vjp of dense attention over all tokens."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas.window_attention_backward import base
+from kernels_pallas.backend import Backend
+from kernels_pallas.window_attention_backward import base, pallas_triton
 from tests.kernels.paged import PagePool
 
 # Every implementation of the contract.
-IMPLEMENTATIONS = {"xla": base.window_attention_backward}
+IMPLEMENTATIONS = {
+    "xla": base.window_attention_backward,
+    "pallas": partial(
+        pallas_triton.window_attention_backward, backend=Backend("pallas", interpret=True)
+    ),
+}
 
 LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a window's edge, some inside
 TOKENS = sum(LENGTHS)  # the rest of the slots is padding

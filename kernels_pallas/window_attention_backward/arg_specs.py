@@ -1,0 +1,128 @@
+"""The window attention backward at the shapes of real models, and the tiles to choose from."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.cases import Case, ModelShape, model_shards
+from kernels_pallas.window_attention_backward import window_attention_backward
+from kernels_pallas.window_attention_backward.pallas_triton import tuning_key
+
+# Sequences of a few hundred tokens that fill a microbatch of 4096 up to some padding.
+PACKED = (700, 200, 450, 310, 620, 90, 540, 380, 260, 480)
+
+
+def _make(key, model: ModelShape, lengths, slots, window, start, page_size, dtype) -> tuple:
+    """One window of a microbatch whose pages lie in the pool in a random order, among as many that
+    are not its own and hold NaN, as padding does."""
+    keys = iter(jax.random.split(key, 7))
+    tokens = sum(lengths)
+    sequence_starts = np.full(slots, slots, np.int32)
+    sequence_starts[:tokens] = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)
+    padding = jnp.arange(start, start + window) >= tokens
+    own = -(-slots // page_size)
+    pages = jax.random.permutation(next(keys), 2 * own)[:own]
+    offset = jnp.arange(slots)
+    kv_slots = (pages[offset // page_size] * page_size + offset % page_size).astype(jnp.int32)
+
+    def pool():
+        shape = (slots, model.num_kv_heads, model.head_dim)
+        values = jax.random.normal(next(keys), shape, dtype)
+        values = jnp.where(offset[:, None, None] < tokens, values, jnp.nan)
+        all_slots = jnp.full((2 * own * page_size, *shape[1:]), jnp.nan, dtype)
+        return all_slots.at[kv_slots].set(values).reshape(2 * own, page_size, *shape[1:])
+
+    def rows(*shape: int, dtype=dtype):
+        values = jax.random.normal(next(keys), (window, model.num_heads, *shape), dtype)
+        return jnp.where(padding.reshape(-1, *[1] * (values.ndim - 1)), jnp.nan, values)
+
+    k_pages, v_pages, q, out, d_out = pool(), pool(), *(rows(model.head_dim) for _ in range(3))
+    # About the log-sum-exp of that many random scores, so that the weights sum to about 1.
+    seen = start + np.arange(window) + 1 - sequence_starts[start : start + window]
+    lse = rows(dtype=jnp.float32) * 0.1 + np.log(np.maximum(seen, 1))[:, None] + 0.5
+    accumulator = jnp.zeros((slots, model.num_kv_heads, model.head_dim), jnp.float32)
+    return (
+        q,
+        k_pages,
+        v_pages,
+        kv_slots,
+        jnp.asarray(sequence_starts[start : start + window]),
+        jnp.int32(start),
+        out,
+        lse.astype(jnp.float32),
+        d_out,
+        accumulator,
+        accumulator + 0,
+    )
+
+
+def _case(
+    name: str,
+    model: ModelShape,
+    lengths: tuple[int, ...],
+    slots: int,
+    window: int,
+    start: int,
+    page_size: int = 64,
+    dtype=jnp.bfloat16,
+    target: float = 0.0,
+) -> Case:
+    tokens = np.arange(start, min(start + window, sum(lengths)))
+    firsts = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)[tokens]
+    pairs = int(np.sum(tokens + 1 - firsts)) * model.num_heads
+    item = jnp.dtype(dtype).itemsize
+    keys_read = int(tokens[-1] + 1 - firsts[0]) * model.num_kv_heads
+    # q, out, d_out and dq; the log-sum-exp; k, v and both accumulators, read and written.
+    values = len(tokens) * model.num_heads * (4 * model.head_dim * item + 4)
+    values += keys_read * model.head_dim * (2 * item + 4 * 4)
+    return Case(
+        name,
+        window_attention_backward,
+        lambda key: _make(key, model, lengths, slots, window, start, page_size, dtype),
+        flops=5.0 * 2 * pairs * model.head_dim,
+        bytes=float(values),
+        bound="products",
+        donated=(9, 10),
+        target=target,
+    )
+
+
+def _cases() -> Iterator[Case]:
+    for model in model_shards():
+        last = partial(_case, model=model, lengths=(8192,), slots=8192, window=1024, start=7168)
+        yield last(f"{model.name}/last-1024-of-8192", target=0.4)
+        packed = partial(_case, model=model, lengths=PACKED, slots=4096, window=512)
+        yield packed(f"{model.name}/packed-512-of-4096", start=2048)
+    model = next(model_shards())
+    extra = partial(_case, lengths=PACKED, slots=4096, window=512, start=3584)
+    for head_dim in (64, 80, 96, 256):
+        other = ModelShape(model.name, 0, 16, 4, head_dim, 0)
+        yield extra(f"{model.name}/packed-512-of-4096/h{head_dim}", model=other)
+    yield extra(f"{model.name}/packed-512-of-4096/float32", model=model, dtype=jnp.float32)
+    yield extra(f"{model.name}/packed-512-of-4096/page16", model=model, page_size=16)
+    odd = partial(_case, model=model, lengths=(1000, 77), slots=1099, page_size=128)
+    yield odd(f"{model.name}/odd-333-of-1099", window=333, start=766)
+
+
+CASES = tuple(_cases())
+
+
+def tuning_keys(case: Case) -> tuple[str, str]:
+    """The entries of the tuning table that a case uses: of dq and of dkv."""
+    q = jax.eval_shape(case.make, jax.random.key(0))[0]
+    dq, dkv = (tuning_key(kernel, q.shape[2], q.dtype) for kernel in ("dq", "dkv"))
+    return dq, dkv
+
+
+def candidates(key: str) -> Iterator[dict[str, int]]:
+    """Tiles worth timing for a key of the tuning table; some do not fit every chip."""
+    programs = (264, 512, 1024) if key.startswith("dq") else (0,)
+    for queries, keys, warps, stages, count in product(
+        (16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), programs
+    ):
+        tile = {"queries": queries, "keys": keys, "num_warps": warps, "num_stages": stages}
+        yield tile | ({"programs": count} if count else {})

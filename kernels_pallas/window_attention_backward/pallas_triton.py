@@ -1,0 +1,374 @@
+"""The attention backward of a window in two Pallas-Triton kernels, without atomics.
+
+1. dq: a program owns a block of queries of one head and walks the keys that they see. Where that
+   makes too few programs, the keys are split and the partial sums added in a fixed order.
+2. dkv: a program owns a block of keys of one kv head, walks the queries of its whole group that see
+   them, and adds to its rows of the accumulators in place. Keys that no query sees are left alone.
+
+Both recompute the weights from the log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorithm 2).
+Blocks of which every query sees every key go through a loop without masks.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.backend import Backend
+from kernels_pallas.tuning import tiles
+
+LOG2_E = math.log2(math.e)
+MOST_SPLITS = 16
+# Where the sequence of a row that is padding starts: after every key.
+NEVER = jnp.iinfo(jnp.int32).max
+
+
+def window_attention_backward(
+    q: Float[Array, "W N H"],
+    k_pages: Float[Array, "P B K H"],
+    v_pages: Float[Array, "P B K H"],
+    kv_slots: Int[Array, " S"],
+    sequence_starts: Int[Array, " W"],
+    window_start: Int[Array, ""],
+    out: Float[Array, "W N H"],
+    lse: Float[Array, "W N"],
+    d_out: Float[Array, "W N H"],
+    dk: Float[Array, "S K H"],
+    dv: Float[Array, "S K H"],
+    backend: Backend,
+) -> tuple[Float[Array, "W N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
+    """See `base.window_attention_backward`."""
+    keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
+    token = window_start + jnp.arange(q.shape[0], dtype=jnp.int32)
+    live = sequence_starts <= token
+    scale = q.shape[-1] ** -0.5
+    delta = scale * jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    rows = _Rows(
+        starts=jnp.where(live, sequence_starts, NEVER),
+        q=q,
+        d_out=d_out,
+        # A weight is exp2(scale * log2(e) * score - lse): 0 in padding.
+        lse=jnp.where(live, lse.T * LOG2_E, jnp.inf),
+        delta=jnp.where(live, delta.T, 0.0),
+    )
+    bounds = jnp.stack(
+        [
+            window_start.astype(jnp.int32),
+            jnp.min(rows.starts),
+            jnp.max(jnp.where(live, token + 1, 0)),
+        ]
+    )
+    dq = _dq(bounds, rows, kv_slots, keys, values, backend)
+    return dq, *_dkv(bounds, rows, kv_slots, keys, values, dk, dv, backend)
+
+
+class _Rows(NamedTuple):
+    """The window's queries, as arrays or as references to them.
+
+    starts: [W], first key of each row, `NEVER` in padding; q, d_out: [W, N, H]; lse, in base 2, and
+    delta = scale * sum(out * d_out): [N, W], so that a program's rows lie side by side.
+    """
+
+    starts: jax.Array
+    q: jax.Array
+    d_out: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+class _Range(NamedTuple):
+    """Blocks [first, last), of which those in [full_first, full_last) need no mask: every query of
+    a program sees every key."""
+
+    first: jax.Array
+    full_first: jax.Array
+    full_last: jax.Array
+    last: jax.Array
+
+    @classmethod
+    def load(cls, ref, block) -> "_Range":
+        """A program's row of a table of ranges."""
+        return cls(*(ref[block, i] for i in range(4)))
+
+    def split(self, index, count) -> "_Range":
+        """Part `index` of `count` equal parts."""
+        size = self.last - self.first
+        first = self.first + lax.div(size * index, count)
+        last = self.first + lax.div(size * (index + 1), count)
+        return _Range(
+            first,
+            *(jnp.clip(full, first, last) for full in (self.full_first, self.full_last)),
+            last,
+        )
+
+    def accumulate(self, add_block: Callable, repeats: int, carry):
+        """carry = add_block(repeat, block, masked, carry) over all blocks, `repeats` times; first
+        those that need masks. One loop over both indices keeps loads in flight throughout."""
+
+        def over(count, block_of, masked: bool, carry):
+            def step(i, carry):
+                divisor = jnp.maximum(count, 1)
+                repeat, nth = (lax.div(i, divisor), lax.rem(i, divisor)) if repeats > 1 else (0, i)
+                return add_block(repeat, block_of(nth), masked, carry)
+
+            return lax.fori_loop(0, repeats * count, step, carry)
+
+        before, full = self.full_first - self.first, self.full_last - self.full_first
+        edges = before + self.last - self.full_last
+        carry = over(edges, lambda n: self.first + n + jnp.where(n < before, 0, full), True, carry)
+        return over(full, lambda n: self.full_first + n, False, carry)
+
+
+def _dq(bounds, rows: _Rows, slots, keys, values, backend: Backend) -> jax.Array:
+    """Gradient of the queries."""
+    window, num_heads, head_dim = rows.q.shape
+    tile = dq_tiles(backend.chip, head_dim, rows.q.dtype, window, slots.shape[0])
+    blocks = pl.cdiv(window, tile["queries"])
+    splits = max(1, min(tile["programs"] // (blocks * num_heads), MOST_SPLITS))
+    dtype = rows.q.dtype if splits == 1 else jnp.float32
+    parts = pl.pallas_call(
+        partial(_dq_kernel, queries=tile["queries"], keys=tile["keys"]),
+        grid=(blocks, num_heads, splits),
+        out_shape=jax.ShapeDtypeStruct((splits * window, num_heads, head_dim), dtype),
+        compiler_params=_compiler_params(tile),
+        interpret=backend.interpret,
+        name="window_attention_dq",
+    )(bounds, _keys_seen(bounds, rows.starts, tile), *rows, slots, keys, values)
+    return jnp.sum(parts.reshape(splits, *rows.q.shape), axis=0).astype(rows.q.dtype)
+
+
+def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
+    """A block of one head's queries against one split of the keys that they see."""
+    rows, (slots_ref, k_ref, v_ref, dq_ref) = _Rows(*refs[:5]), refs[5:]
+    window, num_heads, head_dim = rows.q.shape
+    block, head, split = (pl.program_id(i) for i in range(3))
+    kv_head = lax.div(head, num_heads // k_ref.shape[1])
+    scale = head_dim**-0.5
+
+    row = block * queries + _iota(queries)
+    token = bounds_ref[0] + row
+    inside = row < window
+    starts = pltriton.load(rows.starts.at[row], mask=inside, other=NEVER)
+    q, d_out, lse, delta = _load_queries(rows, row, head, inside, starts < NEVER)
+
+    def add_block(_, index, masked: bool, dq):
+        key = index * keys + _iota(keys)
+        read = _is_read(bounds_ref, key) if masked else None
+        slot = _load(slots_ref.at[key], read, 0)
+        k, v = (_load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
+        weights = jnp.exp2(_dot(q, k.T) * (scale * LOG2_E) - lse[:, None])
+        if masked:
+            visible = (key[None, :] >= starts[:, None]) & (key[None, :] <= token[:, None])
+            weights = jnp.where(visible, weights, 0.0)
+        d_scores = weights * (_dot(d_out, v.T) * scale - delta[:, None])
+        return dq + _dot(d_scores.astype(k.dtype), k)
+
+    seen = _Range.load(seen_ref, block).split(split, pl.num_programs(2))
+    dq = seen.accumulate(add_block, 1, jnp.zeros(q.shape, jnp.float32))
+    _store_rows(dq_ref, split * window + row, head, dq, inside)
+
+
+def _dkv(bounds, rows: _Rows, slots, keys, values, dk, dv, backend: Backend) -> tuple:
+    """The accumulators with this window's share added, in place."""
+    window, _, head_dim = rows.q.shape
+    tile = dkv_tiles(backend.chip, head_dim, rows.q.dtype, window, slots.shape[0])
+    return pl.pallas_call(
+        partial(_dkv_kernel, queries=tile["queries"], keys=tile["keys"]),
+        # Blocks of late keys are seen by fewer queries: they start last, on every head.
+        grid=(keys.shape[1], pl.cdiv(slots.shape[0], tile["keys"])),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (dk, dv)),
+        input_output_aliases={10: 0, 11: 1},
+        compiler_params=_compiler_params(tile),
+        interpret=backend.interpret,
+        name="window_attention_dkv",
+    )(
+        bounds,
+        _queries_seeing(bounds, rows.starts, slots.shape[0], tile),
+        *rows,
+        slots,
+        keys,
+        values,
+        dk,
+        dv,
+    )
+
+
+def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
+    """A block of one head's keys and values against all queries that see them. Scores are
+    transposed, so that the products with them take them as they are computed."""
+    rows, (slots_ref, k_ref, v_ref, dk_ref, dv_ref, new_dk_ref, new_dv_ref) = (
+        _Rows(*refs[:5]),
+        refs[5:],
+    )
+    window, num_heads, head_dim = rows.q.shape
+    kv_head, block = pl.program_id(0), pl.program_id(1)
+    group = num_heads // k_ref.shape[1]
+    scale = head_dim**-0.5
+    seeing = _Range.load(seeing_ref, block)
+
+    @pl.when(seeing.first < seeing.last)
+    def _():
+        key = block * keys + _iota(keys)
+        read = _is_read(bounds_ref, key)
+        slot = _load(slots_ref.at[key], read, 0)
+        k, v = (_load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
+
+        def add_block(nth, index, masked: bool, carry):
+            dk, dv = carry
+            head = kv_head * group + nth
+            row = index * queries + _iota(queries)
+            inside, live, starts = None, None, None
+            if masked:
+                inside = row < window
+                starts = _load(rows.starts.at[row], inside, NEVER)
+                live = starts < NEVER
+            q, d_out, lse, delta = _load_queries(rows, row, head, inside, live)
+            weights = jnp.exp2(_dot(k, q.T) * (scale * LOG2_E) - lse[None, :])
+            if masked:
+                token = bounds_ref[0] + row
+                visible = (key[:, None] >= starts[None, :]) & (key[:, None] <= token[None, :])
+                weights = jnp.where(visible, weights, 0.0)
+            dv = dv + _dot(weights.astype(d_out.dtype), d_out)
+            d_scores = weights * (_dot(v, d_out.T) * scale - delta[None, :])
+            return dk + _dot(d_scores.astype(q.dtype), q), dv
+
+        # Summing onto the old values needs fewer registers than adding them at the end.
+        old = tuple(_load_rows(ref, key, kv_head, read) for ref in (dk_ref, dv_ref))
+        dk, dv = seeing.accumulate(add_block, group, old)
+        _store_rows(new_dk_ref, key, kv_head, dk, read)
+        _store_rows(new_dv_ref, key, kv_head, dv, read)
+
+
+def _is_read(bounds_ref, key) -> jax.Array:
+    """Whether some query of the window sees a key: only those hold numbers."""
+    return (key >= bounds_ref[1]) & (key < bounds_ref[2])
+
+
+def _load_queries(rows: _Rows, row, head, inside, live) -> tuple[jax.Array, ...]:
+    """q, d_out [M, H], lse and delta [M] of one head; zeros where not live."""
+    q, d_out = (_load_rows(ref, row, head, live) for ref in (rows.q, rows.d_out))
+    index = (jnp.full(row.shape, head), row)
+    lse, delta = (_load(ref.at[index], inside, 0.0) for ref in (rows.lse, rows.delta))
+    return q, d_out, lse, delta
+
+
+def _load_rows(ref, row, head, mask) -> jax.Array:
+    """Rows of one head of [X, heads, H], and zeros where masked and beyond H."""
+    index, mask = _rows_index(ref, row, head, mask)
+    return _load(ref.at[index], mask, 0.0)
+
+
+def _store_rows(ref, row, head, values, mask) -> None:
+    index, mask = _rows_index(ref, row, head, mask)
+    pltriton.store(ref.at[index], values.astype(ref.dtype), mask=mask)
+
+
+def _rows_index(ref, row, head, mask):
+    head_dim = ref.shape[2]
+    shape = (row.shape[0], pl.next_power_of_2(head_dim))
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    if mask is not None:
+        mask = lax.broadcast_in_dim(mask, shape, (0,))
+    if head_dim < shape[1]:
+        mask = column < head_dim if mask is None else mask & (column < head_dim)
+    return (lax.broadcast_in_dim(row, shape, (0,)), jnp.full(shape, head), column), mask
+
+
+def _load(ref, mask, other) -> jax.Array:
+    return pltriton.load(ref, mask=mask, other=None if mask is None else other)
+
+
+def _iota(size: int) -> jax.Array:
+    return lax.iota(jnp.int32, size)
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x @ y in float32, without TF32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return pltriton.dot(x, y, precision=precision)
+
+
+class _QueryBlocks(NamedTuple):
+    """For each block of queries: its first token, the first start and the last token of its rows
+    that are not padding, and the last start of all its rows."""
+
+    first_token: jax.Array
+    first_start: jax.Array
+    last_token: jax.Array
+    last_start: jax.Array
+
+
+def _query_blocks(bounds, starts, size: int) -> _QueryBlocks:
+    blocks = pl.cdiv(starts.shape[0], size)
+    row = jnp.arange(blocks * size, dtype=jnp.int32).reshape(blocks, size)
+    starts = jnp.pad(starts, (0, row.size - starts.shape[0]), constant_values=NEVER)
+    starts = starts.reshape(row.shape)
+    token = bounds[0] + row
+    return _QueryBlocks(
+        first_token=token[:, 0],
+        first_start=jnp.min(starts, axis=1),
+        last_token=jnp.max(jnp.where(starts < NEVER, token, -1), axis=1),
+        last_start=jnp.max(starts, axis=1),
+    )
+
+
+def _keys_seen(bounds, starts, tile: dict[str, int]) -> Int[Array, "blocks 4"]:
+    """Range of the blocks of keys that each block of queries sees."""
+    rows, keys = _query_blocks(bounds, starts, tile["queries"]), tile["keys"]
+    last = rows.last_token // keys + 1
+    first = jnp.minimum(rows.first_start // keys, last)
+    # A key block is full from the last start on, up to the first query.
+    full_first = jnp.clip((rows.last_start - 1) // keys + 1, first, last)
+    full_last = jnp.clip((rows.first_token + 1) // keys, full_first, last)
+    return jnp.stack([first, full_first, full_last, last], axis=1)
+
+
+def _queries_seeing(bounds, starts, slots: int, tile: dict[str, int]) -> Int[Array, "blocks 4"]:
+    """Range of the blocks of queries that see each block of keys."""
+    rows, keys = _query_blocks(bounds, starts, tile["queries"]), tile["keys"]
+    first_key = jnp.arange(0, slots, keys, dtype=jnp.int32)[:, None]
+    last_key = first_key + keys - 1
+    index = jnp.arange(rows.first_token.shape[0], dtype=jnp.int32)
+    some = (rows.first_start <= last_key) & (rows.last_token >= first_key)
+    full = (rows.last_start <= first_key) & (rows.first_token >= last_key)
+    first = jnp.min(jnp.where(some, index, index.size), axis=1)
+    last = jnp.max(jnp.where(some, index + 1, 0), axis=1)
+    full_first = jnp.min(jnp.where(full, index, last[:, None]), axis=1)
+    ended = ~full & (index >= full_first[:, None])
+    full_last = jnp.min(jnp.where(ended, index, last[:, None]), axis=1)
+    return jnp.stack([first, full_first, full_last, last], axis=1)
+
+
+def tuning_key(kernel: str, head_dim: int, dtype) -> str:
+    """What the tiles of "dq" or "dkv" depend on."""
+    return f"{kernel}/h{pl.next_power_of_2(head_dim)}/{jnp.dtype(dtype).name}"
+
+
+def dq_tiles(chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
+    """queries and keys of a step; programs: how many to split the keys for."""
+    return _tiles("dq", chip, head_dim, dtype, window, slots)
+
+
+def dkv_tiles(chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
+    """queries and keys of a step."""
+    return _tiles("dkv", chip, head_dim, dtype, window, slots)
+
+
+def _tiles(kernel: str, chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
+    default = {"queries": 32, "keys": 32, "programs": 512, "num_warps": 4, "num_stages": 2}
+    tile = tiles("window_attention_backward", chip, tuning_key(kernel, head_dim, dtype), default)
+    sizes = {"queries": window, "keys": slots}
+    return tile | {
+        name: min(tile[name], max(16, pl.next_power_of_2(size))) for name, size in sizes.items()
+    }
+
+
+def _compiler_params(tile: dict[str, int]):
+    return pltriton.CompilerParams(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
