@@ -1,10 +1,10 @@
 """Grouped LoRA with a choice of implementation, and its derivative.
 
-With one adapter, which is how finetuning calls it, both backends take the plain XLA products: there
-is nothing to group, the shrink of all projections is one matrix product over the concatenated `a`
-and each expand one that accumulates onto y in place, both bound by reading x and y once, where
-cuBLAS and XLA's autotuner (which splits the long sum) leave a kernel of ours nothing to save but a
-few launches; and the backward consists of products of the same shapes.
+With one adapter, which is how finetuning calls it, every backend takes the plain XLA products:
+there is nothing to group, the shrink of all projections is one product over the concatenated `a`,
+and XLA fuses each expand with the addition to y. Compiled for q, k and v on an H200 that is six
+launches and no array of y's size beside y; the backward shares the shrink, and a kernel could save
+no more than launches.
 """
 
 from functools import partial

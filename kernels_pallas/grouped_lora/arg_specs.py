@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.cases import Case, ModelShape, model_shards
 from kernels_pallas.grouped_lora import grouped_lora
-from kernels_pallas.grouped_lora.blocks import block_rows
+from kernels_pallas.grouped_lora.blocks import block_map, block_rows
 from kernels_pallas.grouped_lora.pallas_triton import padded_rank, tuning_key
 
 
@@ -33,6 +33,12 @@ def forward_and_backward(x, ys, a, b, scales, adapter, d_ys, backend: Backend = 
 
     sums, pull = jax.vjp(add, x, a, b)
     return sums, pull(d_ys)
+
+
+def map_blocks(adapter, scales, backend: Backend = XLA):
+    """What all calls of a step share, and each pays when it is timed alone."""
+    num_tokens, num_adapters = adapter.shape[0], scales.shape[0]
+    return block_map(adapter, num_adapters, block_rows(num_tokens, num_adapters))
 
 
 def base_projection(case: Case) -> Case:
@@ -105,7 +111,20 @@ def _case(
     )
 
 
+def _map_case(tokens: int, adapters: int) -> Case:
+    return Case(
+        f"block-map/{tokens}-of-{adapters}",
+        map_blocks,
+        lambda key: (jax.random.randint(key, (tokens,), -1, adapters), jnp.ones(adapters)),
+        flops=0.0,
+        bytes=3.0 * 4 * tokens,
+        bound="bandwidth",
+    )
+
+
 def _cases() -> Iterator[Case]:
+    yield _map_case(256, 64)
+    yield _map_case(4096, 4)
     for model in model_shards():
         for name, group in groups(model).items():
             case = partial(_case, group=group)
@@ -131,10 +150,15 @@ def _cases() -> Iterator[Case]:
 CASES = tuple(_cases())
 
 
-def tuning_keys(case: Case) -> tuple[str, str]:
-    """The entries of the tuning table that a case uses: of shrink and of expand."""
+def tuning_keys(case: Case) -> tuple[str, ...]:
+    """The entries of the tuning table that a case uses: of shrink and of expand, if any."""
+    if case.function is map_blocks:
+        return ()
     x, _, a, *_ = jax.eval_shape(case.make, jax.random.key(0))
-    rows = block_rows(x.shape[0], a[0].shape[0])
+    num_adapters = a[0].shape[0]
+    if num_adapters == 1:  # plain XLA
+        return ()
+    rows = block_rows(x.shape[0], num_adapters)
     ranks = [padded_rank(down.shape[2]) for down in a]
     return (
         tuning_key("shrink", rows, sum(ranks), x.dtype),

@@ -1,5 +1,8 @@
 """Times grouped LoRA, and beside each decode step the base projection that it adds to.
 
+A call timed here also maps its tokens to blocks, which a step does once for all of its calls: the
+cases named block-map tell how much that is.
+
 python -m kernels_pallas.grouped_lora.bench [--case SUBSTRING] [--backend pallas|xla]
 """
 

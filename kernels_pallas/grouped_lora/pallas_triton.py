@@ -223,14 +223,14 @@ def shrink_tiles(chip: str, rows: int, columns: int, dtype) -> dict[str, int]:
 def expand_tiles(chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
     """columns: of y in one program.
 
-    Unless measured otherwise: 16 KiB of factors, and at most 64 values of y for each thread; less
-    in float32, whose products run without tensor cores and keep their factors in registers.
+    Unless measured otherwise: up to 16 KiB of factors, and at most 64 values of y for each thread;
+    less in float32, whose products run without tensor cores and keep their factors in registers.
     """
     num_warps = 8 if rows == 64 else 4
     if jnp.dtype(dtype) == jnp.float32:
         columns = _power_of_two(2048 // rank, 32, 64)
     else:
-        columns = _power_of_two(min(8192 // rank, 2048 * num_warps // rows), 32, 512)
+        columns = _power_of_two(min(8192 // rank, 2048 * num_warps // rows), 32, 256)
     default = {"columns": columns, "num_warps": num_warps, "num_stages": 1}
     return tiles("grouped_lora", chip, tuning_key("expand", rows, rank, dtype), default)
 
