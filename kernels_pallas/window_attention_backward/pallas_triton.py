@@ -48,15 +48,13 @@ def window_attention_backward(
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
     token = window_start + jnp.arange(q.shape[0], dtype=jnp.int32)
     live = sequence_starts <= token
-    scale = q.shape[-1] ** -0.5
-    delta = scale * jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     rows = _Rows(
         starts=jnp.where(live, sequence_starts, NEVER),
         q=q,
         d_out=d_out,
-        # A weight is exp2(scale * log2(e) * score - lse): 0 in padding.
         lse=jnp.where(live, lse.T * LOG2_E, jnp.inf),
-        delta=jnp.where(live, delta.T, 0.0),
+        minus_delta=jnp.where(live, -delta.T, 0.0),
     )
     bounds = jnp.stack(
         [
@@ -72,15 +70,16 @@ def window_attention_backward(
 class _Rows(NamedTuple):
     """The window's queries, as arrays or as references to them.
 
-    starts: [W], first key of each row, `NEVER` in padding; q, d_out: [W, N, H]; lse, in base 2, and
-    delta = scale * sum(out * d_out): [N, W], so that a program's rows lie side by side.
+    starts: [W], first key of each row, `NEVER` in padding; q, d_out: [W, N, H]. [N, W], so that a
+    program's rows lie side by side: lse, of scores that are not scaled, -inf in padding;
+    minus_delta = -sum(out * d_out). Products start from these two: they take no registers then.
     """
 
     starts: jax.Array
     q: jax.Array
     d_out: jax.Array
     lse: jax.Array
-    delta: jax.Array
+    minus_delta: jax.Array
 
 
 class _Range(NamedTuple):
@@ -102,11 +101,8 @@ class _Range(NamedTuple):
         size = self.last - self.first
         first = self.first + lax.div(size * index, count)
         last = self.first + lax.div(size * (index + 1), count)
-        return _Range(
-            first,
-            *(jnp.clip(full, first, last) for full in (self.full_first, self.full_last)),
-            last,
-        )
+        full_first = jnp.clip(self.full_first, first, last)
+        return _Range(first, full_first, jnp.clip(self.full_last, first, last), last)
 
     def accumulate(self, add_block: Callable, repeats: int, carry):
         """carry = add_block(repeat, block, masked, carry) over all blocks, `repeats` times; first
@@ -155,8 +151,8 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
     row = block * queries + _iota(queries)
     token = bounds_ref[0] + row
     inside = row < window
-    starts = pltriton.load(rows.starts.at[row], mask=inside, other=NEVER)
-    q, d_out, lse, delta = _load_queries(rows, row, head, inside, starts < NEVER)
+    starts = _load(rows.starts.at[row], inside, NEVER)
+    q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, starts < NEVER)
 
     def add_block(_, index, masked: bool, dq):
         key = index * keys + _iota(keys)
@@ -167,7 +163,7 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
         if masked:
             visible = (key[None, :] >= starts[:, None]) & (key[None, :] <= token[:, None])
             weights = jnp.where(visible, weights, 0.0)
-        d_scores = weights * (_dot(d_out, v.T) * scale - delta[:, None])
+        d_scores = weights * (_dot(d_out, v.T) + minus_delta[:, None]) * scale
         return dq + _dot(d_scores.astype(k.dtype), k)
 
     seen = _Range.load(seen_ref, block).split(split, pl.num_programs(2))
@@ -224,19 +220,19 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
             dk, dv = carry
             head = kv_head * group + nth
             row = index * queries + _iota(queries)
-            inside, live, starts = None, None, None
+            inside, live, visible = None, None, None
             if masked:
                 inside = row < window
                 starts = _load(rows.starts.at[row], inside, NEVER)
                 live = starts < NEVER
-            q, d_out, lse, delta = _load_queries(rows, row, head, inside, live)
-            weights = jnp.exp2(_dot(k, q.T) * (scale * LOG2_E) - lse[None, :])
-            if masked:
                 token = bounds_ref[0] + row
                 visible = (key[:, None] >= starts[None, :]) & (key[:, None] <= token[None, :])
+            q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
+            weights = jnp.exp2(_dot(k, q.T) * (scale * LOG2_E) - lse[None, :])
+            if visible is not None:
                 weights = jnp.where(visible, weights, 0.0)
             dv = dv + _dot(weights.astype(d_out.dtype), d_out)
-            d_scores = weights * (_dot(v, d_out.T) * scale - delta[None, :])
+            d_scores = weights * (_dot(v, d_out.T) + minus_delta[None, :]) * scale
             return dk + _dot(d_scores.astype(q.dtype), q), dv
 
         # Summing onto the old values needs fewer registers than adding them at the end.
@@ -252,11 +248,12 @@ def _is_read(bounds_ref, key) -> jax.Array:
 
 
 def _load_queries(rows: _Rows, row, head, inside, live) -> tuple[jax.Array, ...]:
-    """q, d_out [M, H], lse and delta [M] of one head; zeros where not live."""
+    """q, d_out [M, H], lse and minus_delta [M] of one head; zeros where not live."""
     q, d_out = (_load_rows(ref, row, head, live) for ref in (rows.q, rows.d_out))
     index = (jnp.full(row.shape, head), row)
-    lse, delta = (_load(ref.at[index], inside, 0.0) for ref in (rows.lse, rows.delta))
-    return q, d_out, lse, delta
+    statistics = (rows.lse, rows.minus_delta)
+    lse, minus_delta = (_load(ref.at[index], inside, 0.0) for ref in statistics)
+    return q, d_out, lse, minus_delta
 
 
 def _load_rows(ref, row, head, mask) -> jax.Array:
@@ -348,7 +345,7 @@ def _queries_seeing(bounds, starts, slots: int, tile: dict[str, int]) -> Int[Arr
 
 def tuning_key(kernel: str, head_dim: int, dtype) -> str:
     """What the tiles of "dq" or "dkv" depend on."""
-    return f"{kernel}/h{pl.next_power_of_2(head_dim)}/{jnp.dtype(dtype).name}"
+    return f"{kernel}/h{head_dim}/{jnp.dtype(dtype).name}"
 
 
 def dq_tiles(chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
@@ -362,7 +359,7 @@ def dkv_tiles(chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[
 
 
 def _tiles(kernel: str, chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
-    default = {"queries": 32, "keys": 32, "programs": 512, "num_warps": 4, "num_stages": 2}
+    default = {"queries": 16, "keys": 16, "programs": 512, "num_warps": 4, "num_stages": 2}
     tile = tiles("window_attention_backward", chip, tuning_key(kernel, head_dim, dtype), default)
     sizes = {"queries": window, "keys": slots}
     return tile | {

@@ -209,3 +209,18 @@ def test_a_window_of_padding_changes_nothing(backward):
     assert not np.asarray(dq).any()
     assert (np.asarray(dk) == 1).all()
     assert (np.asarray(dv) == 1).all()
+
+
+def test_rows_that_no_query_sees_are_left_alone(backward):
+    """Queries 200..206 see keys 195..206; the same call twice gives the same bits."""
+    name, window, start = "page16-gqa4-h64-float32", 7, 200
+    shape, whole = SHAPES[name], problem(name)
+    seen = (np.arange(SLOTS) >= 195) & (np.arange(SLOTS) < 207)
+    before = np.where(seen[:, None, None], np.asarray(zeros(shape)), np.nan).astype(np.float32)
+    first, second = (
+        np.stack(run_window(backward, whole, start, window, *map(jnp.asarray, [before] * 2))[1:])
+        for _ in range(2)
+    )
+    assert np.isnan(first[:, ~seen]).all()
+    assert np.isfinite(first[:, seen]).all()
+    np.testing.assert_array_equal(first, second)
