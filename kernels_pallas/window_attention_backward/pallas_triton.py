@@ -70,9 +70,9 @@ def window_attention_backward(
 class _Rows(NamedTuple):
     """The window's queries, as arrays or as references to them.
 
-    starts: [W], first key of each row, `NEVER` in padding; q, d_out: [W, N, H]. [N, W], so that a
-    program's rows lie side by side: lse, of scores that are not scaled, -inf in padding;
-    minus_delta = -sum(out * d_out). Products start from these two: they take no registers then.
+    starts: [W], first key of each row, `NEVER` in padding. q, d_out: [W, N, H]. lse, in base 2 and
+    infinite in padding, and minus_delta = -sum(out * d_out): [N, W], so that a program's rows lie
+    side by side. A product that starts from minus_delta frees its registers.
     """
 
     starts: jax.Array
@@ -220,16 +220,14 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
             dk, dv = carry
             head = kv_head * group + nth
             row = index * queries + _iota(queries)
-            inside, live, visible = None, None, None
-            if masked:
-                inside = row < window
-                starts = _load(rows.starts.at[row], inside, NEVER)
-                live = starts < NEVER
-                token = bounds_ref[0] + row
-                visible = (key[:, None] >= starts[None, :]) & (key[:, None] <= token[None, :])
+            inside = row < window if masked else None
+            starts = _load(rows.starts.at[row], inside, NEVER)
+            live = starts < NEVER if masked else None
             q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
             weights = jnp.exp2(_dot(k, q.T) * (scale * LOG2_E) - lse[None, :])
-            if visible is not None:
+            if masked:
+                token = bounds_ref[0] + row
+                visible = (key[:, None] >= starts[None, :]) & (key[:, None] <= token[None, :])
                 weights = jnp.where(visible, weights, 0.0)
             dv = dv + _dot(weights.astype(d_out.dtype), d_out)
             d_scores = weights * (_dot(v, d_out.T) + minus_delta[None, :]) * scale
