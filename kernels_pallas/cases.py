@@ -63,6 +63,7 @@ class Case:
     bound: which of the two decides the roofline.
     target: fraction of the roofline to reach on an H200; 0 when none is set.
     tolerance: largest error allowed, relative to the reference's largest value, in bfloat16.
+    chips: those that can do it.
     """
 
     name: str
@@ -74,3 +75,4 @@ class Case:
     donated: tuple[int, ...] = ()
     target: float = 0.0
     tolerance: float = 2e-2
+    chips: tuple[str, ...] = ("h200", "a100")

@@ -8,6 +8,7 @@ sequence: chunks start at fixed positions.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,11 @@ def ragged_paged_attention(
     page_tables: Int[Array, "S M"],
     num_decode: Int[Array, ""],
     num_sequences: Int[Array, ""],
+    *,
+    k_scales: Float[Array, "P K"] | None = None,
+    v_scales: Float[Array, "P K"] | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Causal softmax attention, scaled by 1/sqrt(H), over keys and values kept in pages.
 
@@ -43,6 +49,11 @@ def ragged_paged_attention(
         page_tables: pages of each sequence, in order; entries past its length are ignored; int32.
         num_decode: the first this many sequences have exactly one query each.
         num_sequences: sequences in use; later rows of the tables are ignored.
+        k_scales: for 8-bit pages (int8 or float8): a key is its stored value times the float32
+            scale of its page and head. None: pages hold the keys themselves.
+        v_scales: the same of the values.
+        sliding_window: a query sees only this many keys, its own included; None sees all.
+        soft_cap: scores s become soft_cap * tanh(s / soft_cap); None leaves them.
 
     Returns:
         Attention output in q's dtype, and the float32 log-sum-exp of the scaled scores. Rows of no
@@ -56,17 +67,20 @@ def ragged_paged_attention(
     sequence = jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all")
     sequence = jnp.minimum(sequence, num_slots - 1).astype(jnp.int32)
     used = query_starts[num_sequences]
+    if k_scales is not None and v_scales is not None:
+        k_pages, v_pages = _dequantized(k_pages, k_scales), _dequantized(v_pages, v_scales)
     pages = (k_pages, v_pages, query_starts, kv_lengths, page_tables)
+    attend = partial(_attend, sliding_window=sliding_window, soft_cap=soft_cap)
 
     if num_tokens <= _SMALL_BATCH:
-        out, lse = _attend(q, pages, sequence, token, used, 1)
+        out, lse = attend(q, pages, sequence, token, used, 1)
         return out, jnp.where((token < used)[:, None], lse, 0)
     ones = min(num_tokens, num_slots)
-    decoded = _attend(q, pages, sequence[:ones], token[:ones], num_decode, 1)
+    decoded = attend(q, pages, sequence[:ones], token[:ones], num_decode, 1)
     owner, first, num_blocks, row_of = _query_blocks(
         query_starts, num_decode, num_sequences, num_tokens
     )
-    chunked = _attend(q, pages, owner, first, num_blocks, _CHUNK_BLOCK)
+    chunked = attend(q, pages, owner, first, num_blocks, _CHUNK_BLOCK)
 
     def select(decoded: jax.Array, chunked: jax.Array) -> jax.Array:
         lead = (slice(None),) + (None,) * (decoded.ndim - 1)
@@ -110,7 +124,13 @@ def _query_blocks(
     return owner, first.astype(jnp.int32), ends[-1], row_of
 
 
-def _attend(q, pages, block_sequence, block_first, num_blocks, block_size):
+def _dequantized(pages: jax.Array, scales: jax.Array) -> jax.Array:
+    return pages.astype(jnp.float32) * scales[:, None, :, None]
+
+
+def _attend(
+    q, pages, block_sequence, block_first, num_blocks, block_size, *, sliding_window, soft_cap
+):
     """Attention of blocks of `block_size` queries: output and log-sum-exp of their rows.
 
     Whatever does not depend on queries and keys is computed before the loops: it is the same in
@@ -157,10 +177,15 @@ def _attend(q, pages, block_sequence, block_first, num_blocks, block_size):
             scores = scale * jnp.einsum(
                 "xkqh,xckh->xkqc", own_queries, keys, preferred_element_type=jnp.float32
             )
-            scores = jnp.where(index <= own_position, scores, _MASKED)
+            if soft_cap is not None:
+                scores = soft_cap * jnp.tanh(scores / soft_cap)
+            visible = index <= own_position
+            if sliding_window is not None:
+                visible &= index > own_position - sliding_window
+            scores = jnp.where(visible, scores, _MASKED)
             new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
             weights = jnp.exp(scores - new_maximum[..., None])
-            weights = jnp.where(index <= own_position, weights, 0.0)
+            weights = jnp.where(visible, weights, 0.0)
             correction = jnp.exp(maximum - new_maximum)
             accumulated = accumulated * correction[..., None] + jnp.einsum(
                 "xkqc,xckh->xkqh",

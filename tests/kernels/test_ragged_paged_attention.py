@@ -1,18 +1,18 @@
 """Ragged paged attention against softmax attention written out query by query in float64."""
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas.ragged_paged_attention import base
+from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from tests.kernels.paged import PagePool, round_to
 
-# Every implementation of the contract.
-IMPLEMENTATIONS = {"xla": base.ragged_paged_attention}
+BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
 
 TOKENS, SEQUENCES, LONGEST = 160, 12, 400
 
@@ -120,7 +120,9 @@ class Batches:
         return [q, pool.k, pool.v, starts, lengths, tables, *counts]
 
 
-def expected(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+def expected(
+    sequence: Sequence, sliding_window: int | None = None, soft_cap: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Output [queries, N, H] and log-sum-exp [queries, N] of a sequence's queries."""
     keys, values, queries = (
         round_to(x, x.dtype) for x in (sequence.keys, sequence.values, sequence.queries)
@@ -129,33 +131,41 @@ def expected(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
     group = heads // keys.shape[1]
     out, lse = np.zeros(queries.shape), np.zeros((count, heads))
     for i in range(count):
-        visible = len(keys) - count + i + 1
+        end = len(keys) - count + i + 1
+        visible = slice(max(0, end - (sliding_window or end)), end)
         for head in range(heads):
-            scores = keys[:visible, head // group] @ queries[i, head] / np.sqrt(head_dim)
+            scores = keys[visible, head // group] @ queries[i, head] / np.sqrt(head_dim)
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             weights = np.exp(scores - scores.max())
             lse[i, head] = scores.max() + np.log(weights.sum())
-            out[i, head] = weights / weights.sum() @ values[:visible, head // group]
+            out[i, head] = weights / weights.sum() @ values[visible, head // group]
     return out, lse
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=BACKENDS)
 def attend(request):
     """An implementation, compiled once for all tests of a shape; returns float32 arrays."""
-    compiled = _compiled(request.param)
-    return lambda arguments: [np.asarray(x, np.float32) for x in compiled(*arguments)]
+
+    def run(arguments, scales=(None, None), **options):
+        compiled = _compiled(request.param, tuple(options.items()))
+        outputs = compiled(*arguments, k_scales=scales[0], v_scales=scales[1])
+        return [np.asarray(x, np.float32) for x in outputs]
+
+    return run
 
 
 @cache
-def _compiled(name: str):
-    return jax.jit(IMPLEMENTATIONS[name])
+def _compiled(name: str, options: tuple):
+    return jax.jit(partial(ragged_paged_attention, backend=BACKENDS[name], **dict(options)))
 
 
-def check(attend, batches: Batches, sequences: list[Sequence], num_decode: int):
-    out, lse = attend(batches.arguments(sequences, num_decode))
+def check(attend, batches: Batches, sequences: list[Sequence], num_decode: int, **options):
+    out, lse = attend(batches.arguments(sequences, num_decode), **options)
     tolerance, at = batches.shape.tolerance, 0
     for sequence in sequences:
         rows = slice(at, at + len(sequence.queries))
-        want_out, want_lse = expected(sequence)
+        want_out, want_lse = expected(sequence, **options)
         np.testing.assert_allclose(out[rows], want_out, rtol=tolerance, atol=tolerance)
         # The log-sum-exp accumulates in float32 whatever the dtype of the keys.
         np.testing.assert_allclose(lse[rows], want_lse, rtol=1e-5, atol=1e-5)
@@ -166,9 +176,42 @@ def check(attend, batches: Batches, sequences: list[Sequence], num_decode: int):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=label)
 def test_random_batches(attend, shape):
-    for seed in range(20):
+    for seed in range(8):
         batches = Batches(shape, seed)
         check(attend, batches, *batches.random())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sliding_window": 1}, {"sliding_window": 50}, {"sliding_window": 20, "soft_cap": 2.0}],
+    ids=str,
+)
+def test_sliding_windows_and_soft_caps(attend, options):
+    for seed in range(3):
+        batches = Batches(SHAPES[0], seed)
+        check(attend, batches, *batches.random(), **options)
+
+
+@pytest.mark.parametrize("stored", [np.int8, ml_dtypes.float8_e4m3fn], ids=lambda d: d.__name__)
+def test_pages_of_eight_bits(attend, stored):
+    """Against the same batch with what the pages hold multiplied out."""
+    batches = Batches(SHAPES[0], 11)
+    q, k, v, *tables = batches.arguments(*batches.random())
+    rng = np.random.default_rng(0)
+    pages, scales, plain = [], [], []
+    for values in (k, v):
+        scale = rng.uniform(0.01, 0.05, (values.shape[0], values.shape[2])).astype(np.float32)
+        scaled = np.nan_to_num(values) / scale[:, None, :, None]
+        kept = np.clip(np.round(scaled) if stored is np.int8 else scaled, -127, 127).astype(stored)
+        unused = np.isnan(values).all(axis=(1, 3))  # pages that no sequence has
+        scales.append(np.where(unused, np.nan, scale).astype(np.float32))
+        pages.append(kept)
+        plain.append(kept.astype(np.float32) * scale[:, None, :, None])
+    out, lse = attend([q, *pages, *tables], scales)
+    want_out, want_lse = attend([q, *plain, *tables])
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out, want_out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:1], ids=label)
