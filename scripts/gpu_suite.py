@@ -183,13 +183,10 @@ def lora_overhead(rows: list[dict]) -> list[dict]:
     cases = {case.name: case for case in (specs.DRY_RUN_CASES if DRY_RUN else specs.CASES)}
     found = []
     for row in rows:
-        if row["kernel"] != "grouped_lora" or "backward" in row["case"]:
+        if row["kernel"] != "grouped_lora" or row["case"].endswith("backward"):
             continue
-        case = cases[row["case"]]
-        tokens, d_in, d_out = specs.base_product(case)
-        dtype = jax.eval_shape(case.make, jax.random.key(0))[0].dtype
-        x, w = jnp.ones((tokens, d_in), dtype), jnp.ones((d_in, d_out), dtype)
-        base = 1e6 * seconds_per_call(jnp.matmul, (x, w))
+        product = specs.base_projection(cases[row["case"]])
+        base = 1e6 * seconds_per_call(product.function, product.make(jax.random.key(0)))
         found.append(
             {
                 "case": row["case"],

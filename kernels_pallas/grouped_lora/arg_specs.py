@@ -148,6 +148,10 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = tuple(_cases())
+DRY_RUN_CASES = (
+    _case("tiny/decode-8-of-3", (64, (32, 16)), tokens=8, adapters=3, rank=8),
+    _case("tiny/train-20-backward", (64, (32, 16)), tokens=20, adapters=1, rank=8, backward=True),
+)
 
 
 def tuning_keys(case: Case) -> tuple[str, ...]:

@@ -109,6 +109,17 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = tuple(_cases())
+DRY_RUN_CASES = (
+    _case(
+        "tiny/last-20-of-50",
+        model=ModelShape("tiny", 64, 4, 2, 16, 128),
+        lengths=(33, 17),
+        slots=50,
+        window=20,
+        start=30,
+        page_size=16,
+    ),
+)
 
 
 def tuning_keys(case: Case) -> tuple[str, str]:
