@@ -20,6 +20,55 @@ _CALLS = 20
 _RUNS = 5
 
 
+class RepeatedCall:
+    """`calls` calls of `function(*arguments)` in a row, as one program.
+
+    arguments: arrays or their shapes. donated: those that the function updates in place; each call
+    goes on with what the one before returned in their place.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        arguments: tuple,
+        donated: tuple[int, ...] = (),
+        calls: int = _CALLS,
+    ):
+        self.donated, self.calls = donated, calls
+
+        def call_again(_, carry: tuple) -> tuple:
+            # The barrier makes each call depend on the one before.
+            arguments, _ = lax.optimization_barrier(carry)
+            outputs = function(*arguments)
+            return _fed_back(arguments, donated, outputs), outputs
+
+        def all_calls(*arguments: Any) -> tuple:
+            outputs = function(*arguments)
+            carry = (_fed_back(arguments, donated, outputs), outputs)
+            arguments, outputs = lax.fori_loop(1, calls, call_again, carry)
+            return tuple(arguments[i] for i in donated), outputs
+
+        self._lowered = jax.jit(all_calls, donate_argnums=donated).lower(*arguments)
+
+    def compile(self) -> "RepeatedCall":
+        """Compile; may run in a thread."""
+        self._run = self._lowered.compile()
+        return self
+
+    def seconds(self, arguments: tuple, runs: int = _RUNS) -> float:
+        """Time of one call, from the fastest run. What is donated must not be used afterwards."""
+        fastest = float("inf")
+        for _ in range(runs + 1):  # the first one warms up
+            jax.block_until_ready(arguments)
+            started = time.perf_counter()
+            returned, outputs = jax.block_until_ready(self._run(*arguments))
+            fastest = min(fastest, time.perf_counter() - started)
+            del outputs
+            given_back = dict(zip(self.donated, returned, strict=True))
+            arguments = tuple(given_back.get(i, argument) for i, argument in enumerate(arguments))
+        return fastest / self.calls
+
+
 def seconds_per_call(
     function: Callable,
     arguments: tuple,
@@ -27,35 +76,8 @@ def seconds_per_call(
     calls: int = _CALLS,
     runs: int = _RUNS,
 ) -> float:
-    """Time of one call of `function(*arguments)`: `calls` in a row, the fastest of `runs`.
-
-    donated: arguments that the function updates in place; each call goes on with what the one
-    before returned in their place. They must not be used afterwards.
-    """
-
-    def call_again(_, carry: tuple) -> tuple:
-        # The barrier makes each call depend on the one before.
-        arguments, _ = lax.optimization_barrier(carry)
-        outputs = function(*arguments)
-        return _fed_back(arguments, donated, outputs), outputs
-
-    def all_calls(*arguments: Any) -> tuple:
-        outputs = function(*arguments)
-        carry = (_fed_back(arguments, donated, outputs), outputs)
-        arguments, outputs = lax.fori_loop(1, calls, call_again, carry)
-        return tuple(arguments[i] for i in donated), outputs
-
-    run = jax.jit(all_calls, donate_argnums=donated).lower(*arguments).compile()
-    fastest = float("inf")
-    for _ in range(runs + 1):  # the first one warms up
-        jax.block_until_ready(arguments)
-        started = time.perf_counter()
-        returned, outputs = jax.block_until_ready(run(*arguments))
-        fastest = min(fastest, time.perf_counter() - started)
-        del outputs
-        given_back = dict(zip(donated, returned, strict=True))
-        arguments = tuple(given_back.get(i, argument) for i, argument in enumerate(arguments))
-    return fastest / calls
+    """Time of one call of `function(*arguments)` (see `RepeatedCall`)."""
+    return RepeatedCall(function, arguments, donated, calls).compile().seconds(arguments, runs)
 
 
 def _fed_back(arguments: tuple, donated: tuple[int, ...], outputs: Any) -> tuple:

@@ -183,7 +183,7 @@ def lora_overhead(rows: list[dict]) -> list[dict]:
     cases = {case.name: case for case in (specs.DRY_RUN_CASES if DRY_RUN else specs.CASES)}
     found = []
     for row in rows:
-        if row["kernel"] != "grouped_lora" or row["case"].endswith("backward"):
+        if row["kernel"] != "grouped_lora" or row["case"].startswith("block-map"):
             continue
         product = specs.base_projection(cases[row["case"]])
         base = 1e6 * seconds_per_call(product.function, product.make(jax.random.key(0)))
@@ -209,6 +209,8 @@ def engine_workload() -> Workload:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 16,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
             "torch_dtype": "float32",
         }
         return Workload(

@@ -1,0 +1,60 @@
+"""The scripts for a GPU go through everything they do, at toy sizes on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_gpu_suite_runs_dry(tmp_path):
+    run(
+        "scripts/gpu_suite.py", "--dry-run", "--rounds", "1", "--steps", "1", "--out", str(tmp_path)
+    )
+    result = json.loads((tmp_path / "gpu_suite.json").read_text())
+    kernels = {row["kernel"] for row in result["kernels"]}
+    assert kernels == {"ragged_paged_attention", "window_attention_backward", "grouped_lora"}
+    for row in result["kernels"]:
+        assert 0 < row["error"] <= row["tolerance"]
+        assert row["microseconds"] > 0
+    assert result["lora_overhead"][0]["added"] > 0
+    assert result["engine"]["recompiles_after_warmup"] == 0
+    assert min(result["engine"]["finetune"]["ours"] + result["engine"]["decode"]["ours"]) > 0
+
+
+def test_tuning_runs_dry_and_leaves_the_tables_alone():
+    table = ROOT / "kernels_pallas" / "grouped_lora" / "tuning.json"
+    before = table.read_text()
+    printed = run("scripts/tune_kernels.py", "--dry-run", "--kernel", "grouped_lora")
+    assert "grouped_lora/expand" in printed
+    assert table.read_text() == before
+
+
+def test_without_a_gpu_both_say_so():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    for script in ("gpu_suite.py", "tune_kernels.py"):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / script)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        assert "use --dry-run" in done.stderr
