@@ -114,7 +114,7 @@ def compile_job(job: Job) -> CompiledProgram | str:
 def describe(result: CompiledProgram) -> list[str]:
     """The cells of a row of the table."""
     kernels = result.kernels
-    outside = sum(result.outside_graphs.values())
+    outside = ", ".join(f"{count} {name}" for name, count in result.outside_graphs.items())
     return [
         " ".join(f"{k.shared / 1024:.0f}" for k in kernels),
         " ".join(str(k.registers) for k in kernels),
@@ -122,7 +122,7 @@ def describe(result: CompiledProgram) -> list[str]:
         f"{result.temp / 2**20:,.1f}",
         f"{result.aliased / 2**20:,.0f} / {result.donated / 2**20:,.0f}",
         str(result.launches),
-        str(outside),
+        outside or "0",
     ]
 
 

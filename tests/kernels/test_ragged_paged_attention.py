@@ -36,6 +36,8 @@ SHAPES = [
     Shape(128, 7, 1, 16, np.float32, 1e-5),
     Shape(128, 14, 2, 80, ml_dtypes.bfloat16, 2e-2),
     Shape(16, 8, 2, 64, np.float32, 1e-5, tokens=20),
+    Shape(64, 10, 2, 96, ml_dtypes.bfloat16, 2e-2, tokens=70),
+    Shape(16, 2, 1, 256, np.float32, 1e-5, tokens=70),
 ]
 
 
