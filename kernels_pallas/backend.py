@@ -1,9 +1,7 @@
 """Which implementation of the kernels a program is built with."""
 
 from dataclasses import dataclass
-from typing import Literal
-
-import jax
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ def chip_name(device_kind: str) -> str:
     return "a100" if any(name in kind for name in ("a100", "a40", "a10", "a30", "rtx")) else "h200"
 
 
-def select_backend(kernels: Literal["auto", "xla", "pallas"], device: jax.Device) -> Backend:
+def select_backend(kernels: Literal["auto", "xla", "pallas"], device: Any) -> Backend:
     """The backend that the config's `kernels` means on a device: auto is Pallas on a GPU and XLA
     elsewhere; Pallas elsewhere is interpreted."""
     on_gpu = device.platform in ("gpu", "cuda")

@@ -111,7 +111,7 @@ def compile_for(
     )
     jitted = jax.jit(function, donate_argnums=donated)
     with tempfile.TemporaryDirectory() as folder, use_abstract_mesh(target.mesh):
-        options = {"xla_dump_to": folder}
+        options: dict[str, str | bool] = {"xla_dump_to": folder}
         compiled = jitted.lower(*placed).compile(compiler_options=options)
         # The last list is the one with graphs; XLA writes no second one for very short programs.
         thunks = sorted(Path(folder).glob("*.thunk_sequence*.txt"), key=lambda f: len(f.name))[-1]

@@ -184,7 +184,8 @@ class Theirs:
         dtype = getattr(torch, workload.dtype)
 
         def load() -> Any:
-            return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(self.device)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            return loaded.to(self.device)
 
         self.base = load().eval()
         config = PeftLoraConfig(

@@ -1,5 +1,7 @@
 """LoRA (arXiv 2106.09685) as a bypass: y + scale * (x @ A) @ B, with each token's own adapter."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Int
 
@@ -25,7 +27,7 @@ def lora_bypass(
         names = [name for name in outputs if name in weights]
         if not names:
             return outputs
-        sums = grouped_lora(
+        sums: Any = grouped_lora(
             x,
             tuple(outputs[name] for name in names),
             tuple(weights[name]["a"] for name in names),
