@@ -111,7 +111,7 @@ def compile_for(
     )
     jitted = jax.jit(function, donate_argnums=donated)
     with tempfile.TemporaryDirectory() as folder, use_abstract_mesh(target.mesh):
-        options: dict[str, str | bool] = {"xla_dump_to": folder}
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
         compiled = jitted.lower(*placed).compile(compiler_options=options)
         # The last list is the one with graphs; XLA writes no second one for very short programs.
         thunks = sorted(Path(folder).glob("*.thunk_sequence*.txt"), key=lambda f: len(f.name))[-1]
@@ -179,6 +179,8 @@ def _assemble(ptx: list[Path], names: set[str], shared: dict[str, int], arch: st
             for found in _PTXAS.finditer(done.stdout + done.stderr)
         ]
 
+    if names and not wanted:
+        raise FileNotFoundError(f"XLA wrote no PTX of {', '.join(sorted(names))}")
     with ThreadPoolExecutor(max_workers=2) as pool:
         return [kernel for kernels in pool.map(assemble, wanted) for kernel in kernels]
 
