@@ -25,6 +25,8 @@ from pydantic import (
     model_validator,
 )
 
+from scheduler.policies import POLICIES
+
 Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
@@ -137,13 +139,22 @@ class SloSection(Section):
     ttft_ms: Float = Field(
         default=5000.0, gt=0, description="Queueing plus time to the first token, ms."
     )
+    weight: Float = Field(
+        default=1.0, gt=0, description="What meeting it is worth, relative to other classes."
+    )
 
 
 class SchedulerSection(Section):
     """What goes into a step."""
 
-    policy: Literal["coserving"] = Field(
-        default="coserving", description="How inference and finetuning share the device."
+    policy: Literal[tuple(POLICIES)] = Field(  # type: ignore[valid-type]
+        default="coserving",
+        description=f"How inference and finetuning share the device: {', '.join(POLICIES)}.",
+    )
+    latency: Literal["profile", "roofline"] = Field(
+        default="profile",
+        description="Where the prediction of a step's time starts from: steps timed at start-up, "
+        "or the device's data sheet. Either is corrected while serving.",
     )
     max_tokens_per_step: Int = Field(
         default=512,
@@ -151,7 +162,23 @@ class SchedulerSection(Section):
         description="Token slots of the largest step: decode, prefill and finetuning together.",
     )
     max_sequences: Int = Field(default=32, ge=1, description="Requests running at once.")
-    slo: SloSection = Field(default_factory=SloSection, description="Latency objective.")
+    slo: SloSection = Field(
+        default_factory=SloSection, description="Latency objective of the class `standard`."
+    )
+    slo_classes: dict[Name, SloSection] = Field(
+        default={
+            "interactive": SloSection(tpot_ms=100.0, ttft_ms=1000.0, weight=2.0),
+            "batch": SloSection(tpot_ms=1000.0, ttft_ms=60_000.0, weight=0.5),
+        },
+        description="Other classes of requests, by name, each with tpot_ms, ttft_ms and weight.",
+    )
+
+    @field_validator("slo_classes")
+    @classmethod
+    def _standard_is_slo(cls, classes: dict[str, SloSection]) -> dict[str, SloSection]:
+        if "standard" in classes:
+            raise ValueError("`standard` is what scheduler.slo describes; set its fields there")
+        return classes
 
     @model_validator(mode="after")
     def _every_sequence_decodes(self) -> Self:
@@ -307,6 +334,14 @@ class FinetuneConfig(Section):
     seed: Int = Field(
         default=0, ge=0, description="Seeds the adapter's start and the order of rows."
     )
+    weight: Float = Field(
+        default=1.0,
+        gt=0,
+        description="Share of the finetuning tokens, relative to other jobs of its priority.",
+    )
+    priority: Int = Field(
+        default=0, description="Jobs of a higher priority go first as long as they have work."
+    )
     init_adapter: Path | None = Field(
         default=None,
         description="PEFT folder to start from. null: a fresh adapter that changes nothing yet.",
@@ -346,6 +381,13 @@ class FinetuneSection(Section):
         allow_inf_nan=True,
         description="Longest step while no request runs, ms: an arriving request waits for it. "
         ".inf: no limit.",
+    )
+    floor: Float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the device's time that finetuning gets even if requests are then "
+        "late; 0: none.",
     )
     checkpoint_every: Int = Field(
         default=50,
@@ -434,6 +476,10 @@ class WorkloadSection(Section):
         default=None,
         description="Adapter the requests ask for, preloaded or a job's. null: the base model.",
     )
+    slo_class: str = Field(
+        default="standard",
+        description="Class of the requests: standard or one of scheduler.slo_classes.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -441,6 +487,16 @@ class WorkloadSection(Section):
             given = "neither" if self.trace is None else "both"
             raise ValueError(f"{given} of trace and arrivals is given; give exactly one")
         return self
+
+
+class LogSection(Section):
+    """What is written down besides the report."""
+
+    plans: Bool = Field(
+        default=False,
+        description="Write every step's plan, and what it was made from, as a line of "
+        "plans.jsonl in output_dir; scripts/replay_plans.py plans them again.",
+    )
 
 
 class Config(Section):
@@ -459,6 +515,7 @@ class Config(Section):
     compile: CompileSection = Field(default_factory=CompileSection, description="Programs.")
     finetune: FinetuneSection = Field(default_factory=FinetuneSection, description="Finetuning.")
     workload: WorkloadSection | None = Field(default=None, description="Requests to replay.")
+    log: LogSection = Field(default_factory=LogSection, description="Logs.")
     output_dir: Path = Field(
         default=Path("runs/default"), description="Folder for reports, checkpoints and adapters."
     )
@@ -506,6 +563,13 @@ class Config(Section):
             yield (
                 f"workload.adapter: {wanted!r} is neither a preloaded adapter nor a job "
                 f"({', '.join(sorted(known)) or 'there are none'})"
+            )
+
+        classes = {"standard", *self.scheduler.slo_classes}
+        if self.workload and self.workload.slo_class not in classes:
+            yield (
+                f"workload.slo_class: {self.workload.slo_class!r} is not one of "
+                f"{', '.join(sorted(classes))}; add it to scheduler.slo_classes"
             )
 
     def require_inputs(self) -> None:

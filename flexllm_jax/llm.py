@@ -87,8 +87,8 @@ class Job:
 
     @property
     def status(self) -> str:
-        """running, succeeded, failed or cancelled."""
-        return self._job.status.value
+        """running, paused, succeeded, failed or cancelled."""
+        return "paused" if self._job.running and self._job.paused else self._job.status.value
 
     @property
     def reason(self) -> str | None:
@@ -154,6 +154,14 @@ class Job:
     def publish(self) -> int:
         """Serve what it has learnt so far under its name; returns the version."""
         return self._loop.call(lambda: self._loop.engine.publish_job(self._job).version)
+
+    def pause(self) -> None:
+        """Let it wait from the next step on; what it has learnt stays on the device."""
+        self._loop.call(lambda: self._loop.engine.trainer.pause(self._job))
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._loop.call(lambda: self._loop.engine.trainer.resume(self._job))
 
     def cancel(self) -> None:
         """Stop it; its last checkpoint stays."""

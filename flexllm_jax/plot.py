@@ -54,11 +54,11 @@ def _throughput(axis: Axes, run: Run) -> None:
 
 
 def _ttft(axis: Axes, run: Run) -> None:
-    _latency(axis, run, "ttft_s", run.llm.engine.slo.ttft_s)
+    _latency(axis, run, "ttft_s", run.llm.engine.slos["standard"].ttft_s)
 
 
 def _tpot(axis: Axes, run: Run) -> None:
-    _latency(axis, run, "tpot_s", run.llm.engine.slo.tpot_s)
+    _latency(axis, run, "tpot_s", run.llm.engine.slos["standard"].tpot_s)
 
 
 def _latency(axis: Axes, run: Run, name: str, objective_s: float) -> None:

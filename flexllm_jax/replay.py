@@ -170,7 +170,9 @@ class Replay:
             seed=workload.seed + index,
         )
         arrival = self._started + request.arrival_s
-        return NewRequest(request.prompt, params, workload.adapter, arrival)
+        return NewRequest(
+            request.prompt, params, workload.adapter, arrival, slo_class=workload.slo_class
+        )
 
     def collect(self) -> None:
         """Note the requests that are done."""

@@ -26,7 +26,7 @@ _PACKAGES = ("flexllm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
 def make_report(run: Run) -> dict[str, Any]:
     """The report of a run that has ended, plain JSON data."""
     replay = run.replay
-    inference = summarize(replay.timings if replay else [], run.llm.engine.slo)
+    inference = summarize(replay.timings if replay else [], run.llm.engine.slos["standard"])
     if replay and replay.failures:
         inference["failures"] = dict(replay.failures.most_common())
     return {
@@ -65,6 +65,7 @@ def _engine_section(llm: LLM, wall_s: float) -> dict[str, Any]:
         "compile_s": runner.compile_s,
         "recompiles_after_warmup": runner.compilations.count,
         "host_ms_per_step": {"mean": float(host_ms.mean()), "p50": float(p50), "p99": float(p99)},
+        "latency_model": engine.scheduler.latency.errors(),
         "peak_memory_bytes": peak_memory(runner.device),
         "versions": {"python": platform.python_version(), **_versions()},
     }

@@ -19,10 +19,13 @@ class SchedulerConfig:
     num_pages, page_size, prefix_caching   the KV page pool
     num_layers, backward_window   a microbatch of t tokens has w = ceil(t / backward_window) loss
                            units and num_layers * w layer units
+    finetune_slots         tokens of all microbatches in work, each rounded up to whole windows
     max_finetune_segments  packed finetuning sequences one step may touch
     slo                    objectives of requests that bring none
     idle_step_s            time budget in seconds of a step without inference; inf takes whole
                            buckets and all units, and such plans depend on no clock
+    finetune_floor         share of the device's time that finetuning gets under any load, although
+                           requests may then be late
     """
 
     max_sequences: int
@@ -34,9 +37,11 @@ class SchedulerConfig:
     prefix_caching: bool = True
     num_layers: int = 1
     backward_window: int = 256
+    finetune_slots: int = 1 << 14
     max_finetune_segments: int = 16
     slo: Slo = field(default_factory=Slo)
     idle_step_s: float = 0.1
+    finetune_floor: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -46,6 +51,7 @@ class SchedulerConfig:
             "page_size",
             "num_layers",
             "backward_window",
+            "finetune_slots",
             "max_finetune_segments",
         ):
             if getattr(self, name) < 1:
@@ -65,3 +71,5 @@ class SchedulerConfig:
             )
         if not self.idle_step_s > 0:
             raise ValueError(f"idle_step_s={self.idle_step_s} must be more than 0 seconds")
+        if not 0 <= self.finetune_floor < 1:
+            raise ValueError(f"finetune_floor={self.finetune_floor} must be in [0, 1)")

@@ -1,228 +1,225 @@
-"""The finetuning side of a step: a queue of microbatches, of which the head is in work.
+"""The finetuning side of a step: jobs' microbatches, of which up to two are in work.
 
-A microbatch goes forward through its tokens in order, then backward through its units in order
-(FlexLLM's token-level finetuning, section 5 of the paper). It holds KV pages for all its sequences
-from its first forward to its last unit. Parking it gives them up and forgets all progress: its keys
-and values are what later tokens and the backward read. Invariant: every token and unit is
-dispatched exactly once, in order, counted from the last start.
+One goes backward while the next goes forward, so that padding has tokens to hold and slack has
+units to run. A microbatch starts beside another only if its weights will not change meanwhile:
+both belong to the same optimizer batch, or to different jobs. It holds KV pages and finetuning
+slots from its first forward to its last unit. Parking gives them up and forgets its progress: its
+keys and values are what later tokens and the backward read.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
-from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from scheduler.choice import Allowance, choose
 from scheduler.config import SchedulerConfig
+from scheduler.jobs import JobTable
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.pages import PagePool
-from scheduler.request import FinetuneForward, Microbatch
-
-
-@dataclass
-class Progress:
-    """A microbatch in work: `forwarded` of its tokens and `units_done` of its units dispatched."""
-
-    microbatch: Microbatch
-    windows: int
-    total_units: int
-    pages: tuple[tuple[int, ...], ...] = ()
-    forwarded: int = 0
-    units_done: int = 0
-
-    def __post_init__(self) -> None:
-        self.ends = list(itertools.accumulate(self.microbatch.lengths))
-
-    @property
-    def forward_done(self) -> bool:
-        """Whether all tokens are dispatched."""
-        return self.forwarded == self.ends[-1]
-
-    def next_forward(self, room: int, max_segments: int) -> int:
-        """Tokens of the next forward: at most `room`, touching at most `max_segments` sequences."""
-        if self.forward_done:
-            return 0
-        last = bisect.bisect_right(self.ends, self.forwarded) + max_segments - 1
-        return min(room, self.ends[min(last, len(self.ends) - 1)] - self.forwarded)
-
-    def attention_pairs(self, length: int) -> int:
-        """Sum of query length x key length over the sequences in the next `length` tokens."""
-        pairs, position, stop = 0, self.forwarded, self.forwarded + length
-        segment = bisect.bisect_right(self.ends, position)
-        while position < stop:
-            start = self.ends[segment] - self.microbatch.lengths[segment]
-            end = min(self.ends[segment], stop)
-            pairs += (end - position) * (end - start)
-            position, segment = end, segment + 1
-        return pairs
+from scheduler.progress import Progress
+from scheduler.request import BackwardUnits, FinetuneForward, Microbatch, StepPlan
 
 
 @dataclass(frozen=True)
 class FinetuneWork:
     """The finetuning part of a step plan; its fields are those of `StepPlan`."""
 
-    microbatch: Microbatch
-    pages: tuple[tuple[int, ...], ...]
-    started: bool
     forward: FinetuneForward | None
-    units: range
-    done: bool
+    backward: BackwardUnits | None
     features: StepFeatures
 
 
 class FinetuneQueue:
-    """Microbatches in the order they were added, and the progress of the head."""
+    """The microbatches of all jobs: those queued (`jobs`) and those in work, oldest first.
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, latency: LatencyModel) -> None:
-        self.config = config
-        self.pool = pool
-        self.latency = latency
-        self._queue: deque[Microbatch] = deque()
-        self._progress: Progress | None = None  # of the head, while it holds pages
-        self._parked_before = False  # the head was parked at least once
+    `overlap=False`: a microbatch starts when the one before is done.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, pool: PagePool, latency: LatencyModel, overlap: bool
+    ) -> None:
+        self.config, self.pool, self.latency = config, pool, latency
+        self.jobs = JobTable()
+        self.in_work: list[Progress] = []
+        self._most_in_work = 2 if overlap else 1
+        self._candidate: Progress | None = None  # looked at last; kept, as it may be again
 
     def __len__(self) -> int:
-        return len(self._queue)
+        """Microbatches queued or in work."""
+        return len(self.jobs) + len(self.in_work)
 
     @property
     def pages_held(self) -> int:
         """Pages that parking would give back."""
-        return sum(map(len, self._progress.pages)) if self._progress else 0
+        return sum(len(pages) for progress in self.in_work for pages in progress.pages)
 
     def add(self, microbatch: Microbatch) -> None:
-        """Queue a microbatch that fits the pool when it is alone; its id must be new."""
-        if any(microbatch.microbatch_id == queued.microbatch_id for queued in self._queue):
+        """Queue a microbatch that fits when it is alone; its id must be new."""
+        known = itertools.chain(self.jobs, (progress.microbatch for progress in self.in_work))
+        if any(microbatch.microbatch_id == other.microbatch_id for other in known):
             raise ValueError(
                 f"microbatch {microbatch.microbatch_id} is already queued: use a new id"
             )
-        self._queue.append(microbatch)
+        self.jobs.push(microbatch)
 
-    def cancel(self, microbatch_id: int | None) -> bool:
-        """Drop a microbatch (None: the head) and its pages; False if it is not queued."""
-        for index, microbatch in enumerate(self._queue):
-            if microbatch_id in (None, microbatch.microbatch_id):
-                if index == 0:
-                    self._close()
-                else:
-                    del self._queue[index]
+    def of_job(self, job: str) -> int:
+        """Microbatches of a job, queued or in work."""
+        in_work = sum(progress.microbatch.job == job for progress in self.in_work)
+        return self.jobs.queued(job) + in_work
+
+    def cancel(self, microbatch_id: int) -> bool:
+        """Drop a microbatch, its pages and its slots; False if it is unknown."""
+        for progress in self.in_work:
+            if progress.microbatch.microbatch_id == microbatch_id:
+                self._release(progress)
+                self.jobs.done(progress.microbatch)
                 return True
-        return False
+        return self.jobs.drop(microbatch_id)
 
-    def park(self) -> None:
-        """Give up the pages and the progress of the microbatch in work; it stays the head."""
-        if self._progress:
-            self._release()
-            self._parked_before = True
+    def remove_job(self, job: str) -> None:
+        """Drop a job and all its microbatches."""
+        for progress in tuple(self.in_work):
+            if progress.microbatch.job == job:
+                self._release(progress)
+        self.jobs.remove(job)
+
+    def pause_job(self, job: str) -> list[int]:
+        """Let a job wait; returns its microbatches that are parked for it."""
+        self.jobs.pause(job, True)
+        mine = [p for p in reversed(self.in_work) if p.microbatch.job == job]
+        return [self._park(progress) for progress in mine]
+
+    def park(self) -> int:
+        """Give up the pages and the progress of the newest microbatch in work; returns its id."""
+        return self._park(self.in_work[-1])
 
     def plan(
-        self, features: StepFeatures, budget_s: float, least: bool, headroom: int
+        self, features: StepFeatures, allowance: Allowance, headroom: int
     ) -> FinetuneWork | None:
-        """Finetuning to add to a step of `features` within `budget_s`, or None.
+        """Finetuning to add to a step of `features` within `allowance`, or None.
 
-        Slots the step's bucket would leave empty are always taken. `least` grants one smallest
-        bucket or one unit even over budget. A microbatch starts only if `headroom` pages stay
-        free. The work returned counts as dispatched.
+        A microbatch starts only if `headroom` pages stay free. The work returned counts as
+        dispatched.
         """
-        if not self._queue:
+        backward = next((p for p in self.in_work if p.forward_done), None)
+        forward = next((p for p in self.in_work if not p.forward_done), None)
+        if forward is None and allowance.tokens and len(self.in_work) < self._most_in_work:
+            forward = self._next(headroom)
+        if forward is None and backward is None:
             return None
-        progress = self._progress or self._new_progress()
-        start, length = progress.forwarded, 0
-        if not progress.forward_done:
-            length, features = self._size_forward(progress, features, budget_s, least)
-        started = self._progress is None
-        if started and not (length and self._start(progress, headroom)):
+        choice = choose(features, forward, backward, allowance, self.config, self.latency)
+        dispatched = self._forward(forward, choice.tokens) if forward and choice.tokens else None
+        units = self._backward(backward or forward, choice.units) if choice.units else None
+        if not dispatched and not units:
             return None
-        progress.forwarded += length
-        first = progress.units_done
-        if progress.forward_done:
-            units, features = self._count_units(progress, features, budget_s, least and not length)
-            progress.units_done += units
-        if not length and progress.units_done == first:
-            return None
-        work = FinetuneWork(
-            microbatch=progress.microbatch,
-            pages=progress.pages,
-            started=started,
-            forward=FinetuneForward(start, length) if length else None,
-            units=range(first, progress.units_done),
-            done=progress.units_done == progress.total_units,
-            features=features,
+        return FinetuneWork(dispatched, units, choice.features)
+
+    def _forward(self, progress: Progress, tokens: int) -> FinetuneForward:
+        started = progress not in self.in_work
+        if started:
+            self._start(progress)
+        start = progress.forwarded
+        progress.forwarded += tokens
+        return FinetuneForward(
+            progress.microbatch, progress.pages, progress.slot, started, start, tokens
         )
-        if work.done:
-            self._close()
-        return work
 
-    def _new_progress(self) -> Progress:
-        microbatch = self._queue[0]
-        windows = -(-microbatch.tokens // self.config.backward_window)
-        layers = self.config.num_layers if microbatch.backward else 0
-        return Progress(microbatch, windows, windows * (1 + layers))
+    def _backward(self, progress: Progress | None, count: int) -> BackwardUnits:
+        if progress is None:
+            raise RuntimeError(f"{count} units are chosen, and no microbatch goes backward")
+        units = range(progress.units_done, progress.units_done + count)
+        progress.units_done += count
+        if progress.done:
+            self._release(progress)
+            self.jobs.done(progress.microbatch)
+        return BackwardUnits(progress.microbatch, units, progress.done)
 
-    def _size_forward(
-        self, progress: Progress, features: StepFeatures, budget_s: float, least: bool
-    ) -> tuple[int, StepFeatures]:
-        """The largest forward whose bucket is free anyway or whose step fits the budget."""
-        buckets = self.config.token_buckets
-        used = features.decode_tokens + features.prefill_tokens
-        free = features.token_bucket or (buckets[0] if least else 0)
-        for bucket in reversed(buckets):
-            if bucket <= used:
-                break
-            length = progress.next_forward(bucket - used, self.config.max_finetune_segments)
-            with_forward = replace(
-                features,
-                token_bucket=buckets[bisect.bisect_left(buckets, used + length)],
-                finetune_tokens=length,
-                attention_pairs=features.attention_pairs + progress.attention_pairs(length),
-                adapters=True,
-            )
-            if with_forward.token_bucket <= free or self.latency.predict(with_forward) <= budget_s:
-                return length, with_forward
-        return 0, features
+    # ---- many steps at once, for the simulator ----
 
-    def _count_units(
-        self, progress: Progress, features: StepFeatures, budget_s: float, least: bool
-    ) -> tuple[int, StepFeatures]:
-        """As many of the next units as fit the budget; predictions grow with their number."""
+    def repeats(self, plan: StepPlan) -> int:
+        """How many more steps can hold as many tokens and units as `plan`, and end neither part."""
+        if plan.features.loss_units:
+            return 0  # layer units differ from them
+        count = 1 << 30
+        for work, progress in self._worked_on(plan):
+            if progress is None:
+                return 0
+            if isinstance(work, FinetuneForward):
+                count = min(count, (progress.left_after(0) - 1) // work.length)
+            else:
+                left = progress.total_units - progress.units_done
+                count = min(count, (left - 1) // len(work.units))
+        return max(0, count)
 
-        def with_units(count: int) -> StepFeatures:
-            loss = max(0, min(count, progress.windows - progress.units_done))
-            return replace(features, loss_units=loss, layer_units=count - loss)
+    def repeat(self, plan: StepPlan, count: int) -> None:
+        """Dispatch `count` times more what `plan` holds."""
+        for work, progress in self._worked_on(plan):
+            if progress is None:
+                raise RuntimeError("a step is repeated whose microbatch is not in work")
+            if isinstance(work, FinetuneForward):
+                progress.forwarded += count * work.length
+            else:
+                progress.units_done += count * len(work.units)
 
-        left = range(1, progress.total_units - progress.units_done + 1)
-        count = bisect.bisect_right(
-            left, budget_s, key=lambda count: self.latency.predict(with_units(count))
-        )
-        count = max(count, int(least))
-        return count, with_units(count)
+    def _worked_on(
+        self, plan: StepPlan
+    ) -> list[tuple[FinetuneForward | BackwardUnits, Progress | None]]:
+        """The finetuning of a plan, with the microbatch in work it belongs to."""
+        works = [work for work in (plan.forward, plan.backward) if work]
+        by_id = {p.microbatch.microbatch_id: p for p in self.in_work}
+        return [(work, by_id.get(work.microbatch.microbatch_id)) for work in works]
 
-    def _start(self, progress: Progress, headroom: int) -> bool:
-        """Allocate the head's pages if `headroom` more stay free.
+    # ---- starting and parking ----
 
-        After a park, inference must moreover leave half of what the microbatch does not need:
-        the same burst would otherwise park it again and again.
-        """
-        lengths = progress.microbatch.lengths
-        needed = sum(map(self.pool.pages_for, lengths))
-        if self._parked_before and headroom:
+    def _next(self, headroom: int) -> Progress | None:
+        """The microbatch to start next, if there are pages and slots for it now."""
+        microbatch = self.jobs.next(self._may_start_beside_others)
+        if microbatch is None:
+            return None
+        progress = self._candidate
+        if progress is None or progress.microbatch is not microbatch:
+            progress = self._candidate = Progress(microbatch, self.config)
+        needed = sum(map(self.pool.pages_for, microbatch.lengths))
+        if self.jobs.was_parked(microbatch) and headroom:
+            # Inference must moreover leave half of what the microbatch does not need: the same
+            # burst would otherwise park it again and again.
             headroom = max(headroom, (self.pool.num_pages - needed) // 2)
-        if self.pool.num_free < needed + headroom:
-            return False
-        pages = iter(self.pool.allocate(needed) or ())
+        if self.pool.num_free < needed + headroom or self._find_slots(progress) is None:
+            return None
+        return progress
+
+    def _may_start_beside_others(self, microbatch: Microbatch) -> bool:
+        return all(
+            other.microbatch.job != microbatch.job or other.microbatch.batch == microbatch.batch
+            for other in self.in_work
+        )
+
+    def _find_slots(self, progress: Progress) -> int | None:
+        """The first of enough free finetuning slots, or None."""
+        start = 0
+        for other in sorted(self.in_work, key=lambda other: other.slot):
+            if start + progress.slots <= other.slot:
+                return start
+            start = other.slot + other.slots
+        return start if start + progress.slots <= self.config.finetune_slots else None
+
+    def _start(self, progress: Progress) -> None:
+        lengths = progress.microbatch.lengths
+        progress.slot = self._find_slots(progress) or 0
+        pages = iter(self.pool.allocate(sum(map(self.pool.pages_for, lengths))) or ())
         progress.pages = tuple(
             tuple(itertools.islice(pages, self.pool.pages_for(length))) for length in lengths
         )
-        self._progress = progress
-        return True
+        self._candidate = None
+        self.in_work.append(progress)
+        self.jobs.start(progress.microbatch)
 
-    def _close(self) -> None:
-        """Remove the head, done or cancelled."""
-        self._release()
-        self._queue.popleft()
-        self._parked_before = False
+    def _park(self, progress: Progress) -> int:
+        self._release(progress)
+        self.jobs.put_back(progress.microbatch)
+        return progress.microbatch.microbatch_id
 
-    def _release(self) -> None:
-        if self._progress:
-            self.pool.release([page for pages in self._progress.pages for page in pages])
-            self._progress = None
+    def _release(self, progress: Progress) -> None:
+        self.pool.release([page for pages in progress.pages for page in pages])
+        self.in_work.remove(progress)

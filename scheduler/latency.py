@@ -1,41 +1,52 @@
 """Predicts how long a step takes on the device.
 
-    seconds = base[token_bucket] + sum of coefficient x feature        (all >= 0)
+    seconds = correction[bucket] x (base[bucket] + sum of coefficient x feature of the forward)
+            + unit correction    x (sum of coefficient x feature of the backward units)
 
-fitted from a profile taken at start-up, then corrected online by a running ratio of measured to
-predicted time. Coefficients are nonnegative so that more work never predicts less time, which the
-scheduler's searches rely on. The spread of recent errors gives the scheduler's safety margin.
-FlexLLM's f(c, s), section 6 of the paper, has the same role.
+Bases and coefficients (all >= 0) are fitted from a profile taken at start-up, or come from a
+roofline of the device (`roofline.py`); the corrections follow what is measured. Nothing is
+negative, so more work never predicts less time, which the scheduler's searches rely on. The errors
+of recent predictions give the scheduler's safety margin. FlexLLM's f(c, s), section 6 of the
+paper, has the same role.
 """
 
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-COEFFICIENTS = (
+from scheduler.least_squares import nonnegative_least_squares
+
+_FORWARD = (
     "decode_tokens",
-    "kv_tokens",
+    "prefill_tokens",
+    "finetune_tokens",
+    "decode_kv",
+    "chunk_kv",
     "attention_pairs",
-    "layer_units",
-    "loss_units",
     "adapter_slots",
 )
+_UNITS = ("layer_units", "loss_units", "backward_pairs")
+COEFFICIENTS = _FORWARD + _UNITS
+_RECENT = 1000  # observations that the reported errors are of
+_QUANTILE = 0.95  # of the steps shall stay within a budget
 
 
-@dataclass(frozen=True)
-class StepFeatures:
+class StepFeatures(NamedTuple):
     """What a step's duration depends on.
 
     token_bucket     token slots of the forward program, 0 when none runs
     decode_tokens, prefill_tokens, finetune_tokens   slots in use, by kind
-    kv_tokens        KV entries the decode tokens read
+    decode_kv        KV entries that decode tokens read
+    chunk_kv         KV entries that prefill and finetuning chunks read
     attention_pairs  sum of query length x key length over prefill and finetuning chunks
     layer_units, loss_units   backward units after the forward, by kind
+    backward_pairs   sum of window length x key length over the layer units
     adapters         whether any token of the forward carries an adapter
     """
 
@@ -43,10 +54,12 @@ class StepFeatures:
     decode_tokens: int = 0
     prefill_tokens: int = 0
     finetune_tokens: int = 0
-    kv_tokens: int = 0
+    decode_kv: float = 0
+    chunk_kv: int = 0
     attention_pairs: int = 0
     layer_units: int = 0
     loss_units: int = 0
+    backward_pairs: int = 0
     adapters: bool = False
 
     @property
@@ -58,13 +71,22 @@ class StepFeatures:
 class LatencyModel:
     """Seconds of a step from its features; see the module's text for the formula.
 
-    `bases` maps profiled token buckets to seconds, not decreasing; a bucket between two profiled
-    ones is interpolated, one above the largest extrapolated in proportion. `coefficients` gives
-    seconds per unit of each of `COEFFICIENTS`, 0 where absent.
+    bases           token bucket -> seconds, not decreasing; a bucket between two of them is
+                    interpolated, one above the largest extrapolated in proportion
+    coefficients    seconds per unit of each of `COEFFICIENTS`, 0 where absent (`adapter_slots` are
+                    the token slots of a step that carries adapters)
+    spread          the error to reckon with until there are observations: 95 % of steps take at
+                    most 1 + `spread` times what is predicted
+    online          False: errors are tracked, and nothing is corrected
     """
 
     def __init__(
-        self, bases: Mapping[int, float], coefficients: Mapping[str, float] | None = None
+        self,
+        bases: Mapping[int, float],
+        coefficients: Mapping[str, float] | None = None,
+        *,
+        spread: float = 0.1,
+        online: bool = True,
     ) -> None:
         coefficients = dict(coefficients or {})
         if unknown := sorted(set(coefficients) - set(COEFFICIENTS)):
@@ -76,10 +98,15 @@ class LatencyModel:
             raise ValueError("latency bases and coefficients must be nonnegative seconds")
         if sorted(seconds) != seconds:
             raise ValueError(f"latency bases must not decrease with the bucket: {self.bases}")
-        self.corrections = {False: 1.0, True: 1.0}  # by StepFeatures.has_units
-        self.mean_error = 0.05  # running mean of |measured / predicted - 1|
-        self.observations = 0
+        self.spread, self.online = spread, online
+        self.unit_correction = 1.0
+        self._by_forward = tuple(self.coefficients[name] for name in _FORWARD)
+        self._by_units = tuple(self.coefficients[name] for name in _UNITS)
         self._base_s: dict[int, float] = {}  # of every bucket asked for so far
+        self._corrections: dict[int, float] = {}  # of every bucket observed so far
+        self._mean_correction = 1.0  # for the others
+        self._observed: dict[int | None, int] = {}  # observations of a bucket, or (None) of units
+        self._recent_errors: deque[float] = deque(maxlen=_RECENT)
 
     @classmethod
     def fit(cls, samples: Iterable[tuple[StepFeatures, float]]) -> LatencyModel:
@@ -100,67 +127,50 @@ class LatencyModel:
                 for features, _ in samples
             ]
         )
-        solution = _nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(samples)))
+        solution = nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(samples)))
         bases = np.cumsum(solution[: len(buckets)])
         return cls(
             dict(zip(buckets, bases.tolist(), strict=True)),
             dict(zip(COEFFICIENTS, solution[len(buckets) :].tolist(), strict=True)),
         )
 
-    @property
-    def margin(self) -> float:
-        """Share of a time budget to plan for so that few steps exceed it, in [0.5, 1].
+    def copy(self, *, online: bool = True) -> LatencyModel:
+        """The same model without what it has observed."""
+        return LatencyModel(self.bases, self.coefficients, spread=self.spread, online=online)
 
-        Errors of a corrected prediction lie about evenly around 0; few are over three times their
-        mean size.
-        """
-        return max(0.5, 1 / (1 + 3 * self.mean_error))
+    # ---- predicting ----
 
     def predict(self, features: StepFeatures) -> float:
-        """Expected seconds of a step, corrected by what was observed."""
-        return self._uncorrected(features) * self.corrections[features.has_units]
+        """Expected seconds of a step."""
+        return self.forward_s(features) + self.unit_s(features)
 
-    def observe(self, features: StepFeatures, seconds: float) -> None:
-        """Learn from a measured step. One outlier moves the correction by 5 % at most."""
-        uncorrected = self._uncorrected(features)
-        if uncorrected <= 0 or not 0 < seconds < float("inf"):
-            return
-        correction = self.corrections[features.has_units]
-        ratio = min(max(seconds / uncorrected, correction / 2), correction * 2)
-        error = min(abs(seconds / (uncorrected * correction) - 1), 1.0)
-        self.observations += 1
-        weight = 0.05  # an average over about the last 20 steps
-        self.corrections[features.has_units] += weight * (ratio - correction)
-        self.mean_error += weight * (error - self.mean_error)
-
-    def save(self, path: Path | str) -> None:
-        """Write the fitted model (not the online correction) as JSON."""
-        content = {"bases": self.bases, "coefficients": self.coefficients}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path | str) -> LatencyModel:
-        """Read what `save` wrote; ValueError naming the file if it is not that."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            bases = {int(bucket): float(s) for bucket, s in content["bases"].items()}
-            return cls(bases, content["coefficients"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a latency profile ({error}): delete it") from error
-
-    def _uncorrected(self, features: StepFeatures) -> float:
-        bucket, by = features.token_bucket, self.coefficients
+    def forward_s(self, features: StepFeatures) -> float:
+        """Expected seconds of a step's forward program."""
+        bucket, decode, prefill, finetune, decode_kv, chunk_kv, pairs = features[:7]
         base = self._base_s.get(bucket)
         if base is None:
             base = self._base_s[bucket] = self._interpolate(bucket)
-        return (
+        by_decode, by_prefill, by_finetune, by_decode_kv, by_chunk_kv, by_pair, by_slot = (
+            self._by_forward
+        )
+        seconds = (
             base
-            + by["decode_tokens"] * features.decode_tokens
-            + by["kv_tokens"] * features.kv_tokens
-            + by["attention_pairs"] * features.attention_pairs
-            + by["layer_units"] * features.layer_units
-            + by["loss_units"] * features.loss_units
-            + by["adapter_slots"] * bucket * features.adapters
+            + by_decode * decode
+            + by_prefill * prefill
+            + by_finetune * finetune
+            + by_decode_kv * decode_kv
+            + by_chunk_kv * chunk_kv
+            + by_pair * pairs
+        )
+        if features.adapters:
+            seconds += by_slot * bucket
+        return seconds * self._corrections.get(bucket, self._mean_correction)
+
+    def unit_s(self, features: StepFeatures) -> float:
+        """Expected seconds of a step's backward units."""
+        by_layer, by_loss, by_pair = self._by_units
+        return self.unit_correction * (
+            by_layer * features[7] + by_loss * features[8] + by_pair * features[9]
         )
 
     def _interpolate(self, bucket: int) -> float:
@@ -171,36 +181,85 @@ class LatencyModel:
             return self.bases[largest] * bucket / largest
         return float(np.interp(bucket, list(self.bases), list(self.bases.values())))
 
+    # ---- learning ----
+
+    @property
+    def margin(self) -> float:
+        """Share of a time budget to plan for so that 95 % of the steps stay within it, in
+        [0.4, 1]."""
+        return max(0.4, 1 / (1 + self.spread))
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        """Learn from a measured step.
+
+        Without units it corrects the forward of its bucket; with units the rest of the time, after
+        the forward's, corrects them. A first observation counts fully, later ones ever less, and
+        from the twentieth on 5 %; none more than a factor of 2.
+        """
+        forward_s, unit_s = self.forward_s(features), self.unit_s(features)
+        if forward_s + unit_s <= 0 or not 0 < seconds < float("inf"):
+            return
+        error = seconds / (forward_s + unit_s) - 1
+        self._recent_errors.append(error)
+        # The quantile of a stream: up when exceeded, down when not, in proportion to the odds.
+        step = 0.02 * (_QUANTILE if error > self.spread else _QUANTILE - 1)
+        self.spread = max(0.0, self.spread + step * max(1.0, 20 * min(abs(error), 1.0)))
+        if not self.online:
+            return
+        if features.has_units:
+            weight = self._weight(None)
+            ratio = max(seconds - forward_s, 0.0) / unit_s if unit_s > 0 else 1.0
+            self.unit_correction *= 1 + weight * (min(max(ratio, 0.5), 2.0) - 1)
+            return
+        bucket = features.token_bucket
+        weight = self._weight(bucket)
+        correction = self._corrections.get(bucket, self._mean_correction)
+        ratio = min(max(seconds / forward_s, 0.5), 2.0)
+        self._corrections[bucket] = correction * (1 + weight * (ratio - 1))
+        self._mean_correction = sum(self._corrections.values()) / len(self._corrections)
+
+    def _weight(self, key: int | None) -> float:
+        count = self._observed[key] = self._observed.get(key, 0) + 1
+        return max(0.05, 1 / count)
+
+    def errors(self) -> dict[str, float | int | None]:
+        """How far off the last 1,000 predictions were, before they were learnt from: measured /
+        predicted - 1, as median and 95 % quantile of its size and as its mean."""
+        errors = np.array(self._recent_errors)
+        if not errors.size:
+            return {"observations": 0, "p50": None, "p95": None, "signed": None}
+        p50, p95 = np.percentile(np.abs(errors), [50, 95])
+        return {
+            "observations": sum(self._observed.values()) if self.online else len(errors),
+            "p50": float(p50),
+            "p95": float(p95),
+            "signed": float(errors.mean()),
+        }
+
+    # ---- files ----
+
+    def save(self, path: Path | str, key: Mapping[str, str] | None = None) -> None:
+        """Write the fitted model (not the online correction) as JSON; `key` says what it is of."""
+        content = {"key": key or {}, "bases": self.bases, "coefficients": self.coefficients}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path | str, key: Mapping[str, str] | None = None) -> LatencyModel | None:
+        """Read what `save` wrote; None if it is of something else than `key`.
+
+        ValueError naming the file if it is not a latency profile.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            bases = {int(bucket): float(s) for bucket, s in content["bases"].items()}
+            if key is not None and content["key"] != dict(key):
+                return None
+            return cls(bases, content["coefficients"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a latency profile ({error}): delete it") from error
+
 
 def _value(features: StepFeatures, name: str) -> float:
     if name == "adapter_slots":
         return float(features.token_bucket * features.adapters)
     return float(getattr(features, name))
-
-
-def _nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """argmin over x >= 0 of |matrix x - target|, by Lawson and Hanson's active sets (1974)."""
-    scale = np.linalg.norm(matrix, axis=0)
-    scale[scale == 0] = 1.0
-    matrix = matrix / scale
-    x = np.zeros(matrix.shape[1])
-    passive = np.zeros(matrix.shape[1], dtype=bool)
-    for _ in range(10 * len(x)):
-        gradient = matrix.T @ (target - matrix @ x)
-        gradient[passive] = -np.inf
-        if gradient.max() <= 1e-10:
-            break
-        passive[gradient.argmax()] = True
-        while passive.any():
-            solution = np.zeros_like(x)
-            solution[passive] = np.linalg.lstsq(matrix[:, passive], target, rcond=None)[0]
-            blocked = passive & (solution <= 0)
-            if not blocked.any():
-                x = solution
-                break
-            # Go as far towards the solution as stays nonnegative; what reaches 0 is fixed there.
-            steps = x[blocked] / (x[blocked] - solution[blocked] + 1e-300)
-            x = x + steps.min() * (solution - x)
-            passive &= x > 1e-12
-            x[~passive] = 0.0
-    return x / scale

@@ -18,18 +18,36 @@ from typing import NamedTuple
 
 from scheduler.latency import StepFeatures
 
+_LONGEST_WAIT_S = 3600.0  # a request without a TTFT objective goes before one this much younger
+
 
 @dataclass(frozen=True)
 class Slo:
-    """Latency objectives in seconds: time per output token, and queueing + time to first token."""
+    """A class of service: latency objectives in seconds, and how much meeting them is worth.
+
+    tpot_s   time per output token
+    ttft_s   queueing + time to first token
+    weight   of the class in `goodput` of the report, and of its requests when not all can be on
+             time: those of twice the weight are served as if they had half the TTFT objective
+    """
 
     tpot_s: float = math.inf
     ttft_s: float = math.inf
+    weight: float = 1.0
+    name: str = "standard"
 
     def __post_init__(self) -> None:
         for name in ("tpot_s", "ttft_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"slo.{name}={getattr(self, name)} must be more than 0 seconds")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"slo.weight={self.weight} must be a number above 0")
+
+    @property
+    def patience_s(self) -> float:
+        """How long after its arrival a request is due to be served: orders requests of several
+        classes. It is finite, so every request is the most urgent one at some time."""
+        return min(self.ttft_s, _LONGEST_WAIT_S) / self.weight
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,7 @@ class Status(enum.Enum):
 class Sequence:
     """The scheduler's state of one request; compared by identity.
 
+    priority       (arrival + patience, order of arrival): the least goes first
     tokens         prompt + output, the tokens whose values the host knows
     computed       positions whose KV is written by the steps dispatched so far
     in_flight      samples dispatched and not read back yet
@@ -69,6 +88,9 @@ class Sequence:
     pages          KV pages in order of position; page i holds positions [i*size, (i+1)*size)
     row            index in [0, max_sequences), stable while RUNNING, else None
     cached_tokens  tokens found in the prefix cache at the last admission
+    due            when the token after all dispatched ones is due, in seconds on the clock of
+                   `arrival`: the first at arrival + ttft_s, the n-th after it at its time +
+                   n x tpot_s; inf while the first is in flight, as its time is not known yet
     """
 
     request: Request
@@ -76,6 +98,7 @@ class Sequence:
     priority: tuple[float, int]
     tokens: list[int]
     to_sample: int
+    due: float
     output: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0
@@ -99,6 +122,14 @@ class Sequence:
         """Tokens known or in flight: one more than will be computed when all is dispatched."""
         return len(self.tokens) + self.in_flight
 
+    def dispatch(self, length: int, samples: bool) -> None:
+        """Count `length` more positions as computed; the last one yields a token if `samples`."""
+        self.computed += length
+        if samples:
+            self.in_flight += 1
+            self.to_sample -= 1
+            self.due = math.inf if self.first_token_at is None else self.due + self.slo.tpot_s
+
     def append(self, token: int, now: float) -> None:
         """Take in the value of the oldest sample in flight, read back at time `now`."""
         self.in_flight -= 1
@@ -107,18 +138,23 @@ class Sequence:
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
+            self.due = now + (len(self.output) + self.in_flight) * self.slo.tpot_s
 
 
 @dataclass(frozen=True)
 class Microbatch:
     """Packed finetuning sequences, by length in tokens; `microbatch_id` is the caller's.
 
-    `backward=False`: only its loss is wanted (validation), so it has loss units and no others.
+    job, batch     whose it is, and which of its optimizer steps it belongs to: the weights change
+                   between two batches of a job, so only microbatches of one batch may overlap
+    backward       False: only its loss is wanted (validation): it has loss units and no others
     """
 
     microbatch_id: int
     lengths: tuple[int, ...]
     backward: bool = True
+    job: str = ""
+    batch: int = 0
 
     @property
     def tokens(self) -> int:
@@ -137,46 +173,60 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class FinetuneForward:
-    """Tokens [start, start + length) of the current microbatch, counted over its packing."""
+    """Tokens [start, start + length) of a microbatch, counted over its packing.
 
+    pages     the KV pages of each packed sequence
+    slot      first of the finetuning slots it holds, a multiple of the backward window
+    started   this is its first forward, also after it was parked: whatever an earlier attempt
+              left is void
+    """
+
+    microbatch: Microbatch
+    pages: tuple[tuple[int, ...], ...]
+    slot: int
+    started: bool
     start: int
     length: int
+
+
+@dataclass(frozen=True)
+class BackwardUnits:
+    """Backward units of a microbatch whose forward is complete.
+
+    units   with w = ceil(tokens / backward_window), units [0, w) are one loss window each and
+            units [w, w + num_layers * w) one layer x one window each, windows from the last to the
+            first, layers too (those not for `Microbatch.backward=False`)
+    done    `units` ends with its last one
+    """
+
+    microbatch: Microbatch
+    units: range
+    done: bool
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """One device step. Its parts run in this order: forward program, then backward units.
 
-    decode             chunks of one token whose input is the token last sampled for the row
-    prefill            chunks whose tokens the host knows
-    microbatch         the microbatch worked on, or None when the step holds no finetuning
-    microbatch_pages   the pages of each packed sequence, while `microbatch` is set
-    microbatch_started this is the microbatch's first forward, also after it was parked: whatever
-                       an earlier attempt left (saved inputs, gradients) is void
-    forward            finetuning tokens of the forward program, after all inference tokens
-    units              backward units to run after it: with w = ceil(tokens / backward_window),
-                       units [0, w) are one loss window each and units [w, w + num_layers * w)
-                       one layer x one window each (these not for `Microbatch.backward=False`)
-    microbatch_done    `units` ends with the microbatch's last unit
-    token_bucket       token slots of the forward program; 0 when there is no forward program
-    preempted          requests that lost their pages since the plan before
-    parked             the microbatch in work lost its pages since the plan before; its progress
-                       is void and it will start again
-    predicted_s        seconds the latency model expects of this step
+    decode         chunks of one token whose input is the token last sampled for the row
+    prefill        chunks whose tokens the host knows
+    forward        finetuning tokens of the forward program, after all inference tokens
+    backward       units to run after the forward program; often of the microbatch before
+    token_bucket   token slots of the forward program; 0 when there is no forward program
+    preempted      requests that lost their pages since the plan before
+    parked         microbatches that lost their pages since the plan before: their progress is
+                   void and they will start again
+    predicted_s    seconds the latency model expects of this step
     """
 
     step: int
     decode: tuple[Chunk, ...]
     prefill: tuple[Chunk, ...]
-    microbatch: Microbatch | None
-    microbatch_pages: tuple[tuple[int, ...], ...]
-    microbatch_started: bool
     forward: FinetuneForward | None
-    units: range
-    microbatch_done: bool
+    backward: BackwardUnits | None
     token_bucket: int
     preempted: tuple[str, ...]
-    parked: bool
+    parked: tuple[int, ...]
     features: StepFeatures
     predicted_s: float
 

@@ -1,58 +1,21 @@
-"""Latency objectives: the deadline of every token, the slack left, and how well they were met.
-
-Token n (counted from 0) of a request is due at `first_token_time + n * tpot_s`; the first at
-`arrival + ttft_s`. Time won on earlier tokens is therefore slack that finetuning may spend now,
-while the request's TPOT, which is a mean over its tokens, still meets the objective.
-"""
+"""How well the latency objectives were met: TTFT, TPOT, attainment, by class of service."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from scheduler.request import Sequence, Slo
-
-
-def next_token_deadline(sequence: Sequence, first_token_at: float) -> float:
-    """When the token after all dispatched ones is due, in seconds on the clock of `arrival`.
-
-    `first_token_at` stands in for the time of a first token that is still in flight.
-    """
-    sampled = len(sequence.output) + sequence.in_flight
-    if not sampled:
-        return sequence.request.arrival + sequence.slo.ttft_s
-    if sequence.first_token_at is not None:
-        first_token_at = sequence.first_token_at
-    return first_token_at + sampled * sequence.slo.tpot_s
-
-
-def slack(sequences: Iterable[Sequence], start: float) -> float:
-    """Seconds a step that starts at `start` may take before a next token is late; inf if none."""
-    return min([next_token_deadline(s, start) for s in sequences], default=math.inf) - start
-
-
-def step_budget(sequences: Iterable[Sequence], start: float, margin: float) -> float:
-    """Seconds a step that starts at `start` may take: the smallest slack, at most one TPOT.
-
-    `start` is when the device will have finished the steps in flight; `margin` in (0, 1] covers
-    prediction errors. The cap of one TPOT keeps a request that arrives meanwhile from waiting
-    longer; it needs no margin, as larger slack covers the error. Inf without sequences; 0 when a
-    token is already late.
-    """
-    sequences = list(sequences)
-    tpot_s = min([sequence.slo.tpot_s for sequence in sequences], default=math.inf)
-    return max(0.0, min(slack(sequences, start) * margin, tpot_s))
+from scheduler.request import Slo
 
 
 @dataclass(frozen=True)
 class RequestTiming:
     """When a request arrived and got its first and last token, in seconds on one clock.
 
-    A failed request may have no tokens.
+    A failed request may have no tokens. `slo` is its class; None: the default one.
     """
 
     arrival: float
@@ -61,6 +24,7 @@ class RequestTiming:
     first_token_at: float | None
     last_token_at: float | None
     failed: bool = False
+    slo: Slo | None = None
 
     @property
     def ttft_s(self) -> float | None:
@@ -82,29 +46,43 @@ class RequestTiming:
 
 
 def summarize(timings: Iterable[RequestTiming], slo: Slo) -> dict[str, Any]:
-    """The `inference` section of report.json.
+    """The `inference` section of report.json; `slo` is of the requests that bring none.
 
     Latencies are over completed requests, in milliseconds; attainment is over all of them, failed
-    ones counting as missed. Throughput is over the time from the first arrival to the last token.
-    What has no data (no request, no second token) is None.
+    ones counting as missed; goodput is attainment with each request counted by the weight of its
+    class. Throughput is over the time from the first arrival to the last token. What has no data
+    (no request, no second token) is None. Several classes are also reported one by one.
     """
     timings = list(timings)
-    completed = [timing for timing in timings if not timing.failed]
+    section = _summary(timings, slo)
     ends = [t.last_token_at for t in timings if t.last_token_at is not None]
     wall_s = max(ends) - min(t.arrival for t in timings) if ends else 0.0
-    output_tokens = sum(timing.output_tokens for timing in timings)
+    tokens = section["output_tokens"]
+    section["output_tokens_per_s"] = tokens / wall_s if wall_s > 0 else None
+    classes = {(timing.slo or slo).name: timing.slo or slo for timing in timings}
+    weights = np.array([(timing.slo or slo).weight for timing in timings])
+    met = np.array([timing.meets(timing.slo or slo) for timing in timings])
+    section["goodput"] = float((weights * met).sum() / weights.sum()) if timings else None
+    if len(classes) > 1:
+        section["classes"] = {
+            name: _summary([t for t in timings if (t.slo or slo).name == name], of_class)
+            for name, of_class in sorted(classes.items())
+        }
+    return section
+
+
+def _summary(timings: list[RequestTiming], slo: Slo) -> dict[str, Any]:
+    completed = [timing for timing in timings if not timing.failed]
+    met = [timing.meets(timing.slo or slo) for timing in timings]
     return {
         "requests": len(timings),
         "completed": len(completed),
         "failed": len(timings) - len(completed),
         "prompt_tokens": sum(timing.prompt_tokens for timing in timings),
-        "output_tokens": output_tokens,
-        "output_tokens_per_s": output_tokens / wall_s if wall_s > 0 else None,
+        "output_tokens": sum(timing.output_tokens for timing in timings),
         "ttft_ms": _distribution_ms(timing.ttft_s for timing in completed),
         "tpot_ms": _distribution_ms(timing.tpot_s for timing in completed),
-        "slo_attainment": (
-            sum(timing.meets(slo) for timing in timings) / len(timings) if timings else None
-        ),
+        "slo_attainment": sum(met) / len(met) if met else None,
     }
 
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -30,6 +30,9 @@ from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import BankDirectory, Published, from_row, to_rows
 from flexllm_jax.peft.hf_peft import load_adapter
 from scheduler.coserving import Scheduler, SchedulerConfig
+from scheduler.latency import LatencyModel
+from scheduler.plan_log import LoggedScheduler
+from scheduler.policies import make_policy
 from scheduler.request import Request, Slo, StepPlan
 
 log = logging.getLogger(__name__)
@@ -65,26 +68,14 @@ class Engine:
         started = time.monotonic()
         self.runner = runner = Runner(config, progress=progress)
         log.info("%s", runner.memory.describe())
-        slo = Slo(config.scheduler.slo.tpot_ms / 1e3, config.scheduler.slo.ttft_ms / 1e3)
-        self.slo = slo
+        slos = {"standard": config.scheduler.slo, **config.scheduler.slo_classes}
+        self.slos = {
+            name: Slo(slo.tpot_ms / 1e3, slo.ttft_ms / 1e3, slo.weight, name)
+            for name, slo in slos.items()
+        }
+        self._plan_log: TextIO | None = None
         latency = profile.measure(runner, progress=progress)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_sequences=runner.sizes.rows,
-                max_tokens_per_step=runner.sizes.buckets[-1],
-                max_model_len=runner.sizes.max_model_len,
-                token_buckets=runner.sizes.buckets,
-                num_pages=runner.num_pages,
-                page_size=runner.sizes.page_size,
-                prefix_caching=config.cache.prefix_caching,
-                num_layers=runner.model.num_layers,
-                backward_window=runner.sizes.window,
-                max_finetune_segments=FINETUNE_SEQUENCES,
-                slo=slo,
-                idle_step_s=config.finetune.idle_step_ms / 1e3,
-            ),
-            latency,
-        )
+        self.scheduler = self._make_scheduler(latency)
         self.directory = BankDirectory(config.adapters.slots)
         self.trainer = Trainer(
             config, runner, self.scheduler, self.publish_job, self.directory.stop_training
@@ -105,6 +96,31 @@ class Engine:
         gc.freeze()  # what lives now lives on: later collections need not walk it between steps
         runner.compilations.count = 0
 
+    def _make_scheduler(self, latency: LatencyModel) -> Scheduler:
+        config, sizes = self.config, self.runner.sizes
+        limits = SchedulerConfig(
+            max_sequences=sizes.rows,
+            max_tokens_per_step=sizes.buckets[-1],
+            max_model_len=sizes.max_model_len,
+            token_buckets=sizes.buckets,
+            num_pages=self.runner.num_pages,
+            page_size=sizes.page_size,
+            prefix_caching=config.cache.prefix_caching,
+            num_layers=sizes.model.num_layers,
+            backward_window=sizes.window,
+            finetune_slots=sizes.slots,
+            max_finetune_segments=FINETUNE_SEQUENCES,
+            slo=self.slos["standard"],
+            idle_step_s=config.finetune.idle_step_ms / 1e3,
+            finetune_floor=config.finetune.floor,
+        )
+        policy = config.scheduler.policy
+        if not config.log.plans:
+            return Scheduler(limits, latency, make_policy(policy))
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        self._plan_log = (config.output_dir / "plans.jsonl").open("w", encoding="utf-8")
+        return LoggedScheduler(limits, latency, policy, self._plan_log)
+
     # -- requests ---------------------------------------------------------------------------------
 
     def add_request(
@@ -115,12 +131,13 @@ class Engine:
         *,
         arrival: float | None = None,
         seed_offset: int = 0,
+        slo_class: str = "standard",
     ) -> RequestState:
         """Queue one output sequence for a prompt of token ids.
 
         Raises ValueError, saying why, for what can never be served: an empty prompt, token ids
         outside the vocabulary, a prompt and max_tokens beyond the context, an adapter that is not
-        loaded.
+        loaded, an unknown class of service.
         """
         eos = self.runner.model.eos_token_ids
         params.check_banned(eos)
@@ -131,6 +148,8 @@ class Engine:
                 f"prompt has token id {outside[0]}, the vocabulary has ids 0 to {vocab_size - 1}: "
                 f"use this model's tokenizer"
             )
+        if slo_class not in self.slos:
+            raise ValueError(f"slo_class={slo_class!r} must be one of {', '.join(self.slos)}")
         published = self.directory.lookup(adapter) if adapter else None
         seed = params.seed
         seed = int(self._seeds.integers(2**31)) if seed is None else seed + seed_offset
@@ -142,13 +161,16 @@ class Engine:
             arrival=time.monotonic() if arrival is None else arrival,
             stop_ids=params.stop_ids(eos),
             adapter=published,
+            slo=self.slos[slo_class],
         )
         salt = (published.name, published.version) if published else None
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None] * len(state.prompt)  # the first stays: nothing precedes
             salt = (salt, state.request_id)  # the whole prompt must be computed: share nothing
         self.scheduler.add(
-            Request(state.request_id, state.prompt, params.max_tokens, state.arrival, salt)
+            Request(
+                state.request_id, state.prompt, params.max_tokens, state.arrival, salt, state.slo
+            )
         )
         if published:
             published.users += 1
@@ -235,11 +257,9 @@ class Engine:
         """Send a step's programs to the device."""
         step = _InFlight(plan, time.monotonic(), [], None, [], None, None)
         runner = self.runner
-        if plan.microbatch_started and plan.microbatch is not None:
-            self.trainer.begin(plan.microbatch, plan.microbatch_pages)
         if plan.token_bucket:
-            packed = self.trainer.current if plan.forward else None
-            batch = self._builder.build(plan, self._requests, packed)
+            microbatch = self.trainer.forward(plan.forward) if plan.forward else None
+            batch = self._builder.build(plan, self._requests, microbatch)
             step.hidden, hidden_rows = runner.forward(
                 batch.variant, plan.token_bucket, batch.vector
             )
@@ -247,10 +267,10 @@ class Engine:
                 step.sampled = batch.sampled
                 step.report = runner.sample(hidden_rows, batch.rows, full=batch.full)
             self._request_prompt_logprobs(step, batch)
-        if plan.units:
-            step.last_unit = self.trainer.backward(plan.units)
-        if plan.microbatch_done:
-            step.after = self.trainer.finish_microbatch()
+        if plan.backward:
+            step.last_unit = self.trainer.backward(plan.backward)
+            if plan.backward.done:
+                step.after = self.trainer.finish_microbatch(plan.backward.microbatch)
         jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
         return step
 
@@ -297,7 +317,7 @@ class Engine:
             jax.block_until_ready(step.last_unit)
             now = time.monotonic()
             measured = now - max(step.started, self._device_free_at)
-            self.scheduler.latency.observe(step.plan.features, measured)
+            self.scheduler.observe(step.plan, measured)
             self._device_free_at = now
         for read in step.after:
             read()
@@ -349,3 +369,5 @@ class Engine:
         self._settle()
         self.trainer.stop()
         self.runner.compilations.close()
+        if self._plan_log:
+            self._plan_log.close()

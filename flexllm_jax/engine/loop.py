@@ -19,7 +19,8 @@ Result = TypeVar("Result")
 class NewRequest:
     """A request to queue. `arrival`: time.monotonic, for its latencies.
 
-    `seed_offset` is added to the seed, so that several outputs of one prompt differ.
+    `seed_offset` is added to the seed, so that several outputs of one prompt differ. `slo_class`:
+    "standard" or one of `scheduler.slo_classes`.
     """
 
     prompt: tuple[int, ...]
@@ -27,6 +28,7 @@ class NewRequest:
     adapter: str | None
     arrival: float
     seed_offset: int = 0
+    slo_class: str = "standard"
 
 
 class RequestFuture(Future):
@@ -72,6 +74,7 @@ class EngineLoop:
                         new.adapter,
                         arrival=new.arrival,
                         seed_offset=new.seed_offset,
+                        slo_class=new.slo_class,
                     )
                 except ValueError as error:
                     future.set_exception(error)

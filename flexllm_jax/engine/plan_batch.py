@@ -12,7 +12,7 @@ from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
-from flexllm_jax.finetune.trainer import CurrentMicrobatch
+from flexllm_jax.finetune.trainer import MicrobatchInWork
 from scheduler.request import Chunk, FinetuneForward, StepPlan
 
 
@@ -53,10 +53,9 @@ class StepBuilder:
         self,
         plan: StepPlan,
         requests: dict[str, RequestState],
-        microbatch: CurrentMicrobatch | None,
+        microbatch: MicrobatchInWork | None,
     ) -> PlannedBatch:
-        """The batch of a plan; `microbatch` is the one in work when the plan has a forward of
-        it."""
+        """The batch of a plan; `microbatch` is the one whose tokens the plan's forward holds."""
         runner, page_size = self._runner, self._runner.sizes.page_size
         shape = runner.sizes.batch_shapes[plan.token_bucket]
         batch, vector = Batch.empty(shape, runner.num_pages * page_size, runner.sizes.slots)
@@ -152,7 +151,7 @@ class StepBuilder:
         self,
         forward: FinetuneForward,
         batch: Batch,
-        current: CurrentMicrobatch,
+        current: MicrobatchInWork,
         at: int,
         sequences: int,
     ) -> int:
@@ -164,7 +163,7 @@ class StepBuilder:
         batch.position[where] = packed.position[tokens]
         batch.kv_slot[where] = current.kv_slot[tokens]
         batch.adapter[where] = packed.job.slot - 1
-        batch.saved_row[where] = np.arange(tokens.start, tokens.stop)
+        batch.saved_row[where] = forward.slot + np.arange(tokens.start, tokens.stop)
         start = 0
         for length, pages in zip(packed.lengths, current.pages, strict=True):
             first, last = max(start, tokens.start), min(start + length, tokens.stop)

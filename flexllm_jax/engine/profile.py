@@ -32,7 +32,7 @@ def measure(runner: Runner, *, progress: bool) -> LatencyModel:
             jax.block_until_ready(run())
             seconds.append(time.perf_counter() - started)
         samples.append((features, min(seconds)))
-    runner.begin_microbatch()
+    runner.begin_backward()
     runner.clear_finetune()
     return LatencyModel.fit(samples)
 
@@ -44,7 +44,7 @@ def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]
     for bucket in runner.sizes.buckets:
         decodes = min(bucket, runner.sizes.rows)
         for context in (1, longest):
-            features = StepFeatures(bucket, decode_tokens=decodes, kv_tokens=decodes * context)
+            features = StepFeatures(bucket, decode_tokens=decodes, decode_kv=decodes * context)
             yield features, _forward(runner, bucket, "base", [(context - 1, 1)] * decodes)
         chunk = min(bucket, longest)
         for variant in ("base", "adapters"):

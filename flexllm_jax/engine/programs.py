@@ -48,9 +48,9 @@ _INT = jax.ShapeDtypeStruct((), jnp.int32)
 class EngineSizes:
     """The sizes that all arrays and programs of an engine follow from.
 
-    rows: most running requests. slots: tokens of a microbatch. window: tokens of a backward unit.
-    buckets: token slots of the forward programs. columns: where a saved activation lies in its row
-    (`finetune.backward.saved_columns`).
+    rows: most running requests. slots: tokens of the microbatches in work. window: tokens of a
+    backward unit. buckets: token slots of the forward programs. columns: where a saved activation
+    lies in its row (`finetune.backward.saved_columns`).
     """
 
     model: ModelConfig
@@ -134,7 +134,7 @@ class EngineSizes:
 
     @cached_property
     def finetune_arrays(self) -> dict:
-        """The microbatch's buffers: {"saved": by layer, "flow"}."""
+        """The buffers of the microbatches in work: {"saved": by layer, "flow"}."""
         return {
             "saved": saved_shapes(self.model, self.dtype, self.slots, self.columns),
             "flow": flow_shapes(self.model, self.dtype, self.slots),
@@ -142,7 +142,7 @@ class EngineSizes:
 
     @cached_property
     def pending_arrays(self) -> dict:
-        """What the microbatch in work has accumulated."""
+        """What the microbatch that goes backward has accumulated."""
         return {"gradients": self.job_state["gradients"], "totals": _floats(2)}
 
     @cached_property
@@ -268,7 +268,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             (*one_layer, flow, pending["gradients"][0], table, _INT),
             (4, 5),
         ),
-        Program("begin_microbatch", _begin_microbatch, (flow, pending), (0, 1)),
+        Program("begin_backward", _begin_backward, (flow, pending), (0, 1)),
         Program("clear", _clear, (finetune,), (0,)),
         Program("commit", commit, (pending["gradients"], pending["totals"], state), (2,)),
         Program("copy_totals", _copy, (pending["totals"],)),
@@ -292,7 +292,7 @@ def _marked(unit: Callable) -> Callable:
     return run
 
 
-def _begin_microbatch(flow: dict, pending: dict) -> tuple[dict, dict]:
+def _begin_backward(flow: dict, pending: dict) -> tuple[dict, dict]:
     zeros = {name: jnp.zeros_like(flow[name]) for name in ("dk", "dv")}
     return flow | zeros, jax.tree.map(jnp.zeros_like, pending)
 

@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.peft.bank import Published
+from scheduler.request import Slo
 from scheduler.slo import RequestTiming
 
 # token -> log-probability: the token itself and the most likely ones
@@ -33,6 +34,7 @@ class RequestState:
     arrival: float
     stop_ids: frozenset[int]
     adapter: Published | None = None
+    slo: Slo | None = None  # None: the engine's default
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -62,6 +64,7 @@ class RequestState:
             first_token_at=self.first_token_at,
             last_token_at=self.last_token_at,
             failed=self.error is not None or self.finish_reason in (None, "cancelled"),
+            slo=self.slo,
         )
 
     def needs_full_sampling(self, index: int) -> bool:

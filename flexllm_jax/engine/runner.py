@@ -124,9 +124,9 @@ class Runner:
 
     # -- finetuning -------------------------------------------------------------------------------
 
-    def begin_microbatch(self) -> None:
-        """Forget what an unfinished microbatch has accumulated."""
-        self.finetune["flow"], self.pending = self._programs["begin_microbatch"](
+    def begin_backward(self) -> None:
+        """Forget what a microbatch that did not finish its backward has accumulated."""
+        self.finetune["flow"], self.pending = self._programs["begin_backward"](
             self.finetune["flow"], self.pending
         )
 

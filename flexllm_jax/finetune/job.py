@@ -23,6 +23,7 @@ from flexllm_jax.finetune.data import BatchStream, Dataset, TrainingSequence, lo
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import Adapter, LoraConfig, init_adapter
 from flexllm_jax.peft.hf_peft import load_adapter
+from scheduler.request import Microbatch
 
 
 class JobStatus(enum.Enum):
@@ -39,8 +40,9 @@ class PackedMicrobatch:
     """Sequences of one job that go through the model together.
 
     token, label, position and sequence_start are int32 [n], n the tokens of all sequences (see
-    `finetune.backward.MicrobatchTable`). `ends_batch`: an optimizer step follows. `validation`:
-    only its loss is wanted; `ends_validation`: it is the last of its pass.
+    `finetune.backward.MicrobatchTable`). `batch` differs between microbatches with an optimizer
+    step in between. `ends_batch`: an optimizer step follows. `validation`: only its loss is wanted;
+    `ends_validation`: it is the last of its pass.
     """
 
     microbatch_id: int
@@ -50,10 +52,17 @@ class PackedMicrobatch:
     label: np.ndarray
     position: np.ndarray
     sequence_start: np.ndarray
+    batch: int
     ends_batch: bool = False
     validation: bool = False
     ends_validation: bool = False
     stream_state: dict | None = None  # of the data after this batch
+
+    def as_planned(self) -> Microbatch:
+        """What the scheduler needs to know of it."""
+        return Microbatch(
+            self.microbatch_id, self.lengths, not self.validation, self.job.name, self.batch
+        )
 
 
 def create_job(
@@ -133,6 +142,7 @@ class FinetuneJob:
         default_factory=list, repr=False
     )  # of the adapter, by layer, on the device
     status: JobStatus = JobStatus.RUNNING
+    paused: bool = False  # it is running, and waits to be resumed
     reason: str | None = None
     step: int = 0
     dispatched: int = 0
@@ -142,7 +152,6 @@ class FinetuneJob:
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     tokens: int = 0  # forward tokens of this run, up to the last step done
     tokens_pending: int = 0  # the same, up to the last microbatch dispatched
-    tokens_started: int = 0  # forward tokens handed out, for fairness between jobs
     resumed_from: int = 0
     started_at: float = field(default_factory=time.monotonic)
     finished_at: float | None = None
@@ -221,9 +230,7 @@ class FinetuneJob:
             self._prepare(ids)
         if not self._ready or not self.running:
             return None
-        microbatch = self._ready.popleft()
-        self.tokens_started += len(microbatch.token)
-        return microbatch
+        return self._ready.popleft()
 
     def _prepare(self, ids: Iterator[int]) -> None:
         """Pack the next batch, and the validation set if it is due after it."""
@@ -237,6 +244,7 @@ class FinetuneJob:
                     next(ids),
                     self,
                     **_pack_arrays(sequences),
+                    batch=2 * self._batches_out,
                     ends_batch=last,
                     stream_state=state if last else None,
                 )
@@ -253,6 +261,7 @@ class FinetuneJob:
                         next(ids),
                         self,
                         **_pack_arrays(sequences),
+                        batch=2 * self._batches_out + 1,
                         validation=True,
                         ends_validation=i == len(packed) - 1,
                     )

@@ -2,8 +2,8 @@
 steps, checkpoints.
 
 Every method only dispatches. What must be read back (losses, norms, checkpoints) is returned as a
-function that the engine calls once the step is done. Jobs share the engine fairly by tokens: the
-one that was given least comes next.
+function that the engine calls once the step is done. Which job comes next is the scheduler's
+choice: every job keeps a few microbatches queued with it.
 """
 
 import itertools
@@ -26,17 +26,19 @@ from flexllm_jax.finetune.optimizer import hyperparameters
 from flexllm_jax.peft.bank import from_row, to_rows
 from flexllm_jax.peft.hf_peft import save_adapter
 from scheduler.coserving import Scheduler
-from scheduler.request import Microbatch
+from scheduler.request import BackwardUnits, FinetuneForward, Microbatch
 
 log = logging.getLogger(__name__)
-_QUEUED = 2  # microbatches handed to the scheduler ahead of time
+_QUEUED = 3  # microbatches of a job with the scheduler: one backward, one forward, one to come
 
 
-@dataclass
-class CurrentMicrobatch:
-    """The microbatch in work: its pages, where each token's key is, and its table on the device."""
+@dataclass(frozen=True)
+class MicrobatchInWork:
+    """A microbatch on the device: the first of its slots, its pages, where each token's key is, and
+    its table (`finetune.backward.MicrobatchTable`)."""
 
     packed: PackedMicrobatch
+    slot: int
     pages: tuple[tuple[int, ...], ...]
     kv_slot: np.ndarray
     table: jax.Array
@@ -59,12 +61,12 @@ class Trainer:
         self._queued: dict[int, PackedMicrobatch] = {}
         self._ids = itertools.count()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.current: CurrentMicrobatch | None = None
+        self.in_work: dict[int, MicrobatchInWork] = {}  # by microbatch_id
 
     @property
     def active(self) -> bool:
-        """Whether a job is running."""
-        return any(job.running for job in self.jobs.values())
+        """Whether a job has something to do."""
+        return any(job.running and not job.paused for job in self.jobs.values())
 
     def start(self, job: FinetuneJob) -> None:
         """Put a job's adapter in its slot, from its newest checkpoint if it resumes, and let it
@@ -82,81 +84,90 @@ class Trainer:
         job.scales = jax.device_put(jax.tree.map(lambda s: s.reshape(1), scales), runner.device)
         job.state |= jax.device_put(kept, runner.device)
         self.jobs[job.name] = job
+        self._scheduler.add_job(job.name, job.config.weight, job.config.priority)
         if job.complete:
             self._complete(job)
 
     def feed(self) -> None:
-        """Keep a few microbatches queued with the scheduler."""
-        while self._scheduler.num_microbatches < _QUEUED:
-            running = (job for job in self.jobs.values() if job.running)
-            jobs = sorted(running, key=lambda job: job.tokens_started)
-            packed = next((p for j in jobs if (p := j.next_microbatch(self._ids))), None)
-            if packed is None:
-                return
-            microbatch = Microbatch(
-                packed.microbatch_id, packed.lengths, backward=not packed.validation
-            )
-            try:
-                self._scheduler.add(microbatch)
-            except ValueError as error:  # it can never run: too few pages for it, even alone
-                packed.job.finish(JobStatus.FAILED, f"job {packed.job.name!r} stopped: {error}")
-                self._end(packed.job)
-                continue
-            self._queued[packed.microbatch_id] = packed
+        """Keep a few microbatches of every job queued with the scheduler."""
+        for job in self.jobs.values():
+            while job.running and self._scheduler.microbatches_of(job.name) < _QUEUED:
+                packed = job.next_microbatch(self._ids)
+                if packed is None:
+                    break
+                try:
+                    self._scheduler.add(packed.as_planned())
+                except ValueError as error:  # it can never run: too few pages for it, even alone
+                    job.finish(JobStatus.FAILED, f"job {job.name!r} stopped: {error}")
+                    self._end(job)
+                else:
+                    self._queued[packed.microbatch_id] = packed
+
+    def pause(self, job: FinetuneJob) -> None:
+        """Let a job wait; a microbatch of it that is under way will start again."""
+        if job.running and not job.paused:
+            job.paused = True
+            self._scheduler.pause_job(job.name)
+
+    def resume(self, job: FinetuneJob) -> None:
+        """Let a paused job go on."""
+        if job.running and job.paused:
+            job.paused = False
+            self._scheduler.resume_job(job.name)
 
     # -- dispatch ---------------------------------------------------------------------------------
 
-    def begin(self, microbatch: Microbatch, pages: tuple[tuple[int, ...], ...]) -> None:
-        """Start a microbatch in these pages, also again after it lost others."""
-        packed, runner = self._queued[microbatch.microbatch_id], self._runner
+    def forward(self, forward: FinetuneForward) -> MicrobatchInWork:
+        """The microbatch of a forward, brought to the device if this is its first."""
+        microbatch_id = forward.microbatch.microbatch_id
+        if not forward.started:
+            return self.in_work[microbatch_id]
+        packed, runner = self._queued[microbatch_id], self._runner
         page_size = runner.sizes.page_size
         kv_slot = np.concatenate(
             [
                 np.asarray(own, np.int32)[np.arange(length) // page_size] * page_size
                 + np.arange(length, dtype=np.int32) % page_size
-                for own, length in zip(pages, packed.lengths, strict=True)
+                for own, length in zip(forward.pages, packed.lengths, strict=True)
             ]
         )
-        tokens = len(packed.token)
         table = np.zeros((4, runner.sizes.slots), np.int32)
         table[0], table[3] = -1, runner.sizes.slots
-        table[:, :tokens] = (packed.label, packed.position, kv_slot, packed.sequence_start)
-        self.current = CurrentMicrobatch(
-            packed, pages, kv_slot, jax.device_put(table, runner.device)
-        )
-        runner.begin_microbatch()
+        own_slots = slice(forward.slot, forward.slot + len(packed.token))
+        starts = forward.slot + packed.sequence_start
+        table[:, own_slots] = (packed.label, packed.position, kv_slot, starts)
+        on_device = jax.device_put(table, runner.device)
+        begun = MicrobatchInWork(packed, forward.slot, forward.pages, kv_slot, on_device)
+        self.in_work[microbatch_id] = begun
+        return begun
 
-    def backward(self, units: range) -> jax.Array:
-        """Dispatch backward units of the microbatch in work; returns what is ready when they are.
+    def backward(self, work: BackwardUnits) -> jax.Array:
+        """Dispatch backward units; returns what is ready when they are.
 
         Units count as the scheduler does: first the loss of every window, then layer after layer
         from the last, window after window from the last.
         """
-        current, runner = self._in_work(), self._runner
+        begun, runner = self.in_work[work.microbatch.microbatch_id], self._runner
         window = runner.sizes.window
-        windows = -(-len(current.packed.token) // window)
-        job, last_layer = current.packed.job, runner.model.num_layers - 1
-        for unit in units:
+        windows = -(-len(begun.packed.token) // window)
+        job, last_layer = begun.packed.job, runner.model.num_layers - 1
+        if not work.units.start:
+            runner.begin_backward()
+        for unit in work.units:
             if unit < windows:
-                done = runner.loss_unit(current.table, unit * window)
+                done = runner.loss_unit(begun.table, begun.slot + unit * window)
             else:
                 layers, earlier = divmod(unit - windows, windows)
-                start = (windows - 1 - earlier) * window
+                start = begun.slot + (windows - 1 - earlier) * window
                 done = runner.layer_unit(
-                    last_layer - layers, current.table, job.state["master"], job.scales, start
+                    last_layer - layers, begun.table, job.state["master"], job.scales, start
                 )
         return done
 
-    def _in_work(self) -> CurrentMicrobatch:
-        if self.current is None:
-            raise RuntimeError("backward units are planned, and no microbatch is in work")
-        return self.current
-
-    def finish_microbatch(self) -> list[Callable[[], None]]:
-        """Account for the microbatch whose last unit was dispatched; step the optimizer if due."""
-        packed, runner = self._in_work().packed, self._runner
+    def finish_microbatch(self, microbatch: Microbatch) -> list[Callable[[], None]]:
+        """Account for a microbatch whose last unit was dispatched; step the optimizer if due."""
+        packed, runner = self.in_work.pop(microbatch.microbatch_id).packed, self._runner
         self._queued.pop(packed.microbatch_id, None)
-        self.current = None
         job = packed.job
         if not job.running:
             return []
@@ -242,9 +253,10 @@ class Trainer:
 
     def _end(self, job: FinetuneJob) -> None:
         """Take back what an ended job holds."""
+        self._scheduler.remove_job(job.name)
         for microbatch_id, packed in list(self._queued.items()):
             if packed.job is job:
-                self._scheduler.cancel_microbatch(microbatch_id)
+                self.in_work.pop(microbatch_id, None)
                 del self._queued[microbatch_id]
         if job.status is not JobStatus.SUCCEEDED:
             log.info("job %s ended: %s", job.name, job.reason)

@@ -85,8 +85,8 @@ class TestPreemption:
     ):
         """A long prompt is preempted between its chunks; the cache has forgotten the first ones."""
         scheduler = llm.engine.scheduler
-        monkeypatch.setattr(scheduler, "_prefill_limit", lambda decode, start: 8)
-        monkeypatch.setattr(scheduler, "_publish", lambda sequence: None)
+        monkeypatch.setattr(scheduler.policy, "token_limit", lambda step: 8)
+        monkeypatch.setattr(scheduler.inference, "publish", lambda sequence: None)
         params = SamplingParams(max_tokens=80, ignore_eos=True)
         older = [llm.submit(p, params)[0] for p in random_prompts([20, 22, 24, 26], seed=60)]
         while not all(len(future.state.output) > 20 for future in older):

@@ -81,10 +81,12 @@ def run_one_step(case, monkeypatch, name, beside=()):
     seen = []
     finish = trainer.finish_microbatch
 
-    def spy():
+    def spy(microbatch):
+        begun = trainer.in_work[microbatch.microbatch_id]
         pending = jax.tree.map(np.array, runner.pending)
-        seen.append((trainer.current.packed, pending, np.array(runner.finetune["flow"]["logprob"])))
-        return finish()
+        logprob = np.array(runner.finetune["flow"]["logprob"])[begun.slot :]
+        seen.append((begun.packed, pending, logprob))
+        return finish(microbatch)
 
     futures = [
         f for p in beside for f in case.llm.submit(p, SamplingParams(max_tokens=40, temperature=1))

@@ -12,7 +12,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from scheduler.coserving import Scheduler
-from scheduler.request import Chunk, Microbatch, Request, Sequence, Status, StepPlan
+from scheduler.request import (
+    Chunk,
+    FinetuneForward,
+    Microbatch,
+    Request,
+    Sequence,
+    Status,
+    StepPlan,
+)
 
 
 @dataclass
@@ -29,6 +37,7 @@ class Attempt:
     """Progress of a microbatch since it was last started."""
 
     serial: int
+    forward: FinetuneForward  # its first
     forwarded: int = 0
     units: int = 0
 
@@ -52,8 +61,8 @@ class SimulatedEngine:
         self.row_token: dict[int, tuple[Sequence, int]] = {}
         self.device: dict[Sequence, SequenceOnDevice] = {}
         self.pending: list[tuple[StepPlan, dict[str, int]]] = []
-        self.attempt: Attempt | None = None
-        self.attempts = 0
+        self.attempts: dict[int, Attempt] = {}
+        self.serial = 0
 
     # ---- the engine's loop ----
 
@@ -140,36 +149,60 @@ class SimulatedEngine:
         return sequence.request.cache_salt, tuple(tokens[: position + 1])
 
     def finetune(self, plan: StepPlan) -> None:
-        if plan.parked:
-            self.attempt = None
-        if plan.microbatch is None:
-            return
-        if plan.microbatch_started:
-            self.attempts += 1
-            self.attempt = Attempt(self.attempts)
-        attempt = self.attempt
+        for microbatch_id in plan.parked:
+            self.attempts.pop(microbatch_id, None)
+        if forward := plan.forward:
+            self.finetune_forward(forward)
+        if backward := plan.backward:
+            attempt = self.attempts[backward.microbatch.microbatch_id]
+            self.check_finetune_kv(attempt)
+            assert attempt.forwarded == backward.microbatch.tokens
+            assert backward.units.start == attempt.units and backward.units.step == 1
+            others = [a for a in self.attempts.values() if a is not attempt and a.units]
+            assert not others, "two microbatches go backward"
+            attempt.units = backward.units.stop
+            assert backward.done == (attempt.units == self.total_units(backward.microbatch))
+            if backward.done:
+                self.microbatches_done.append(backward.microbatch.microbatch_id)
+                del self.attempts[backward.microbatch.microbatch_id]
+
+    def finetune_forward(self, forward: FinetuneForward) -> None:
+        microbatch = forward.microbatch
+        if forward.started:
+            self.serial += 1
+            self.attempts[microbatch.microbatch_id] = Attempt(self.serial, forward)
+        attempt = self.attempts.get(microbatch.microbatch_id)
         assert attempt, "a microbatch goes on that never started"
+        for other in self.attempts.values():
+            theirs = other.forward.microbatch
+            if theirs is not microbatch:
+                assert theirs.job != microbatch.job or theirs.batch == microbatch.batch
+                a, b = self.slots_held(other.forward), self.slots_held(forward)
+                assert a.stop <= b.start or b.stop <= a.start, "finetuning slots are shared"
+        assert self.slots_held(forward).stop <= self.scheduler.config.finetune_slots
+        self.check_finetune_kv(attempt)
+        assert forward.start == attempt.forwarded and forward.length > 0
+        for slot in self.kv_slots(forward)[forward.start : forward.start + forward.length]:
+            self.kv[slot] = (attempt.serial, slot)
+        attempt.forwarded += forward.length
+
+    def check_finetune_kv(self, attempt: Attempt) -> None:
+        for slot in self.kv_slots(attempt.forward)[: attempt.forwarded]:
+            assert self.kv[slot] == (attempt.serial, slot)
+
+    def kv_slots(self, forward: FinetuneForward) -> list[tuple[int, int]]:
         size = self.scheduler.pool.page_size
-        slots = [
+        return [
             (pages[position // size], position % size)
-            for pages, length in zip(plan.microbatch_pages, plan.microbatch.lengths, strict=True)
+            for pages, length in zip(forward.pages, forward.microbatch.lengths, strict=True)
             for position in range(length)
         ]
-        for index in range(attempt.forwarded):
-            assert self.kv[slots[index]] == (attempt.serial, index)
-        if plan.forward:
-            assert plan.forward.start == attempt.forwarded and plan.forward.length > 0
-            for index in range(plan.forward.start, plan.forward.start + plan.forward.length):
-                self.kv[slots[index]] = (attempt.serial, index)
-            attempt.forwarded += plan.forward.length
-        if plan.units:
-            assert attempt.forwarded == plan.microbatch.tokens
-            assert plan.units.start == attempt.units and plan.units.step == 1
-            attempt.units = plan.units.stop
-        assert plan.microbatch_done == (attempt.units == self.total_units(plan.microbatch))
-        if plan.microbatch_done:
-            self.microbatches_done.append(plan.microbatch.microbatch_id)
-            self.attempt = None
+
+    def slots_held(self, forward: FinetuneForward) -> range:
+        window = self.scheduler.config.backward_window
+        assert forward.slot % window == 0
+        windows = -(-forward.microbatch.tokens // window)
+        return range(forward.slot, forward.slot + windows * window)
 
     def total_units(self, microbatch: Microbatch) -> int:
         config = self.scheduler.config
@@ -182,7 +215,7 @@ class SimulatedEngine:
         config = self.scheduler.config
         assert plan.num_tokens <= plan.token_bucket <= config.max_tokens_per_step
         assert plan.token_bucket in ((0,) if not plan.num_tokens else config.token_buckets)
-        assert plan.num_tokens or plan.units, "an empty plan must be None"
+        assert plan.num_tokens or plan.backward, "an empty plan must be None"
         chunks = (*plan.decode, *plan.prefill)
         owners = [chunk.sequence for chunk in chunks]
         assert len(set(owners)) == len(owners) <= config.max_sequences
@@ -194,23 +227,22 @@ class SimulatedEngine:
         for chunk in plan.prefill:
             known = len(chunk.sequence.tokens)
             assert chunk.length > 0 and chunk.start + chunk.length <= known
-        if not all(chunk.samples for chunk in plan.prefill):
-            assert plan.microbatch is None, "finetuning went before a prefill"
-        if plan.microbatch is None:
-            assert plan.forward is None and not plan.units and not plan.microbatch_done
+        if not all(chunk.samples for chunk in plan.prefill) and not config.finetune_floor:
+            assert not plan.forward and not plan.backward, "finetuning went before a prefill"
         features = plan.features
         assert features.decode_tokens == len(plan.decode)
         assert features.prefill_tokens == sum(chunk.length for chunk in plan.prefill)
         assert features.finetune_tokens == (plan.forward.length if plan.forward else 0)
-        assert features.loss_units + features.layer_units == len(plan.units)
+        units = plan.backward.units if plan.backward else ()
+        assert features.loss_units + features.layer_units == len(units)
         self.check_segments(plan)
 
     def check_segments(self, plan: StepPlan) -> None:
-        if plan.forward is None or plan.microbatch is None:
+        if plan.forward is None:
             return
         start, stop = plan.forward.start, plan.forward.start + plan.forward.length
         touched, position = 0, 0
-        for length in plan.microbatch.lengths:
+        for length in plan.forward.microbatch.lengths:
             touched += position < stop and start < position + length
             position += length
         assert touched <= self.scheduler.config.max_finetune_segments
@@ -220,7 +252,7 @@ class SimulatedEngine:
         scheduler, pool = self.scheduler, self.scheduler.pool
         owners: Counter[int] = Counter()
         shared: dict[int, tuple] = {}
-        for sequence in scheduler._running:
+        for sequence in scheduler.inference.running:
             assert sequence.status is Status.RUNNING
             assert len(set(sequence.pages)) == len(sequence.pages)
             assert len(sequence.pages) * pool.page_size >= sequence.computed
@@ -232,21 +264,21 @@ class SimulatedEngine:
                     raise AssertionError(f"page {page} is shared by different prefixes")
                 if owners[page] > 1:
                     assert end <= len(sequence.tokens), "a partial page is shared"
-        for sequence in scheduler._waiting:
+        for sequence in scheduler.inference.waiting:
             assert sequence.status is Status.WAITING and sequence.row is None
             assert not sequence.pages and not sequence.computed
-        progress = scheduler._finetuning._progress
-        if progress:
+        for progress in scheduler.finetuning.in_work:
             pages = [page for pages in progress.pages for page in pages]
             assert len(set(pages)) == len(pages) and not owners.keys() & set(pages)
             owners.update(pages)
         for page in range(pool.num_pages):
             assert pool.references(page) == owners[page], f"page {page} leaked or owned twice"
         assert pool.num_free == pool.num_pages - len(owners)
-        rows = [sequence.row for sequence in scheduler._running] + scheduler._rows
+        inference = scheduler.inference
+        rows = [sequence.row for sequence in inference.running] + inference.rows
         assert sorted(rows) == list(range(scheduler.config.max_sequences))
-        unfinished = {*scheduler._running, *scheduler._waiting}
-        assert unfinished == set(scheduler._sequences.values())
+        unfinished = {*inference.running, *inference.waiting}
+        assert unfinished == set(inference.sequences.values())
 
 
 def request(request_id: str, prompt: int | tuple[int, ...], max_tokens: int = 4, **fields):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, given, settings
@@ -34,13 +35,18 @@ add_request = st.tuples(
     st.sampled_from([None, "adapter"]),
 )
 add_microbatch = st.tuples(
-    st.just("microbatch"), st.lists(st.integers(1, 12), min_size=1, max_size=4), st.booleans()
+    st.just("microbatch"),
+    st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    st.booleans(),  # with backward
+    st.sampled_from(["", "", "a"]),  # job
+    st.booleans(),  # the first of another batch
 )
 step = st.tuples(st.just("step"), st.integers(1, 5))
 cancel = st.tuples(st.just("cancel"), st.integers(0, 9))
-cancel_microbatch = st.tuples(st.just("cancel_microbatch"), st.sampled_from([None, 0, 1]))
+cancel_microbatch = st.tuples(st.just("cancel_microbatch"), st.sampled_from([0, 1]))
+pause = st.tuples(st.just("pause"), st.sampled_from(["", "a"]), st.booleans())
 actions = st.one_of(
-    add_request, step, add_request, step, add_request, add_microbatch, cancel, cancel_microbatch
+    *(add_request, step) * 3, *(add_microbatch,) * 2, cancel, cancel_microbatch, pause
 )
 configs = st.builds(
     SchedulerConfig,
@@ -53,6 +59,7 @@ configs = st.builds(
     prefix_caching=st.sampled_from([True, True, True, False]),
     num_layers=st.integers(1, 3),
     backward_window=st.integers(1, 8),
+    finetune_slots=st.sampled_from([56, 64, 112]),
     max_finetune_segments=st.integers(1, 3),
     slo=st.sampled_from([Slo(), Slo(0.05, 0.5), Slo(0.001, 0.001)]),
     idle_step_s=st.sampled_from([math.inf, 0.05, 1e-9]),
@@ -60,7 +67,7 @@ configs = st.builds(
 latencies = st.sampled_from(
     [
         ({}, {}),
-        ({1: 0.01, 8: 0.04}, {"layer_units": 0.01, "loss_units": 0.02, "kv_tokens": 1e-4}),
+        ({1: 0.01, 8: 0.04}, {"layer_units": 0.01, "loss_units": 0.02, "decode_kv": 1e-4}),
         ({4: 10.0}, {"layer_units": 10.0}),
     ]
 )
@@ -72,7 +79,8 @@ class History:
 
     engine: SimulatedEngine
     tokens: dict[str, int] = field(default_factory=dict)  # output tokens of uncancelled requests
-    microbatches: list[int] = field(default_factory=list)  # ids queued and not cancelled
+    microbatches: dict[int, str] = field(default_factory=dict)  # ids not cancelled, and the job
+    batches: Counter[str] = field(default_factory=Counter)
     work: int = 0  # bounds the steps that all of it may take
     ids: itertools.count = field(default_factory=itertools.count)
 
@@ -87,14 +95,20 @@ class History:
         arrival = self.engine.now
         scheduler.add(request(request_id, prompt, max_tokens, arrival=arrival, cache_salt=salt))
 
-    def microbatch(self, lengths, backward):
+    def microbatch(self, lengths, backward, job, new_batch):
         scheduler = self.engine.scheduler
         while sum(map(scheduler.pool.pages_for, lengths)) > scheduler.config.num_pages:
             lengths = [length - 1 for length in lengths if length > 1]
-        microbatch = Microbatch(next(self.ids), tuple(lengths), backward)
-        self.microbatches.append(microbatch.microbatch_id)
+        self.batches[job] += new_batch
+        microbatch = Microbatch(next(self.ids), tuple(lengths), backward, job, self.batches[job])
+        self.microbatches[microbatch.microbatch_id] = job
         self.work += microbatch.tokens * (2 + scheduler.config.num_layers)
         scheduler.add(microbatch)
+
+    def pause(self, job, paused):
+        scheduler = self.engine.scheduler
+        scheduler.add_job(job)
+        (scheduler.pause_job if paused else scheduler.resume_job)(job)
 
     def cancel(self, index):
         known = str(index) in self.tokens and str(index) not in self.engine.finished
@@ -104,11 +118,10 @@ class History:
 
     def cancel_microbatch(self, index):
         queued = [i for i in self.microbatches if i not in self.engine.microbatches_done]
-        target = queued[index or 0] if len(queued) > (index or 0) else None
-        argument = None if index is None else target if target is not None else -1
-        assert self.engine.scheduler.cancel_microbatch(argument) == (target is not None)
-        if target is not None:
-            self.microbatches.remove(target)
+        target = queued[index] if len(queued) > index else -1
+        assert self.engine.scheduler.cancel_microbatch(target) == (target >= 0)
+        self.engine.attempts.pop(target, None)
+        self.microbatches.pop(target, None)
 
     def step(self, count):
         for _ in range(count):
@@ -131,11 +144,15 @@ def test_any_history_keeps_every_invariant_and_ends(config, latency, ahead, step
         getattr(history, name)(*arguments)
         engine.check_state()
 
+    for job in ("", "a"):
+        history.pause(job, False)
     engine.drain(limit=50 + 20 * history.work)
 
     outputs = {name: len(sequence.output) for name, sequence in engine.finished.items()}
     assert outputs == history.tokens
-    assert engine.microbatches_done == history.microbatches
+    for job in ("", "a"):
+        done = [i for i in engine.microbatches_done if history.microbatches.get(i) == job]
+        assert done == [i for i, owner in history.microbatches.items() if owner == job]
     assert scheduler.pool.num_free == config.num_pages
     for sequence in engine.finished.values():
         assert sequence.tokens == engine.device[sequence].tokens[: len(sequence.tokens)]

@@ -1,0 +1,220 @@
+"""The inference side of a step: the requests waiting and running, their rows and KV pages.
+
+Decode tokens first, then prefill chunks, the most urgent request first. When pages run out, cached
+prefixes go first, then finetuning's pages, then those of the least urgent request, which is
+computed again later. Invariants: the chunks of a sequence cover its positions in order; the most
+urgent sequence always gets what it needs, so all finish.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import itertools
+from typing import Protocol
+
+from scheduler.config import SchedulerConfig
+from scheduler.pages import PagePool
+from scheduler.request import Chunk, Request, Sequence, Status
+
+
+class Room(Protocol):
+    """Pages that others hold and would give up."""
+
+    @property
+    def pages_held(self) -> int:
+        """How many."""
+        ...
+
+    def park(self) -> object:
+        """Free some of them."""
+        ...
+
+
+def _priority(sequence: Sequence) -> tuple[float, int]:
+    return sequence.priority
+
+
+class InferenceQueue:
+    """Requests by their state; `preempted` are those that lost their pages in this plan."""
+
+    def __init__(self, config: SchedulerConfig, pool: PagePool, others: Room) -> None:
+        self.config, self.pool = config, pool
+        self.sequences: dict[str, Sequence] = {}  # unfinished, by request id
+        self.waiting: list[Sequence] = []  # most urgent first, like running
+        self.running: list[Sequence] = []
+        self.rows = list(range(config.max_sequences))  # free rows, a heap
+        self.preempted: list[str] = []
+        self._others = others
+        self._blocked: tuple[Sequence, int] | None = None  # not admitted with this much room
+        self._arrivals = itertools.count()
+
+    def add(self, request: Request) -> None:
+        """Queue a request; its id must be new."""
+        if request.request_id in self.sequences:
+            raise ValueError(f"request {request.request_id!r} is already scheduled: use a new id")
+        slo = request.slo or self.config.slo
+        sequence = Sequence(
+            request=request,
+            slo=slo,
+            priority=(request.arrival + slo.patience_s, next(self._arrivals)),
+            tokens=list(request.prompt),
+            to_sample=request.max_tokens,
+            due=request.arrival + slo.ttft_s,
+        )
+        self.sequences[request.request_id] = sequence
+        bisect.insort(self.waiting, sequence, key=_priority)
+
+    def plan_decode(self) -> list[Chunk]:
+        """One token for every sequence whose prefill is dispatched, most urgent first."""
+        chunks: list[Chunk] = []
+        page_size = self.pool.page_size
+        for sequence in tuple(self.running):
+            position = sequence.computed
+            if position < sequence.prefill_end or not sequence.to_sample or sequence.row is None:
+                continue  # in its prefill; or drained; or preempted for a more urgent one just now
+            if position < len(sequence.pages) * page_size or self._grow(sequence, chunks):
+                chunks.append(Chunk(sequence, position, 1, True))
+        return chunks
+
+    def plan_prefill(self, room: int) -> tuple[list[Chunk], bool]:
+        """Up to `room` prompt tokens, most urgent first, and whether some found no room."""
+        chunks: list[Chunk] = []
+        prefilling = [s for s in self.running if s.computed < s.prefill_end]
+        for sequence in prefilling:
+            if room:
+                room -= _append_prefill(chunks, sequence, room)
+        while room and self.waiting and self.rows:
+            sequence = self.waiting[0]
+            # A preempted sequence is computed again from its tokens: it must know them all.
+            if sequence.in_flight or not self._admit(sequence):
+                break
+            prefilling.append(sequence)
+            room -= _append_prefill(chunks, sequence, room)
+        unfinished = len(prefilling) > sum(chunk.samples for chunk in chunks)
+        return chunks, unfinished or bool(not room and self.waiting and self.rows)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """End a sequence and free what it holds."""
+        if sequence.status is Status.RUNNING:
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+        sequence.finish_reason = reason
+        del self.sequences[sequence.request_id]
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let others share the pages that are full."""
+        full = min(sequence.computed, len(sequence.tokens)) // self.pool.page_size
+        if full and sequence.pages and self.pool.prefix_caching:
+            tokens, salt = sequence.tokens, sequence.request.cache_salt
+            self.pool.publish(tokens, salt, sequence.pages, full)
+
+    # ---- many steps at once, for the simulator ----
+
+    def repeats(self, chunks: tuple[Chunk, ...]) -> int:
+        """How many more steps can decode just these sequences, none of them ending or being moved.
+
+        0 with a request that waits or is in its prefill.
+        """
+        if self.waiting or len(chunks) != len(self.running):
+            return 0
+        count = min((chunk.sequence.to_sample - 1 for chunk in chunks), default=1 << 30)
+        if count <= 0 or any(c.sequence.status is not Status.RUNNING for c in chunks):
+            return 0
+        pages = len(chunks) * (1 + count // self.pool.page_size)
+        return count if pages <= self.pool.num_free else 0
+
+    def repeat(self, chunks: tuple[Chunk, ...], count: int, now: float) -> None:
+        """Decode `count` more tokens of each of these sequences, the last ones read at `now`."""
+        page_size, tokens = self.pool.page_size, [0] * count
+        for sequence, *_ in chunks:
+            sequence.computed += count
+            sequence.to_sample -= count
+            sequence.tokens += tokens
+            sequence.output += tokens
+            sequence.last_token_at = now
+            sequence.due += count * sequence.slo.tpot_s
+            missing = -(-sequence.computed // page_size) - len(sequence.pages)
+            if missing > 0:
+                sequence.pages += self.pool.allocate(missing) or []
+
+    # ---- pages and rows ----
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence a row and the pages of all its tokens, or nothing.
+
+        A page for each running sequence stays free: admitting must not preempt right away.
+        Others give their pages up when that is enough to admit.
+        """
+        pool, others = self.pool, self._others
+        # Looking a long prompt up costs time: only once more pages are free than when it failed.
+        room = pool.num_free + others.pages_held - len(self.running)
+        if self._blocked and self._blocked[0] is sequence and room <= self._blocked[1]:
+            return False
+        shared = pool.find_prefix(sequence.tokens, sequence.request.cache_salt)
+        needed = pool.pages_for(len(sequence.tokens)) - len(shared)
+        wanted = needed + len(self.running)
+        if wanted > pool.num_free_beside(shared) + others.pages_held:
+            self._blocked = (sequence, room)
+            return False
+        while wanted > pool.num_free_beside(shared):
+            others.park()
+        self._blocked = None
+        pool.share(shared, queried=(len(sequence.tokens) - 1) // pool.page_size)
+        sequence.pages = shared + (pool.allocate(needed) or [])
+        sequence.computed = sequence.cached_tokens = len(shared) * pool.page_size
+        sequence.prefill_end = len(sequence.tokens)
+        sequence.row = heapq.heappop(self.rows)
+        sequence.status = Status.RUNNING
+        self.waiting.remove(sequence)
+        bisect.insort(self.running, sequence, key=_priority)
+        return True
+
+    def _grow(self, sequence: Sequence, planned: list[Chunk]) -> bool:
+        """Add a page for the next token; False if the sequence itself had to be preempted.
+
+        Without a free page others are parked, then the least urgent sequence not in this plan is
+        preempted; one that only waits for its last tokens to come back goes first.
+        """
+        while not (page := self.pool.allocate(1)):
+            if self._others.pages_held:
+                self._others.park()
+                continue
+            taken = {chunk.sequence for chunk in planned}
+            victim = max(
+                (other for other in self.running if other not in taken),
+                key=lambda other: (not other.to_sample, other.priority),
+            )
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.pages += page
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the waiting queue; the prefill to come covers the output too."""
+        self._release(sequence)
+        sequence.status = Status.WAITING
+        sequence.computed = 0
+        sequence.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=_priority)
+        self.preempted.append(sequence.request_id)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back row and pages; what is computed and known stays cached."""
+        self.publish(sequence)
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        if sequence.row is not None:
+            heapq.heappush(self.rows, sequence.row)
+        sequence.row = None
+        self.running.remove(sequence)
+
+
+def _append_prefill(chunks: list[Chunk], sequence: Sequence, room: int) -> int:
+    left = sequence.prefill_end - sequence.computed
+    length = min(left, room)
+    chunks.append(Chunk(sequence, sequence.computed, length, samples=length == left))
+    return length

@@ -1,0 +1,130 @@
+"""Which job's microbatch comes next: by priority, then weighted fair by tokens.
+
+Every job has a virtual time, the tokens it was given divided by its weight; among the jobs of the
+highest priority that have work, the one with the least goes first (start-time fair queueing, Goyal
+et al., SIGCOMM'96). Over any long span two busy jobs of one priority therefore get tokens in the
+proportion of their weights, whatever their microbatches' sizes. A job that comes, or comes back
+from having no work, starts at the present virtual time: what it did not use is not owed to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from scheduler.request import Microbatch
+
+
+@dataclass
+class Job:
+    """A job's queue and its account; `started` and `parked` are about the head of the queue."""
+
+    name: str
+    weight: float = 1.0
+    priority: int = 0
+    paused: bool = False
+    virtual_time: float = 0.0
+    queue: deque[Microbatch] = field(default_factory=deque)
+    in_work: int = 0  # microbatches
+
+
+class JobTable:
+    """The jobs of an engine and their queued microbatches."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+        self._now = 0.0  # virtual time: that of the job chosen last, when it was chosen
+        self._parked: set[int] = set()  # microbatches that had to give up their pages before
+
+    def __len__(self) -> int:
+        """Microbatches queued."""
+        return sum(len(job.queue) for job in self._jobs.values())
+
+    def __iter__(self) -> Iterator[Microbatch]:
+        return (microbatch for job in self._jobs.values() for microbatch in job.queue)
+
+    def add(self, name: str, weight: float = 1.0, priority: int = 0) -> None:
+        """Know a job, or change its weight and priority. ValueError for a weight that is not a
+        positive number."""
+        if not 0 < weight < math.inf:
+            raise ValueError(f"job {name!r}: weight={weight} must be a number above 0")
+        job = self._jobs.setdefault(name, Job(name))
+        job.weight, job.priority = weight, priority
+
+    def remove(self, name: str) -> None:
+        """Forget a job and what it has queued."""
+        job = self._jobs.pop(name, None)
+        for microbatch in job.queue if job else ():
+            self._parked.discard(microbatch.microbatch_id)
+
+    def pause(self, name: str, paused: bool) -> None:
+        """Let a job's queue wait, or go on. KeyError if the job is unknown."""
+        self._jobs[name].paused = paused
+
+    def is_paused(self, name: str) -> bool:
+        """Whether a job is paused."""
+        return self._jobs[name].paused
+
+    def queued(self, name: str) -> int:
+        """Microbatches queued for a job."""
+        return len(self._jobs[name].queue) if name in self._jobs else 0
+
+    def push(self, microbatch: Microbatch) -> None:
+        """Queue a microbatch with its job, which is added if it is not known."""
+        if microbatch.job not in self._jobs:
+            self.add(microbatch.job)
+        job = self._jobs[microbatch.job]
+        if not job.queue and not job.in_work:
+            job.virtual_time = max(job.virtual_time, self._now)
+        job.queue.append(microbatch)
+
+    def drop(self, microbatch_id: int) -> bool:
+        """Take a microbatch out of its queue; False if it is in none."""
+        for job in self._jobs.values():
+            for microbatch in job.queue:
+                if microbatch.microbatch_id == microbatch_id:
+                    job.queue.remove(microbatch)
+                    self._parked.discard(microbatch_id)
+                    return True
+        return False
+
+    def next(self, may_start: Callable[[Microbatch], bool]) -> Microbatch | None:
+        """The microbatch to start next among the heads that may, or None."""
+        best = None
+        for job in self._jobs.values():
+            if job.paused or not job.queue or not may_start(job.queue[0]):
+                continue
+            if best is None or (-job.priority, job.virtual_time) < (
+                -best.priority,
+                best.virtual_time,
+            ):
+                best = job
+        return best.queue[0] if best else None
+
+    def was_parked(self, microbatch: Microbatch) -> bool:
+        """Whether a queued microbatch had to give up its pages before."""
+        return microbatch.microbatch_id in self._parked
+
+    def start(self, microbatch: Microbatch) -> None:
+        """Take the head of a job's queue into work and charge its tokens."""
+        job = self._jobs[microbatch.job]
+        job.queue.popleft()
+        job.in_work += 1
+        self._now = job.virtual_time
+        job.virtual_time += microbatch.tokens / job.weight
+
+    def put_back(self, microbatch: Microbatch) -> None:
+        """Return a microbatch in work to the head of its queue, its tokens uncharged."""
+        job = self._jobs[microbatch.job]
+        job.queue.appendleft(microbatch)
+        job.in_work -= 1
+        job.virtual_time -= microbatch.tokens / job.weight
+        self._parked.add(microbatch.microbatch_id)
+
+    def done(self, microbatch: Microbatch) -> None:
+        """A microbatch in work is complete, or cancelled."""
+        self._parked.discard(microbatch.microbatch_id)
+        if job := self._jobs.get(microbatch.job):
+            job.in_work -= 1

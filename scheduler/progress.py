@@ -1,0 +1,143 @@
+"""How far a microbatch in work is, and what its next tokens and units cost.
+
+Forward tokens go in order; then units: one loss window after the other from the last, then, layer
+after layer from the last, one window after the other from the last (FlexLLM's token-level
+finetuning, section 5 of the paper). A unit of a late window costs more than one of an early window:
+its queries see more keys. Invariant: every token and unit is dispatched exactly once, in order.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from typing import NamedTuple
+
+from scheduler.config import SchedulerConfig
+from scheduler.latency import StepFeatures
+from scheduler.request import Microbatch
+
+
+class UnitCosts(NamedTuple):
+    """Seconds of a loss unit, of a layer unit without its attention, and of one of its (query, key)
+    pairs."""
+
+    loss_s: float
+    layer_s: float
+    pair_s: float
+
+
+class Progress:
+    """A microbatch in work, or about to be: `forwarded` of its tokens and `units_done` of its units
+    are dispatched. `pages` are those of each packed sequence; `slot` is the first it holds."""
+
+    def __init__(self, microbatch: Microbatch, config: SchedulerConfig) -> None:
+        self.microbatch = microbatch
+        self.pages: tuple[tuple[int, ...], ...] = ()
+        self.slot = 0
+        self.forwarded = 0
+        self.units_done = 0
+        self.tokens = microbatch.tokens
+        self.window = config.backward_window
+        self.windows = -(-self.tokens // self.window)
+        layers = config.num_layers if microbatch.backward else 0
+        self.total_units = self.windows * (1 + layers)
+        self._segments = config.max_finetune_segments
+        self._ends = list(itertools.accumulate(microbatch.lengths))
+        # (query, key) pairs of the first i units of a layer: windows come from the last one on.
+        starts = range((self.windows - 1) * self.window, -1, -self.window)
+        pairs = [self._extent(s, min(s + self.window, self.tokens))[0] for s in starts]
+        self._sweep_pairs = [0, *itertools.accumulate(pairs)]
+
+    @property
+    def slots(self) -> int:
+        """Finetuning slots it holds: whole windows."""
+        return self.windows * self.window
+
+    @property
+    def forward_done(self) -> bool:
+        """Whether all tokens are dispatched."""
+        return self.forwarded == self.tokens
+
+    @property
+    def done(self) -> bool:
+        """Whether all units are dispatched."""
+        return self.units_done == self.total_units
+
+    def left_after(self, tokens: int) -> int:
+        """Tokens left when `tokens` more are dispatched."""
+        return self.tokens - self.forwarded - tokens
+
+    def next_forward(self, room: int) -> int:
+        """Tokens of the next forward: at most `room`, touching at most so many sequences as a step
+        may."""
+        if self.forward_done or room <= 0:
+            return 0
+        last = bisect.bisect_right(self._ends, self.forwarded) + self._segments - 1
+        return min(room, self._ends[min(last, len(self._ends) - 1)] - self.forwarded)
+
+    def with_forward(self, features: StepFeatures, length: int, bucket: int) -> StepFeatures:
+        """The features of a step that also holds the next `length` tokens."""
+        pairs, keys = self._extent(self.forwarded, self.forwarded + length)
+        return features._replace(
+            token_bucket=bucket,
+            finetune_tokens=length,
+            chunk_kv=features.chunk_kv + keys,
+            attention_pairs=features.attention_pairs + pairs,
+            adapters=True,
+        )
+
+    def with_units(self, features: StepFeatures, count: int) -> StepFeatures:
+        """The features of a step that also holds the next `count` units."""
+        first, last = self.units_done, self.units_done + count
+        loss = max(0, min(last, self.windows) - first)
+        return features._replace(
+            loss_units=loss,
+            layer_units=count - loss,
+            backward_pairs=self._pairs(last) - self._pairs(first),
+        )
+
+    def affordable(self, seconds: float, costs: UnitCosts) -> int:
+        """How many of the next units fit in `seconds`."""
+        if seconds <= 0:
+            return 0
+        first, left = self.units_done, self.total_units - self.units_done
+        if seconds >= self._cost(first + left, costs) - self._cost(first, costs):
+            return left
+        target = seconds + self._cost(first, costs) + 1e-12
+        loss_s = self.windows * costs.loss_s
+        if target < loss_s:
+            return int(target / costs.loss_s) - first
+        sweep_s = self.windows * costs.layer_s + self._sweep_pairs[-1] * costs.pair_s
+        sweeps, rest = divmod(target - loss_s, sweep_s)
+        within = bisect.bisect_right(
+            range(1, self.windows + 1),
+            rest,
+            key=lambda i: i * costs.layer_s + self._sweep_pairs[i] * costs.pair_s,
+        )
+        return max(0, self.windows * (1 + int(sweeps)) + within - first)
+
+    def _cost(self, unit: int, costs: UnitCosts) -> float:
+        """Seconds of the first `unit` units."""
+        layer = max(0, unit - self.windows)
+        loss_s = min(unit, self.windows) * costs.loss_s
+        return loss_s + layer * costs.layer_s + self._pairs(unit) * costs.pair_s
+
+    def _pairs(self, unit: int) -> int:
+        """(Query, key) pairs of the first `unit` units."""
+        if unit <= self.windows:
+            return 0
+        sweeps, rest = divmod(unit - self.windows, self.windows)
+        return sweeps * self._sweep_pairs[-1] + self._sweep_pairs[rest]
+
+    def _extent(self, start: int, stop: int) -> tuple[int, int]:
+        """Sum of query length x key length, and of key lengths, over the sequences in tokens
+        [start, stop)."""
+        pairs = keys = 0
+        segment = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            begin = self._ends[segment] - self.microbatch.lengths[segment]
+            end = min(self._ends[segment], stop)
+            pairs += (end - start) * (end - begin)
+            keys += end - begin
+            start, segment = end, segment + 1
+        return pairs, keys

@@ -1,0 +1,178 @@
+"""Step times from data sheets: a latency model for a device and a model that nobody has timed.
+
+A forward program of T tokens does 2 FLOP per parameter and token and reads every weight once; which
+of the two takes longer decides, softly (a p-norm), as neither overlaps the other wholly. What the
+device reaches of its data sheet is in `Efficiency`: with the default, cautious guesses it starts a
+cold engine; calibrated on measurements it drives the simulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scheduler.latency import LatencyModel
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """A device's data sheet: dense bfloat16 FLOP/s, memory bytes/s, and bytes/s of the link to the
+    other devices of a tensor-parallel group (one direction)."""
+
+    name: str
+    flops_per_s: float
+    bytes_per_s: float
+    link_bytes_per_s: float
+    memory_bytes: float
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes of a decoder that its costs follow from."""
+
+    name: str
+    layers: int
+    d_model: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    dtype_bytes: int = 2
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of a layer's seven projections."""
+        attention = 2 * self.d_model * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.d_model * self.ffn
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the output head."""
+        return self.vocab * self.d_model
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the weights that a forward reads: all but the embedding table."""
+        return self.dtype_bytes * (self.layers * self.layer_parameters + self.head_parameters)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What a system makes of its device.
+
+    compute, memory   shares of the data sheet that large products and streams reach
+    sharpness         p of the p-norm between computing and reading weights
+    step_s            seconds of every step besides: launches, sampling, the host where it shows
+    unit_s            the same for a backward unit
+    all_reduce_s      seconds of an all-reduce of nothing
+    recompute         of a backward unit: share of the forward that is done again
+    """
+
+    compute: float = 0.5
+    memory: float = 0.7
+    sharpness: float = 4.0
+    step_s: float = 1e-3
+    unit_s: float = 1e-4
+    all_reduce_s: float = 2e-5
+    recompute: float = 0.0
+
+
+A100 = DeviceSpec("NVIDIA A100-SXM4-80GB", 312e12, 2.039e12, 300e9, 80e9)
+H100 = DeviceSpec("NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 450e9, 80e9)
+H200 = DeviceSpec("NVIDIA H200", 989e12, 4.8e12, 450e9, 141e9)
+CPU = DeviceSpec("cpu", 60e9, 10e9, 1e9, 8e9)  # a guess for a few cores in float32
+DEVICES = {device.name: device for device in (A100, H100, H200, CPU)}
+
+LLAMA_3_1_8B = ModelSpec("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256)
+LLAMA_3_1_70B = ModelSpec("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256)
+QWEN2_5_14B = ModelSpec("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064)
+QWEN2_5_32B = ModelSpec("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064)
+MODELS = {m.name: m for m in (LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN2_5_14B, QWEN2_5_32B)}
+
+_COLD_SPREAD = 1.0  # how far off a data sheet may be before anything is measured
+
+
+def find_device(kind: str) -> DeviceSpec:
+    """The data sheet of a device kind as JAX names it. ValueError lists those that are known."""
+    if kind not in DEVICES:
+        raise ValueError(
+            f"scheduler.latency=roofline has no data sheet of {kind!r}, only of "
+            f"{', '.join(DEVICES)}: use scheduler.latency=profile"
+        )
+    return DEVICES[kind]
+
+
+def roofline(
+    device: DeviceSpec,
+    model: ModelSpec,
+    buckets: Iterable[int],
+    window: int,
+    *,
+    tp: int = 1,
+    rank: int = 16,
+    efficiency: Efficiency | None = None,
+    spread: float = _COLD_SPREAD,
+) -> LatencyModel:
+    """The latency model of `model` on `tp` devices.
+
+    Args:
+        buckets: token slots of the forward programs.
+        window: tokens of a backward unit.
+        rank: of the adapters, on every projection.
+        spread: see `LatencyModel`.
+
+    The terms, per device (1/tp of the weights and heads), with C = compute x FLOP/s and
+    M = memory x bytes/s:
+
+        base[T]          step_s + ((2 T P / C)^p + (weight bytes / M)^p)^(1/p) + all-reduces of T
+        decode_kv        KV bytes of a token / M
+        chunk_kv         the same: a chunk reads its keys once
+        attention_pairs  4 H heads layers / C, a half for causality
+        layer_units      unit_s + (1 + recompute) x 2 W P_layer / C + all-reduces of a layer
+        loss_units       unit_s + 4 W V D / C: logits, and their gradient's sum over the head
+        backward_pairs   five products where the forward has two
+        adapter_slots    2 x 2 R (d_in + d_out) of all projections / C
+    """
+    e = efficiency or Efficiency()
+    compute = e.compute * device.flops_per_s * tp
+    memory = e.memory * device.bytes_per_s * tp
+    parameters = model.layers * model.layer_parameters
+    row_bytes = model.d_model * model.dtype_bytes
+
+    def all_reduce_s(tokens: int) -> float:
+        """A layer's two all-reduces, by rings."""
+        if tp == 1:
+            return 0.0
+        moved = 2 * (tp - 1) / tp * tokens * row_bytes
+        return 2 * (e.all_reduce_s + moved / device.link_bytes_per_s)
+
+    def base_s(tokens: int) -> float:
+        compute_s = 2 * tokens * parameters / compute
+        read_s = model.streamed_bytes / memory
+        p = e.sharpness
+        both = (compute_s**p + read_s**p) ** (1 / p)
+        return e.step_s + both + model.layers * all_reduce_s(tokens)
+
+    widths = 2 * model.d_model + 2 * (model.heads + model.kv_heads) * model.head_dim
+    widths += 2 * model.d_model + 3 * (model.d_model + model.ffn)
+    pair_s = 0.5 * 4 * model.heads * model.head_dim / compute
+    unit = (1 + e.recompute) * 2 * window * model.layer_parameters / compute
+    return LatencyModel(
+        {bucket: base_s(bucket) for bucket in buckets},
+        {
+            "decode_kv": model.kv_bytes / memory,
+            "chunk_kv": model.kv_bytes / memory,
+            "attention_pairs": model.layers * pair_s,
+            "layer_units": e.unit_s + unit + all_reduce_s(window),
+            "loss_units": e.unit_s + 4 * window * model.head_parameters / compute,
+            "backward_pairs": 2.5 * pair_s,
+            "adapter_slots": model.layers * 2 * rank * widths / compute,
+        },
+        spread=spread,
+    )

@@ -1,0 +1,319 @@
+"""Engines on a virtual clock: the engine's own scheduler, and a latency model in place of a device.
+
+What the simulation keeps of an engine: the order of a step's parts, that tokens are read when the
+forward is done and units run on, that the host plans one step ahead, and that the scheduler learns
+from the times it measures. Steps may take longer or shorter than the model says, at random from a
+seed; nothing else is random, so a run can be repeated.
+
+With `leaps`, steps that are all alike (`Scheduler.repeats`) are taken in one go, and the host does
+not plan ahead, so a request that arrives is seen a step earlier than by the engine. That makes a
+fleet for an hour affordable; tests hold both modes together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scheduler.coserving import Scheduler
+from scheduler.latency import LatencyModel
+from scheduler.request import Microbatch, Request, Slo, StepPlan
+from scheduler.slo import RequestTiming, summarize
+from scheduler.workload import Arrival
+
+_NO_TOKENS: tuple[int, ...] = (0,) * (1 << 17)  # prompts are lengths; nobody reads their tokens
+_AHEAD = 2  # microbatches queued beside the one that goes backward
+
+
+class FinetuneSupply:
+    """A job without end: sequences of `lengths`, over and over, `accumulation` of them a batch.
+
+    Consecutive sequences of a batch are packed in microbatches of at most `microbatch_tokens`.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        microbatch_tokens: int,
+        accumulation: int = 8,
+        job: str = "finetune",
+    ) -> None:
+        if not lengths or max(lengths) > microbatch_tokens:
+            raise ValueError(
+                f"job {job!r}: the longest of {len(lengths)} sequences must fit in a microbatch "
+                f"of {microbatch_tokens} tokens"
+            )
+        self.job = job
+        self._lengths, self._microbatch_tokens = list(lengths), microbatch_tokens
+        self._accumulation = accumulation
+        self._used = self._microbatches = 0
+
+    def next(self) -> Microbatch:
+        """The next microbatch."""
+        batch, packed = self._used // self._accumulation, []
+        while self._used // self._accumulation == batch:
+            length = self._lengths[self._used % len(self._lengths)]
+            if packed and sum(packed) + length > self._microbatch_tokens:
+                break
+            packed.append(length)
+            self._used += 1
+        self._microbatches += 1
+        return Microbatch(self._microbatches, tuple(packed), job=self.job, batch=batch)
+
+
+@dataclass
+class _InFlight:
+    """A dispatched step: when its tokens can be read and its units are done."""
+
+    plan: StepPlan
+    seconds: float
+    tokens_at: float
+    done_at: float
+
+
+@dataclass
+class _Leap:
+    """Steps like `plan` that may follow it: the first begins at `start`, each takes `seconds`,
+    `forward_s` of it until its tokens are read."""
+
+    plan: StepPlan
+    count: int
+    start: float
+    seconds: float
+    forward_s: float
+
+
+@dataclass
+class SimulatedEngine:
+    """An engine whose steps take what `device` says.
+
+    scheduler   the engine's; its own latency model is what it believes of the device
+    device      the truth
+    supply      the job it finetunes, or None
+    noise       standard deviation of the logarithm of a step's time
+    host_s      seconds the host needs to plan a step
+    leaps       see the module's text
+    sample_s    how often progress is noted, or None
+    """
+
+    scheduler: Scheduler
+    device: LatencyModel
+    supply: FinetuneSupply | None = None
+    noise: float = 0.0
+    host_s: float = 0.0
+    seed: int = 0
+    leaps: bool = False
+    sample_s: float | None = 1.0
+    now: float = 0.0  # when the host makes its next plan
+    timings: list[RequestTiming] = field(default_factory=list)
+    output_tokens: int = 0
+    finetune_tokens: int = 0  # of microbatches that are done
+    forwarded_tokens: int = 0  # of all microbatches
+    steps: int = 0
+    busy_s: float = 0.0
+    preemptions: int = 0
+    parked: int = 0
+    samples: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._random = np.random.default_rng(self.seed)
+        self._paces = iter(())
+        self._in_flight: deque[_InFlight] = deque()
+        self._device_free = 0.0
+        self._leap: _Leap | None = None
+        self._waits = False  # nothing to do until something is added
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that wait or run."""
+        return len(self.scheduler.inference.sequences)
+
+    @property
+    def next_event(self) -> float:
+        """Until when nothing happens but more of the same; inf with nothing to do."""
+        if self._leap:
+            return self._leap.start + (self._leap.count - 1) * self._leap.seconds
+        return math.inf if self._waits else self.now
+
+    def add(self, request: Request) -> None:
+        """A request arrives; `advance` to its arrival before."""
+        self._land(request.arrival)
+        self.scheduler.add(request)
+        if self._waits:
+            self._waits, self.now = False, max(self.now, request.arrival)
+
+    def advance(self, until: float) -> None:
+        """Take all steps that are planned before `until`, seconds."""
+        self._land(until)
+        while self.now < until and not self._waits:
+            self._step()
+            self._land(until)
+
+    def finish(self, deadline: float = math.inf) -> None:
+        """Go on until every request is answered, or until `deadline`."""
+        while self.unfinished and self.now < deadline:
+            self.advance(min(deadline, math.nextafter(max(self.now, self.next_event), math.inf)))
+
+    # ---- one step ----
+
+    def _step(self) -> None:
+        """Plan and dispatch a step, then read the one before (with leaps: the same)."""
+        scheduler, supply = self.scheduler, self.supply
+        if supply:
+            while scheduler.microbatches_of(supply.job) <= _AHEAD:
+                scheduler.add(supply.next())
+        plan = scheduler.plan(self.now)
+        if plan:
+            self._dispatch(plan)
+        elif not self._in_flight:
+            self._waits = True
+            return
+        self.now += self.host_s
+        if not plan or self.leaps or len(self._in_flight) > 1:
+            step = self._in_flight.popleft()
+            self._complete(step)
+            if self.leaps:
+                self._plan_leap(step)
+
+    def _dispatch(self, plan: StepPlan) -> None:
+        pace = self._pace()
+        forward_s = self.device.forward_s(plan.features) * pace
+        seconds = forward_s + self.device.unit_s(plan.features) * pace
+        start = max(self._device_free, self.now + self.host_s)
+        self._device_free = start + seconds
+        self._in_flight.append(_InFlight(plan, seconds, start + forward_s, start + seconds))
+        self.steps += 1
+        self.busy_s += seconds
+        self.preemptions += len(plan.preempted)
+        self.parked += len(plan.parked)
+        if plan.forward:
+            self.forwarded_tokens += plan.forward.length
+
+    def _complete(self, step: _InFlight) -> None:
+        plan = step.plan
+        samples = [c for c in (*plan.decode, *plan.prefill) if c.samples]
+        # Without tokens to read, the engine waits for the units.
+        self.now = max(self.now, step.tokens_at if samples else step.done_at)
+        sampled = {chunk.sequence.request.request_id: 0 for chunk in samples}
+        self.output_tokens += len(samples)
+        if plan.backward and plan.backward.done:
+            self.finetune_tokens += plan.backward.microbatch.tokens
+        for done in self.scheduler.complete(plan, sampled, (), self.now, step.seconds):
+            self.timings.append(
+                RequestTiming(
+                    done.request.arrival,
+                    len(done.request.prompt),
+                    len(done.output),
+                    done.first_token_at,
+                    done.last_token_at,
+                    slo=done.request.slo,
+                )
+            )
+        self._sample()
+
+    def _pace(self) -> float:
+        """How much longer than predicted a step takes."""
+        if not self.noise:
+            return 1.0
+        for pace in self._paces:
+            return pace
+        mean = -(self.noise**2) / 2  # of the logarithm, so that the mean is 1
+        self._paces = iter(self._random.lognormal(mean, self.noise, 1024).tolist())
+        return next(self._paces)
+
+    def _sample(self) -> None:
+        if self.sample_s and (not self.samples or self.now >= self.samples[-1][0] + self.sample_s):
+            self.samples.append((self.now, self.output_tokens, self.forwarded_tokens))
+
+    # ---- many steps ----
+
+    def _plan_leap(self, step: _InFlight) -> None:
+        """See how many steps like the one just completed may follow."""
+        count = self.scheduler.repeats(step.plan)
+        if count < 2:
+            return
+        features = self.scheduler.repeated(step.plan, (count + 1) / 2)
+        forward_s = self.device.forward_s(features)
+        seconds = forward_s + self.device.unit_s(features)
+        self._leap = _Leap(step.plan, count, max(self._device_free, self.now), seconds, forward_s)
+
+    def _land(self, until: float) -> None:
+        """Take the steps of the leap that are planned before `until`."""
+        leap = self._leap
+        if not leap or self.now >= until:
+            return
+        # The first is planned at `now`, step i when the tokens of step i - 1 are read.
+        later = (until - leap.start - leap.forward_s) / leap.seconds
+        count = min(leap.count, 1 + max(0, math.ceil(later)))
+        plan, self._leap = leap.plan, None
+        self._device_free = leap.start + count * leap.seconds
+        reads = bool(plan.decode)
+        self.now = self._device_free - (leap.seconds - leap.forward_s if reads else 0.0)
+        if self.sample_s and self.samples:
+            self.samples.append((leap.start, self.output_tokens, self.forwarded_tokens))
+        self.scheduler.repeat(plan, count, self.now)
+        self.steps += count
+        self.busy_s += count * leap.seconds
+        self.output_tokens += count * len(plan.decode)
+        if plan.forward:
+            self.forwarded_tokens += count * plan.forward.length
+        self._sample()
+
+
+def request_of(arrival: Arrival, request_id: str, slo: Slo | None = None) -> Request:
+    """A request of an arrival's lengths."""
+    prompt = _NO_TOKENS[: arrival.prompt_tokens]
+    return Request(request_id, prompt, arrival.output_tokens, arrival.arrival_s, slo=slo)
+
+
+def replay(
+    engine: SimulatedEngine, arrivals: Iterable[Arrival], deadline_s: float = math.inf
+) -> None:
+    """Send arrivals through an engine, and go on until all are answered or time is up."""
+    for index, arrival in enumerate(arrivals):
+        engine.advance(arrival.arrival_s)
+        engine.add(request_of(arrival, str(index)))
+    engine.finish(deadline_s)
+
+
+def report(engines: Sequence[SimulatedEngine], slo: Slo, wall_s: float) -> dict[str, Any]:
+    """What the engine's report.json says of a run, of one simulated engine or of a fleet.
+
+    `wall_s`: the span that finetuning throughput is counted over, seconds. Requests that are not
+    finished count as failed.
+    """
+    timings = [timing for engine in engines for timing in engine.timings]
+    for engine in engines:
+        for sequence in engine.scheduler.inference.sequences.values():
+            timings.append(
+                RequestTiming(
+                    sequence.request.arrival,
+                    len(sequence.request.prompt),
+                    len(sequence.output),
+                    sequence.first_token_at,
+                    sequence.last_token_at,
+                    failed=True,
+                    slo=sequence.request.slo,
+                )
+            )
+    tokens = sum(engine.finetune_tokens for engine in engines)
+    alone = engines[0] if len(engines) == 1 else None
+    return {
+        "inference": summarize(timings, slo),
+        "finetune": {"finetune": {"tokens": tokens, "tokens_per_s": tokens / wall_s}},
+        "engine": {
+            "device": "simulated",
+            "engines": len(engines),
+            "wall_s": wall_s,
+            "steps": sum(engine.steps for engine in engines),
+            "busy": sum(engine.busy_s for engine in engines) / wall_s / len(engines),
+            "preemptions": sum(engine.preemptions for engine in engines),
+            "parked_microbatches": sum(engine.parked for engine in engines),
+            "latency_model": alone.scheduler.latency.errors() if alone else None,
+        },
+    }
