@@ -365,7 +365,8 @@ class FinetuneSection(Section):
     max_tokens: Int = Field(
         default=1024,
         ge=2,
-        description="Tokens of a microbatch, whose activations are held on the device.",
+        description="Tokens whose activations are held on the device: a longest sequence, or two "
+        "microbatches of half of it, of which one goes forward while the other goes backward.",
     )
     window: Int = Field(
         default=256, ge=1, description="Tokens of a backward window; must divide max_tokens."

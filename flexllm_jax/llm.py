@@ -338,7 +338,7 @@ class LLM:
                 runner.model,
                 self.config.model.path,
                 self.tokenizer,
-                self.config.finetune.max_tokens,
+                self.config.finetune,
                 runner.sizes.max_model_len,
             )
         )

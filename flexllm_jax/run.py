@@ -46,7 +46,7 @@ def prepare(config: Config) -> Inputs:
         load_adapter(adapter.path, model, path)
     context = model.context_length(config.model.max_model_len)
     jobs = [
-        create_job(job, model, path, tokenizer, config.finetune.max_tokens, context)
+        create_job(job, model, path, tokenizer, config.finetune, context)
         for job in config.finetune.jobs
     ]
     requests = prepare_requests(config.workload, tokenizer) if config.workload else []

@@ -1,21 +1,22 @@
 """Chooses a step's finetuning: the token bucket, forward tokens, and backward units.
 
 Inference's part of the step is given and takes its time whether or not finetuning comes along. The
-step's (bucket, forward tokens, units) shall maximize finetuning progress per second,
+step's (bucket, forward tokens, units) shall maximize finetuning progress per second within the
+budget. With one microbatch forward and one backward, neither shall wait for the other in the end,
+so progress is that of the lane that falls behind,
 
-    (forward tokens x what a token costs in a full step  +  seconds of units) / seconds of the step
+    min(tokens / tokens left, units / units left) / seconds of the step
 
-within the budget: progress is counted in seconds that the same work would take by itself, so that a
-token and a unit are worth what each costs where nothing is shared. What follows from it:
+which spreads the forward evenly over the steps of the backward: a few tokens in every step are
+nearly free as long as reading weights bounds it, and many in one are not. With one lane alone,
 
-- padding is nearly free, so it is filled with forward tokens;
-- a larger bucket is taken where its tokens cost less than elsewhere, that is, as long as the step
-  is bound by reading weights; beyond that, tokens and units are worth their time alike;
-- the rest of the budget goes to units, as the fixed cost of the step is then shared by more work.
+    (tokens x what a token costs in a full step + seconds of units) / seconds of the step
 
-Forward and backward do not wait for each other, as units are of the microbatch before the one that
-goes forward. For a given bucket the best forward is the longest and the best number of units the
-largest that fits, so trying every bucket finds the optimum (a test compares with brute force).
+counts the work in seconds that it would take by itself. Either way padding gets filled, larger
+buckets are taken as long as their tokens are cheap, and units get the rest of the budget, as more
+work then shares the fixed cost of a step. For a given bucket the best forward is the longest and
+the best number of units the largest that fits, so trying every bucket finds the optimum (a test
+compares with brute force).
 """
 
 from __future__ import annotations
@@ -34,17 +35,19 @@ class Allowance(NamedTuple):
 
     budget_s   seconds the whole step may take, inference included; inf takes whole buckets and all
                units, whatever the latency model says
+    forward_s  seconds its forward program may take: requests get their tokens before units run
     tokens, units   most forward tokens and backward units
     least      if nothing fits, the smallest bucket of tokens or one unit is granted all the same
     """
 
     budget_s: float
+    forward_s: float = math.inf
     tokens: float = math.inf
     units: float = math.inf
     least: bool = False
 
 
-NOTHING = Allowance(0.0, 0, 0)
+NOTHING = Allowance(0.0, tokens=0, units=0)
 
 
 class Choice(NamedTuple):
@@ -74,10 +77,14 @@ def choose(
     costs = unit_costs(latency)
     token_s = _token_s(latency, config)
     free_s = latency.forward_s(features)
+    limit_s = max(free_s, min(allowance.forward_s, allowance.budget_s))
+    both = forward is not None and backward is not None
+    left_tokens = forward.left_after(0) if forward else 0
+    left_units = backward.total_units - backward.units_done if backward else 0
     best, best_merit = Choice(0, 0, features), (0.0, 0.0, 0, 0)
     for tokens, candidate in _forwards(features, forward, allowance, config):
         forward_s = latency.forward_s(candidate)
-        if tokens and forward_s > allowance.budget_s and forward_s > free_s:
+        if tokens and forward_s > limit_s:
             continue
         lane = backward or (forward if forward and forward.left_after(tokens) == 0 else None)
         units = 0
@@ -86,8 +93,13 @@ def choose(
             units = int(min(affordable, allowance.units))
             candidate = lane.with_units(candidate, units)
         unit_s = latency.unit_s(candidate)
+        step_s = forward_s + unit_s
         value = tokens * token_s + unit_s
-        merit = (value / (forward_s + unit_s) if value else 0.0, value, tokens, units)
+        if both:
+            progress = min(tokens / left_tokens, units / left_units)
+        else:
+            progress = value
+        merit = (progress / step_s if step_s else progress, value, tokens, units)
         if merit > best_merit:
             best, best_merit = Choice(tokens, units, candidate), merit
     if allowance.least and not best.tokens and not best.units:

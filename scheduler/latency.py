@@ -106,6 +106,7 @@ class LatencyModel:
         self._corrections: dict[int, float] = {}  # of every bucket observed so far
         self._mean_correction = 1.0  # for the others
         self._observed: dict[int | None, int] = {}  # observations of a bucket, or (None) of units
+        self._error_size = spread / 2  # running mean
         self._recent_errors: deque[float] = deque(maxlen=_RECENT)
 
     @classmethod
@@ -202,8 +203,9 @@ class LatencyModel:
         error = seconds / (forward_s + unit_s) - 1
         self._recent_errors.append(error)
         # The quantile of a stream: up when exceeded, down when not, in proportion to the odds.
-        step = 0.02 * (_QUANTILE if error > self.spread else _QUANTILE - 1)
-        self.spread = max(0.0, self.spread + step * max(1.0, 20 * min(abs(error), 1.0)))
+        self._error_size += 0.05 * (min(abs(error), 1.0) - self._error_size)
+        odds = _QUANTILE if error > self.spread else _QUANTILE - 1
+        self.spread = max(0.0, self.spread + 0.3 * self._error_size * odds)
         if not self.online:
             return
         if features.has_units:

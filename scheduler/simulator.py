@@ -33,7 +33,8 @@ _AHEAD = 2  # microbatches queued beside the one that goes backward
 class FinetuneSupply:
     """A job without end: sequences of `lengths`, over and over, `accumulation` of them a batch.
 
-    Consecutive sequences of a batch are packed in microbatches of at most `microbatch_tokens`.
+    Consecutive sequences of a batch are packed in microbatches of at most `microbatch_tokens`; a
+    longer one is a microbatch of its own.
     """
 
     def __init__(
@@ -43,11 +44,8 @@ class FinetuneSupply:
         accumulation: int = 8,
         job: str = "finetune",
     ) -> None:
-        if not lengths or max(lengths) > microbatch_tokens:
-            raise ValueError(
-                f"job {job!r}: the longest of {len(lengths)} sequences must fit in a microbatch "
-                f"of {microbatch_tokens} tokens"
-            )
+        if not lengths:
+            raise ValueError(f"job {job!r} has no sequences")
         self.job = job
         self._lengths, self._microbatch_tokens = list(lengths), microbatch_tokens
         self._accumulation = accumulation

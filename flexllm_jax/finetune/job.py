@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flexllm_jax.config import FinetuneConfig
+from flexllm_jax.config import FinetuneConfig, FinetuneSection
 from flexllm_jax.finetune.data import BatchStream, Dataset, TrainingSequence, load_dataset, pack
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import Adapter, LoraConfig, init_adapter
@@ -70,14 +70,15 @@ def create_job(
     model: ModelConfig,
     model_path: Path,
     tokenizer: Any,
-    max_tokens: int,
+    section: FinetuneSection,
     max_model_len: int,
 ) -> "FinetuneJob":
-    """Load a job's data and its first adapter.
+    """Load a job's data and its first adapter. `section`: the engine's part of the configuration.
 
     Rows that cannot be used are skipped and counted in the job's messages. Raises DatasetError or
     AdapterError, in one line, when nothing can be done with the data or the adapter.
     """
+    max_tokens = section.max_tokens
     longest = min(config.max_seq_len or max_tokens, max_tokens, max_model_len)
     load = partial(
         load_dataset,
@@ -101,7 +102,9 @@ def create_job(
             alpha_pattern=peft.alpha_pattern,
         )
         adapter = init_adapter(lora, model, config.seed)
-    job = FinetuneJob(config, adapter.config, adapter, dataset, validation, max_tokens)
+    # Two microbatches shall fit at once, and a unit costs a whole window however full it is.
+    half = max(section.window, max_tokens // 2 // section.window * section.window)
+    job = FinetuneJob(config, adapter.config, adapter, dataset, validation, max_tokens, half)
     job.messages += [data.summary() for data in (dataset, validation) if data and data.skipped]
     return job
 
@@ -136,6 +139,7 @@ class FinetuneJob:
     dataset: Dataset
     validation: Dataset | None
     max_tokens: int  # of a microbatch
+    pack_tokens: int  # of a microbatch of several sequences
     slot: int = 0
     state: dict = field(default_factory=dict, repr=False)  # on the device
     scales: list = field(
@@ -234,7 +238,7 @@ class FinetuneJob:
 
     def _prepare(self, ids: Iterator[int]) -> None:
         """Pack the next batch, and the validation set if it is due after it."""
-        packed = pack(self.stream.next_batch(), self.max_tokens)
+        packed = pack(self.stream.next_batch(), self.max_tokens, self.pack_tokens)
         self._batches_out += 1
         state = self.stream.state()
         for i, sequences in enumerate(packed):
@@ -253,7 +257,7 @@ class FinetuneJob:
             return
         every = self.config.validation_every
         if self._batches_out == self.total_steps or (every and self._batches_out % every == 0):
-            packed = pack(self.validation.sequences, self.max_tokens)
+            packed = pack(self.validation.sequences, self.max_tokens, self.pack_tokens)
             self._validations_left += len(packed)
             for i, sequences in enumerate(packed):
                 self._ready.append(

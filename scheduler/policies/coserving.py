@@ -2,9 +2,12 @@
 
 A running request's next token is due at `first token + n x tpot_s`. Time won on earlier tokens is
 slack that finetuning may spend now, while the request's TPOT, a mean over its tokens, still meets
-the objective. A step's budget is the smallest slack, times a safety margin learnt from the latency
-model's own errors, and at most one TPOT: a request that arrives meanwhile waits for one step and no
-longer, and finetuning gives way to the prefill of a burst in the very next one.
+the objective. A step's forward must end within the smallest slack. Its units run after the tokens
+are out, so they may moreover use part of the time until the next tokens are due, less what the next
+forward needs; the rest stays as a reserve for prefills to come. Both limits are scaled by a safety
+margin learnt from the latency model's own errors, and a step takes at most one TPOT: a request that
+arrives meanwhile waits for one step and no longer, and finetuning gives way to the prefill of a
+burst in the very next one.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import math
 from scheduler.choice import NOTHING, Allowance
 from scheduler.latency import StepFeatures
 from scheduler.policies.policy import Step, slack
-from scheduler.request import StepPlan
+from scheduler.request import Sequence, StepPlan
 
 _STEADY = 64  # steps that may be taken as alike: contexts hardly grow meanwhile
+_AHEAD = 0.5  # of the time between two tokens that units may use before the first is late
 _FLOOR_STEP_S = 0.1  # what finetuning is owed by its floor is paid in steps of at least so long
 
 
@@ -81,8 +85,8 @@ class CoServing:
         if not self.fill_buckets and not beside:
             return Allowance(self._own_step_s(step))
         concerned = [chunk.sequence for chunk in (*step.decode, *step.prefill)]
-        budget_s = self._budget_s(step, concerned + step.waiting[:1])
-        return Allowance(budget_s, tokens=math.inf if self.fill_buckets else 0)
+        budget_s, forward_s = self._budget_s(step, concerned + step.waiting[:1])
+        return Allowance(budget_s, forward_s, tokens=math.inf if self.fill_buckets else 0)
 
     def planned(self, step: Step, plan: StepPlan) -> None:
         """Keep the accounts of the floor and of a step's inference."""
@@ -106,14 +110,19 @@ class CoServing:
     def _owed(self, step: Step) -> bool:
         return self._owed_s >= _FLOOR_STEP_S and bool(step.in_work or step.queued)
 
-    def _budget_s(self, step: Step, sequences: list) -> float:
+    def _budget_s(self, step: Step, sequences: list[Sequence]) -> tuple[float, float]:
+        """Seconds that the step, and that its forward, may take."""
         slack_s, tpot_s = slack(step, sequences)
         if not self.use_slack:
             slack_s = tpot_s
-        budget_s = max(0.0, min(slack_s * step.latency.margin, tpot_s))
-        self._steady = budget_s == tpot_s or not self.use_slack
-        return budget_s
+        if tpot_s == math.inf:
+            return max(0.0, slack_s * step.latency.margin), math.inf
+        margin = step.latency.margin
+        ahead_s = _AHEAD * (tpot_s - step.latency.forward_s(step.features))
+        budget_s = max(0.0, min((slack_s + ahead_s) * margin, tpot_s))
+        self._steady = budget_s == tpot_s
+        return budget_s, slack_s * margin
 
     def _own_step_s(self, step: Step) -> float:
         """Seconds a step without inference may take, so that the one after is still in time."""
-        return self._budget_s(step, step.running) - self._decode_s
+        return self._budget_s(step, step.running)[1] - self._decode_s

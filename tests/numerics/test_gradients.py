@@ -49,7 +49,7 @@ CASES = {
     "qwen3": (
         make_qwen3,
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64, "sharded": True},
-        {"window": 64, "max_tokens": 128, "saved": ["query", "up"]},
+        {"window": 64, "max_tokens": 128, "saved": ["query", "up"], "idle_step_ms": 5.0},
         [37],
     ),
 }
@@ -69,8 +69,8 @@ def case(request, tmp_path_factory):
         scheduler={"max_tokens_per_step": buckets[-1]},
     )
     adapter = save_random_adapter(path, folder / "adapter", r=3, lora_alpha=5)
-    rows = write_rows(folder / "rows.jsonl", letter_rows(9, longest=80, seed=4))
-    yield SimpleNamespace(llm=llm, path=path, adapter=adapter, rows=rows, finetune=finetune)
+    rows = write_rows(folder / "rows.jsonl", letter_rows(16, longest=80, seed=4))
+    yield SimpleNamespace(llm=llm, path=path, adapter=adapter, rows=rows, finetune=finetune, slots=set())
     llm.close()
 
 
@@ -85,6 +85,7 @@ def run_one_step(case, monkeypatch, name, beside=()):
         begun = trainer.in_work[microbatch.microbatch_id]
         pending = jax.tree.map(np.array, runner.pending)
         logprob = np.array(runner.finetune["flow"]["logprob"])[begun.slot :]
+        case.slots.add(begun.slot)
         seen.append((begun.packed, pending, logprob))
         return finish(microbatch)
 
@@ -171,8 +172,10 @@ def test_gradients_are_those_of_the_whole_sequences(case, beside, monkeypatch):
         loss, gradients = peft_gradients(model, sequences)
         assert_same_gradients(pending["gradients"], gradients)
         assert pending["totals"] == pytest.approx([loss, (packed.label >= 0).sum()], rel=1e-5)
-    packed, pending, _ = seen[0]
+    packed, pending, _ = max(seen, key=lambda one: len(one[0].lengths))
     assert len(packed.lengths) > 1, "one sequence: nothing is packed"
+    if beside:
+        assert max(case.slots) > 0, "no microbatch went forward beside one that went backward"
     loss, gradients = dense_gradients(case, list(sequences_of(packed)))
     assert_same_gradients(pending["gradients"], gradients)
     assert pending["totals"][0] == pytest.approx(loss, rel=1e-5)

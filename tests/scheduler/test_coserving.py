@@ -387,11 +387,12 @@ def test_backward_units_fill_the_slack_and_stop_when_a_token_is_late():
     latency = LatencyModel({4: 0.01}, {"layer_units": 0.01, "loss_units": 0.01})
     scheduler = in_backward(latency, slo=Slo(tpot_s=0.1, ttft_s=1.0))
     scheduler.add(request("r", 4, max_tokens=50, arrival=-1.0))
-    assert not units(run(scheduler, 0.0))  # the first token is late
+    # The first token is due now; half of what is left of a TPOT after another forward is 0.045 s.
+    assert len(units(run(scheduler, 0.0))) == int((0.045 * latency.margin - 0.01) / 0.01) == 3
     counts = [len(units(run(scheduler, now))) for now in (0.0, 0.15, 0.9)]
-    # One TPOT at most; then 0.05 s until the third token is due; then nothing: it is late.
-    budgets = [0.1 * latency.margin, 0.05 * latency.margin, 0.0]
-    assert counts == [max(0, int((budget - 0.01) / 0.01)) for budget in budgets] == [8, 3, 0]
+    # The units before end at 0.03, 0.12 s are left; then 0.05 s till the third token; then none.
+    budgets = [(0.07 + 0.045) * latency.margin, (0.05 + 0.045) * latency.margin, 0.0]
+    assert counts == [max(0, int((min(b, 0.1) - 0.01) / 0.01)) for b in budgets] == [9, 7, 0]
 
 
 def test_steps_in_flight_use_up_the_slack():
@@ -402,7 +403,7 @@ def test_steps_in_flight_use_up_the_slack():
     first = planned(scheduler, 0.09)  # token 2 is due at 0.1: nothing to spare
     assert not units(first)
     second = planned(scheduler, 0.09)  # token 3 at 0.2; 0.04 s are in flight, 0.07 s are left
-    assert len(units(second)) == int((0.07 * latency.margin - 0.04) / 0.001) == 23
+    assert len(units(second)) == int(((0.07 + 0.03) * latency.margin - 0.04) / 0.001) == 50
 
 
 def test_units_still_running_use_up_the_slack():
@@ -410,7 +411,8 @@ def test_units_still_running_use_up_the_slack():
     scheduler = in_backward(latency, slo=Slo(tpot_s=0.1, ttft_s=9.0))
     scheduler.add(request("r", 4, max_tokens=50))
     assert len(units(run(scheduler, 0.0))) == 90  # the token is read at 0.0, the units end at 0.09
-    assert not units(planned(scheduler, 0.0))
+    beside = (0.01 + 0.045) * latency.margin - 0.01
+    assert len(units(planned(scheduler, 0.0))) == round(beside / 0.001) == 40
 
 
 def test_a_microbatch_without_backward_has_loss_units_only():

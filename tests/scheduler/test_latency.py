@@ -8,37 +8,50 @@ import numpy as np
 import pytest
 
 from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.least_squares import nonnegative_least_squares
 
 
 def profile(noise=0.0, seed=0):
-    """Samples of a known device: 8 ms + 20 us per slot, and costs for everything else."""
+    """Samples of a known device with a cost for every feature."""
     generator = np.random.default_rng(seed)
     samples = []
-    for bucket, kv, units, adapters in itertools.product(
-        (64, 256, 1024), (0, 100_000), (0, 4, 16), (False, True)
-    ):
-        features = StepFeatures(
-            token_bucket=bucket,
-            decode_tokens=32,
-            kv_tokens=kv,
-            attention_pairs=bucket * 100,
-            layer_units=units,
-            loss_units=units // 4,
-            adapters=adapters,
-        )
-        samples.append((features, device_seconds(features) * (1 + noise * generator.normal())))
+    for bucket, units, adapters in itertools.product((64, 256, 1024), (0, 4, 16), (False, True)):
+        for _ in range(4):
+            features = StepFeatures(
+                token_bucket=bucket,
+                decode_tokens=int(generator.integers(32)),
+                prefill_tokens=int(generator.integers(32)),
+                finetune_tokens=int(generator.integers(bucket // 2)) * adapters,
+                decode_kv=int(generator.integers(100_000)),
+                chunk_kv=int(generator.integers(100_000)),
+                attention_pairs=int(generator.integers(1_000_000)),
+                layer_units=units,
+                loss_units=int(generator.integers(4)) if units else 0,
+                backward_pairs=int(generator.integers(1_000_000)) if units else 0,
+                adapters=adapters,
+            )
+            samples.append((features, device_seconds(features) * (1 + noise * generator.normal())))
     return samples
 
 
+COSTS = {
+    "decode_tokens": 1e-6,
+    "prefill_tokens": 2e-6,
+    "finetune_tokens": 4e-6,
+    "decode_kv": 2e-8,
+    "chunk_kv": 3e-8,
+    "attention_pairs": 1e-9,
+    "layer_units": 1e-3,
+    "loss_units": 3e-3,
+    "backward_pairs": 2e-9,
+    "adapter_slots": 1e-6,
+}
+
+
 def device_seconds(features):
-    return (
-        8e-3
-        + 20e-6 * features.token_bucket
-        + 2e-8 * features.kv_tokens
-        + 1e-3 * features.layer_units
-        + 3e-3 * features.loss_units
-        + 1e-6 * features.token_bucket * features.adapters
-    )
+    values = features._asdict() | {"adapter_slots": features.token_bucket * features.adapters}
+    base = 8e-3 + 20e-6 * features.token_bucket
+    return base + sum(cost * values[name] for name, cost in COSTS.items())
 
 
 def test_fit_recovers_an_exact_profile():
@@ -65,42 +78,89 @@ def test_more_work_never_predicts_less_time(seed):
 
 def test_fit_matches_scipy_on_random_problems():
     scipy = pytest.importorskip("scipy.optimize")
-    from scheduler.latency import _nonnegative_least_squares
-
     generator = np.random.default_rng(0)
     for _ in range(30):
         matrix = generator.normal(size=(12, 6))
         target = generator.normal(size=12)
         expected, _ = scipy.nnls(matrix, target)
-        np.testing.assert_allclose(_nonnegative_least_squares(matrix, target), expected, atol=1e-8)
+        np.testing.assert_allclose(nonnegative_least_squares(matrix, target), expected, atol=1e-8)
 
 
-def test_observations_correct_the_prediction_and_widen_the_margin():
-    model = LatencyModel({64: 0.01}, {"layer_units": 1e-3})
+def test_a_prediction_is_its_forward_and_its_units():
+    model = LatencyModel.fit(profile(noise=0.1))
+    for features, seconds in profile(seed=1):
+        model.observe(features, 1.3 * seconds)
+        parts = model.forward_s(features) + model.unit_s(features)
+        assert model.predict(features) == parts
+        assert model.unit_s(features._replace(layer_units=0, loss_units=0, backward_pairs=0)) == 0
+
+
+def test_observations_correct_the_prediction_and_narrow_the_margin():
+    model = LatencyModel({64: 0.01}, {"layer_units": 1e-3}, spread=0.5)
     features = StepFeatures(token_bucket=64)
     before = model.margin
-    for _ in range(5):
-        model.observe(features, 0.013)
-    assert model.margin < before
     for _ in range(300):
         model.observe(features, 0.013)
     assert model.predict(features) == pytest.approx(0.013, rel=1e-3)
-    assert model.margin > 0.95
-    # Steps with backward units are corrected apart.
-    assert model.predict(StepFeatures(layer_units=5)) == pytest.approx(0.005)
+    assert model.margin > before
+    # The units are corrected apart, by what the forward leaves of the time.
+    assert model.unit_s(StepFeatures(layer_units=5)) == pytest.approx(0.005)
+    both = StepFeatures(token_bucket=64, layer_units=5)
+    for _ in range(300):
+        model.observe(both, 0.013 + 0.010)
+    assert model.forward_s(both) == pytest.approx(0.013, rel=1e-2)
+    assert model.unit_s(both) == pytest.approx(0.010, rel=1e-2)
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 3.0])
+def test_a_cold_model_that_is_wrong_by_far_is_right_after_ten_steps(factor):
+    model, truth = LatencyModel({64: 0.01, 256: 0.02}, spread=1.0), {64: 0.01, 256: 0.02}
+    for step in range(10):
+        bucket = (64, 256)[step % 2]
+        model.observe(StepFeatures(token_bucket=bucket), factor * truth[bucket])
+    for bucket, seconds in truth.items():
+        predicted = model.predict(StepFeatures(token_bucket=bucket))
+        assert predicted == pytest.approx(factor * seconds, rel=0.15)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.3])
+def test_the_margin_lets_95_percent_of_the_steps_stay_within_a_budget(sigma):
+    model, generator = LatencyModel({64: 0.01}), np.random.default_rng(0)
+    features, within = StepFeatures(token_bucket=64), []
+    for _ in range(6000):
+        seconds = 0.01 * generator.lognormal(0, sigma)
+        within.append(seconds <= model.predict(features) / model.margin)
+        model.observe(features, seconds)
+    assert np.mean(within[1000:]) == pytest.approx(0.95, abs=0.02)
+    errors = model.errors()
+    assert errors["observations"] == 6000
+    assert errors["p50"] < errors["p95"] and abs(errors["signed"]) < errors["p50"]
+
+
+def test_without_online_correction_errors_are_only_tracked():
+    model = LatencyModel({64: 0.01}, online=False)
+    features = StepFeatures(token_bucket=64)
+    for _ in range(50):
+        model.observe(features, 0.02)
+    assert model.predict(features) == 0.01
+    assert model.errors()["signed"] == pytest.approx(1.0)
 
 
 def test_one_outlier_moves_little():
-    model = LatencyModel({64: 0.01})
-    model.observe(StepFeatures(token_bucket=64), 60.0)
-    assert model.predict(StepFeatures(token_bucket=64)) <= 0.0106
+    model, features = LatencyModel({64: 0.01}), StepFeatures(token_bucket=64)
+    for _ in range(50):
+        model.observe(features, 0.01)
+    model.observe(features, 60.0)
+    assert model.predict(features) <= 0.0106
 
 
 def test_save_and_load(tmp_path):
-    model = LatencyModel.fit(profile())
-    model.save(tmp_path / "profile.json")
-    loaded = LatencyModel.load(tmp_path / "profile.json")
+    model, key = LatencyModel.fit(profile()), {"device": "cpu", "model": "m", "jax": "1"}
+    model.save(tmp_path / "profile.json", key)
+    loaded = LatencyModel.load(tmp_path / "profile.json", key)
+    assert loaded is not None
     assert (loaded.bases, loaded.coefficients) == (model.bases, model.coefficients)
+    assert LatencyModel.load(tmp_path / "profile.json", key | {"jax": "2"}) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"bases": {"a": 1}, "coefficients": {}}'])

@@ -6,44 +6,53 @@ import math
 
 import pytest
 
-from scheduler.request import Sequence, Slo
-from scheduler.slo import RequestTiming, next_token_deadline, slack, step_budget, summarize
+from scheduler.coserving import Scheduler, SchedulerConfig
+from scheduler.latency import LatencyModel
+from scheduler.request import Slo
+from scheduler.slo import RequestTiming, summarize
 from tests.scheduler.simulated_device import request
+
+CONFIG = SchedulerConfig(
+    max_sequences=8,
+    max_tokens_per_step=16,
+    max_model_len=64,
+    token_buckets=(8, 16),
+    num_pages=64,
+    slo=Slo(tpot_s=0.1, ttft_s=2.0),
+)
 
 SLO = Slo(tpot_s=0.1, ttft_s=2.0)
 
 
-def sequence(output=0, in_flight=0, first_token_at=None, slo=SLO):
-    made = request("r", 4, max_tokens=50, arrival=10.0)
-    return Sequence(
-        made,
-        slo,
-        (10.0, 0),
-        list(made.prompt),
-        to_sample=50,
-        output=[0] * output,
-        in_flight=in_flight,
-        first_token_at=first_token_at,
-    )
+def test_deadlines_follow_the_first_token():
+    scheduler = Scheduler(CONFIG, LatencyModel({}))
+    scheduler.add(request("r", 4, max_tokens=50, arrival=10.0))
+    (sequence,) = scheduler.inference.waiting
+    assert sequence.due == 12.0
+    first, second = scheduler.plan(10.5), scheduler.plan(10.5)
+    assert sequence.due == math.inf  # the time of the first token is not known yet
+    scheduler.complete(first, {"r": 1}, (), 11.0)
+    assert sequence.due == pytest.approx(11.2)  # the second is in flight, the third comes next
+    third = scheduler.plan(11.0)
+    assert sequence.due == pytest.approx(11.3)
+    for plan in (second, third):
+        scheduler.complete(plan, {"r": 1}, (), 11.05)
+    assert sequence.due == pytest.approx(11.3)  # time won is kept
 
 
-def test_deadlines():
-    assert next_token_deadline(sequence(), 0.0) == 12.0
-    assert next_token_deadline(sequence(1, 0, 11.0), 0.0) == pytest.approx(11.1)
-    assert next_token_deadline(sequence(3, 2, 11.0), 0.0) == pytest.approx(11.5)
-    # The first token is still in flight: it will be there when the step starts.
-    assert next_token_deadline(sequence(0, 1), 11.5) == pytest.approx(11.6)
-    assert next_token_deadline(sequence(0, 1, slo=Slo()), 11.5) == math.inf
-
-
-def test_the_budget_is_the_smallest_slack_capped_at_one_tpot():
-    early, late = sequence(9, 0, 10.0), sequence(1, 0, 10.0)
-    assert slack([early, late], 10.04) == pytest.approx(0.06)
-    assert step_budget([early, late], 10.04, margin=0.5) == pytest.approx(0.03)
-    assert step_budget([early], 10.04, margin=1.0) == pytest.approx(0.1)
-    assert step_budget([early, late], 10.5, margin=1.0) == 0.0
-    assert step_budget([], 10.0, margin=1.0) == math.inf
-    assert step_budget([sequence(1, 0, 1.0, Slo())], 10.0, margin=0.9) == math.inf
+def test_urgent_classes_go_first_and_patience_is_finite():
+    scheduler = Scheduler(CONFIG, LatencyModel({}))
+    classes = {
+        "batch": Slo(1.0, 60.0, 0.5, "batch"),
+        "interactive": Slo(0.1, 1.0, 2.0, "interactive"),
+        "free": Slo(name="free"),
+    }
+    for name, slo in classes.items():
+        scheduler.add(request(name, 2, arrival=0.0, slo=slo))
+    scheduler.add(request("late", 2, arrival=119.9, slo=classes["interactive"]))
+    scheduler.add(request("later", 2, arrival=4000.0, slo=classes["interactive"]))
+    order = [s.request_id for s in scheduler.inference.waiting]
+    assert order == ["interactive", "batch", "late", "free", "later"]
 
 
 def timing(arrival, first, last, output, failed=False):
@@ -79,3 +88,18 @@ def test_summary_of_nothing():
 def test_objectives_must_be_positive():
     with pytest.raises(ValueError, match=r"slo\.tpot_s=0"):
         Slo(tpot_s=0)
+
+
+def test_classes_are_judged_by_their_own_objectives_and_weighed():
+    batch, interactive = Slo(1.0, 60.0, 0.5, "batch"), Slo(0.05, 1.0, 2.0, "interactive")
+    made = [
+        RequestTiming(0.0, 10, 11, 0.5, 1.5, slo=interactive),  # 100 ms a token: late
+        RequestTiming(0.0, 10, 11, 30.0, 39.0, slo=batch),
+        RequestTiming(0.0, 10, 11, 0.5, 1.5),
+    ]
+    section = summarize(made, SLO)
+    assert section["slo_attainment"] == pytest.approx(2 / 3)
+    assert section["goodput"] == pytest.approx(1.5 / 3.5)
+    by_class = {name: c["slo_attainment"] for name, c in section["classes"].items()}
+    assert by_class == {"batch": 1.0, "interactive": 0.0, "standard": 1.0}
+    assert "classes" not in summarize(made[2:], SLO)

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from flexllm_jax.finetune.data.formats import TrainingSequence
 
 
-def pack(sequences: Sequence[TrainingSequence], max_tokens: int) -> list[list[TrainingSequence]]:
+def pack(
+    sequences: Sequence[TrainingSequence], max_tokens: int, target: int | None = None
+) -> list[list[TrainingSequence]]:
     """First fit in the given order: each sequence goes to the first microbatch with room for it.
 
-    No microbatch has more than `max_tokens` tokens. ValueError for a sequence that has more alone.
+    No microbatch has more than `target` tokens (default `max_tokens`), unless a sequence alone has.
+    ValueError for one that has more than `max_tokens`.
     """
+    target = max_tokens if target is None else target
     microbatches: list[list[TrainingSequence]] = []
     room: list[int] = []
     for sequence in sequences:
@@ -28,7 +32,7 @@ def pack(sequences: Sequence[TrainingSequence], max_tokens: int) -> list[list[Tr
         index = next((i for i, free in enumerate(room) if free >= tokens), len(room))
         if index == len(room):
             microbatches.append([])
-            room.append(max_tokens)
+            room.append(target)
         microbatches[index].append(sequence)
         room[index] -= tokens
     return microbatches
