@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from scheduler.config import SchedulerConfig
 from scheduler.latency import LatencyModel, StepFeatures
-from scheduler.progress import Progress, UnitCosts
+from scheduler.progress import Progress
 
 
 class Allowance(NamedTuple):
@@ -58,6 +59,9 @@ class Choice(NamedTuple):
     features: StepFeatures
 
 
+_NO_CHOICE = Choice(0, 0, StepFeatures())
+
+
 def choose(
     features: StepFeatures,
     forward: Progress | None,
@@ -74,47 +78,41 @@ def choose(
     """
     if allowance.budget_s == math.inf:
         return _largest(features, forward, backward, allowance, config)
-    costs = unit_costs(latency)
+    budget_s, correction = allowance.budget_s, latency.unit_correction
+    limit_s = max(latency.forward_s(features), min(allowance.forward_s, budget_s))
     token_s = _token_s(latency, config)
-    free_s = latency.forward_s(features)
-    limit_s = max(free_s, min(allowance.forward_s, allowance.budget_s))
-    both = forward is not None and backward is not None
-    left_tokens = forward.left_after(0) if forward else 0
-    left_units = backward.total_units - backward.units_done if backward else 0
-    best, best_merit = Choice(0, 0, features), (0.0, 0.0, 0, 0)
+    best_tokens, best_units, best_features = 0, 0, features
+    best_merit = (0.0, 0.0, 0, 0)
     for tokens, candidate in _forwards(features, forward, allowance, config):
         forward_s = latency.forward_s(candidate)
         if tokens and forward_s > limit_s:
-            continue
-        lane = backward or (forward if forward and forward.left_after(tokens) == 0 else None)
-        units = 0
-        if lane:
-            affordable = lane.affordable(allowance.budget_s - forward_s, costs)
-            units = int(min(affordable, allowance.units))
-            candidate = lane.with_units(candidate, units)
-        unit_s = latency.unit_s(candidate)
-        step_s = forward_s + unit_s
-        value = tokens * token_s + unit_s
-        if both:
-            progress = min(tokens / left_tokens, units / left_units)
+            break  # and so will be all larger buckets
+        lane, units, unit_s = _lane(forward, backward, tokens), 0, 0.0
+        if lane and correction:
+            units = int(min(lane.affordable((budget_s - forward_s) / correction), allowance.units))
+            unit_s = (lane.cost(lane.units_done + units) - lane.cost(lane.units_done)) * correction
+        value, step_s = tokens * token_s + unit_s, forward_s + unit_s
+        if forward and backward:
+            left = backward.total_units - backward.units_done
+            progress = min(tokens / forward.left_after(0), units / left)
         else:
             progress = value
         merit = (progress / step_s if step_s else progress, value, tokens, units)
         if merit > best_merit:
-            best, best_merit = Choice(tokens, units, candidate), merit
-    if allowance.least and not best.tokens and not best.units:
-        return _smallest(features, forward, backward, config)
-    return best
+            best_merit = merit
+            best_tokens, best_units, best_features = tokens, units, candidate
+    if not best_tokens and not best_units:
+        return _smallest(features, forward, backward, config) if allowance.least else _NO_CHOICE
+    if lane := _lane(forward, backward, best_tokens):
+        best_features = lane.with_units(best_features, best_units)
+    return Choice(best_tokens, best_units, best_features)
 
 
-def unit_costs(latency: LatencyModel) -> UnitCosts:
-    """Seconds of units, as the latency model has them now."""
-    by, correction = latency.coefficients, latency.unit_correction
-    return UnitCosts(
-        by["loss_units"] * correction,
-        by["layer_units"] * correction,
-        by["backward_pairs"] * correction,
-    )
+def _lane(forward: Progress | None, backward: Progress | None, tokens: int) -> Progress | None:
+    """The microbatch whose units may follow a forward of `tokens`."""
+    if backward is None and forward is not None and forward.left_after(tokens) == 0:
+        return forward
+    return backward
 
 
 def _token_s(latency: LatencyModel, config: SchedulerConfig) -> float:
@@ -128,18 +126,17 @@ def _forwards(
     forward: Progress | None,
     allowance: Allowance,
     config: SchedulerConfig,
-) -> list[tuple[int, StepFeatures]]:
-    """For every bucket the longest forward it has room for, and none; with the step's features."""
-    candidates = [(0, features)]
+) -> Iterator[tuple[int, StepFeatures]]:
+    """No forward, then the longest one that each bucket has room for, with the step's features."""
+    yield 0, features
     if forward is None:
-        return candidates
+        return
     used, longest = features.decode_tokens + features.prefill_tokens, 0
     for bucket in config.token_buckets:
         tokens = forward.next_forward(int(min(bucket - used, allowance.tokens)))
         if tokens > longest:
             longest = tokens
-            candidates.append((tokens, forward.with_forward(features, tokens, bucket)))
-    return candidates
+            yield tokens, forward.with_forward(features, tokens, bucket)
 
 
 def _largest(
@@ -149,10 +146,8 @@ def _largest(
     allowance: Allowance,
     config: SchedulerConfig,
 ) -> Choice:
-    tokens, features = _forwards(features, forward, allowance, config)[-1]
-    lane, units = backward, 0
-    if not lane and forward and forward.left_after(tokens) == 0:
-        lane = forward
+    *_, (tokens, features) = _forwards(features, forward, allowance, config)
+    lane, units = _lane(forward, backward, tokens), 0
     if lane:
         units = int(min(lane.total_units - lane.units_done, allowance.units))
         features = lane.with_units(features, units)

@@ -139,16 +139,16 @@ class FinetuneQueue:
 
     def repeats(self, plan: StepPlan) -> int:
         """How many more steps can hold as many tokens and units as `plan`, and end neither part."""
-        if plan.features.loss_units:
-            return 0  # layer units differ from them
-        count = 1 << 30
+        loss_units, count = plan.features.loss_units, 1 << 30
         for work, progress in self._worked_on(plan):
             if progress is None:
                 return 0
             if isinstance(work, FinetuneForward):
                 count = min(count, (progress.left_after(0) - 1) // work.length)
             else:
-                left = progress.total_units - progress.units_done
+                # Units of one kind cost the same, nearly.
+                end = progress.windows if loss_units else progress.total_units
+                left = end - progress.units_done if loss_units in (0, len(work.units)) else 0
                 count = min(count, (left - 1) // len(work.units))
         return max(0, count)
 
@@ -179,7 +179,7 @@ class FinetuneQueue:
             return None
         progress = self._candidate
         if progress is None or progress.microbatch is not microbatch:
-            progress = self._candidate = Progress(microbatch, self.config)
+            progress = self._candidate = Progress(microbatch, self.config, self.latency)
         needed = sum(map(self.pool.pages_for, microbatch.lengths))
         if self.jobs.was_parked(microbatch) and headroom:
             # Inference must moreover leave half of what the microbatch does not need: the same

@@ -10,27 +10,21 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from typing import NamedTuple
-
 from scheduler.config import SchedulerConfig
-from scheduler.latency import StepFeatures
+from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.request import Microbatch
-
-
-class UnitCosts(NamedTuple):
-    """Seconds of a loss unit, of a layer unit without its attention, and of one of its (query, key)
-    pairs."""
-
-    loss_s: float
-    layer_s: float
-    pair_s: float
 
 
 class Progress:
     """A microbatch in work, or about to be: `forwarded` of its tokens and `units_done` of its units
-    are dispatched. `pages` are those of each packed sequence; `slot` is the first it holds."""
+    are dispatched. `pages` are those of each packed sequence; `slot` is the first it holds.
 
-    def __init__(self, microbatch: Microbatch, config: SchedulerConfig) -> None:
+    The cost of units is in seconds before `LatencyModel.unit_correction`.
+    """
+
+    def __init__(
+        self, microbatch: Microbatch, config: SchedulerConfig, latency: LatencyModel
+    ) -> None:
         self.microbatch = microbatch
         self.pages: tuple[tuple[int, ...], ...] = ()
         self.slot = 0
@@ -47,6 +41,12 @@ class Progress:
         starts = range((self.windows - 1) * self.window, -1, -self.window)
         pairs = [self._extent(s, min(s + self.window, self.tokens))[0] for s in starts]
         self._sweep_pairs = [0, *itertools.accumulate(pairs)]
+        by = latency.coefficients
+        self._loss_s = by["loss_units"]
+        self._sweep_s = [
+            i * by["layer_units"] + n * by["backward_pairs"]
+            for i, n in enumerate(self._sweep_pairs)
+        ]
 
     @property
     def slots(self) -> int:
@@ -96,31 +96,27 @@ class Progress:
             backward_pairs=self._pairs(last) - self._pairs(first),
         )
 
-    def affordable(self, seconds: float, costs: UnitCosts) -> int:
-        """How many of the next units fit in `seconds`."""
+    def affordable(self, seconds: float) -> int:
+        """How many of the next units cost no more than `seconds` together."""
+        first, last, windows = self.units_done, self.total_units, self.windows
+        target = self.cost(first) + seconds * (1 + 1e-12)
         if seconds <= 0:
             return 0
-        first, left = self.units_done, self.total_units - self.units_done
-        if seconds >= self._cost(first + left, costs) - self._cost(first, costs):
-            return left
-        target = seconds + self._cost(first, costs) + 1e-12
-        loss_s = self.windows * costs.loss_s
-        if target < loss_s:
-            return int(target / costs.loss_s) - first
-        sweep_s = self.windows * costs.layer_s + self._sweep_pairs[-1] * costs.pair_s
-        sweeps, rest = divmod(target - loss_s, sweep_s)
-        within = bisect.bisect_right(
-            range(1, self.windows + 1),
-            rest,
-            key=lambda i: i * costs.layer_s + self._sweep_pairs[i] * costs.pair_s,
-        )
-        return max(0, self.windows * (1 + int(sweeps)) + within - first)
+        if target >= self.cost(last):
+            return last - first
+        target -= windows * self._loss_s
+        if target < 0:
+            return int(target / self._loss_s + windows) - first
+        sweeps, rest = divmod(target, self._sweep_s[-1])
+        within = bisect.bisect_right(self._sweep_s, rest) - 1
+        return max(0, windows * (1 + int(sweeps)) + within - first)
 
-    def _cost(self, unit: int, costs: UnitCosts) -> float:
+    def cost(self, unit: int) -> float:
         """Seconds of the first `unit` units."""
-        layer = max(0, unit - self.windows)
-        loss_s = min(unit, self.windows) * costs.loss_s
-        return loss_s + layer * costs.layer_s + self._pairs(unit) * costs.pair_s
+        if unit <= self.windows:
+            return unit * self._loss_s
+        sweeps, rest = divmod(unit - self.windows, self.windows)
+        return self.windows * self._loss_s + sweeps * self._sweep_s[-1] + self._sweep_s[rest]
 
     def _pairs(self, unit: int) -> int:
         """(Query, key) pairs of the first `unit` units."""

@@ -139,8 +139,7 @@ class SimulatedEngine:
         return math.inf if self._waits else self.now
 
     def add(self, request: Request) -> None:
-        """A request arrives; `advance` to its arrival before."""
-        self._land(request.arrival)
+        """A request arrives at its arrival, up to which `advance` has been called."""
         self.scheduler.add(request)
         if self._waits:
             self._waits, self.now = False, max(self.now, request.arrival)

@@ -69,7 +69,7 @@ class DynamicTemporal:
             return True
         if not self._own_turn and self._microbatch and step.running:
             slack_s, _ = slack(step, step.running + step.waiting[:1])
-            needed_s = _seconds(Progress(self._microbatch, step.config), step)
+            needed_s = _seconds(Progress(self._microbatch, step.config, step.latency), step)
             self._own_turn = needed_s <= slack_s * step.latency.margin
         return not self._own_turn
 
