@@ -44,7 +44,7 @@ gpu-compile: $(GPU_VENV)/.compiler
 	$(GPU_VENV)/bin/python scripts/gpu_compile.py $(if $(QUICK),--quick --chip h200)
 
 bench: $(VENV)/.test
-	$(BIN)/python scripts/benchmark.py
+	$(BIN)/python scripts/benchmark_peft.py
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info

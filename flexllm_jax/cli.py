@@ -18,7 +18,7 @@ from typing import NoReturn
 import transformers
 from rich import get_console
 
-from flexllm_jax.config import Config, ConfigError, describe, load_config
+from flexllm_jax.config import Config, ConfigError, Root, Section, describe, load_config
 from flexllm_jax.engine.cache import CacheError
 from flexllm_jax.finetune.checkpoint import CheckpointError
 from flexllm_jax.finetune.data.rows import DatasetError
@@ -45,14 +45,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help tells more)\n")
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with `--config` and `--set`, whose `--help` lists every field.
+def make_parser(description: str | None, root: type[Section] = Config) -> argparse.ArgumentParser:
+    """A parser with `--config` and `--set`, whose `--help` lists every field of `root`.
 
     `description` is a script's docstring, of which the first paragraph is taken.
     """
     parser = _Parser(
         description=(description or "").split("\n\n")[0],
-        epilog=f"Fields of the configuration:\n\n{describe()}",
+        epilog=f"Fields of the configuration:\n\n{describe(root)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -69,9 +69,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def read_config(arguments: argparse.Namespace) -> Config:
+def read_config(arguments: argparse.Namespace, root: type[Root] = Config) -> Root:
     """The configuration that the arguments name; ConfigError when it cannot be used."""
-    return load_config(arguments.config, arguments.overrides)
+    return load_config(arguments.config, arguments.overrides, root)
 
 
 def without_jobs(config: Config) -> Config:

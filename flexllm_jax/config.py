@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -63,10 +63,11 @@ __all__ = [
 ]
 
 Location = tuple[str | int, ...]
+Root = TypeVar("Root", bound=Section)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file `path`, apply `overrides` (`a.b=c`, in order), validate.
+def load_config(path: str | Path, overrides: Sequence[str] = (), root: type[Root] = Config) -> Root:
+    """Read the YAML file `path`, apply `overrides` (`a.b=c`, in order), validate as a `root`.
 
     Raises ConfigError: file missing or not YAML, unknown field, wrong type or range, bad --set.
     """
@@ -82,22 +83,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: the file must hold `section: ...` fields, not a {_kind(tree)}")
     for override in overrides:
-        _set(tree, override)
-    return build_config(tree, source=str(path))
+        _set(tree, override, root)
+    return build_config(tree, str(path), root)
 
 
-def build_config(tree: dict[str, Any], source: str = "config") -> Config:
+def build_config(tree: dict[str, Any], source: str = "config", root: type[Root] = Config) -> Root:
     """Validate a tree of plain values; `source` opens the error message."""
     try:
-        return Config.model_validate(tree)
+        return root.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error)}") from None
+        raise ConfigError(f"{source}: {_explain(error, root)}") from None
 
 
-def describe() -> str:
+def describe(root: type[Section] = Config) -> str:
     """Every field, one a line, with type, default and description, for `--help` of the scripts."""
     lines = []
-    for name, field in _walk(Config):
+    for name, field in _walk(root):
         default = field.get_default(call_default_factory=True)
         given = "required" if field.is_required() else f"default {_yaml_value(default)}"
         lines.append(f"  {name} ({given})\n      {field.description}")
@@ -158,13 +159,13 @@ def _parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
 
 
-def _set(tree: dict[str, Any], override: str) -> None:
+def _set(tree: dict[str, Any], override: str, root: type[Section]) -> None:
     """Set one `a.b.0.c=value`, making missing sections; an index one past a list's end appends."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: must be field=value, such as finetune.jobs.0.seed=1")
-    keys = _full_name(keys)
+    keys = _full_name(keys, root)
     value = _parse_yaml(text, f"--set {override}")
     parent: Any = tree
     for depth, key in enumerate(keys):
@@ -189,12 +190,12 @@ def _set(tree: dict[str, Any], override: str) -> None:
         parent = parent[index]
 
 
-def _full_name(keys: list[str]) -> list[str]:
+def _full_name(keys: list[str], root: type[Section]) -> list[str]:
     """Complete a last key that is no field of its section but of just one section below it.
 
     `finetune.jobs.0.lr` is short for `finetune.jobs.0.optimizer.lr`.
     """
-    section = _section_of(tuple(int(key) if key.isdecimal() else key for key in keys[:-1]))
+    section = _section_of(tuple(int(key) if key.isdecimal() else key for key in keys[:-1]), root)
     if section is None or keys[-1] in section.model_fields:
         return keys
     names = [name.split(".") for name, _ in _walk(section)]
@@ -205,15 +206,15 @@ def _full_name(keys: list[str]) -> list[str]:
 # --- what is wrong, in one line
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, root: type[Section]) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
     loc, given = first["loc"], first.get("input")
     field = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
-        text = f"{field}: unknown field (value {_short(given)}); {_suggest(loc)}"
+        text = f"{field}: unknown field (value {_short(given)}); {_suggest(loc, root)}"
     elif first["type"] == "missing":
-        described = _field_at(loc)
+        described = _field_at(loc, root)
         about = f" ({described.description})" if described else ""
         text = f"{field}: required field is missing; add it{about}"
     elif first["type"] == "value_error":
@@ -229,13 +230,13 @@ def _explain(error: ValidationError) -> str:
     return _one_line(text) + (f" (and {more} more)" if more else "")
 
 
-def _field_at(loc: Location) -> FieldInfo | None:
-    section = _section_of(loc[:-1])
+def _field_at(loc: Location, root: type[Section]) -> FieldInfo | None:
+    section = _section_of(loc[:-1], root)
     return section.model_fields.get(str(loc[-1])) if section else None
 
 
-def _section_of(loc: Location) -> type[Section] | None:
-    section: type[Section] | None = Config
+def _section_of(loc: Location, root: type[Section]) -> type[Section] | None:
+    section: type[Section] | None = root
     for key in loc:
         if isinstance(key, str):
             field = section.model_fields.get(key) if section else None
@@ -243,12 +244,12 @@ def _section_of(loc: Location) -> type[Section] | None:
     return section
 
 
-def _suggest(loc: Location) -> str:
-    key, section = str(loc[-1]), _section_of(loc[:-1]) or Config
+def _suggest(loc: Location, root: type[Section]) -> str:
+    key, section = str(loc[-1]), _section_of(loc[:-1], root) or root
     near = difflib.get_close_matches(key, section.model_fields, n=1)
     if near:
         return f"did you mean {'.'.join(map(str, (*loc[:-1], near[0])))}?"
-    elsewhere = [name for name, _ in _walk(Config) if name.rsplit(".", 1)[-1] == key]
+    elsewhere = [name for name, _ in _walk(root) if name.rsplit(".", 1)[-1] == key]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
     return f"known here: {', '.join(section.model_fields)}"

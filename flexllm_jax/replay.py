@@ -42,7 +42,7 @@ def prepare_requests(workload: WorkloadSection, tokenizer: Any) -> list[ReplayRe
     tokenizer's chat template if it has one. Raises ConfigError for a trace or prompts that cannot
     be used.
     """
-    arrivals = _arrivals(workload)[: workload.max_requests]
+    arrivals = read_arrivals(workload)[: workload.max_requests]
     if not arrivals:
         raise ConfigError(
             "workload.arrivals: no request arrives; raise workload.arrivals.rate or duration_s"
@@ -192,7 +192,8 @@ class Replay:
         self.failures[re.sub(r"^request '\d+': ", "", reason)] += 1
 
 
-def _arrivals(workload: WorkloadSection) -> list[Arrival]:
+def read_arrivals(workload: WorkloadSection) -> list[Arrival]:
+    """The arrivals of a trace, or made-up ones. ConfigError for a trace that cannot be used."""
     if workload.trace is not None:
         try:
             return load_trace(workload.trace, workload.time_scale)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+
 from scheduler.config import SchedulerConfig
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.request import Microbatch

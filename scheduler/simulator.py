@@ -21,13 +21,31 @@ from typing import Any
 import numpy as np
 
 from scheduler.coserving import Scheduler
-from scheduler.latency import LatencyModel
+from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.request import Microbatch, Request, Slo, StepPlan
 from scheduler.slo import RequestTiming, summarize
 from scheduler.workload import Arrival
 
 _NO_TOKENS: tuple[int, ...] = (0,) * (1 << 17)  # prompts are lengths; nobody reads their tokens
 _AHEAD = 2  # microbatches queued beside the one that goes backward
+
+
+class PerfectModel(LatencyModel):
+    """Knows the device, and how long the step being planned will take beside what is usual."""
+
+    pace = 1.0  # and `unit_correction`, which scales units
+
+    @property
+    def margin(self) -> float:
+        """No prediction is wrong."""
+        return 1.0
+
+    def forward_s(self, features: StepFeatures) -> float:
+        """Seconds of the forward program."""
+        return self.pace * super().forward_s(features)
+
+    def observe(self, features: StepFeatures, seconds: float) -> None:
+        """Nothing to learn."""
 
 
 class FinetuneSupply:
@@ -121,6 +139,7 @@ class SimulatedEngine:
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
         self._paces = iter(())
+        self._pace = self._draw_pace()
         self._in_flight: deque[_InFlight] = deque()
         self._device_free = 0.0
         self._leap: _Leap | None = None
@@ -164,9 +183,12 @@ class SimulatedEngine:
         if supply:
             while scheduler.microbatches_of(supply.job) <= _AHEAD:
                 scheduler.add(supply.next())
+        if isinstance(scheduler.latency, PerfectModel):
+            scheduler.latency.pace = scheduler.latency.unit_correction = self._pace
         plan = scheduler.plan(self.now)
         if plan:
-            self._dispatch(plan)
+            self._dispatch(plan, self._pace)
+            self._pace = self._draw_pace()
         elif not self._in_flight:
             self._waits = True
             return
@@ -177,8 +199,7 @@ class SimulatedEngine:
             if self.leaps:
                 self._plan_leap(step)
 
-    def _dispatch(self, plan: StepPlan) -> None:
-        pace = self._pace()
+    def _dispatch(self, plan: StepPlan, pace: float) -> None:
         forward_s = self.device.forward_s(plan.features) * pace
         seconds = forward_s + self.device.unit_s(plan.features) * pace
         start = max(self._device_free, self.now + self.host_s)
@@ -213,8 +234,8 @@ class SimulatedEngine:
             )
         self._sample()
 
-    def _pace(self) -> float:
-        """How much longer than predicted a step takes."""
+    def _draw_pace(self) -> float:
+        """How much longer than usual the next step takes."""
         if not self.noise:
             return 1.0
         for pace in self._paces:

@@ -70,7 +70,9 @@ def case(request, tmp_path_factory):
     )
     adapter = save_random_adapter(path, folder / "adapter", r=3, lora_alpha=5)
     rows = write_rows(folder / "rows.jsonl", letter_rows(16, longest=80, seed=4))
-    yield SimpleNamespace(llm=llm, path=path, adapter=adapter, rows=rows, finetune=finetune, slots=set())
+    yield SimpleNamespace(
+        llm=llm, path=path, adapter=adapter, rows=rows, finetune=finetune, slots=set()
+    )
     llm.close()
 
 
