@@ -107,8 +107,11 @@ class Run:
         """Whether a job has work left."""
         return any(job.status == "running" for job in self.jobs)
 
-    def watch(self, display: Display, *, wait_for_jobs: bool = True) -> None:
-        """Replay, and return when every request is answered and (`wait_for_jobs`) every job done.
+    def watch(
+        self, display: Display, *, wait_for_jobs: bool = True, at_least_s: float = 0.0
+    ) -> None:
+        """Replay, and return when every request is answered and (`wait_for_jobs`) every job done,
+        but not before the run is `at_least_s` seconds old.
 
         Raises RuntimeError when the engine fails.
         """
@@ -120,7 +123,8 @@ class Run:
                 self._sample()
             display.update(self)
             answered = self.replay is None or self.replay.finished
-            if answered and not (wait_for_jobs and self.jobs_running):
+            over = answered and self.wall_s >= at_least_s
+            if over and not (wait_for_jobs and self.jobs_running):
                 return
             if not self.llm.alive:
                 raise RuntimeError("the engine has failed; the traceback above says how")

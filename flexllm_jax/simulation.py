@@ -137,6 +137,9 @@ class SimulationConfig(Section):
         description="What the scheduler knows of step times: the model and what it measures, every "
         "step's time before it runs, or the model alone.",
     )
+    believed_scale: Float = Field(
+        default=1.0, gt=0, description="Step times the scheduler starts from, over the true ones."
+    )
     slo: SloSection = Field(
         default_factory=lambda: SloSection(tpot_ms=50.0), description="Objective."
     )
@@ -274,7 +277,7 @@ def _make_engine(
         finetune_floor=sizes.finetune_floor,
     )
     truth = device_latency(config, share and (1 - share if finetunes_only else share))
-    believed = truth.copy(online=config.knowledge == "learnt")
+    believed = truth.copy(scale=config.believed_scale, online=config.knowledge == "learnt")
     if config.knowledge == "perfect":
         believed = PerfectModel(truth.bases, truth.coefficients)
     trains = supply is not None and policy != "inference_only"

@@ -1,22 +1,21 @@
 """Chooses a step's finetuning: the token bucket, forward tokens, and backward units.
 
-Inference's part of the step is given and takes its time whether or not finetuning comes along. The
-step's (bucket, forward tokens, units) shall maximize finetuning progress per second within the
-budget. With one microbatch forward and one backward, neither shall wait for the other in the end,
-so progress is that of the lane that falls behind,
+Inference's part of the step is given and takes its time whether or not finetuning comes along. What
+is chosen is the bucket: it is filled with forward tokens, as padding costs as much, and what is left
+of the time budget is filled with units, as more work then shares the fixed cost of the step. With
+one microbatch forward and one backward, steps take their whole budget, and neither microbatch shall
+wait for the other in the end: the best bucket is that of the largest
 
-    min(tokens / tokens left, units / units left) / seconds of the step
+    min(tokens / tokens left, units / units left)
 
 which spreads the forward evenly over the steps of the backward: a few tokens in every step are
-nearly free as long as reading weights bounds it, and many in one are not. With one lane alone,
+nearly free as long as reading weights bounds it, and many in one are not. With one lane alone it is
+that of the most progress per second,
 
     (tokens x what a token costs in a full step + seconds of units) / seconds of the step
 
-counts the work in seconds that it would take by itself. Either way padding gets filled, larger
-buckets are taken as long as their tokens are cheap, and units get the rest of the budget, as more
-work then shares the fixed cost of a step. For a given bucket the best forward is the longest and
-the best number of units the largest that fits, so trying every bucket finds the optimum (a test
-compares with brute force).
+where work counts as the seconds that it would take by itself. Every bucket is tried; a test compares
+with brute force.
 """
 
 from __future__ import annotations
@@ -96,8 +95,8 @@ def choose(
             left = backward.total_units - backward.units_done
             progress = min(tokens / forward.left_after(0), units / left)
         else:
-            progress = value
-        merit = (progress / step_s if step_s else progress, value, tokens, units)
+            progress = value / step_s if step_s else value
+        merit = (progress, value, tokens, units)
         if merit > best_merit:
             best_merit = merit
             best_tokens, best_units, best_features = tokens, units, candidate

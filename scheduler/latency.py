@@ -107,7 +107,9 @@ class LatencyModel:
         self._mean_correction = 1.0  # for the others
         self._observed: dict[int | None, int] = {}  # observations of a bucket, or (None) of units
         self._error_size = spread / 2  # running mean
-        self._recent_errors: deque[float] = deque(maxlen=_RECENT)
+        self.observations = 0
+        # (features, seconds, error) of the newest observations
+        self.recent: deque[tuple[StepFeatures, float, float]] = deque(maxlen=_RECENT)
 
     @classmethod
     def fit(cls, samples: Iterable[tuple[StepFeatures, float]]) -> LatencyModel:
@@ -135,9 +137,11 @@ class LatencyModel:
             dict(zip(COEFFICIENTS, solution[len(buckets) :].tolist(), strict=True)),
         )
 
-    def copy(self, *, online: bool = True) -> LatencyModel:
-        """The same model without what it has observed."""
-        return LatencyModel(self.bases, self.coefficients, spread=self.spread, online=online)
+    def copy(self, *, scale: float = 1.0, online: bool = True) -> LatencyModel:
+        """The same model, its seconds multiplied by `scale`, without what it has observed."""
+        bases = {bucket: scale * seconds for bucket, seconds in self.bases.items()}
+        coefficients = {name: scale * seconds for name, seconds in self.coefficients.items()}
+        return LatencyModel(bases, coefficients, spread=self.spread, online=online)
 
     # ---- predicting ----
 
@@ -201,7 +205,8 @@ class LatencyModel:
         if forward_s + unit_s <= 0 or not 0 < seconds < float("inf"):
             return
         error = seconds / (forward_s + unit_s) - 1
-        self._recent_errors.append(error)
+        self.observations += 1
+        self.recent.append((features, seconds, error))
         # The quantile of a stream: up when exceeded, down when not, in proportion to the odds.
         self._error_size += 0.05 * (min(abs(error), 1.0) - self._error_size)
         odds = _QUANTILE if error > self.spread else _QUANTILE - 1
@@ -224,15 +229,20 @@ class LatencyModel:
         count = self._observed[key] = self._observed.get(key, 0) + 1
         return max(0.05, 1 / count)
 
+    def keep(self, observations: int) -> None:
+        """Keep so many of the newest in `recent`."""
+        self.recent = deque(self.recent, maxlen=observations)
+
     def errors(self) -> dict[str, float | int | None]:
         """How far off the last 1,000 predictions were, before they were learnt from: measured /
         predicted - 1, as median and 95 % quantile of its size and as its mean."""
-        errors = np.array(self._recent_errors)
+        newest = list(self.recent)[-_RECENT:]
+        errors = np.array([error for _, _, error in newest])
         if not errors.size:
             return {"observations": 0, "p50": None, "p95": None, "signed": None}
         p50, p95 = np.percentile(np.abs(errors), [50, 95])
         return {
-            "observations": sum(self._observed.values()) if self.online else len(errors),
+            "observations": self.observations,
             "p50": float(p50),
             "p95": float(p95),
             "signed": float(errors.mean()),

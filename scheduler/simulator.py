@@ -16,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -46,6 +46,16 @@ class PerfectModel(LatencyModel):
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """Nothing to learn."""
+
+
+class Supply(Protocol):
+    """A job that always has another microbatch."""
+
+    job: str
+
+    def next(self) -> Microbatch:
+        """The next microbatch."""
+        ...
 
 
 class FinetuneSupply:
@@ -119,7 +129,7 @@ class SimulatedEngine:
 
     scheduler: Scheduler
     device: LatencyModel
-    supply: FinetuneSupply | None = None
+    supply: Supply | None = None
     noise: float = 0.0
     host_s: float = 0.0
     seed: int = 0

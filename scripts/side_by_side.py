@@ -1,4 +1,4 @@
-"""The engine beside transformers + PEFT, in one run: what `benchmark_peft.py` and `gpu_suite.py` share.
+"""The engine beside transformers + PEFT, in one run: for `benchmark_peft.py` and `gpu_suite.py`.
 
 Round after round, ours and theirs in turn: finetuning tokens/s (LoRA on all seven projections,
 AdamW, one sequence a step) and decode tokens/s (greedy; `generate` on their side). Then the engine

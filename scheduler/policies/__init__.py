@@ -14,6 +14,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "coserving": CoServing,
     "coserving_no_slack": lambda: CoServing(use_slack=False),
     "coserving_no_filling": lambda: CoServing(fill_buckets=False),
+    "coserving_no_overlap": lambda: CoServing(overlap=False),
     "published": Published,
     "temporal_64": lambda: FixedTemporal(64),
     "temporal_128": lambda: FixedTemporal(128),

@@ -28,15 +28,15 @@ _FLOOR_STEP_S = 0.1  # what finetuning is owed by its floor is paid in steps of 
 class CoServing:
     """Fills every step up to the objective.
 
-    Two parts can be left out, to measure what they bring. `use_slack=False`: every step may take
-    one TPOT, whatever was won or lost before. `fill_buckets=False`: finetuning tokens do not go
-    beside inference, but in steps of their own.
+    Parts can be left out, to measure what they bring. `use_slack=False`: every step may take one
+    TPOT, whatever was won or lost before. `fill_buckets=False`: finetuning tokens do not go beside
+    inference, but in steps of their own. `overlap=False`: one microbatch at a time.
     """
 
-    overlap = True
-
-    def __init__(self, use_slack: bool = True, fill_buckets: bool = True) -> None:
-        self.use_slack, self.fill_buckets = use_slack, fill_buckets
+    def __init__(
+        self, use_slack: bool = True, fill_buckets: bool = True, overlap: bool = True
+    ) -> None:
+        self.use_slack, self.fill_buckets, self.overlap = use_slack, fill_buckets, overlap
         self._owed_s = 0.0  # time that finetuning should have had by its floor, and had not
         self._decode_s = 0.0  # seconds of the last step's inference
         self._steady = False  # the budget was one TPOT

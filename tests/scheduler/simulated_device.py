@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from scheduler.coserving import Scheduler
+from scheduler.policies import CoServing
 from scheduler.request import (
     Chunk,
     FinetuneForward,
@@ -227,7 +228,8 @@ class SimulatedEngine:
         for chunk in plan.prefill:
             known = len(chunk.sequence.tokens)
             assert chunk.length > 0 and chunk.start + chunk.length <= known
-        if not all(chunk.samples for chunk in plan.prefill) and not config.finetune_floor:
+        ours = isinstance(self.scheduler.policy, CoServing) and not config.finetune_floor
+        if ours and not all(chunk.samples for chunk in plan.prefill):
             assert not plan.forward and not plan.backward, "finetuning went before a prefill"
         features = plan.features
         assert features.decode_tokens == len(plan.decode)

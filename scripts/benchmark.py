@@ -1,0 +1,154 @@
+"""Run an experiment: ways to share a device, compared in simulation and on the real engine.
+
+`--config configs/benchmarks/NAME.yaml` names the systems, the loads, and what is the same for all;
+results go to output_dir as results.json, tables and plots. `--only simulation` or `--only engine`
+leaves the other half out.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from rich.console import Console
+from rich.progress import track
+
+from flexllm_jax.benchmark import (
+    BenchmarkConfig,
+    EngineExperiment,
+    SimulatedExperiment,
+    oracle_row,
+    run_engine,
+    simulated_twin,
+)
+from flexllm_jax.calibration import calibrate, predict_rows
+from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script, shows_progress
+from flexllm_jax.simulation import Simulation, simulate
+from flexllm_jax.simulation_report import comparison_table, figures, plot_series, plot_sweep
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Run the experiment that the configuration describes."""
+    parser = make_parser(__doc__, BenchmarkConfig)
+    parser.add_argument("--only", choices=["simulation", "engine"], help="run one half")
+    arguments = parser.parse_args()
+    config = read_config(arguments, BenchmarkConfig)
+    check_output_dir(config.output_dir)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    results: Row = {"title": config.title, "config": config.model_dump(mode="json")}
+    if config.paper_rows and arguments.only != "engine":
+        results["paper_rows"] = compare_with_paper(config, console)
+    if config.simulation and arguments.only != "engine":
+        results["simulation"] = run_simulations(config, config.simulation, console)
+    if config.engine and arguments.only != "simulation":
+        results["engine"] = run_engines(config, config.engine, console)
+    results["environment"] = {"machine": platform.machine(), "python": platform.python_version()}
+    file = config.output_dir / "results.json"
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    console.print(f"written: {config.output_dir}/ ({', '.join(written(config.output_dir))})")
+    return 0
+
+
+def written(folder: Path) -> list[str]:
+    """What the experiment left."""
+    return sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".png"))
+
+
+def compare_with_paper(config: BenchmarkConfig, console: Console) -> Row:
+    """Calibrate on some of the paper's measurements, and predict the others."""
+    spec = config.paper_rows
+    assert spec is not None
+    console.print(f"calibrating on {spec.model} of {spec.file}")
+    found = calibrate(spec)
+    rows = predict_rows(spec, found)
+    console.print(f"found: {json.dumps({k: round(v, 5) for k, v in found.items()})}")
+    for row in rows:
+        console.print(
+            f"{row['model']:<12} {row['rate']:>3g} req/s   TPOT {row['tpot_mean_ms']:5.1f}"
+            f" (paper {row['paper_tpot_mean_ms']:5.1f}, {row['tpot_mean_error']:+.0%})   finetuning"
+            f" {row['finetune_tokens_per_s']:5.0f} tok/s (paper"
+            f" {row['paper_finetune_tokens_per_s']:5.0f}, {row['finetune_error']:+.0%})"
+        )
+    return {"efficiency": found, "rows": rows}
+
+
+def run_simulations(
+    config: BenchmarkConfig, experiment: SimulatedExperiment, console: Console
+) -> list[Row]:
+    """Every system at every load of every panel."""
+    cases = list(experiment.cases())
+    rows, series = [], {}
+    for case in track(cases, "simulating", disable=not shows_progress(), transient=True):
+        made = simulate(case.config)
+        rows.append({"panel": case.panel, "system": case.system, "x": case.rate})
+        rows[-1] |= figures(made.report)
+        series[case.panel, case.system, case.rate] = made
+    show(rows, "in simulation", console)
+    if experiment.series_bin_s:
+        write_series(config.output_dir, experiment.series_bin_s, series, rows)
+    if len(experiment.rates) > 1:
+        plot_sweep(rows, config.output_dir / "simulation.png", f"{config.title}: simulation")
+    for line in experiment.conclusions(rows):
+        console.print(line)
+    return rows
+
+
+def write_series(out: Path, bin_s: float, runs: dict[tuple, Simulation], rows: list[Row]) -> None:
+    """Plot runs over time, and keep the points with their rows."""
+    for panel in dict.fromkeys(row["panel"] for row in rows):
+        chosen = {system: run for (of, system, _), run in runs.items() if of == panel}
+        plot_series(chosen, out / f"series_{panel.replace(' ', '_').lower()}.png", bin_s)
+    for row, run in zip(rows, runs.values(), strict=True):
+        row["series"] = {k: v.round(3).tolist() for k, v in run.series(bin_s).items()}
+
+
+def run_engines(
+    config: BenchmarkConfig, experiment: EngineExperiment, console: Console
+) -> list[Row]:
+    """Every system at every load on the real engine, each beside its simulation."""
+    rows: list[Row] = []
+    for case in experiment.cases(config.output_dir):
+        console.print(f"engine: {case.system} at {case.rate:.3g} requests/s")
+        measured = run_engine(case)
+        row = {"panel": "engine", "system": case.system, "x": case.rate, **measured.figures}
+        row["latency_model"] = measured.latency_errors
+        rows.append(row)
+        if experiment.simulate:
+            twin = simulated_twin(case, measured)
+            rows.append({"panel": "simulator", "system": case.system, "x": case.rate, **twin})
+        if experiment.oracle and case.system == experiment.systems_in_order[0]:
+            oracle = oracle_row(case, measured)
+            rows.append({"panel": "oracle", "system": case.system, "x": case.rate, **oracle})
+    show(rows, "on the engine", console)
+    for line in experiment.conclusions(rows):
+        console.print(line)
+    if len(experiment.rates) > 1:
+        shown = [row for row in rows if row["panel"] != "oracle"]
+        plot_sweep(shown, config.output_dir / "engine.png", f"{config.title}: engine")
+    return rows
+
+
+def show(rows: list[Row], where: str, console: Console) -> None:
+    """A table for each panel."""
+    for title, lines in grouped(rows):
+        console.print(comparison_table(lines, f"{title}, {where}"))
+
+
+def grouped(rows: list[Row]) -> Iterator[tuple[str, list[tuple[str, Row]]]]:
+    """The rows of each panel, labelled by system and load."""
+    for panel in dict.fromkeys(row["panel"] for row in rows):
+        lines = [
+            (f"{row['system']} at {row['x']:.3g}/s", row) for row in rows if row["panel"] == panel
+        ]
+        yield panel, lines
+
+
+if __name__ == "__main__":
+    run_script(main)
