@@ -1,10 +1,10 @@
 """Chooses a step's finetuning: the token bucket, forward tokens, and backward units.
 
-Inference's part of the step is given and takes its time whether or not finetuning comes along. What
-is chosen is the bucket: it is filled with forward tokens, as padding costs as much, and what is left
-of the time budget is filled with units, as more work then shares the fixed cost of the step. With
-one microbatch forward and one backward, steps take their whole budget, and neither microbatch shall
-wait for the other in the end: the best bucket is that of the largest
+Inference's part of the step is given and takes its time whether or not finetuning comes along.
+What is chosen is the bucket: it is filled with forward tokens, as padding costs as much, and what
+is left of the time budget is filled with units, as more work then shares the fixed cost of the
+step. With one microbatch forward and one backward, steps take their whole budget, and neither
+microbatch shall wait for the other in the end: the best bucket is that of the largest
 
     min(tokens / tokens left, units / units left)
 
@@ -14,8 +14,8 @@ that of the most progress per second,
 
     (tokens x what a token costs in a full step + seconds of units) / seconds of the step
 
-where work counts as the seconds that it would take by itself. Every bucket is tried; a test compares
-with brute force.
+where work counts as the seconds that it would take by itself. Every bucket is tried; a test
+compares with brute force.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Engine:
             for name, slo in slos.items()
         }
         self._plan_log: TextIO | None = None
-        latency = profile.measure(runner, progress=progress)
+        latency = profile.latency_model(runner, config, progress=progress)
         self.scheduler = self._make_scheduler(latency)
         self.directory = BankDirectory(config.adapters.slots)
         self.trainer = Trainer(

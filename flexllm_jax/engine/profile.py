@@ -1,36 +1,113 @@
-"""The start-up profile: a few real steps of every bucket and unit, timed, for the latency model.
+"""The latency model an engine starts with: a start-up profile, or the device's data sheet.
 
-What is timed are the engine's own programs on its own arrays. They write to pages and slots that
-nothing uses yet.
+The profile times the engine's own programs on its own arrays, a few runs for every coefficient of
+the model; they write to pages and slots that nothing uses yet. It is kept on disk for the next
+start of the same engine: same device, model, sizes, parallelism and versions.
 """
 
+import hashlib
+import json
+import logging
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import numpy as np
 from rich.progress import track
 
+from flexllm_jax.config import Config
 from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
 from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.roofline import ModelSpec, find_device, roofline
 
-_REPEATS = 3
-_LONG_CONTEXT = 256
+log = logging.getLogger(__name__)
+
+_REPEATS = 5
+_BUDGET_S = 20.0  # after which every case is run once only
+_LONG_CONTEXT = 1024
+_PACKAGES = ("flexllm_jax", "jax", "jaxlib")
+
+
+def latency_model(runner: Runner, config: Config, *, progress: bool) -> LatencyModel:
+    """The model that `scheduler.latency` asks for; a profile from disk if there is one."""
+    if config.scheduler.latency == "roofline":
+        return cold_model(runner)
+    key, folder = profile_key(runner, config), config.compile.cache_dir
+    if folder is None:
+        return measure(runner, progress=progress)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    file = folder / "latency" / f"{digest}.json"
+    if file.exists():
+        try:
+            if found := LatencyModel.load(file, key):
+                return found
+        except ValueError as error:
+            log.warning("%s; profiling anew", error)
+    model = measure(runner, progress=progress)
+    _save(model, file, key)
+    return model
+
+
+def _save(model: LatencyModel, file: Path, key: dict[str, str]) -> None:
+    """Keep a profile; without it the next start takes a little longer."""
+    unfinished = file.with_suffix(".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        model.save(unfinished, key)
+        unfinished.replace(file)
+    except OSError as error:
+        log.warning("the latency profile could not be kept in %s: %s", file, error)
+
+
+def profile_key(runner: Runner, config: Config) -> dict[str, str]:
+    """What a profile is valid for."""
+    versions = {name: version(name) for name in _PACKAGES}
+    return {
+        "device": runner.device.device_kind,
+        "model": repr(runner.model),
+        "sizes": repr(runner.sizes),
+        "num_pages": str(runner.num_pages),
+        "tp": str(config.parallel.tp),
+        "versions": json.dumps(versions, sort_keys=True),
+    }
+
+
+def cold_model(runner: Runner) -> LatencyModel:
+    """A roofline of the device; ValueError if its data sheet is not known."""
+    sizes, model = runner.sizes, runner.model
+    spec = ModelSpec(
+        "",
+        model.num_layers,
+        model.d_model,
+        model.d_ff,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        model.vocab_size,
+        sizes.dtype.itemsize,
+    )
+    device = find_device(runner.device.device_kind)
+    return roofline(device, spec, sizes.buckets, sizes.window, rank=sizes.bank.rank)
 
 
 def measure(runner: Runner, *, progress: bool) -> LatencyModel:
     """Time the runner's programs and fit the model to the fastest of a few repeats."""
     cases = list(_cases(runner))
     samples = []
+    started = time.perf_counter()
     for features, run in track(cases, "profiling", disable=not progress, transient=True):
         jax.block_until_ready(run())
         seconds = []
         for _ in range(_REPEATS):
-            started = time.perf_counter()
+            begun = time.perf_counter()
             jax.block_until_ready(run())
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - begun)
+            if time.perf_counter() - started > _BUDGET_S:
+                break
         samples.append((features, min(seconds)))
     runner.begin_backward()
     runner.clear_finetune()
@@ -38,54 +115,83 @@ def measure(runner: Runner, *, progress: bool) -> LatencyModel:
 
 
 def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
-    longest = min(
-        _LONG_CONTEXT, runner.sizes.max_model_len, runner.num_pages * runner.sizes.page_size
-    )
-    for bucket in runner.sizes.buckets:
-        decodes = min(bucket, runner.sizes.rows)
-        for context in (1, longest):
-            features = StepFeatures(bucket, decode_tokens=decodes, decode_kv=decodes * context)
-            yield features, _forward(runner, bucket, "base", [(context - 1, 1)] * decodes)
+    sizes = runner.sizes
+    longest = min(_LONG_CONTEXT, sizes.max_model_len, runner.num_pages * sizes.page_size)
+    for bucket in sizes.buckets:
+        decodes = min(bucket, sizes.rows)
+        for count in {decodes, max(1, decodes // 2)}:
+            for context in (1, longest):
+                features = StepFeatures(bucket, decode_tokens=count, decode_kv=count * context)
+                yield features, _forward(runner, bucket, [(context - 1, 1)] * count)
         chunk = min(bucket, longest)
-        for variant in ("base", "adapters"):
+        for cached in {0, longest - chunk}:
             features = StepFeatures(
                 bucket,
                 prefill_tokens=chunk,
-                attention_pairs=chunk * chunk,
-                adapters=variant == "adapters",
+                chunk_kv=cached + chunk,
+                attention_pairs=chunk * (cached + chunk),
             )
-            yield features, _forward(runner, bucket, variant, [(0, chunk)])
-    table = np.zeros((4, runner.sizes.slots), np.int32)
-    table[3] = runner.sizes.slots  # padding: the products are the same, no key is visible
+            yield features, _forward(runner, bucket, [(cached, chunk)])
+        chunk = min(chunk, sizes.slots)
+        for slots in {0, chunk}:
+            features = StepFeatures(
+                bucket,
+                prefill_tokens=chunk - slots,
+                finetune_tokens=slots,
+                chunk_kv=chunk,
+                attention_pairs=chunk * chunk,
+                adapters=True,
+            )
+            yield features, _forward(runner, bucket, [(0, chunk)], "adapters", slots)
+    yield from _unit_cases(runner)
+
+
+def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
+    """Units of one sequence that fills all slots: its first window, and its last."""
+    sizes, layers = runner.sizes, runner.model.num_layers
+    positions = np.arange(sizes.slots, dtype=np.int32)
+    table = np.zeros((4, sizes.slots), np.int32)
+    table[1], table[2] = positions, positions % (runner.num_pages * sizes.page_size)
     table = jax.device_put(table, runner.device)
-    units = runner.model.num_layers
-    weights = runner.zeros(runner.sizes.job_state["master"])
+    weights = runner.zeros(sizes.job_state["master"])
     scales = [{m: np.ones(1, np.float32) for m in layer} for layer in weights]
-    yield (
-        StepFeatures(layer_units=units),
-        lambda: [runner.layer_unit(layer, table, weights, scales, 0) for layer in range(units)][-1],
-    )
+
+    def all_layers(start: int) -> Callable[[], object]:
+        return lambda: [
+            runner.layer_unit(layer, table, weights, scales, start) for layer in range(layers)
+        ][-1]
+
+    for start in {0, sizes.slots - sizes.window}:
+        pairs = layers * sizes.window * (start + sizes.window)
+        yield StepFeatures(layer_units=layers, backward_pairs=pairs), all_layers(start)
     yield StepFeatures(loss_units=2), lambda: [runner.loss_unit(table, 0) for _ in range(2)][-1]
 
 
 def _forward(
-    runner: Runner, bucket: int, variant: str, chunks: list[tuple[int, int]]
+    runner: Runner,
+    bucket: int,
+    chunks: list[tuple[int, int]],
+    variant: str = "base",
+    finetune: int = 0,
 ) -> Callable[[], object]:
-    """A forward and a sample of sequences with (cached, new) tokens, all in the same pages."""
-    shape = runner.sizes.batch_shapes[bucket]
-    batch, vector = Batch.empty(
-        shape, runner.num_pages * runner.sizes.page_size, runner.sizes.slots
-    )
+    """A forward and a sample of sequences with (cached, new) tokens, all in the same pages; the
+    first `finetune` tokens are kept for a backward."""
+    sizes = runner.sizes
+    shape = sizes.batch_shapes[bucket]
+    batch, vector = Batch.empty(shape, runner.num_pages * sizes.page_size, sizes.slots)
     at = 0
     for s, (cached, new) in enumerate(chunks):
         batch.position[at : at + new] = np.arange(cached, cached + new)
         batch.kv_lengths[s] = cached + new
-        batch.page_tables[s] = np.arange(runner.sizes.pages_per_sequence) % runner.num_pages
+        batch.page_tables[s] = np.arange(sizes.pages_per_sequence) % runner.num_pages
         at += new
         batch.query_starts[s + 1 :] = at
+    batch.saved_row[:finetune] = np.arange(finetune)
+    if variant == "adapters":
+        batch.adapter[:at] = 0
     batch.num_decode[...] = sum(new == 1 for _, new in chunks)
     batch.num_sequences[...] = len(chunks)
-    rows = SamplingRows.neutral(shape.samples, no_row=runner.sizes.rows)
+    rows = SamplingRows.neutral(shape.samples, no_row=sizes.rows)
 
     def run() -> object:
         _, sampled = runner.forward(variant, bucket, vector)

@@ -104,9 +104,7 @@ def test_it_is_what_brute_force_finds(data):
 
 
 def test_the_cost_of_units_is_the_sum_of_single_ones():
-    latency = LatencyModel(
-        {}, {"loss_units": 0.3, "layer_units": 0.1, "backward_pairs": 1e-3}
-    )
+    latency = LatencyModel({}, {"loss_units": 0.3, "layer_units": 0.1, "backward_pairs": 1e-3})
     progress = Progress(Microbatch(0, (9, 5, 7)), config((16,)), latency)
     progress.forwarded = progress.tokens
     single, total = [], progress.total_units

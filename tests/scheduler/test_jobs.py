@@ -1,4 +1,4 @@
-"""Jobs share finetuning by weight and priority; pausing and cancelling take effect between steps."""
+"""Jobs share finetuning by weight and priority; pausing and cancelling work between steps."""
 
 from __future__ import annotations
 

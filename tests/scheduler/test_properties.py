@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 
 from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.latency import LatencyModel
+from scheduler.policies import POLICIES, make_policy
 from scheduler.request import Microbatch, Slo
 from tests.scheduler.simulated_device import SimulatedEngine, request
 
+# Policies that always get to all work in the end.
+ANY_POLICY = ("coserving_no_slack", "coserving_no_overlap", "published", "temporal_64")
 PATTERN = (0, 1, 0, 0, 1, 1, 1, 0, 0, 0, 1, 0)
 
 # Prompts begin alike, so that prefixes are shared.
@@ -63,6 +66,7 @@ configs = st.builds(
     max_finetune_segments=st.integers(1, 3),
     slo=st.sampled_from([Slo(), Slo(0.05, 0.5), Slo(0.001, 0.001)]),
     idle_step_s=st.sampled_from([math.inf, 0.05, 1e-9]),
+    finetune_floor=st.sampled_from([0.0, 0.0, 0.3]),
 )
 latencies = st.sampled_from(
     [
@@ -132,12 +136,15 @@ class History:
 @given(
     config=configs,
     latency=latencies,
+    policy=st.sampled_from(["coserving"] * 4 + [name for name in POLICIES if name in ANY_POLICY]),
     ahead=st.integers(0, 2),
     step_s=st.sampled_from([0.0, 0.02, 1.0]),
     program=st.lists(actions, min_size=5, max_size=40),
 )
-def test_any_history_keeps_every_invariant_and_ends(config, latency, ahead, step_s, program):
-    scheduler = Scheduler(config, LatencyModel(*latency))
+def test_any_history_keeps_every_invariant_and_ends(
+    config, latency, policy, ahead, step_s, program
+):
+    scheduler = Scheduler(config, LatencyModel(*latency), make_policy(policy))
     engine = SimulatedEngine(scheduler, ahead=ahead, step_s=step_s)
     history = History(engine)
     for name, *arguments in program:
