@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping
 from scheduler.admission import check_microbatch, check_request
 from scheduler.config import SchedulerConfig
 from scheduler.finetuning import FinetuneQueue, FinetuneWork
-from scheduler.inference import InferenceQueue
+from scheduler.inference import Decode, InferenceQueue
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.pages import PagePool
 from scheduler.policies import CoServing, Policy, Step
@@ -102,7 +102,7 @@ class Scheduler:
             work = finetuning.plan(step.features, policy.allowance(step), self._headroom())
         if not serves and not work:  # finetuning has no use for its turn
             self._plan_inference(step)
-        if not step.decode and not step.prefill and not work:
+        if not step.serving and not work:
             return None
         plan = self._dispatch(step, work)
         policy.planned(step, plan)
@@ -231,7 +231,7 @@ class Scheduler:
         """Decode, then prefill as far as the policy allows."""
         step.decode = self.inference.plan_decode()
         step.features = self._features(step.decode, [])
-        room = self.policy.token_limit(step) - len(step.decode)
+        room = self.policy.token_limit(step) - len(step.decode.chunks)
         step.prefill, step.backlog = self.inference.plan_prefill(room)
         if step.prefill:
             step.features = self._features(step.decode, step.prefill)
@@ -242,30 +242,28 @@ class Scheduler:
         coming = self.pool.pages_for(waiting[0].num_tokens) if waiting else 0
         return len(self.inference.running) + coming
 
-    def _features(self, decode: list[Chunk], prefill: list[Chunk]) -> StepFeatures:
+    def _features(self, decode: Decode, prefill: list[Chunk]) -> StepFeatures:
         buckets = self.config.token_buckets
         tokens = sum(chunk.length for chunk in prefill)
-        used = len(decode) + tokens
+        used = len(decode.chunks) + tokens
         keys = [chunk.start + chunk.length for chunk in prefill]
         return StepFeatures(
             token_bucket=buckets[bisect.bisect_left(buckets, used)] if used else 0,
-            decode_tokens=len(decode),
+            decode_tokens=len(decode.chunks),
             prefill_tokens=tokens,
-            decode_kv=sum([chunk.start for chunk in decode]) + len(decode),
+            decode_kv=decode.keys,
             chunk_kv=sum(keys),
             attention_pairs=sum(c.length * n for c, n in zip(prefill, keys, strict=True)),
-            adapters=any(
-                chunk.sequence.request.cache_salt is not None
-                for chunk in itertools.chain(decode, prefill)
-            ),
+            adapters=decode.adapters
+            or any(chunk.sequence.request.cache_salt is not None for chunk in prefill),
         )
 
     def _dispatch(self, step: Step, work: FinetuneWork | None) -> StepPlan:
-        """Make the plan, and count its chunks as computed."""
+        """Make the plan, and count its prefill as computed."""
         features = work.features if work else step.features
         plan = StepPlan(
             step=next(self._steps),
-            decode=tuple(step.decode),
+            decode=tuple(step.decode.chunks),
             prefill=tuple(step.prefill),
             forward=work.forward if work else None,
             backward=work.backward if work else None,
@@ -277,8 +275,8 @@ class Scheduler:
         )
         self.inference.preempted.clear()
         self._parked.clear()
-        for sequence, _, length, samples in itertools.chain(step.decode, step.prefill):
-            sequence.dispatch(length, samples)
+        for chunk in step.prefill:
+            chunk.sequence.dispatch_prefill(chunk.length, chunk.samples)
         for chunk in step.prefill:
             # Only now: a request of the same step must not read pages this step still writes.
             self.inference.publish(chunk.sequence)

@@ -11,11 +11,29 @@ from __future__ import annotations
 import bisect
 import heapq
 import itertools
-from typing import Protocol
+import math
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from scheduler.config import SchedulerConfig
 from scheduler.pages import PagePool
 from scheduler.request import Chunk, Request, Sequence, Status
+
+
+class Decode(NamedTuple):
+    """The decode tokens of a step, and what is known of all of them.
+
+    keys       KV entries they read
+    due        when the first of the next tokens is due
+    tpot_s     their smallest TPOT objective
+    adapters   whether any has an adapter
+    """
+
+    chunks: list[Chunk]
+    keys: int = 0
+    due: float = math.inf
+    tpot_s: float = math.inf
+    adapters: bool = False
 
 
 class Room(Protocol):
@@ -29,6 +47,9 @@ class Room(Protocol):
     def park(self) -> object:
         """Free some of them."""
         ...
+
+
+_make_chunk = partial(tuple.__new__, Chunk)  # twice as fast as Chunk itself
 
 
 def _priority(sequence: Sequence) -> tuple[float, int]:
@@ -61,21 +82,38 @@ class InferenceQueue:
             tokens=list(request.prompt),
             to_sample=request.max_tokens,
             due=request.arrival + slo.ttft_s,
+            tpot_s=slo.tpot_s,
+            has_adapter=request.cache_salt is not None,
         )
         self.sequences[request.request_id] = sequence
         bisect.insort(self.waiting, sequence, key=_priority)
 
-    def plan_decode(self) -> list[Chunk]:
-        """One token for every sequence whose prefill is dispatched, most urgent first."""
+    def plan_decode(self) -> Decode:
+        """Dispatch a token of every sequence whose prefill is dispatched, most urgent first."""
+        # The only loop of a plan over all running sequences: it is what the plan's time goes to.
         chunks: list[Chunk] = []
+        keys, earliest, least_s, adapters = 0, math.inf, math.inf, False
         page_size = self.pool.page_size
         for sequence in tuple(self.running):
             position = sequence.computed
             if position < sequence.prefill_end or not sequence.to_sample or sequence.row is None:
                 continue  # in its prefill; or drained; or preempted for a more urgent one just now
-            if position < len(sequence.pages) * page_size or self._grow(sequence, chunks):
-                chunks.append(Chunk(sequence, position, 1, True))
-        return chunks
+            if position >= len(sequence.pages) * page_size and not self._grow(sequence, chunks):
+                continue
+            chunks.append(_make_chunk((sequence, position, 1, True)))
+            sequence.computed = position = position + 1
+            sequence.in_flight += 1
+            sequence.to_sample -= 1
+            keys += position
+            due, tpot_s = sequence.due, sequence.tpot_s
+            if due < earliest:
+                earliest = due
+            if tpot_s < least_s:
+                least_s = tpot_s
+            sequence.due = due + tpot_s
+            if sequence.has_adapter:
+                adapters = True
+        return Decode(chunks, keys, earliest, least_s, adapters)
 
     def plan_prefill(self, room: int) -> tuple[list[Chunk], bool]:
         """Up to `room` prompt tokens, most urgent first, and whether some found no room."""
@@ -135,7 +173,7 @@ class InferenceQueue:
             sequence.tokens += tokens
             sequence.output += tokens
             sequence.last_token_at = now
-            sequence.due += count * sequence.slo.tpot_s
+            sequence.due += count * sequence.tpot_s
             missing = -(-sequence.computed // page_size) - len(sequence.pages)
             if missing > 0:
                 sequence.pages += self.pool.allocate(missing) or []

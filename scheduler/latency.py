@@ -5,9 +5,8 @@
 
 Bases and coefficients (all >= 0) are fitted from a profile taken at start-up, or come from a
 roofline of the device (`roofline.py`); the corrections follow what is measured. Nothing is
-negative, so more work never predicts less time, which the scheduler's searches rely on. The errors
-of recent predictions give the scheduler's safety margin. FlexLLM's f(c, s), section 6 of the
-paper, has the same role.
+negative, so more work in a bucket never predicts less time. The errors of recent predictions give
+the scheduler's safety margin. FlexLLM's f(c, s), section 6 of the paper, has the same role.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ class LatencyModel:
         )
 
     def copy(self, *, scale: float = 1.0, online: bool = True) -> LatencyModel:
-        """The same model, its seconds multiplied by `scale`, without what it has observed."""
+        """The same model, its seconds multiplied by `scale`, without its corrections."""
         bases = {bucket: scale * seconds for bucket, seconds in self.bases.items()}
         coefficients = {name: scale * seconds for name, seconds in self.coefficients.items()}
         return LatencyModel(bases, coefficients, spread=self.spread, online=online)
@@ -198,8 +197,9 @@ class LatencyModel:
         """Learn from a measured step.
 
         Without units it corrects the forward of its bucket; with units the rest of the time, after
-        the forward's, corrects them. A first observation counts fully, later ones ever less, and
-        from the twentieth on 5 %; none more than a factor of 2.
+        the forward's, corrects them, the more so the more of the step they are (and both alike,
+        while the bucket was never seen without). A first observation counts fully, later ones ever
+        less, and from the twentieth on 5 %; none more than a factor of 2.
         """
         forward_s, unit_s = self.forward_s(features), self.unit_s(features)
         if forward_s + unit_s <= 0 or not 0 < seconds < float("inf"):
@@ -213,19 +213,24 @@ class LatencyModel:
         self.spread = max(0.0, self.spread + 0.3 * self._error_size * odds)
         if not self.online:
             return
-        if features.has_units:
-            weight = self._weight(None)
-            ratio = max(seconds - forward_s, 0.0) / unit_s if unit_s > 0 else 1.0
+        bucket, whole = features.token_bucket, seconds / (forward_s + unit_s)
+        if unit_s > 0:
+            known = not bucket or bucket in self._observed
+            ratio = max(seconds - forward_s, 0.0) / unit_s if known else whole
+            weight = self._weight(None) * unit_s / (forward_s + unit_s)
             self.unit_correction *= 1 + weight * (min(max(ratio, 0.5), 2.0) - 1)
-            return
-        bucket = features.token_bucket
-        weight = self._weight(bucket)
+            if known:
+                return
+            weight = self._weight(-bucket)
+        else:
+            weight = self._weight(bucket)
         correction = self._corrections.get(bucket, self._mean_correction)
-        ratio = min(max(seconds / forward_s, 0.5), 2.0)
+        ratio = min(max(whole, 0.5), 2.0)
         self._corrections[bucket] = correction * (1 + weight * (ratio - 1))
         self._mean_correction = sum(self._corrections.values()) / len(self._corrections)
 
     def _weight(self, key: int | None) -> float:
+        """Of an observation of a bucket alone, of one (-bucket) with units, or (None) of units."""
         count = self._observed[key] = self._observed.get(key, 0) + 1
         return max(0.05, 1 / count)
 

@@ -91,6 +91,7 @@ class Sequence:
     due            when the token after all dispatched ones is due, in seconds on the clock of
                    `arrival`: the first at arrival + ttft_s, the n-th after it at its time +
                    n x tpot_s; inf while the first is in flight, as its time is not known yet
+    tpot_s, has_adapter   of `slo` and `request`, at hand
     """
 
     request: Request
@@ -99,6 +100,8 @@ class Sequence:
     tokens: list[int]
     to_sample: int
     due: float
+    tpot_s: float
+    has_adapter: bool
     output: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0
@@ -122,13 +125,13 @@ class Sequence:
         """Tokens known or in flight: one more than will be computed when all is dispatched."""
         return len(self.tokens) + self.in_flight
 
-    def dispatch(self, length: int, samples: bool) -> None:
+    def dispatch_prefill(self, length: int, samples: bool) -> None:
         """Count `length` more positions as computed; the last one yields a token if `samples`."""
         self.computed += length
         if samples:
             self.in_flight += 1
             self.to_sample -= 1
-            self.due = math.inf if self.first_token_at is None else self.due + self.slo.tpot_s
+            self.due = math.inf if self.first_token_at is None else self.due + self.tpot_s
 
     def append(self, token: int, now: float) -> None:
         """Take in the value of the oldest sample in flight, read back at time `now`."""
@@ -138,7 +141,7 @@ class Sequence:
         self.last_token_at = now
         if self.first_token_at is None:
             self.first_token_at = now
-            self.due = now + (len(self.output) + self.in_flight) * self.slo.tpot_s
+            self.due = now + (len(self.output) + self.in_flight) * self.tpot_s
 
 
 @dataclass(frozen=True)

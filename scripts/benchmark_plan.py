@@ -1,6 +1,6 @@
 """How long the scheduler takes to plan a step, by the number of running requests.
 
-All requests decode, with contexts of 2,000 tokens, beside a finetuning microbatch; the median of
+All requests decode, with contexts of 500 tokens, beside a finetuning microbatch; the median of
 many steps, in milliseconds of this thread's time. The targets are 1 ms at 256 requests and 5 ms at
 4,096.
 """
@@ -28,14 +28,14 @@ def plan_ms(requests: int) -> tuple[float, float]:
         max_tokens_per_step=largest,
         max_model_len=8192,
         token_buckets=(256, 512, 1024, 2048, *((largest,) if largest > 2048 else ())),
-        num_pages=170 * requests + 4000,
+        num_pages=80 * requests + 4000,
         num_layers=32,
         slo=Slo(0.05, 60.0),
     )
     costs = {"layer_units": 1e-3, "loss_units": 1e-3, "decode_kv": 1e-11, "finetune_tokens": 1e-8}
     scheduler = Scheduler(config, LatencyModel({256: 0.01, largest: 0.04}, costs))
     for index in range(requests):
-        prompt = tuple(range(index, index + 2000))
+        prompt = tuple(range(index, index + 500))
         scheduler.add(Request(str(index), prompt, 700, 0.0, cache_salt="adapter"))
     ids = itertools.count()
     scheduler.add(Microbatch(next(ids), (8192,)))

@@ -156,15 +156,24 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
     weights = runner.zeros(sizes.job_state["master"])
     scales = [{m: np.ones(1, np.float32) for m in layer} for layer in weights]
 
-    def all_layers(start: int) -> Callable[[], object]:
+    def layer_units(count: int, start: int) -> Callable[[], object]:
         return lambda: [
-            runner.layer_unit(layer, table, weights, scales, start) for layer in range(layers)
+            runner.layer_unit(layer, table, weights, scales, start) for layer in range(count)
         ][-1]
 
+    def loss_units(count: int) -> Callable[[], object]:
+        return lambda: [runner.loss_unit(table, 0) for _ in range(count)][-1]
+
+    # Two counts of each kind: from one alone, a unit's time is not told from a step's overhead.
     for start in {0, sizes.slots - sizes.window}:
-        pairs = layers * sizes.window * (start + sizes.window)
-        yield StepFeatures(layer_units=layers, backward_pairs=pairs), all_layers(start)
-    yield StepFeatures(loss_units=2), lambda: [runner.loss_unit(table, 0) for _ in range(2)][-1]
+        for count in {1, layers}:
+            pairs = count * sizes.window * (start + sizes.window)
+            yield (
+                StepFeatures(layer_units=count, backward_pairs=pairs),
+                layer_units(count, start),
+            )
+    for count in (1, 8):
+        yield StepFeatures(loss_units=count), loss_units(count)
 
 
 def _forward(
@@ -174,8 +183,12 @@ def _forward(
     variant: str = "base",
     finetune: int = 0,
 ) -> Callable[[], object]:
-    """A forward and a sample of sequences with (cached, new) tokens, all in the same pages; the
-    first `finetune` tokens are kept for a backward."""
+    """A forward and a sample of sequences with (cached, new) tokens; the first `finetune` tokens
+    are kept for a backward.
+
+    Each sequence has pages of its own while there are enough: shared ones would be read from the
+    device's cache, those of real requests are read from its memory.
+    """
     sizes = runner.sizes
     shape = sizes.batch_shapes[bucket]
     batch, vector = Batch.empty(shape, runner.num_pages * sizes.page_size, sizes.slots)
@@ -183,7 +196,8 @@ def _forward(
     for s, (cached, new) in enumerate(chunks):
         batch.position[at : at + new] = np.arange(cached, cached + new)
         batch.kv_lengths[s] = cached + new
-        batch.page_tables[s] = np.arange(sizes.pages_per_sequence) % runner.num_pages
+        own = s * sizes.pages_per_sequence + np.arange(sizes.pages_per_sequence)
+        batch.page_tables[s] = own % runner.num_pages
         at += new
         batch.query_starts[s + 1 :] = at
     batch.saved_row[:finetune] = np.arange(finetune)

@@ -16,6 +16,7 @@ import bisect
 import math
 
 from scheduler.choice import NOTHING, Allowance
+from scheduler.inference import Decode
 from scheduler.latency import StepFeatures
 from scheduler.policies.policy import Step, slack
 from scheduler.request import Sequence, StepPlan
@@ -57,10 +58,10 @@ class CoServing:
         A step of one TPOT keeps pace, so it is allowed also when a sequence is late already; and
         prefill never gets less than a smallest bucket.
         """
-        buckets, decoding = step.config.token_buckets, len(step.decode)
+        buckets, decoding = step.config.token_buckets, len(step.decode.chunks)
         if not decoding or not (step.waiting or decoding < len(step.running)):
             return buckets[-1]
-        slack_s, tpot_s = slack(step, [chunk.sequence for chunk in step.decode])
+        slack_s, tpot_s = slack(step, (), step.decode)
         budget_s = max(slack_s, tpot_s) * step.latency.margin
         limit = bisect.bisect_right(
             buckets,
@@ -81,11 +82,10 @@ class CoServing:
             return Allowance(step.config.idle_step_s, least=True)
         if step.backlog:
             return NOTHING
-        beside = bool(step.decode or step.prefill)
-        if not self.fill_buckets and not beside:
+        if not self.fill_buckets and not step.serving:
             return Allowance(self._own_step_s(step))
-        concerned = [chunk.sequence for chunk in (*step.decode, *step.prefill)]
-        budget_s, forward_s = self._budget_s(step, concerned + step.waiting[:1])
+        concerned = [chunk.sequence for chunk in step.prefill] + step.waiting[:1]
+        budget_s, forward_s = self._budget_s(step, concerned, step.decode)
         return Allowance(budget_s, forward_s, tokens=math.inf if self.fill_buckets else 0)
 
     def planned(self, step: Step, plan: StepPlan) -> None:
@@ -94,7 +94,7 @@ class CoServing:
         if not floor and self.fill_buckets:
             return
         inference_s = step.latency.forward_s(step.features)
-        if step.decode:
+        if step.decode.chunks:
             self._decode_s = inference_s
         if step.in_work or step.queued:
             self._owed_s += floor * plan.predicted_s - (plan.predicted_s - inference_s)
@@ -110,9 +110,11 @@ class CoServing:
     def _owed(self, step: Step) -> bool:
         return self._owed_s >= _FLOOR_STEP_S and bool(step.in_work or step.queued)
 
-    def _budget_s(self, step: Step, sequences: list[Sequence]) -> tuple[float, float]:
+    def _budget_s(
+        self, step: Step, sequences: list[Sequence], decode: Decode | None = None
+    ) -> tuple[float, float]:
         """Seconds that the step, and that its forward, may take."""
-        slack_s, tpot_s = slack(step, sequences)
+        slack_s, tpot_s = slack(step, sequences, decode)
         if not self.use_slack:
             slack_s = tpot_s
         if tpot_s == math.inf:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.choice import Allowance
 from scheduler.config import SchedulerConfig
+from scheduler.inference import Decode
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.progress import Progress
 from scheduler.request import Chunk, Sequence, StepPlan
@@ -32,7 +34,7 @@ class Step:
     waiting: list[Sequence]
     in_work: list[Progress]
     queued: bool
-    decode: list[Chunk] = field(default_factory=list)
+    decode: Decode = field(default_factory=lambda: Decode([]))
     prefill: list[Chunk] = field(default_factory=list)
     features: StepFeatures = field(default_factory=StepFeatures)
     backlog: bool = False
@@ -40,7 +42,12 @@ class Step:
     @property
     def idle(self) -> bool:
         """Whether nothing of inference can be done, now or when the step is over."""
-        return not (self.decode or self.prefill or self.waiting)
+        return not (self.decode.chunks or self.prefill or self.waiting)
+
+    @property
+    def serving(self) -> bool:
+        """Whether the step holds inference."""
+        return bool(self.decode.chunks or self.prefill)
 
     @property
     def in_backward(self) -> bool:
@@ -83,11 +90,13 @@ class Policy(Protocol):
         ...
 
 
-def slack(step: Step, sequences: list[Sequence]) -> tuple[float, float]:
-    """Seconds the step may take before a next token of `sequences` is late, and their smallest
-    TPOT objective; inf for none."""
-    due = tpot_s = math.inf
+def slack(
+    step: Step, sequences: Iterable[Sequence], decode: Decode | None = None
+) -> tuple[float, float]:
+    """Seconds the step may take before a next token of `sequences` or `decode` is late, and their
+    smallest TPOT objective; inf for none."""
+    due, tpot_s = (decode.due, decode.tpot_s) if decode else (math.inf, math.inf)
     for sequence in sequences:
         due = min(due, sequence.due)
-        tpot_s = min(tpot_s, sequence.slo.tpot_s)
+        tpot_s = min(tpot_s, sequence.tpot_s)
     return due - step.start, tpot_s

@@ -36,13 +36,13 @@ class FixedTemporal:
 
     def allowance(self, step: Step) -> Allowance:
         """Everything in a step without inference."""
-        return NOTHING if step.decode or step.prefill else Allowance(math.inf)
+        return NOTHING if step.serving else Allowance(math.inf)
 
     def planned(self, step: Step, plan: StepPlan) -> None:
         """Count inference steps; begin anew when a microbatch is done."""
         if plan.backward and plan.backward.done:
             self._left = self.period
-        elif step.decode or step.prefill:
+        elif step.serving:
             self._left -= 1
 
     def repeats(self) -> int:
@@ -79,7 +79,7 @@ class DynamicTemporal:
 
     def allowance(self, step: Step) -> Allowance:
         """Everything in a step without inference."""
-        return NOTHING if step.decode or step.prefill else Allowance(math.inf)
+        return NOTHING if step.serving else Allowance(math.inf)
 
     def planned(self, step: Step, plan: StepPlan) -> None:
         """Learn how large microbatches are; inference's turn again when one is done."""

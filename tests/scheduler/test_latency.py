@@ -123,6 +123,24 @@ def test_a_cold_model_that_is_wrong_by_far_is_right_after_ten_steps(factor):
         assert predicted == pytest.approx(factor * seconds, rel=0.15)
 
 
+@pytest.mark.parametrize("factor", [1 / 3, 3.0])
+def test_a_bucket_that_always_has_units_is_corrected_too(factor):
+    model = LatencyModel({64: 0.01}, {"layer_units": 1e-3}, spread=1.0)
+    features = StepFeatures(token_bucket=64, layer_units=10)
+    for _ in range(60):
+        model.observe(features, factor * 0.02)
+    assert model.predict(features) == pytest.approx(factor * 0.02, rel=0.1)
+
+
+def test_noise_does_not_inflate_units_that_are_a_small_part_of_the_step():
+    model, generator = LatencyModel({64: 0.02}, {"layer_units": 1e-3}), np.random.default_rng(0)
+    for step in range(2000):
+        features = StepFeatures(token_bucket=64, layer_units=step % 2)
+        noise = 1 + 0.05 * generator.standard_normal()
+        model.observe(features, noise * (0.02 + 1e-3 * (step % 2)))
+    assert model.unit_correction == pytest.approx(1.0, abs=0.25)
+
+
 @pytest.mark.parametrize("sigma", [0.02, 0.1, 0.3])
 def test_the_margin_lets_95_percent_of_the_steps_stay_within_a_budget(sigma):
     model, generator = LatencyModel({64: 0.01}), np.random.default_rng(0)
