@@ -31,12 +31,11 @@ def figures(report: dict[str, Any]) -> dict[str, float | None]:
 
 
 def comparison_table(rows: Iterable[tuple[str, Mapping[str, Any]]], title: str = "") -> Table:
-    """A line for each run of `figures`."""
+    """A line for each run of `figures`; rates are tokens per second."""
     table = Table(title=title or None, title_justify="left")
-    table.add_column("run")
-    headings = ("SLO met", "finetuning tok/s", "output tok/s", "TPOT mean / p99 ms")
-    for heading in (*headings, "TTFT mean / p99 ms"):
-        table.add_column(heading, justify="right")
+    table.add_column("run", no_wrap=True)
+    for heading in ("SLO met", "finetune/s", "output/s", "TPOT ms", "p99", "TTFT ms", "p99"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for label, row in rows:
         attainment = row["slo_attainment"]
         table.add_row(
@@ -44,8 +43,8 @@ def comparison_table(rows: Iterable[tuple[str, Mapping[str, Any]]], title: str =
             "-" if attainment is None else f"{attainment:.2%}",
             _number(row["finetune_tokens_per_s"]),
             _number(row["output_tokens_per_s"]),
-            f"{_number(row['tpot_mean_ms'])} / {_number(row['tpot_p99_ms'])}",
-            f"{_number(row['ttft_mean_ms'])} / {_number(row['ttft_p99_ms'])}",
+            *(_number(row[f"{name}_ms"]) for name in ("tpot_mean", "tpot_p99")),
+            *(_number(row[f"{name}_ms"]) for name in ("ttft_mean", "ttft_p99")),
         )
     return table
 
@@ -90,7 +89,7 @@ def plot_sweep(
     matplotlib.use("agg")
     panels = list(dict.fromkeys(row["panel"] for row in rows))
     systems = list(dict.fromkeys(row["system"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(panels) + 1.8, 7.5), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels) + 2.6, 7.5), layout="constrained")
     axes = figure.subplots(3, len(panels), sharex="col", squeeze=False)
     measures = {
         "slo_attainment": "SLO attainment, %",
@@ -124,6 +123,7 @@ def plot_sweep(
             if column == 0:
                 axis.set_ylabel(text)
         axes[0][column].set_title(panel)
+        axes[-1][column].set_xticks(sorted({row["x"] for row in rows if row["panel"] == panel}))
         axes[-1][column].set_xlabel(xlabel)
     axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(title)

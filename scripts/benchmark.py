@@ -41,7 +41,7 @@ def main() -> int:
     config = read_config(arguments, BenchmarkConfig)
     check_output_dir(config.output_dir)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=None if shows_progress() else 110)
     results: Row = {"title": config.title, "config": config.model_dump(mode="json")}
     if config.paper_rows and arguments.only != "engine":
         results["paper_rows"] = compare_with_paper(config, console)

@@ -19,7 +19,7 @@ def main() -> int:
     arguments = make_parser(__doc__, SimulationConfig).parse_args()
     config = read_config(arguments, SimulationConfig)
     check_output_dir(config.output_dir)
-    console = Console()
+    console = Console(width=None if shows_progress() else 110)
     with Progress(console=console, disable=not shows_progress()) as bar:
         task = bar.add_task("requests", total=None)
         made = simulate(config, lambda done, total: bar.update(task, completed=done, total=total))

@@ -43,7 +43,7 @@ def start_engine(path: Path, output_dir: Path, **changes: Any) -> LLM:
         "output_dir": str(output_dir),
     }
     for name, value in changes.items():
-        fields[name] = fields[name] | value if isinstance(value, dict) else value
+        fields[name] = fields.get(name, {}) | value if isinstance(value, dict) else value
     return LLM(path, progress=False, **fields)
 
 

@@ -142,14 +142,14 @@ def test_noise_does_not_inflate_units_that_are_a_small_part_of_the_step():
 
 
 @pytest.mark.parametrize("sigma", [0.02, 0.1, 0.3])
-def test_the_margin_lets_95_percent_of_the_steps_stay_within_a_budget(sigma):
+def test_the_margin_lets_85_percent_of_the_steps_stay_within_a_budget(sigma):
     model, generator = LatencyModel({64: 0.01}), np.random.default_rng(0)
     features, within = StepFeatures(token_bucket=64), []
     for _ in range(6000):
         seconds = 0.01 * generator.lognormal(0, sigma)
         within.append(seconds <= model.predict(features) / model.margin)
         model.observe(features, seconds)
-    assert np.mean(within[1000:]) == pytest.approx(0.95, abs=0.02)
+    assert np.mean(within[1000:]) == pytest.approx(0.85, abs=0.03)
     errors = model.errors()
     assert errors["observations"] == 6000
     assert errors["p50"] < errors["p95"] and abs(errors["signed"]) < errors["p50"]
