@@ -69,7 +69,8 @@ class LoggedScheduler(Scheduler):
         measured_s: float | None = None,
     ) -> list[Sequence]:
         """See `Scheduler.complete`."""
-        self._calls.append(["complete", dict(sampled), sorted(stopped), now, measured_s])
+        # `measured_s` reaches `observe`, which writes it down.
+        self._calls.append(["complete", dict(sampled), sorted(stopped), now])
         return super().complete(plan, sampled, stopped, now, measured_s)
 
     def observe(self, plan: StepPlan, measured_s: float) -> None:

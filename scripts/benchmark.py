@@ -120,7 +120,7 @@ def run_engines(
         row = {"panel": "engine", "system": case.system, "x": case.rate, **measured.figures}
         row["latency_model"] = measured.latency_errors
         rows.append(row)
-        if experiment.simulate:
+        if experiment.simulate and not case.share:
             twin = simulated_twin(case, measured)
             rows.append({"panel": "simulator", "system": case.system, "x": case.rate, **twin})
         if experiment.oracle and case.system == experiment.systems_in_order[0]:
