@@ -184,9 +184,9 @@ class Simulation:
     report: dict[str, Any]
 
     def series(self, bin_s: float) -> dict[str, np.ndarray]:
-        """Per bin of `bin_s` seconds: its end, and the rates of arrivals, output tokens and
+        """Per whole bin of `bin_s` seconds: its end, and the rates of arrivals, output tokens and
         finetuning tokens, all per second."""
-        edges = np.arange(0.0, self.span_s + bin_s, bin_s)
+        edges = np.arange(0.0, self.span_s, bin_s)
         output, finetune = np.zeros(len(edges)), np.zeros(len(edges))
         for engine in self.engines:
             if engine.samples:
