@@ -100,6 +100,8 @@ def choose(
         if merit > best_merit:
             best_merit = merit
             best_tokens, best_units, best_features = tokens, units, candidate
+        elif backward and progress < best_merit[0]:
+            break  # tokens grow and units shrink with the bucket: it is past its best
     if not best_tokens and not best_units:
         return _smallest(features, forward, backward, config) if allowance.least else _NO_CHOICE
     if lane := _lane(forward, backward, best_tokens):

@@ -33,6 +33,7 @@ _FORWARD = (
 _UNITS = ("layer_units", "loss_units", "backward_pairs")
 COEFFICIENTS = _FORWARD + _UNITS
 _RECENT = 1000  # observations that the reported errors are of
+_RETURN = 0.01  # how fast a bucket's correction returns to the mean while others are observed
 _QUANTILE = 0.85  # of the steps shall stay within a budget; slack makes up for the others
 
 
@@ -106,6 +107,7 @@ class LatencyModel:
         self._mean_correction = 1.0  # for the others
         self._observed: dict[int | None, int] = {}  # observations of a bucket, or (None) of units
         self._error_size = spread / 2  # running mean
+        self._first_weight = 1.0 if spread >= 0.3 else 0.25  # of observations
         self.observations = 0
         # (features, seconds, error) of the newest observations
         self.recent: deque[tuple[StepFeatures, float, float]] = deque(maxlen=_RECENT)
@@ -198,8 +200,10 @@ class LatencyModel:
 
         Without units it corrects the forward of its bucket; with units the rest of the time, after
         the forward's, corrects them, the more so the more of the step they are (and both alike,
-        while the bucket was never seen without). A first observation counts fully, later ones ever
-        less, and from the twentieth on 5 %; none more than a factor of 2.
+        while the bucket was never seen without). A first observation counts fully if the model is
+        a guess, a quarter if it was fitted; later ones ever less, down to 5 %; none more than a
+        factor of 2. Buckets not seen for long return to the mean correction of the others: one that
+        an outlier made look slow would otherwise never be tried again.
         """
         forward_s, unit_s = self.forward_s(features), self.unit_s(features)
         if forward_s + unit_s <= 0 or not 0 < seconds < float("inf"):
@@ -226,13 +230,16 @@ class LatencyModel:
             weight = self._weight(bucket)
         correction = self._corrections.get(bucket, self._mean_correction)
         ratio = min(max(whole, 0.5), 2.0)
-        self._corrections[bucket] = correction * (1 + weight * (ratio - 1))
-        self._mean_correction = sum(self._corrections.values()) / len(self._corrections)
+        corrections, mean = self._corrections, self._mean_correction
+        for other in corrections:
+            corrections[other] += _RETURN * (mean - corrections[other])
+        corrections[bucket] = correction * (1 + weight * (ratio - 1))
+        self._mean_correction = sum(corrections.values()) / len(corrections)
 
     def _weight(self, key: int | None) -> float:
         """Of an observation of a bucket alone, of one (-bucket) with units, or (None) of units."""
         count = self._observed[key] = self._observed.get(key, 0) + 1
-        return max(0.05, 1 / count)
+        return max(0.05, self._first_weight / count)
 
     def keep(self, observations: int) -> None:
         """Keep so many of the newest in `recent`."""

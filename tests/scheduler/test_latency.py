@@ -164,6 +164,17 @@ def test_without_online_correction_errors_are_only_tracked():
     assert model.errors()["signed"] == pytest.approx(1.0)
 
 
+def test_a_bucket_that_looked_slow_once_is_tried_again():
+    model = LatencyModel({64: 0.01, 256: 0.02})
+    for _ in range(3):
+        model.observe(StepFeatures(token_bucket=256), 1.0)
+    slow = model.predict(StepFeatures(token_bucket=256))
+    for _ in range(400):
+        model.observe(StepFeatures(token_bucket=64), 0.01)
+    again = model.predict(StepFeatures(token_bucket=256))
+    assert slow > 0.03 and again == pytest.approx(0.02, rel=0.1)
+
+
 def test_one_outlier_moves_little():
     model, features = LatencyModel({64: 0.01}), StepFeatures(token_bucket=64)
     for _ in range(50):
