@@ -5,6 +5,7 @@ whatever pieces the scheduler chose, and compared in float64 with a dense decode
 with PEFT's on torch.
 """
 
+import math
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexllm_jax import SamplingParams
+from scheduler.choice import Allowance
 from tests.checkpoints import make_llama, make_qwen2, make_qwen3, save_tokenizer
 from tests.engines import (
     SHORT,
@@ -70,9 +72,7 @@ def case(request, tmp_path_factory):
     )
     adapter = save_random_adapter(path, folder / "adapter", r=3, lora_alpha=5)
     rows = write_rows(folder / "rows.jsonl", letter_rows(16, longest=80, seed=4))
-    yield SimpleNamespace(
-        llm=llm, path=path, adapter=adapter, rows=rows, finetune=finetune, slots=set()
-    )
+    yield SimpleNamespace(llm=llm, path=path, adapter=adapter, rows=rows, slots=set())
     llm.close()
 
 
@@ -164,10 +164,14 @@ def assert_same_gradients(pending, expected, rank=3):
         assert not ours["a"][:, rank:].any() and not ours["b"][rank:].any()
 
 
-@pytest.mark.parametrize("beside", [0, 5], ids=["alone", "co-served"])
-def test_gradients_are_those_of_the_whole_sequences(case, beside, monkeypatch):
-    prompts = random_prompts([5, 31, 18, 44, 7][:beside])
-    seen = run_one_step(case, monkeypatch, f"gradients-{beside}", prompts)
+@pytest.mark.parametrize("mode", ["alone", "co-served", "overlapping"])
+def test_gradients_are_those_of_the_whole_sequences(case, mode, monkeypatch):
+    prompts = [] if mode == "alone" else random_prompts([5, 31, 18, 44, 7])
+    if mode == "overlapping":  # few tokens and units a step: a microbatch always joins another
+        few = Allowance(math.inf, tokens=12, units=1)
+        monkeypatch.setattr(case.llm.engine.scheduler.policy, "allowance", lambda step: few)
+    case.slots.clear()
+    seen = run_one_step(case, monkeypatch, f"gradients-{mode}", prompts)
     model = load_with_adapter(case.path, case.adapter, torch.float64, is_trainable=True)
     for packed, pending, _ in seen:
         sequences = list(sequences_of(packed))
@@ -176,7 +180,7 @@ def test_gradients_are_those_of_the_whole_sequences(case, beside, monkeypatch):
         assert pending["totals"] == pytest.approx([loss, (packed.label >= 0).sum()], rel=1e-5)
     packed, pending, _ = max(seen, key=lambda one: len(one[0].lengths))
     assert len(packed.lengths) > 1, "one sequence: nothing is packed"
-    if beside and case.finetune["window"] < 64:  # many units: a backward takes many steps
+    if mode == "overlapping":
         assert max(case.slots) > 0, "no microbatch went forward beside one that went backward"
     loss, gradients = dense_gradients(case, list(sequences_of(packed)))
     assert_same_gradients(pending["gradients"], gradients)
