@@ -19,11 +19,11 @@ from collections.abc import Collection, Mapping
 from scheduler.admission import check_microbatch, check_request
 from scheduler.config import SchedulerConfig
 from scheduler.finetuning import FinetuneQueue, FinetuneWork
-from scheduler.inference import Decode, InferenceQueue
+from scheduler.inference import InferenceQueue
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.pages import PagePool
 from scheduler.policies import CoServing, Policy, Step
-from scheduler.request import Chunk, Microbatch, Request, Sequence, Status, StepPlan
+from scheduler.request import Chunk, Decode, Microbatch, Request, Sequence, Status, StepPlan
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
@@ -133,9 +133,9 @@ class Scheduler:
         if measured_s is not None:
             self.observe(plan, measured_s)
         finished = []
-        for chunk in itertools.chain(plan.decode, plan.prefill):
-            sequence = chunk.sequence
-            if not chunk.samples or sequence.status is Status.FINISHED:
+        first_tokens = (chunk.sequence for chunk in plan.prefill if chunk.samples)
+        for sequence in itertools.chain(plan.decode.sequences, first_tokens):
+            if sequence.status is Status.FINISHED:
                 continue
             request_id = sequence.request.request_id
             if request_id not in sampled:
@@ -205,20 +205,20 @@ class Scheduler:
     def repeats(self, plan: StepPlan) -> int:
         """How many more steps would be just like `plan`, which is complete, if nothing came.
 
-        0 as well when the next one would end a request, a forward or a backward.
+        The last one may end requests; 0 when the next one would end a forward or a backward.
         """
         if self._outstanding or plan.prefill or plan.parked or not plan.predicted_s:
             return 0
         count = min(self.policy.repeats(), self.inference.repeats(plan.decode))
         return min(count, self.finetuning.repeats(plan))
 
-    def repeat(self, plan: StepPlan, count: int, now: float) -> None:
+    def repeat(self, plan: StepPlan, count: int, now: float) -> list[Sequence]:
         """Count `count` <= `repeats(plan)` more steps like `plan` as planned and completed, the
-        last one's tokens read at `now`."""
+        last one's tokens read at `now`; returns the sequences that the last one finished."""
         self.policy.repeated(count)
-        self.inference.repeat(plan.decode, count, now)
         self.finetuning.repeat(plan, count)
         self._device_free = now + self._units_s(plan)
+        return self.inference.repeat(plan.decode, count, now)
 
     def repeated(self, plan: StepPlan, times: float) -> StepFeatures:
         """Features of the step that follows `plan` after `times` - 1 others like it."""
@@ -231,7 +231,7 @@ class Scheduler:
         """Decode, then prefill as far as the policy allows."""
         step.decode = self.inference.plan_decode()
         step.features = self._features(step.decode, [])
-        room = self.policy.token_limit(step) - len(step.decode.chunks)
+        room = self.policy.token_limit(step) - len(step.decode)
         step.prefill, step.backlog = self.inference.plan_prefill(room)
         if step.prefill:
             step.features = self._features(step.decode, step.prefill)
@@ -245,11 +245,11 @@ class Scheduler:
     def _features(self, decode: Decode, prefill: list[Chunk]) -> StepFeatures:
         buckets = self.config.token_buckets
         tokens = sum(chunk.length for chunk in prefill)
-        used = len(decode.chunks) + tokens
+        used = len(decode) + tokens
         keys = [chunk.start + chunk.length for chunk in prefill]
         return StepFeatures(
             token_bucket=buckets[bisect.bisect_left(buckets, used)] if used else 0,
-            decode_tokens=len(decode.chunks),
+            decode_tokens=len(decode),
             prefill_tokens=tokens,
             decode_kv=decode.keys,
             chunk_kv=sum(keys),
@@ -263,7 +263,7 @@ class Scheduler:
         features = work.features if work else step.features
         plan = StepPlan(
             step=next(self._steps),
-            decode=tuple(step.decode.chunks),
+            decode=step.decode,
             prefill=tuple(step.prefill),
             forward=work.forward if work else None,
             backward=work.backward if work else None,

@@ -12,28 +12,11 @@ import bisect
 import heapq
 import itertools
 import math
-from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from scheduler.config import SchedulerConfig
 from scheduler.pages import PagePool
-from scheduler.request import Chunk, Request, Sequence, Status
-
-
-class Decode(NamedTuple):
-    """The decode tokens of a step, and what is known of all of them.
-
-    keys       KV entries they read
-    due        when the first of the next tokens is due
-    tpot_s     their smallest TPOT objective
-    adapters   whether any has an adapter
-    """
-
-    chunks: list[Chunk]
-    keys: int = 0
-    due: float = math.inf
-    tpot_s: float = math.inf
-    adapters: bool = False
+from scheduler.request import Chunk, Decode, Request, Sequence, Status
 
 
 class Room(Protocol):
@@ -47,9 +30,6 @@ class Room(Protocol):
     def park(self) -> object:
         """Free some of them."""
         ...
-
-
-_make_chunk = partial(tuple.__new__, Chunk)  # twice as fast as Chunk itself
 
 
 def _priority(sequence: Sequence) -> tuple[float, int]:
@@ -91,16 +71,19 @@ class InferenceQueue:
     def plan_decode(self) -> Decode:
         """Dispatch a token of every sequence whose prefill is dispatched, most urgent first."""
         # The only loop of a plan over all running sequences: it is what the plan's time goes to.
-        chunks: list[Chunk] = []
+        sequences: list[Sequence] = []
+        positions: list[int] = []
         keys, earliest, least_s, adapters = 0, math.inf, math.inf, False
         page_size = self.pool.page_size
         for sequence in tuple(self.running):
             position = sequence.computed
             if position < sequence.prefill_end or not sequence.to_sample or sequence.row is None:
                 continue  # in its prefill; or drained; or preempted for a more urgent one just now
-            if position >= len(sequence.pages) * page_size and not self._grow(sequence, chunks):
+            full = not position % page_size and position >= len(sequence.pages) * page_size
+            if full and not self._grow(sequence, sequences):
                 continue
-            chunks.append(_make_chunk((sequence, position, 1, True)))
+            sequences.append(sequence)
+            positions.append(position)
             sequence.computed = position = position + 1
             sequence.in_flight += 1
             sequence.to_sample -= 1
@@ -113,7 +96,7 @@ class InferenceQueue:
             sequence.due = due + tpot_s
             if sequence.has_adapter:
                 adapters = True
-        return Decode(chunks, keys, earliest, least_s, adapters)
+        return Decode(sequences, positions, keys, earliest, least_s, adapters)
 
     def plan_prefill(self, room: int) -> tuple[list[Chunk], bool]:
         """Up to `room` prompt tokens, most urgent first, and whether some found no room."""
@@ -151,23 +134,26 @@ class InferenceQueue:
 
     # ---- many steps at once, for the simulator ----
 
-    def repeats(self, chunks: tuple[Chunk, ...]) -> int:
-        """How many more steps can decode just these sequences, none of them ending or being moved.
+    def repeats(self, decode: Decode) -> int:
+        """How many more steps can decode just these sequences, none of them moved; the last of the
+        steps may end some.
 
         0 with a request that waits or is in its prefill.
         """
-        if self.waiting or len(chunks) != len(self.running):
+        sequences = decode.sequences
+        if self.waiting or len(sequences) != len(self.running):
             return 0
-        count = min((chunk.sequence.to_sample - 1 for chunk in chunks), default=1 << 30)
-        if count <= 0 or any(c.sequence.status is not Status.RUNNING for c in chunks):
+        count = min((s.to_sample for s in sequences), default=1 << 30)
+        if count <= 0 or any(s.status is not Status.RUNNING for s in sequences):
             return 0
-        pages = len(chunks) * (1 + count // self.pool.page_size)
+        pages = len(sequences) * (1 + count // self.pool.page_size)
         return count if pages <= self.pool.num_free else 0
 
-    def repeat(self, chunks: tuple[Chunk, ...], count: int, now: float) -> None:
-        """Decode `count` more tokens of each of these sequences, the last ones read at `now`."""
+    def repeat(self, decode: Decode, count: int, now: float) -> list[Sequence]:
+        """Decode `count` more tokens of each of these sequences, the last ones read at `now`;
+        returns those that end."""
         page_size, tokens = self.pool.page_size, [0] * count
-        for sequence, *_ in chunks:
+        for sequence in decode.sequences:
             sequence.computed += count
             sequence.to_sample -= count
             sequence.tokens += tokens
@@ -177,6 +163,10 @@ class InferenceQueue:
             missing = -(-sequence.computed // page_size) - len(sequence.pages)
             if missing > 0:
                 sequence.pages += self.pool.allocate(missing) or []
+        finished = [sequence for sequence in decode.sequences if not sequence.to_sample]
+        for sequence in finished:
+            self.finish(sequence, "length")
+        return finished
 
     # ---- pages and rows ----
 
@@ -210,7 +200,7 @@ class InferenceQueue:
         bisect.insort(self.running, sequence, key=_priority)
         return True
 
-    def _grow(self, sequence: Sequence, planned: list[Chunk]) -> bool:
+    def _grow(self, sequence: Sequence, planned: list[Sequence]) -> bool:
         """Add a page for the next token; False if the sequence itself had to be preempted.
 
         Without a free page others are parked, then the least urgent sequence not in this plan is
@@ -220,7 +210,7 @@ class InferenceQueue:
             if self._others.pages_held:
                 self._others.park()
                 continue
-            taken = {chunk.sequence for chunk in planned}
+            taken = set(planned)
             victim = max(
                 (other for other in self.running if other not in taken),
                 key=lambda other: (not other.to_sample, other.priority),

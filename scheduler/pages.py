@@ -65,21 +65,27 @@ class PagePool:
         """
         if count > self.num_free:
             return None
-        pages = []
-        for _ in range(count):
-            page = self._free.pop() if self._free else self._evict()
-            self._references[page] = 1
-            pages.append(page)
+        free, references = self._free, self._references
+        if count == 1 and free:
+            pages = [free.pop()]
+        else:
+            start = max(0, len(free) - count)
+            pages = free[start:][::-1]
+            del free[start:]
+            pages += [self._evict() for _ in range(count - len(pages))]
+        for page in pages:
+            references[page] = 1
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference of each page; a page without references is cached or free."""
         # Last page first: eviction then takes the ends of prefixes before their beginnings.
+        references = self._references
         for page in reversed(pages):
-            if not self._references[page]:
+            if not references[page]:
                 raise RuntimeError(f"page {page} was released more often than it was taken")
-            self._references[page] -= 1
-            if self._references[page]:
+            references[page] -= 1
+            if references[page]:
                 continue
             if page in self._key:
                 self._evictable[page] = None

@@ -79,11 +79,16 @@ class Progress:
     def with_forward(self, features: StepFeatures, length: int, bucket: int) -> StepFeatures:
         """The features of a step that also holds the next `length` tokens."""
         pairs, keys = self._extent(self.forwarded, self.forwarded + length)
-        return features._replace(
-            token_bucket=bucket,
-            finetune_tokens=length,
-            chunk_kv=features.chunk_kv + keys,
-            attention_pairs=features.attention_pairs + pairs,
+        _, decode, prefill, _, decode_kv, chunk_kv, attention_pairs, *units, _ = features
+        return StepFeatures(
+            bucket,
+            decode,
+            prefill,
+            length,
+            decode_kv,
+            chunk_kv + keys,
+            attention_pairs + pairs,
+            *units,
             adapters=True,
         )
 
@@ -131,6 +136,9 @@ class Progress:
         [start, stop)."""
         pairs = keys = 0
         segment = bisect.bisect_right(self._ends, start)
+        if stop <= self._ends[segment]:  # within one sequence
+            keys = stop - self._ends[segment] + self.microbatch.lengths[segment]
+            return (stop - start) * keys, keys
         while start < stop:
             begin = self._ends[segment] - self.microbatch.lengths[segment]
             end = min(self._ends[segment], stop)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -174,6 +174,35 @@ class Chunk(NamedTuple):
     samples: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """The decode tokens of a step, and what is known of all of them; iterates as chunks.
+
+    Columns, because a step may have thousands: one token each of `sequences`, at `positions`.
+
+    keys       KV entries they read
+    due        when the first of the next tokens is due
+    tpot_s     their smallest TPOT objective
+    adapters   whether any has an adapter
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    keys: int = 0
+    due: float = math.inf
+    tpot_s: float = math.inf
+    adapters: bool = False
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.sequences)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Each as a chunk of one token."""
+        for sequence, position in zip(self.sequences, self.positions, strict=True):
+            yield Chunk(sequence, position, 1, samples=True)
+
+
 @dataclass(frozen=True)
 class FinetuneForward:
     """Tokens [start, start + length) of a microbatch, counted over its packing.
@@ -211,7 +240,7 @@ class BackwardUnits:
 class StepPlan:
     """One device step. Its parts run in this order: forward program, then backward units.
 
-    decode         chunks of one token whose input is the token last sampled for the row
+    decode         tokens whose input is the token last sampled for the row
     prefill        chunks whose tokens the host knows
     forward        finetuning tokens of the forward program, after all inference tokens
     backward       units to run after the forward program; often of the microbatch before
@@ -223,7 +252,7 @@ class StepPlan:
     """
 
     step: int
-    decode: tuple[Chunk, ...]
+    decode: Decode
     prefill: tuple[Chunk, ...]
     forward: FinetuneForward | None
     backward: BackwardUnits | None

@@ -23,6 +23,7 @@ import numpy as np
 from scheduler.coserving import Scheduler
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.request import Microbatch, Request, Slo, StepPlan
+from scheduler.request import Sequence as RequestState
 from scheduler.slo import RequestTiming, summarize
 from scheduler.workload import Arrival
 
@@ -231,18 +232,11 @@ class SimulatedEngine:
         self.output_tokens += len(samples)
         if plan.backward and plan.backward.done:
             self.finetune_tokens += plan.backward.microbatch.tokens
-        for done in self.scheduler.complete(plan, sampled, (), self.now, step.seconds):
-            self.timings.append(
-                RequestTiming(
-                    done.request.arrival,
-                    len(done.request.prompt),
-                    len(done.output),
-                    done.first_token_at,
-                    done.last_token_at,
-                    slo=done.request.slo,
-                )
-            )
+        self._finish(self.scheduler.complete(plan, sampled, (), self.now, step.seconds))
         self._sample()
+
+    def _finish(self, sequences: Iterable[RequestState]) -> None:
+        self.timings += [_timing(sequence) for sequence in sequences]
 
     def _draw_pace(self) -> float:
         """How much longer than usual the next step takes."""
@@ -284,7 +278,7 @@ class SimulatedEngine:
         self.now = self._device_free - (leap.seconds - leap.forward_s if reads else 0.0)
         if self.sample_s and self.samples:
             self.samples.append((leap.start, self.output_tokens, self.forwarded_tokens))
-        self.scheduler.repeat(plan, count, self.now)
+        self._finish(self.scheduler.repeat(plan, count, self.now))
         self.steps += count
         self.busy_s += count * leap.seconds
         self.output_tokens += count * len(plan.decode)
@@ -297,6 +291,18 @@ def request_of(arrival: Arrival, request_id: str, slo: Slo | None = None) -> Req
     """A request of an arrival's lengths."""
     prompt = _NO_TOKENS[: arrival.prompt_tokens]
     return Request(request_id, prompt, arrival.output_tokens, arrival.arrival_s, slo=slo)
+
+
+def _timing(sequence: RequestState, failed: bool = False) -> RequestTiming:
+    return RequestTiming(
+        sequence.request.arrival,
+        len(sequence.request.prompt),
+        len(sequence.output),
+        sequence.first_token_at,
+        sequence.last_token_at,
+        failed=failed,
+        slo=sequence.request.slo,
+    )
 
 
 def replay(
@@ -318,17 +324,7 @@ def report(engines: Sequence[SimulatedEngine], slo: Slo, wall_s: float) -> dict[
     timings = [timing for engine in engines for timing in engine.timings]
     for engine in engines:
         for sequence in engine.scheduler.inference.sequences.values():
-            timings.append(
-                RequestTiming(
-                    sequence.request.arrival,
-                    len(sequence.request.prompt),
-                    len(sequence.output),
-                    sequence.first_token_at,
-                    sequence.last_token_at,
-                    failed=True,
-                    slo=sequence.request.slo,
-                )
-            )
+            timings.append(_timing(sequence, failed=True))
     tokens = sum(engine.finetune_tokens for engine in engines)
     alone = engines[0] if len(engines) == 1 else None
     return {

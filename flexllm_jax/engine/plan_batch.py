@@ -13,7 +13,7 @@ from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
 from flexllm_jax.finetune.trainer import MicrobatchInWork
-from scheduler.request import Chunk, FinetuneForward, StepPlan
+from scheduler.request import Chunk, Decode, FinetuneForward, Sequence, StepPlan
 
 
 @dataclass(frozen=True)
@@ -61,19 +61,17 @@ class StepBuilder:
         batch, vector = Batch.empty(shape, runner.num_pages * page_size, runner.sizes.slots)
         rows = SamplingRows.neutral(shape.samples, no_row=runner.sizes.rows)
         planned = PlannedBatch("base", vector, [], rows, False, [])
-        at = 0
-        for s, chunk in enumerate((*plan.decode, *plan.prefill)):
-            state = requests[chunk.sequence.request_id]
-            end = at + chunk.length
+        self._add_decode(planned, batch, plan.decode, requests)
+        at = len(plan.decode)
+        for s, chunk in enumerate(plan.prefill, start=at):
+            sequence = chunk.sequence
+            state = requests[sequence.request_id]
+            start, stop, end = chunk.start, chunk.start + chunk.length, at + chunk.length
             where = slice(at, end)
-            row = self._prepare_row(chunk, state)
-            if s < len(plan.decode):
-                batch.token[at] = -1 - row
-            else:
-                stop = chunk.start + chunk.length
-                batch.token[where] = chunk.sequence.tokens[chunk.start : stop]
-                self._want_prompt_logprobs(planned, state, chunk, at)
-            position = np.arange(chunk.start, chunk.start + chunk.length)
+            row = self._prepare_row(sequence, state)
+            batch.token[where] = sequence.tokens[start:stop]
+            self._want_prompt_logprobs(planned, state, chunk, at)
+            position = np.arange(start, stop)
             batch.position[where] = position
             batch.kv_slot[where] = (
                 self._tables[row, position // page_size] * page_size + position % page_size
@@ -81,11 +79,11 @@ class StepBuilder:
             if state.adapter:
                 batch.adapter[where] = state.adapter.slot - 1
                 planned.variant = "adapters"
-            batch.kv_lengths[s] = chunk.start + chunk.length
+            batch.kv_lengths[s] = stop
             batch.page_tables[s] = self._tables[row]
             batch.query_starts[s + 1 :] = end
             if chunk.samples:
-                self._sample(planned, batch, state, chunk, end - 1)
+                self._sample(planned, batch, state, sequence, end - 1)
             at = end
         batch.num_decode[...] = len(plan.decode)
         sequences = len(plan.decode) + len(plan.prefill)
@@ -95,9 +93,40 @@ class StepBuilder:
         batch.num_sequences[...] = sequences
         return planned
 
-    def _prepare_row(self, chunk: Chunk, state: RequestState) -> int:
+    def _add_decode(
+        self,
+        planned: PlannedBatch,
+        batch: Batch,
+        decode: Decode,
+        requests: dict[str, RequestState],
+    ) -> None:
+        """The first tokens of the batch: as there may be thousands, no array is made for one."""
+        count, page_size = len(decode), self._runner.sizes.page_size
+        if not count:
+            return
+        rows: list[int] = []
+        adapters: list[int] = []
+        for at, sequence in enumerate(decode.sequences):
+            state = requests[sequence.request.request_id]
+            rows.append(self._prepare_row(sequence, state))
+            adapters.append(state.adapter.slot - 1 if state.adapter else -1)
+            self._sample(planned, batch, state, sequence, at)
+        row, position = np.array(rows), np.array(decode.positions)
+        batch.token[:count] = -1 - row
+        batch.position[:count] = position
+        batch.kv_slot[:count] = (
+            self._tables[row, position // page_size] * page_size + position % page_size
+        )
+        batch.adapter[:count] = adapters
+        if max(adapters) >= 0:
+            planned.variant = "adapters"
+        batch.kv_lengths[:count] = position + 1
+        batch.page_tables[:count] = self._tables[row]
+        batch.query_starts[1 : count + 1] = np.arange(1, count + 1)
+        batch.query_starts[count + 1 :] = count
+
+    def _prepare_row(self, sequence: Sequence, state: RequestState) -> int:
         """Bring the row's page table up to date; start its history if it is new in the row."""
-        sequence = chunk.sequence
         row = sequence.row
         if row is None:
             raise RuntimeError(f"request {state.request_id} is planned without a row")
@@ -116,13 +145,17 @@ class StepBuilder:
         return row
 
     def _sample(
-        self, planned: PlannedBatch, batch: Batch, state: RequestState, chunk: Chunk, token: int
+        self,
+        planned: PlannedBatch,
+        batch: Batch,
+        state: RequestState,
+        sequence: Sequence,
+        token: int,
     ) -> None:
         """Sample from the output of `token` of the batch."""
         i = len(planned.sampled)
         planned.sampled.append(state)
         batch.sample[i] = token
-        sequence = chunk.sequence
         index = len(sequence.output) + sequence.in_flight - 1  # the plan has counted this one
         rows, params = planned.rows, state.params
         rows.row[i] = sequence.row

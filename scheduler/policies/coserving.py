@@ -16,12 +16,10 @@ import bisect
 import math
 
 from scheduler.choice import NOTHING, Allowance
-from scheduler.inference import Decode
 from scheduler.latency import StepFeatures
-from scheduler.policies.policy import Step, slack
-from scheduler.request import Sequence, StepPlan
+from scheduler.policies.policy import STEADY, Step, slack
+from scheduler.request import Decode, Sequence, StepPlan
 
-_STEADY = 64  # steps that may be taken as alike: contexts hardly grow meanwhile
 _AHEAD = 0.5  # of the time between two tokens that units may use before the first is late
 _FLOOR_STEP_S = 0.1  # what finetuning is owed by its floor is paid in steps of at least so long
 
@@ -58,7 +56,7 @@ class CoServing:
         A step of one TPOT keeps pace, so it is allowed also when a sequence is late already; and
         prefill never gets less than a smallest bucket.
         """
-        buckets, decoding = step.config.token_buckets, len(step.decode.chunks)
+        buckets, decoding = step.config.token_buckets, len(step.decode)
         if not decoding or not (step.waiting or decoding < len(step.running)):
             return buckets[-1]
         slack_s, tpot_s = slack(step, (), step.decode)
@@ -94,7 +92,7 @@ class CoServing:
         if not floor and self.fill_buckets:
             return
         inference_s = step.latency.forward_s(step.features)
-        if step.decode.chunks:
+        if step.decode:
             self._decode_s = inference_s
         if step.in_work or step.queued:
             self._owed_s += floor * plan.predicted_s - (plan.predicted_s - inference_s)
@@ -102,7 +100,7 @@ class CoServing:
 
     def repeats(self) -> int:
         """Many times in a steady state: a budget below one TPOT will soon be another."""
-        return _STEADY if self._steady else 0
+        return STEADY if self._steady else 0
 
     def repeated(self, count: int) -> None:
         """Nothing to note: the floor's account stands still in a steady state."""

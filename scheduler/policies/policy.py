@@ -9,10 +9,11 @@ from typing import Protocol
 
 from scheduler.choice import Allowance
 from scheduler.config import SchedulerConfig
-from scheduler.inference import Decode
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.progress import Progress
-from scheduler.request import Chunk, Sequence, StepPlan
+from scheduler.request import Chunk, Decode, Sequence, StepPlan
+
+STEADY = 64  # steps that may be taken as alike: contexts hardly grow meanwhile
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class Step:
     waiting: list[Sequence]
     in_work: list[Progress]
     queued: bool
-    decode: Decode = field(default_factory=lambda: Decode([]))
+    decode: Decode = field(default_factory=Decode)
     prefill: list[Chunk] = field(default_factory=list)
     features: StepFeatures = field(default_factory=StepFeatures)
     backlog: bool = False
@@ -42,12 +43,12 @@ class Step:
     @property
     def idle(self) -> bool:
         """Whether nothing of inference can be done, now or when the step is over."""
-        return not (self.decode.chunks or self.prefill or self.waiting)
+        return not (self.decode or self.prefill or self.waiting)
 
     @property
     def serving(self) -> bool:
         """Whether the step holds inference."""
-        return bool(self.decode.chunks or self.prefill)
+        return bool(self.decode or self.prefill)
 
     @property
     def in_backward(self) -> bool:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import math
 
 from scheduler.choice import Allowance
-from scheduler.policies.policy import Step
+from scheduler.policies.policy import STEADY, Step
 from scheduler.request import StepPlan
-
-_STEADY = 64
 
 
 class Published:
@@ -31,12 +29,12 @@ class Published:
 
     def token_limit(self, step: Step) -> int:
         """The fixed budget, as far as the programs allow."""
-        return max(min(self.tokens, step.config.max_tokens_per_step), len(step.decode.chunks))
+        return max(min(self.tokens, step.config.max_tokens_per_step), len(step.decode))
 
     def allowance(self, step: Step) -> Allowance:
         """What inference leaves of the budget, or the fixed layers, the loss with the first."""
         limit = min(self.tokens, step.config.max_tokens_per_step)
-        used = len(step.decode.chunks) + sum(chunk.length for chunk in step.prefill)
+        used = len(step.decode) + sum(chunk.length for chunk in step.prefill)
         if not step.in_backward:
             return Allowance(math.inf, tokens=max(0, limit - used), units=0)
         progress = step.in_work[0]
@@ -48,7 +46,7 @@ class Published:
 
     def repeats(self) -> int:
         """It decides by counts alone."""
-        return _STEADY
+        return STEADY
 
     def repeated(self, count: int) -> None:
         """Nothing to note."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from scheduler.choice import NOTHING, Allowance
 from scheduler.policies.coserving import CoServing
-from scheduler.policies.policy import Step
+from scheduler.policies.policy import STEADY, Step
 from scheduler.request import StepPlan
-
-_STEADY = 64
 
 
 class InferenceOnly:
@@ -35,7 +33,7 @@ class InferenceOnly:
 
     def repeats(self) -> int:
         """It decides the same always."""
-        return _STEADY
+        return STEADY
 
     def repeated(self, count: int) -> None:
         """Nothing to note."""
@@ -63,7 +61,7 @@ class FinetuningOnly:
 
     def repeats(self) -> int:
         """It decides the same always."""
-        return _STEADY
+        return STEADY
 
     def repeated(self, count: int) -> None:
         """Nothing to note."""

@@ -483,7 +483,7 @@ def test_a_request_of_exactly_the_pool_finishes_although_the_pool_is_full():
     assert plan.parked
     while scheduler.num_running:
         plan = run(scheduler)
-    assert len(plan.decode[0].sequence.output) == 9
+    assert len(plan.decode.sequences[0].output) == 9
 
 
 @pytest.mark.parametrize(
