@@ -32,6 +32,7 @@ Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+AdapterKind = Literal["lora", "ia3", "bottleneck", "prefix"]
 ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)
 
 
@@ -109,9 +110,19 @@ class AdaptersSection(Section):
         le=4096,
         description="Adapters held on the device at once; slot 0 is `no adapter`.",
     )
+    kinds: tuple[AdapterKind, ...] = Field(
+        default=("lora",),
+        min_length=1,
+        description="Kinds of adapters the bank has room for; each makes steps with adapters a "
+        "little longer.",
+    )
     max_rank: Int = Field(
         default=16, ge=1, le=1024, description="Largest LoRA rank a slot can hold."
     )
+    max_bottleneck: Int = Field(
+        default=64, ge=1, le=1024, description="Largest width of a bottleneck adapter."
+    )
+    max_prefix: Int = Field(default=32, ge=1, le=1024, description="Longest prefix, in tokens.")
     target_modules: tuple[TargetModule, ...] = Field(
         default=ALL_MODULES,
         min_length=1,
@@ -121,7 +132,7 @@ class AdaptersSection(Section):
         default=(), description="Adapters loaded at start-up."
     )
 
-    @field_validator("target_modules")
+    @field_validator("target_modules", "kinds")
     @classmethod
     def _distinct(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
         return _distinct(modules)
@@ -219,9 +230,10 @@ class CompileSection(Section):
 
 
 class PeftConfig(Section):
-    """The adapter a job trains. Also accepts `flexllm_jax.peft.adapter.LoraConfig`."""
+    """The adapter a job trains; fields of other kinds do not count. Also accepts
+    `flexllm_jax.peft.adapter.LoraConfig`."""
 
-    type: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    type: AdapterKind = Field(default="lora", description="Kind of adapter; one of adapters.kinds.")
     r: Int = Field(default=16, ge=1, description="LoRA rank; at most adapters.max_rank.")
     alpha: Float = Field(
         default=32.0, gt=0, description="LoRA scale: alpha/r multiplies the update."
@@ -242,7 +254,13 @@ class PeftConfig(Section):
     )
 
     layers_to_transform: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(
-        default=None, min_length=1, description="Layers that get an adapter, from 0. null: all."
+        default=None, min_length=1, description="Layers that get LoRA, from 0. null: all."
+    )
+    bottleneck_size: Int = Field(
+        default=64, ge=1, description="Width of a bottleneck; at most adapters.max_bottleneck."
+    )
+    num_virtual_tokens: Int = Field(
+        default=16, ge=1, description="Tokens of a prefix; at most adapters.max_prefix."
     )
 
     @model_validator(mode="before")
@@ -546,13 +564,21 @@ class Config(Section):
             field = f"finetune.jobs.{index}"
             if job.name in preloaded:
                 yield f"{field}.name: {job.name!r} is also a preloaded adapter; rename one of them"
+            if job.peft.type not in adapters.kinds:
+                yield f"{field}.peft.type: {job.peft.type} is not in adapters.kinds; add it there"
             rank = max((job.peft.r, *job.peft.rank_pattern.values()))
-            if rank > adapters.max_rank:
-                yield (
-                    f"{field}.peft.r: rank {rank} is more than adapters.max_rank, which is "
-                    f"{adapters.max_rank}; raise that or lower the rank"
-                )
-            for module in job.peft.target_modules:
+            for kind, own, value, most in (
+                ("lora", "r: rank", rank, "max_rank"),
+                ("bottleneck", "bottleneck_size:", job.peft.bottleneck_size, "max_bottleneck"),
+                ("prefix", "num_virtual_tokens:", job.peft.num_virtual_tokens, "max_prefix"),
+            ):
+                limit = getattr(adapters, most)
+                if job.peft.type == kind and value > limit:
+                    yield (
+                        f"{field}.peft.{own} {value} is more than adapters.{most}, which is "
+                        f"{limit}; raise that or lower it"
+                    )
+            for module in job.peft.target_modules if job.peft.type == "lora" else ():
                 if module not in adapters.target_modules:
                     yield (
                         f"{field}.peft.target_modules: {module} is not in adapters.target_modules; "

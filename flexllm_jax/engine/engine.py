@@ -199,14 +199,13 @@ class Engine:
     def publish(self, name: str, adapter: Adapter) -> Published:
         """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
         values, scales = to_rows(adapter, self.runner.model, self.runner.sizes.bank, name)
-        ranks = {key: w.a.shape[1] for key, w in adapter.weights.items()}
-        published = self.directory.publish(name, adapter.config, ranks)
+        published = self.directory.publish(name, adapter.config, adapter.shapes)
         self.runner.write_adapter(published.slot, values, scales)
         return published
 
     def publish_job(self, job: FinetuneJob) -> Published:
         """Serve what a job has learnt so far under its name: a copy of its slot on the device."""
-        published = self.directory.publish(job.name, job.lora, job.ranks)
+        published = self.directory.publish(job.name, job.peft, job.shapes)
         self.runner.copy_adapter(job.slot, published.slot)
         return published
 
@@ -218,7 +217,7 @@ class Engine:
         """A served adapter's weights on the host; waits for the device."""
         published = self.directory.lookup(name)
         values = self.runner.read_adapter(published.slot)
-        return from_row(values, published.config, published.ranks)
+        return from_row(values, published.config, published.shapes)
 
     # -- jobs -------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class StepBuilder:
             batch.token[where] = sequence.tokens[start:stop]
             self._want_prompt_logprobs(planned, state, chunk, at)
             position = np.arange(start, stop)
-            batch.position[where] = position
+            batch.position[where] = position + state.prefix_tokens
             batch.kv_slot[where] = (
                 self._tables[row, position // page_size] * page_size + position % page_size
             )
@@ -106,14 +106,16 @@ class StepBuilder:
             return
         rows: list[int] = []
         adapters: list[int] = []
+        prefixes: list[int] = []
         for at, sequence in enumerate(decode.sequences):
             state = requests[sequence.request.request_id]
             rows.append(self._prepare_row(sequence, state))
             adapters.append(state.adapter.slot - 1 if state.adapter else -1)
+            prefixes.append(state.prefix_tokens)
             self._sample(planned, batch, state, sequence, at)
         row, position = np.array(rows), np.array(decode.positions)
         batch.token[:count] = -1 - row
-        batch.position[:count] = position
+        batch.position[:count] = position + np.array(prefixes)
         batch.kv_slot[:count] = (
             self._tables[row, position // page_size] * page_size + position % page_size
         )

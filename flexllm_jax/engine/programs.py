@@ -83,6 +83,9 @@ class EngineSizes:
                 rows=config.adapters.slots - 1,
                 rank=config.adapters.max_rank,
                 modules=tuple(TARGET_MODULES[name] for name in config.adapters.target_modules),
+                kinds=config.adapters.kinds,
+                bottleneck=config.adapters.max_bottleneck,
+                prefix=config.adapters.max_prefix,
             ),
             columns=saved_columns(model, _saved_names(config, model)),
         )
@@ -252,7 +255,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     table = _ints(4, sizes.slots)
     adapter = {
         "weights": state["master"][0],
-        "scales": dict.fromkeys(sizes.bank.modules, _floats(1)),
+        "scales": dict.fromkeys(state["master"][0], _floats(1)),
     }
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     return [

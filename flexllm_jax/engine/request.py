@@ -67,6 +67,11 @@ class RequestState:
             slo=self.slo,
         )
 
+    @property
+    def prefix_tokens(self) -> int:
+        """Positions that its adapter takes before its first token."""
+        return self.adapter.config.prefix_tokens if self.adapter else 0
+
     def needs_full_sampling(self, index: int) -> bool:
         """Whether output token `index` needs more than the largest logit."""
         p = self.params

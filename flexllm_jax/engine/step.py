@@ -10,8 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from flexllm_jax.engine.batch import Batch, BatchShape
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.peft.bypass import no_bypass
-from flexllm_jax.peft.lora import lora_bypass
+from flexllm_jax.peft.bypass import Bypass, no_bypass
 from kernels_pallas.backend import Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 
@@ -56,9 +55,10 @@ def forward_step(
     saved_layers, new_pages = [], []
     for i, layer_params in enumerate(params["layers"]):
         layer = decoder.layer(layer_params)
-        bypass = no_bypass
+        adapters = None
         if bank is not None:
-            bypass = lora_bypass(bank["weights"][i], bank["scales"][i], batch.adapter, backend)
+            adapters = Bypass(bank["weights"][i], bank["scales"][i], batch.adapter, backend)
+        bypass = adapters or no_bypass
         activations = {"x": x}
         q, k, v = layer.attention_inputs(x, angles, bypass, activations.setdefault)
         own_pages = {
@@ -76,6 +76,8 @@ def forward_step(
             batch.num_sequences,
             backend=backend,
         )
+        if adapters:
+            attended, lse = adapters.attend(q, attended, lse)
         activations["attended"] = attended
         x = layer.attention_outputs(x, attended, bypass, activations.setdefault)
         new_pages.append(own_pages)

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, optional_activations
 from flexllm_jax.peft.bypass import Bypass
-from flexllm_jax.peft.lora import lora_bypass
 from kernels_pallas.backend import Backend
 from kernels_pallas.window_attention_backward import window_attention_backward
 
@@ -197,13 +196,13 @@ def layer_unit(
         columns: `saved_columns`, static.
         backend: which kernels to use, static.
         layer_params: the layer's frozen parameters.
-        adapter: the job's adapter in this layer: {"weights": module -> {"a", "b"} float32,
-            "scales": module -> [1]}.
+        adapter: the job's adapter in this layer: {"weights": site -> name -> float32 array,
+            "scales": site -> [1]} (`peft.bypass.Bypass`).
         pages: the layer's {"k", "v"} pages.
         saved: what the forward kept of this layer (`saved_shapes`).
         flow: `flow_shapes`; dx[start:start+W] goes in as the gradient of the layer's output;
             donated.
-        gradients: module -> {"a": [d_in, R], "b": [R, d_out]} float32, added to; donated.
+        gradients: like the adapter's weights, added to; donated.
         table: the microbatch (`MicrobatchTable`).
         start: first slot of the window.
 
@@ -232,7 +231,7 @@ def layer_unit(
 
     def bypass(own: dict) -> Bypass:
         stacked = jax.tree.map(lambda w: w[None], own)
-        return lora_bypass(stacked, adapter["scales"], own_row, backend)
+        return Bypass(stacked, adapter["scales"], own_row, backend)
 
     angles = decoder.angles(window_of(whole.position))
     x, attended = kept["x"], kept["attended"].reshape(window, decoder.config.num_heads, -1)
@@ -261,6 +260,9 @@ def layer_unit(
         flow["dv"],
         backend=backend,
     )
+    dq, d_own_attention = bypass(own).attend_backward(
+        dq, q, attended, window_of(saved["lse"]), d_attended
+    )
     d_keys, d_values = window_of(dk).astype(k.dtype), window_of(dv).astype(v.dtype)
     d_input, d_own_inputs = pull_inputs((dq, d_keys, d_values))
 
@@ -270,7 +272,11 @@ def layer_unit(
         "dk": with_window(dk, cleared),
         "dv": with_window(dv, cleared),
     }
+    d_own_attention = jax.tree.map(lambda g: g[0], d_own_attention)
     gradients = jax.tree.map(
-        lambda total, one, other: total + one + other, gradients, d_own_outputs, d_own_inputs
+        lambda total, *parts: total + sum(parts),
+        gradients,
+        d_own_outputs,
+        d_own_inputs | d_own_attention,
     )
     return flow, gradients

@@ -18,11 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from flexllm_jax.config import FinetuneConfig, FinetuneSection
+from flexllm_jax.config import FinetuneConfig, FinetuneSection, PeftConfig
 from flexllm_jax.finetune.data import BatchStream, Dataset, TrainingSequence, load_dataset, pack
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.peft.adapter import Adapter, LoraConfig, init_adapter
+from flexllm_jax.peft.adapter import (
+    Adapter,
+    AdapterConfig,
+    LoraConfig,
+    Site,
+    init_adapter,
+)
+from flexllm_jax.peft.bottleneck import BottleneckConfig
 from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.ia3 import Ia3Config
+from flexllm_jax.peft.prefix import PrefixConfig
 from scheduler.request import Microbatch
 
 
@@ -92,16 +101,7 @@ def create_job(
     if config.init_adapter:
         adapter = load_adapter(config.init_adapter, model, model_path)
     else:
-        peft = config.peft
-        lora = LoraConfig(
-            r=peft.r,
-            alpha=peft.alpha,
-            target_modules=tuple(peft.target_modules),
-            use_rslora=peft.use_rslora,
-            rank_pattern=peft.rank_pattern,
-            alpha_pattern=peft.alpha_pattern,
-        )
-        adapter = init_adapter(lora, model, config.seed)
+        adapter = init_adapter(_adapter_config(config.peft), model, config.seed)
     # Two microbatches shall fit at once, and a unit costs a whole window however full it is.
     half = max(section.window, max_tokens // 2 // section.window * section.window)
     job = FinetuneJob(config, adapter.config, adapter, dataset, validation, max_tokens, half)
@@ -109,7 +109,26 @@ def create_job(
     return job
 
 
-def _pack_arrays(sequences: list[TrainingSequence]) -> dict:
+def _adapter_config(peft: PeftConfig) -> AdapterConfig:
+    """What the adapter of a job is to be."""
+    if peft.type == "ia3":
+        return Ia3Config()
+    if peft.type == "bottleneck":
+        return BottleneckConfig(peft.bottleneck_size)
+    if peft.type == "prefix":
+        return PrefixConfig(peft.num_virtual_tokens)
+    return LoraConfig(
+        r=peft.r,
+        alpha=peft.alpha,
+        target_modules=tuple(peft.target_modules),
+        use_rslora=peft.use_rslora,
+        rank_pattern=peft.rank_pattern,
+        alpha_pattern=peft.alpha_pattern,
+        layers_to_transform=peft.layers_to_transform,
+    )
+
+
+def _pack_arrays(sequences: list[TrainingSequence], first_position: int) -> dict:
     labels = []
     for s in sequences:
         label = np.full(len(s), -1, np.int32)
@@ -121,7 +140,8 @@ def _pack_arrays(sequences: list[TrainingSequence]) -> dict:
         "lengths": lengths,
         "token": np.concatenate([s.tokens for s in sequences]).astype(np.int32),
         "label": np.concatenate(labels),
-        "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        "position": first_position
+        + np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
         "sequence_start": np.repeat(starts, lengths).astype(np.int32),
     }
 
@@ -134,8 +154,8 @@ class FinetuneJob:
     """
 
     config: FinetuneConfig
-    lora: LoraConfig
-    adapter: Adapter  # the adapter it starts from; names its (layer, module) pairs
+    peft: AdapterConfig
+    adapter: Adapter  # the adapter it starts from
     dataset: Dataset
     validation: Dataset | None
     max_tokens: int  # of a microbatch
@@ -179,9 +199,9 @@ class FinetuneJob:
         return self.config.name
 
     @property
-    def ranks(self) -> dict[tuple[int, str], int]:
-        """Rank of each (layer, module) of the adapter."""
-        return {key: w.a.shape[1] for key, w in self.adapter.weights.items()}
+    def shapes(self) -> dict[Site, dict[str, tuple[int, ...]]]:
+        """Shapes of the adapter's weights."""
+        return self.adapter.shapes
 
     @property
     def running(self) -> bool:
@@ -247,7 +267,7 @@ class FinetuneJob:
                 PackedMicrobatch(
                     next(ids),
                     self,
-                    **_pack_arrays(sequences),
+                    **_pack_arrays(sequences, self.peft.prefix_tokens),
                     batch=2 * self._batches_out,
                     ends_batch=last,
                     stream_state=state if last else None,
@@ -264,7 +284,7 @@ class FinetuneJob:
                     PackedMicrobatch(
                         next(ids),
                         self,
-                        **_pack_arrays(sequences),
+                        **_pack_arrays(sequences, self.peft.prefix_tokens),
                         batch=2 * self._batches_out + 1,
                         validation=True,
                         ends_validation=i == len(packed) - 1,

@@ -241,7 +241,7 @@ class Trainer:
     def export(self, job: FinetuneJob, out_dir: Path) -> Path:
         """Write the job's adapter as it is now; waits for the device."""
         master = jax.tree.map(np.asarray, job.state["master"])
-        adapter = from_row(master, job.lora, job.ranks)
+        adapter = from_row(master, job.peft, job.shapes)
         save_adapter(adapter, self._runner.model, self._config.model.path, out_dir)
         return out_dir
 

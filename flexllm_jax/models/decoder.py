@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles, rotate
-from flexllm_jax.peft.bypass import Bypass, no_bypass
+from flexllm_jax.peft.bypass import BypassFunction, no_bypass
 
 Tap = Callable[[str, jax.Array], jax.Array]
 Angles = tuple[jax.Array, jax.Array]
@@ -59,7 +59,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "T D"],
         angles: Angles,
-        bypass: Bypass = no_bypass,
+        bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
         """Queries, keys and values of the layer's input, rotated."""
@@ -76,7 +76,7 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "T D"],
         attended: Float[Array, "T N H"],
-        bypass: Bypass = no_bypass,
+        bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
     ) -> Float[Array, "T D"]:
         """The layer's output, from its input and what attention returned."""

@@ -1,23 +1,25 @@
-"""A LoRA adapter on the host: its configuration, its weights, and what merging it means.
+"""An adapter on the host: its configuration and its weights; LoRA, and what merging it means.
 
-A projection y = x W with an adapter computes y = x W + scale * (x A) B. Ranks and scales may
-differ by layer and module; they follow PEFT's rules, so an adapter means here what it means there.
-Weights are float32 numpy arrays in the orientation of the base kernels, A [d_in, rank] and
-B [rank, d_out] (PEFT stores the transposes). Modules are named as in the parameter tree: q, k, v,
-o, gate, up, down.
+Weights are float32 numpy arrays by (layer, site) and name. A site is where a bypass joins the base
+model: for LoRA a projection, named as in the parameter tree (q, k, v, o, gate, up, down); the other
+kinds (`ia3`, `bottleneck`, `prefix`) name theirs in their modules.
+
+A projection y = x W with LoRA computes y = x W + scale * (x A) B. Ranks and scales may differ by
+layer and module; they follow PEFT's rules, so an adapter means here what it means there. A [d_in,
+rank] and B [rank, d_out] are in the orientation of the base kernels (PEFT stores the transposes).
 """
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from flexllm_jax.models.config import ModelConfig
 
@@ -39,8 +41,47 @@ _SHORT_PATHS = {
 }
 
 
+Site = tuple[int, str]  # (layer, where in it)
+Weights = Mapping[Site, Mapping[str, np.ndarray]]
+
+
 class AdapterError(ValueError):
     """An adapter or its configuration that cannot be used; one line."""
+
+
+class AdapterConfig(ABC):
+    """What an adapter computes with its weights; each kind of bypass has a class for it."""
+
+    kind: ClassVar[str]
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Positions taken before the first token of every sequence."""
+        return 0
+
+    def scale(self, layer: int, site: str) -> float:
+        """The number that goes with a site's weights."""
+        return 1.0
+
+    @abstractmethod
+    def initialize(self, model: ModelConfig, seed: int) -> Weights:
+        """Weights to start training from."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter; the keys of `weights` are the places that it changes."""
+
+    config: AdapterConfig
+    weights: Weights
+
+    @property
+    def shapes(self) -> dict[Site, dict[str, tuple[int, ...]]]:
+        """Shapes of the weights."""
+        return {
+            site: {name: array.shape for name, array in own.items()}
+            for site, own in self.weights.items()
+        }
 
 
 def module_path(layer: int, module: str) -> str:
@@ -48,8 +89,13 @@ def module_path(layer: int, module: str) -> str:
     return f"model.layers.{layer}.{_SHORT_PATHS[module]}"
 
 
+def init_adapter(config: AdapterConfig, model: ModelConfig, seed: int) -> Adapter:
+    """An adapter to start training from."""
+    return Adapter(config, config.initialize(model, seed))
+
+
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(AdapterConfig):
     """PEFT's LoRA configuration, as far as it decides what an adapter computes.
 
     `target_modules` is a sequence of the names in TARGET_MODULES, or "all-linear" for all seven.
@@ -64,6 +110,8 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
+
+    kind: ClassVar[str] = "lora"
 
     def __post_init__(self):
         names = self.target_modules
@@ -103,10 +151,10 @@ class LoraConfig:
         """Rank of one projection's adapter; `module` is its name in the parameter tree ("q")."""
         return _first_match(self.rank_pattern, module_path(layer, module), self.r)
 
-    def scale(self, layer: int, module: str) -> float:
+    def scale(self, layer: int, site: str) -> float:
         """Factor on A @ B: alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA."""
-        alpha = _first_match(self.alpha_pattern, module_path(layer, module), self.alpha)
-        rank = self.rank(layer, module)
+        alpha = _first_match(self.alpha_pattern, module_path(layer, site), self.alpha)
+        rank = self.rank(layer, site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, num_layers: int) -> tuple[tuple[int, str], ...]:
@@ -121,6 +169,23 @@ class LoraConfig:
         modules = [TARGET_MODULES[name] for name in self.target_modules]
         return tuple((layer, module) for layer in layers for module in modules)
 
+    def initialize(self, model: ModelConfig, seed: int) -> Weights:
+        """Start as PEFT does: A uniform in ±1/sqrt(d_in), B zero, so it changes nothing.
+
+        (PEFT's kaiming_uniform with a=sqrt(5): bound = sqrt(6 / ((1 + 5) * d_in)).) A projection's
+        A depends on the seed, layer and module only, not on which other projections are targeted.
+        """
+        weights = {}
+        modules = list(TARGET_MODULES.values())
+        for layer, module in self.targets(model.num_layers):
+            d_in, d_out = model.kernel_shapes[module]
+            rank = self.rank(layer, module)
+            random = np.random.default_rng([seed, layer, modules.index(module)])
+            bound = 1 / math.sqrt(d_in)
+            a = random.uniform(-bound, bound, (d_in, rank)).astype(np.float32)
+            weights[layer, module] = {"a": a, "b": np.zeros((rank, d_out), np.float32)}
+        return weights
+
 
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, from a dot."""
@@ -128,40 +193,6 @@ def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """The two factors of one projection's adapter, float32 on the host."""
-
-    a: Float[np.ndarray, "d_in rank"]
-    b: Float[np.ndarray, "rank d_out"]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter. `weights` decides which projections it changes: keys are (layer, module)."""
-
-    config: LoraConfig
-    weights: Mapping[tuple[int, str], LoraWeights]
-
-
-def init_adapter(config: LoraConfig, model_config: ModelConfig, seed: int) -> Adapter:
-    """Start an adapter as PEFT does: A uniform in ±1/sqrt(d_in), B zero, so it changes nothing.
-
-    (PEFT's kaiming_uniform with a=sqrt(5): bound = sqrt(6 / ((1 + 5) * d_in)).) A projection's A
-    depends on the seed, layer and module only, not on which other projections are targeted.
-    """
-    weights = {}
-    modules = list(TARGET_MODULES.values())
-    for layer, module in config.targets(model_config.num_layers):
-        d_in, d_out = model_config.kernel_shapes[module]
-        rank = config.rank(layer, module)
-        random = np.random.default_rng([seed, layer, modules.index(module)])
-        bound = 1 / math.sqrt(d_in)
-        a = random.uniform(-bound, bound, (d_in, rank)).astype(np.float32)
-        weights[layer, module] = LoraWeights(a, np.zeros((rank, d_out), np.float32))
-    return Adapter(config, weights)
 
 
 def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
@@ -174,6 +205,15 @@ _merge = jax.jit(_merged)
 _merge_in_place = jax.jit(_merged, donate_argnums=0)
 
 
+def check_mergeable(adapter: Adapter) -> None:
+    """AdapterError unless the adapter can become part of the base model's kernels."""
+    if adapter.config.kind != "lora":
+        raise AdapterError(
+            f"an adapter of kind {adapter.config.kind} is no change of the kernels alone: export "
+            "it as an adapter instead of merging it"
+        )
+
+
 def merge_adapter(params: Any, adapter: Adapter, *, donate: bool = False) -> Any:
     """Return the parameter tree with `kernel + scale * A @ B`, one kernel at a time, on its device.
 
@@ -184,10 +224,11 @@ def merge_adapter(params: Any, adapter: Adapter, *, donate: bool = False) -> Any
     """
     merge = _merge_in_place if donate else _merge
     layers = [dict(layer) for layer in params["layers"]]
+    check_mergeable(adapter)
     for (layer, module), weights in adapter.weights.items():
         projection = layers[layer][module]
         scale = adapter.config.scale(layer, module)
-        kernel = merge(projection["kernel"], weights.a, weights.b, scale)
+        kernel = merge(projection["kernel"], weights["a"], weights["b"], scale)
         layers[layer][module] = {**projection, "kernel": kernel}
     return {**params, "layers": layers}
 
@@ -200,5 +241,5 @@ def merge_kernel(adapter: Adapter, layer: int, module: str, kernel: np.ndarray) 
     weights = adapter.weights.get((layer, module))
     if weights is None:
         return kernel
-    update = adapter.config.scale(layer, module) * (weights.a @ weights.b)
+    update = adapter.config.scale(layer, module) * (weights["a"] @ weights["b"])
     return (kernel.astype(np.float32) + update).astype(kernel.dtype)

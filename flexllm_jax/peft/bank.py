@@ -1,9 +1,10 @@
 """The adapter bank: every adapter that a step may use, in fixed slots on the device.
 
-Per layer and target module the bank stacks A [rows, d_in, R], B [rows, R, d_out] and the scale
-[rows]. Slot 0 means "no adapter" and has no row; slot s lives in row s - 1. A published adapter is
-a slot and a version. Publishing again takes a new slot, so requests to the old version finish on
-it; its slot is free when the last of them is done.
+Per layer and site the bank stacks the weights of all rows, padded to the largest that an adapter
+may have (for LoRA A [rows, d_in, R] and B [rows, R, d_out]), and a number [rows]. What a row's
+adapter does not have is zero. Slot 0 means "no adapter" and has no row; slot s lives in row s - 1.
+A published adapter is a slot and a version. Publishing again takes a new slot, so requests to the
+old version finish on it; its slot is free when the last of them is done.
 """
 
 from collections.abc import Mapping
@@ -14,43 +15,67 @@ import jax.numpy as jnp
 import numpy as np
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig, LoraWeights
+from flexllm_jax.peft import bottleneck, ia3, prefix
+from flexllm_jax.peft.adapter import Adapter, AdapterConfig, AdapterError, Site
+
+KINDS = ("lora", "ia3", "bottleneck", "prefix")
+Shapes = Mapping[Site, Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class BankShape:
-    """Size of the bank: `rows` adapters of rank up to `rank` on `modules` (short names) of every
-    layer."""
+    """Size of the bank: `rows` adapters, each of one of `kinds`.
+
+    rank, modules   of LoRA: largest rank, and the projections (short names) there is room for
+    bottleneck      largest width of a bottleneck
+    prefix          most tokens of a prefix
+    """
 
     rows: int
     rank: int
     modules: tuple[str, ...]
+    kinds: tuple[str, ...] = ("lora",)
+    bottleneck: int = 64
+    prefix: int = 32
+
+    def sites(self, config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+        """What a layer has of one adapter: site -> name -> padded shape."""
+        sites = {}
+        if "lora" in self.kinds:
+            for module in self.modules:
+                d_in, d_out = config.kernel_shapes[module]
+                sites[module] = {"a": (d_in, self.rank), "b": (self.rank, d_out)}
+        if "ia3" in self.kinds:
+            for site, width in ia3.site_widths(config).items():
+                sites[site] = {"scale": (width,)}
+        if "bottleneck" in self.kinds:
+            for site in bottleneck.FOLLOWS:
+                sites[site] = bottleneck.shapes(config, self.bottleneck)
+        if "prefix" in self.kinds:
+            sites[prefix.SITE] = prefix.shapes(config, self.prefix)
+        return sites
 
 
 def weight_shapes(
     config: ModelConfig, shape: BankShape, rows: int | None, dtype: jnp.dtype
 ) -> list[dict[str, dict[str, jax.ShapeDtypeStruct]]]:
-    """Per layer: module -> {"a", "b"}; with a leading axis of `rows`, or without it when `rows` is
-    None."""
+    """Per layer: site -> name -> weights; with a leading axis of `rows`, or without it when `rows`
+    is None."""
     lead = () if rows is None else (rows,)
-
-    def factors(module: str) -> dict[str, jax.ShapeDtypeStruct]:
-        d_in, d_out = config.kernel_shapes[module]
-        return {
-            "a": jax.ShapeDtypeStruct((*lead, d_in, shape.rank), dtype),
-            "b": jax.ShapeDtypeStruct((*lead, shape.rank, d_out), dtype),
-        }
-
-    return [{m: factors(m) for m in shape.modules} for _ in range(config.num_layers)]
+    sites = {
+        site: {name: jax.ShapeDtypeStruct((*lead, *own), dtype) for name, own in names.items()}
+        for site, names in shape.sites(config).items()
+    }
+    return [sites] * config.num_layers
 
 
 def scale_shapes(
     config: ModelConfig, shape: BankShape, rows: int | None
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Per layer: module -> scale [rows] float32, or a scalar when `rows` is None."""
+    """Per layer: site -> its number [rows] float32, or a scalar when `rows` is None."""
     lead = () if rows is None else (rows,)
     scale = jax.ShapeDtypeStruct(lead, jnp.float32)
-    return [dict.fromkeys(shape.modules, scale) for _ in range(config.num_layers)]
+    return [dict.fromkeys(shape.sites(config), scale)] * config.num_layers
 
 
 def write_row(weights: list, scales: list, row: jax.Array, values: list, factors: list):
@@ -74,46 +99,67 @@ def to_rows(
 ) -> tuple[list, list]:
     """An adapter padded to the bank's shapes, float32 on the host: (weights, scales) of one row.
 
-    Raises AdapterError when its rank or modules do not fit the bank.
+    Raises AdapterError when it does not fit the bank.
     """
-    outside = sorted({m for _, m in adapter.weights} - set(shape.modules))
-    if outside:
-        raise AdapterError(
-            f"adapter {name!r} changes {', '.join(outside)}, and the bank holds only "
-            f"{', '.join(shape.modules)}: add them to adapters.target_modules"
-        )
-    largest = max((w.a.shape[1] for w in adapter.weights.values()), default=0)
-    if largest > shape.rank:
-        raise AdapterError(
-            f"adapter {name!r} has rank {largest}, the bank holds at most {shape.rank}: "
-            f"raise adapters.max_rank"
-        )
-    if not all(np.isfinite(w.a).all() and np.isfinite(w.b).all() for w in adapter.weights.values()):
-        raise AdapterError(f"adapter {name!r} has weights that are not finite: train it again")
+    _check_fits(adapter, shape, name)
     values = jax.tree.map(
         lambda s: np.zeros(s.shape, s.dtype), weight_shapes(config, shape, None, jnp.float32)
     )
     factors = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), scale_shapes(config, shape, None))
-    for (layer, module), own in adapter.weights.items():
-        rank = own.a.shape[1]
-        values[layer][module]["a"][:, :rank] = own.a
-        values[layer][module]["b"][:rank] = own.b
-        factors[layer][module] = np.float32(adapter.config.scale(layer, module))
+    for (layer, site), own in adapter.weights.items():
+        for key, array in own.items():
+            values[layer][site][key][_corner(array.shape)] = array
+        factors[layer][site] = np.float32(adapter.config.scale(layer, site))
     return values, factors
 
 
-def from_row(values: list, config: LoraConfig, like: Mapping[tuple[int, str], int]) -> Adapter:
-    """The adapter in one row's weights; `like` gives the rank of each (layer, module) it has."""
+def from_row(values: list, config: AdapterConfig, shapes: Shapes) -> Adapter:
+    """The adapter in one row's weights; `shapes` are those of what it has."""
     return Adapter(
         config=config,
         weights={
-            (layer, module): LoraWeights(
-                a=np.array(values[layer][module]["a"][:, :rank], np.float32),
-                b=np.array(values[layer][module]["b"][:rank], np.float32),
-            )
-            for (layer, module), rank in like.items()
+            (layer, site): {
+                name: np.array(values[layer][site][name][_corner(own)], np.float32)
+                for name, own in names.items()
+            }
+            for (layer, site), names in shapes.items()
         },
     )
+
+
+def _corner(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where an array lies in its padded one."""
+    return tuple(map(slice, shape))
+
+
+def _check_fits(adapter: Adapter, shape: BankShape, name: str) -> None:
+    kind, shapes = adapter.config.kind, adapter.shapes.values()
+    if kind not in shape.kinds:
+        raise AdapterError(
+            f"adapter {name!r} is of kind {kind}, and the bank holds only "
+            f"{', '.join(shape.kinds)}: add it to adapters.kinds"
+        )
+    outside = sorted({m for _, m in adapter.weights} - set(shape.modules))
+    if kind == "lora" and outside:
+        raise AdapterError(
+            f"adapter {name!r} changes {', '.join(outside)}, and the bank holds only "
+            f"{', '.join(shape.modules)}: add them to adapters.target_modules"
+        )
+    measures = {
+        "lora": ("rank", "b", shape.rank, "adapters.max_rank"),
+        "bottleneck": ("a bottleneck of", "up", shape.bottleneck, "adapters.max_bottleneck"),
+        "prefix": ("a prefix of", "k", shape.prefix, "adapters.max_prefix"),
+    }
+    if kind in measures:
+        measure, array, most, field = measures[kind]
+        largest = max((own[array][0] for own in shapes), default=0)
+        if largest > most:
+            raise AdapterError(
+                f"adapter {name!r} has {measure} {largest}, the bank holds at most {most}: "
+                f"raise {field}"
+            )
+    if not all(np.isfinite(w).all() for own in adapter.weights.values() for w in own.values()):
+        raise AdapterError(f"adapter {name!r} has weights that are not finite: train it again")
 
 
 @dataclass
@@ -123,8 +169,8 @@ class Published:
     name: str
     version: int
     slot: int
-    config: LoraConfig
-    ranks: Mapping[tuple[int, str], int]
+    config: AdapterConfig
+    shapes: Shapes
     users: int = 0
 
 
@@ -150,14 +196,12 @@ class BankDirectory:
             f"unload an adapter"
         )
 
-    def publish(
-        self, name: str, config: LoraConfig, ranks: Mapping[tuple[int, str], int]
-    ) -> Published:
+    def publish(self, name: str, config: AdapterConfig, shapes: Shapes) -> Published:
         """A new version of `name` in a free slot, current from now on."""
         slot = self._free_slot(f"adapter {name!r}")
         self.versions[name] = self.versions.get(name, 0) + 1
         self._retire(name)
-        self.current[name] = Published(name, self.versions[name], slot, config, ranks)
+        self.current[name] = Published(name, self.versions[name], slot, config, shapes)
         return self.current[name]
 
     def unload(self, name: str) -> None:

@@ -1,20 +1,81 @@
-"""The interface of every PEFT method: a bypass network beside frozen projections (FlexLLM, section
-4).
+"""The interface of every PEFT method: a bypass network beside frozen projections, Y = f_B(X) +
+f_A(X) (FlexLLM, section 4).
 
 The decoder calls `bypass(x, outputs)` once for all projections that read the same input: x [T,
 d_in], and by name (q, k, v, o, gate, up or down) each projection's output [T, d_out]. It goes on
-with the outputs that it gets back. A bypass is a pure function of arrays, so it runs, and is
-differentiated, inside the step programs.
+with the outputs that it gets back. Attention has a bypass too, `attend`, as it is no part of the
+decoder's layers. Everything is a pure function of arrays, so it runs, and is differentiated, inside
+the step programs.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
+from jaxtyping import Array, Float, Int
 
-Outputs = dict[str, jax.Array]
-Bypass = Callable[[jax.Array, Outputs], Outputs]
+from flexllm_jax.peft import prefix
+from flexllm_jax.peft.bottleneck import bottleneck
+from flexllm_jax.peft.ia3 import ia3
+from flexllm_jax.peft.lora import lora
+from flexllm_jax.peft.outputs import Outputs
+from kernels_pallas.backend import XLA, Backend
+
+BypassFunction = Callable[[jax.Array, Outputs], Outputs]
 
 
 def no_bypass(x: jax.Array, outputs: Outputs) -> Outputs:
     """The base model alone."""
     return outputs
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """The bypass of one layer: those of all kinds that `weights` has sites of.
+
+    An adapter is of one kind; its rows of the others' sites are zero and change nothing.
+
+    weights: site -> name -> [A, ...]. scales: site -> [A] float32. adapter: row of both for each
+    token, or -1 for the base model alone.
+    """
+
+    weights: dict
+    scales: dict
+    adapter: Int[Array, " T"]
+    backend: Backend = XLA
+
+    def __call__(self, x: jax.Array, outputs: Outputs) -> Outputs:
+        """The projections' outputs with what the adapters make of them."""
+        outputs = lora(self.weights, self.scales, self.adapter, x, outputs, self.backend)
+        outputs = ia3(self.weights, self.scales, self.adapter, outputs)
+        return bottleneck(self.weights, self.scales, self.adapter, outputs, self.backend)
+
+    def attend(
+        self,
+        query: Float[Array, "T N H"],
+        attended: Float[Array, "T N H"],
+        lse: Float[Array, "T N"],
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+        """Attention's output and the logarithm of its denominator, with prefixes."""
+        if prefix.SITE not in self.weights:
+            return attended, lse
+        own, lengths = self.weights[prefix.SITE], self.scales[prefix.SITE]
+        return prefix.join_prefix(own, lengths, self.adapter, query, attended, lse)
+
+    def attend_backward(
+        self,
+        d_query: Float[Array, "T N H"],
+        query: Float[Array, "T N H"],
+        attended: Float[Array, "T N H"],
+        lse: Float[Array, "T N"],
+        d_attended: Float[Array, "T N H"],
+    ) -> tuple[Float[Array, "T N H"], dict]:
+        """`d_query` with what `attend` adds to it, and gradients by site; attended and lse are what
+        it returned."""
+        if prefix.SITE not in self.weights:
+            return d_query, {}
+        own, lengths = self.weights[prefix.SITE], self.scales[prefix.SITE]
+        added, gradients = prefix.join_prefix_backward(
+            own, lengths, self.adapter, query, attended, lse, d_attended
+        )
+        return d_query + added, {prefix.SITE: gradients}

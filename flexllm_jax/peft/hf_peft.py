@@ -1,9 +1,10 @@
-"""LoRA adapters in PEFT's file format: import, export, and merged checkpoints.
+"""Adapters in PEFT's file format: import, export, and merged checkpoints.
 
 An adapter directory holds `adapter_config.json` and `adapter_model.safetensors`. Invariant: an
 adapter that loads here computes what PEFT computes with it, and one saved here is the same adapter
 in PEFT. Which modules are targeted and with which rank and scale follows PEFT's own rules; what
-PEFT can do beyond plain LoRA on the seven projections is refused by name.
+PEFT can do beyond plain LoRA on the seven projections, and the kinds of `hf_kinds`, is refused by
+name.
 """
 
 import json
@@ -26,10 +27,12 @@ from flexllm_jax.peft.adapter import (
     Adapter,
     AdapterError,
     LoraConfig,
-    LoraWeights,
+    Site,
+    check_mergeable,
     merge_kernel,
     module_path,
 )
+from flexllm_jax.peft.hf_kinds import FILE_KINDS
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ _KNOWN = {
 def load_adapter(
     path: str | Path, model_config: ModelConfig, base_model_path: str | Path | None = None
 ) -> Adapter:
-    """Load a PEFT LoRA adapter for the base model that `model_config` describes.
+    """Load a PEFT adapter for the base model that `model_config` describes.
 
     `base_model_path`, if given, is compared with the base model the adapter names; a difference is
     only logged, as the same model may lie anywhere. Raises AdapterError, in one line, for what is
@@ -79,6 +82,38 @@ def load_adapter(
     """
     directory = Path(path)
     raw = _read_config(directory / _CONFIG)
+    named = raw.get("base_model_name_or_path")
+    if base_model_path is not None and named and Path(named).name != Path(base_model_path).name:
+        logger.warning("%s names base model %s, not %s", directory, named, base_model_path)
+    for kind in FILE_KINDS.values():
+        if raw.get("peft_type") == kind.peft_type:
+            if raw.get("modules_to_save"):
+                raise AdapterError(
+                    f"{directory / _CONFIG}: modules_to_save={raw['modules_to_save']!r} is not "
+                    f"supported; {_UNSUPPORTED['modules_to_save']}"
+                )
+            try:
+                return kind.read(raw, _read_tensors(directory), model_config)
+            except AdapterError as error:
+                raise AdapterError(f"{directory}: {error}") from None
+    return _load_lora(directory, raw, model_config, named)
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a small adapter, float32."""
+    tensors = {}
+    with _open_weights(directory) as checkpoint:
+        for name in checkpoint.keys():  # noqa: SIM118 (it is no dictionary)
+            stored = checkpoint.get_tensor(name)
+            if not jnp.issubdtype(stored.dtype, jnp.floating):
+                raise AdapterError(f"tensor {name} has dtype {stored.dtype}, not a float")
+            tensors[name] = stored.astype(np.float32)
+    return tensors
+
+
+def _load_lora(
+    directory: Path, raw: Mapping[str, Any], model_config: ModelConfig, named: str | None
+) -> Adapter:
     _refuse_unsupported(directory, raw)
     targets = _targets(directory, raw, model_config)
     modules = {module for _, module in targets}
@@ -99,9 +134,6 @@ def load_adapter(
         )
     except AdapterError as error:
         raise AdapterError(f"{directory / _CONFIG}: {error}") from None
-    named = raw.get("base_model_name_or_path")
-    if base_model_path is not None and named and Path(named).name != Path(base_model_path).name:
-        logger.warning("%s names base model %s, not %s", directory, named, base_model_path)
     return Adapter(config, _read_weights(directory, config, model_config, targets, named))
 
 
@@ -116,26 +148,44 @@ def save_adapter(
     `base_model_path` is noted as the base model. Files of the same names are overwritten. Raises
     AdapterError if a weight does not have the shape the configuration gives it.
     """
-    for (layer, module), weights in adapter.weights.items():
-        expected = _shapes(adapter.config, model_config, layer, module)
-        if (weights.a.shape, weights.b.shape) != expected:
-            raise AdapterError(
-                f"{module_path(layer, module)}: A {weights.a.shape} and B {weights.b.shape} should "
-                f"be {expected[0]} and {expected[1]}; the configuration belongs to another adapter"
-            )
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for (layer, module), weights in adapter.weights.items():
-        name_a, name_b = _tensor_names(layer, module)
-        tensors[name_a] = np.ascontiguousarray(np.asarray(weights.a, np.float32).T)
-        tensors[name_b] = np.ascontiguousarray(np.asarray(weights.b, np.float32).T)
-    save_file(tensors, out / _WEIGHTS, metadata={"format": "pt"})
-    config = adapter.config
+    if isinstance(adapter.config, LoraConfig):
+        peft_type, (fields, tensors) = "LORA", _lora_files(adapter, adapter.config, model_config)
+    else:
+        kind = FILE_KINDS[adapter.config.kind]
+        peft_type, (fields, tensors) = kind.peft_type, kind.write(adapter, model_config)
     raw = {
-        "peft_type": "LORA",
+        "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model_path),
+        "inference_mode": True,
+        **fields,
+    }
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: np.ascontiguousarray(values, np.float32) for name, values in tensors.items()},
+        out / _WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    # Not sorted: of two patterns that match, the first counts.
+    (out / _CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _lora_files(
+    adapter: Adapter, config: LoraConfig, model_config: ModelConfig
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    tensors = {}
+    for (layer, module), weights in adapter.weights.items():
+        a, b = weights["a"], weights["b"]
+        expected = _shapes(config, model_config, layer, module)
+        if (a.shape, b.shape) != expected:
+            raise AdapterError(
+                f"{module_path(layer, module)}: A {a.shape} and B {b.shape} should "
+                f"be {expected[0]} and {expected[1]}; the configuration belongs to another adapter"
+            )
+        name_a, name_b = _tensor_names(layer, module)
+        tensors[name_a], tensors[name_b] = a.T, b.T
+    fields = {
         "r": config.r,
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
@@ -145,12 +195,10 @@ def save_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "inference_mode": True,
         "modules_to_save": None,
         **_target_fields(adapter, model_config.num_layers),
     }
-    # Not sorted: of two patterns that match, the first counts.
-    (out / _CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    return fields, tensors
 
 
 def save_merged(
@@ -162,8 +210,10 @@ def save_merged(
 ) -> None:
     """Write a Hugging Face checkpoint with the adapter merged, kernel by kernel on the host.
 
-    `params` is untouched and may be in use meanwhile. Same errors as `save_parameters`.
+    `params` is untouched and may be in use meanwhile. Same errors as `save_parameters`, and
+    AdapterError for an adapter that is not LoRA.
     """
+    check_mergeable(adapter)
     save_parameters(
         params,
         model_config,
@@ -194,7 +244,8 @@ def _refuse_unsupported(directory: Path, raw: Mapping[str, Any]) -> None:
         )
 
     if raw.get("peft_type") != "LORA":
-        refuse("peft_type", "only 'LORA' is")
+        kinds = ", ".join(f"{kind.peft_type!r}" for kind in FILE_KINDS.values())
+        refuse("peft_type", f"only 'LORA', {kinds} are")
     for field, remedy in _UNSUPPORTED.items():
         if raw.get(field):
             refuse(field, remedy)
@@ -304,13 +355,7 @@ def _shapes(
     return (d_in, rank), (rank, d_out)
 
 
-def _read_weights(
-    directory: Path,
-    config: LoraConfig,
-    model_config: ModelConfig,
-    targets: Iterable[tuple[int, str]],
-    base_model: str | None,
-) -> dict[tuple[int, str], LoraWeights]:
+def _open_weights(directory: Path) -> Any:
     file = directory / _WEIGHTS
     if not file.is_file():
         raise AdapterError(
@@ -318,11 +363,21 @@ def _read_weights(
             "save_pretrained with safe_serialization=True)"
         )
     try:
-        checkpoint = safe_open(file, framework="numpy")
+        return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _read_weights(
+    directory: Path,
+    config: LoraConfig,
+    model_config: ModelConfig,
+    targets: Iterable[tuple[int, str]],
+    base_model: str | None,
+) -> dict[Site, dict[str, np.ndarray]]:
+    file = directory / _WEIGHTS
     weights = {}
-    with checkpoint:
+    with _open_weights(directory) as checkpoint:
         names = set(checkpoint.keys())
         for layer, module in targets:
             shapes = _shapes(config, model_config, layer, module)
@@ -345,7 +400,7 @@ def _read_weights(
                         f"{file}: tensor {name} has dtype {stored.dtype}, not a float"
                     )
                 factors.append(np.ascontiguousarray(stored.T.astype(np.float32)))
-            weights[layer, module] = LoraWeights(*factors)
+            weights[layer, module] = dict(zip(("a", "b"), factors, strict=True))
     if names:
         raise AdapterError(
             f"{file}: tensor {min(names)} ({len(names)} such) belongs to no module that {_CONFIG} "

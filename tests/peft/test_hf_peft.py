@@ -19,7 +19,6 @@ from flexllm_jax.peft.adapter import (
     Adapter,
     AdapterError,
     LoraConfig,
-    LoraWeights,
     init_adapter,
     merge_adapter,
 )
@@ -64,8 +63,8 @@ def assert_same_adapter(adapter, model):
     for key, module in theirs.items():
         weights = adapter.weights[key]
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-        np.testing.assert_array_equal(weights.a, a.detach().float().numpy().T, err_msg=str(key))
-        np.testing.assert_array_equal(weights.b, b.detach().float().numpy().T, err_msg=str(key))
+        np.testing.assert_array_equal(weights["a"], a.detach().float().numpy().T, err_msg=str(key))
+        np.testing.assert_array_equal(weights["b"], b.detach().float().numpy().T, err_msg=str(key))
         assert adapter.config.scale(*key) == pytest.approx(module.scaling["default"])
         assert adapter.config.rank(*key) == module.r["default"]
 
@@ -137,7 +136,7 @@ def test_of_overlapping_patterns_the_first_counts_after_export_too(base, tmp_pat
     save_adapter(adapter, base.config, base.path, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(base.path)
     assert_same_adapter(adapter, peft.PeftModel.from_pretrained(model, tmp_path))
-    ranks = {key: weights.a.shape[1] for key, weights in adapter.weights.items()}
+    ranks = {key: weights["a"].shape[1] for key, weights in adapter.weights.items()}
     assert ranks == {(0, "q"): 3, (0, "up"): 2, (1, "q"): 3, (1, "up"): 5}
 
 
@@ -146,7 +145,7 @@ def test_a_bfloat16_adapter_becomes_float32(base, tmp_path):
     model.save_pretrained(tmp_path)
     adapter = load_adapter(tmp_path, base.config)
     assert_same_adapter(adapter, model)
-    assert adapter.weights[0, "q"].a.dtype == np.float32
+    assert adapter.weights[0, "q"]["a"].dtype == np.float32
 
 
 def test_a_new_adapter_is_distributed_as_pefts_and_changes_nothing(base, tmp_path):
@@ -158,10 +157,10 @@ def test_a_new_adapter_is_distributed_as_pefts_and_changes_nothing(base, tmp_pat
     )
     for key, module in lora_layers(theirs).items():
         ours, reference = adapter.weights[key], module.lora_A["default"].weight.detach().numpy().T
-        assert ours.a.shape == reference.shape
-        assert np.abs(ours.a).max() == pytest.approx(np.abs(reference).max(), rel=0.02)
-        assert ours.a.std() == pytest.approx(reference.std(), rel=0.1)
-        assert not ours.b.any()
+        assert ours["a"].shape == reference.shape
+        assert np.abs(ours["a"]).max() == pytest.approx(np.abs(reference).max(), rel=0.02)
+        assert ours["a"].std() == pytest.approx(reference.std(), rel=0.1)
+        assert not ours["b"].any()
     assert adapter.weights.keys() == lora_layers(theirs).keys()
     save_adapter(adapter, base.config, base.path, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(base.path)
@@ -175,9 +174,9 @@ def test_a_new_adapter_depends_on_its_seed_only(base):
     one = LoraConfig(r=4, alpha=8, target_modules=("up_proj",), layers_to_transform=(1,))
     wide, narrow = init_adapter(both, base.config, seed=1), init_adapter(one, base.config, seed=1)
     assert narrow.weights.keys() == {(1, "up")}
-    np.testing.assert_array_equal(wide.weights[1, "up"].a, narrow.weights[1, "up"].a)
+    np.testing.assert_array_equal(wide.weights[1, "up"]["a"], narrow.weights[1, "up"]["a"])
     other = init_adapter(one, base.config, seed=2)
-    assert not np.array_equal(other.weights[1, "up"].a, narrow.weights[1, "up"].a)
+    assert not np.array_equal(other.weights[1, "up"]["a"], narrow.weights[1, "up"]["a"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -220,7 +219,7 @@ def test_a_merged_checkpoint_is_pefts_merge_and_unload(tmp_path, dtype, name):
 def test_merging_with_donation_reuses_the_kernels_memory(base):
     config = LoraConfig(r=4, alpha=8, target_modules=("q_proj",))
     weights = init_adapter(config, base.config, seed=0).weights
-    ones = {key: LoraWeights(w.a, np.ones_like(w.b)) for key, w in weights.items()}
+    ones = {key: {"a": w["a"], "b": np.ones_like(w["b"])} for key, w in weights.items()}
     params = load_parameters(base.path, base.config, jnp.float32)
     expected = merge_adapter(params, Adapter(config, ones))
     merged = merge_adapter(params, Adapter(config, ones), donate=True)
@@ -256,7 +255,7 @@ def refusal(path, model_config):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("peft_type", "IA3"),
+        ("peft_type", "VERA"),
         ("use_dora", True),
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),

@@ -1,0 +1,101 @@
+"""Bottleneck adapters (arXiv 1902.00751) as a bypass: y + relu(y D + d) U + u after attention's
+output projection and after the feed-forward network, before the residual is added.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
+from flexllm_jax.peft.outputs import Outputs
+from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.grouped_lora import grouped_lora
+
+# Site -> the projection whose output goes through it.
+FOLLOWS = {"bottleneck_o": "o", "bottleneck_down": "down"}
+
+
+@dataclass(frozen=True)
+class BottleneckConfig(AdapterConfig):
+    """`size`: width of the bottleneck."""
+
+    size: int
+
+    kind: ClassVar[str] = "bottleneck"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise AdapterError(f"bottleneck_size={self.size!r} must be a positive integer")
+
+    def initialize(self, model: ModelConfig, seed: int) -> Weights:
+        """D normal with deviation 0.01 (as in the paper), all else zero, so nothing is changed."""
+        weights = {}
+        for layer in range(model.num_layers):
+            for index, site in enumerate(FOLLOWS):
+                own = {n: np.zeros(s, np.float32) for n, s in shapes(model, self.size).items()}
+                random = np.random.default_rng([seed, layer, index])
+                own["down"] = random.normal(0, 0.01, own["down"].shape).astype(np.float32)
+                weights[layer, site] = own
+        return weights
+
+
+def shapes(model: ModelConfig, size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a site's weights."""
+    d = model.d_model
+    return {"down": (d, size), "down_bias": (size,), "up": (size, d), "up_bias": (d,)}
+
+
+def bottleneck(
+    weights: dict,
+    scales: dict,
+    adapter: Int[Array, " T"],
+    outputs: Outputs,
+    backend: Backend = XLA,
+) -> Outputs:
+    """`outputs` with those sent through their bottleneck that a site of the layer belongs to.
+
+    Both products are those of `grouped_lora`, each with an identity as its other factor.
+
+    Args:
+        weights: site -> `shapes`, with a leading axis of A adapters.
+        scales: site -> [A] float32, 1 for adapters that have the site, else 0: zeros would not do,
+            as biases learn from them.
+        adapter: row of the weights for each token, or -1.
+        outputs: projection -> [T, d].
+        backend: which kernels to use.
+    """
+    changed = dict(outputs)
+    for site, name in FOLLOWS.items():
+        if site in weights and name in outputs:
+            own, present, y = weights[site], scales[site], outputs[name]
+            rows, size = own["down_bias"].shape
+            eye = jnp.broadcast_to(jnp.eye(size, dtype=own["down"].dtype), (rows, size, size))
+            down_bias, up_bias = (
+                _row(own[n] * present[:, None], adapter).astype(y.dtype)
+                for n in ("down_bias", "up_bias")
+            )
+            inner: Any = grouped_lora(
+                y, (down_bias,), (own["down"],), (eye,), (present,), adapter, backend
+            )
+            outer: Any = grouped_lora(
+                jax.nn.relu(inner[0]),
+                (y + up_bias,),
+                (eye,),
+                (own["up"],),
+                (present,),
+                adapter,
+                backend,
+            )
+            (changed[name],) = outer
+    return changed
+
+
+def _row(values: jax.Array, adapter: Int[Array, " T"]) -> jax.Array:
+    """Each token's row, zero without an adapter."""
+    rows = values if len(values) == 1 else values[adapter]
+    return jnp.where(adapter[:, None] < 0, 0, rows)
