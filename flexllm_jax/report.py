@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flexllm_jax.engine.cache import peak_memory
+from flexllm_jax.engine.engine import BucketUse
 from flexllm_jax.llm import LLM, Job
 from flexllm_jax.run import Run
 from scheduler.slo import summarize
@@ -64,11 +65,24 @@ def _engine_section(llm: LLM, wall_s: float) -> dict[str, Any]:
         "startup_s": engine.startup_s,
         "compile_s": runner.compile_s,
         "recompiles_after_warmup": runner.compilations.count,
+        "programs": len(runner.programs),
+        "padding": _padding(engine.buckets),
         "host_ms_per_step": {"mean": float(host_ms.mean()), "p50": float(p50), "p99": float(p99)},
         "latency_model": engine.scheduler.latency.errors(),
         "peak_memory_bytes": peak_memory(runner.device),
         "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def _padding(buckets: dict[int, BucketUse]) -> dict[str, Any]:
+    """Share of the token slots that held no token, in all and by bucket."""
+    by_bucket = {
+        str(bucket): {"steps": use.steps, "padding": 1 - use.tokens / (use.steps * bucket)}
+        for bucket, use in sorted(buckets.items())
+    }
+    slots = sum(use.steps * bucket for bucket, use in buckets.items())
+    tokens = sum(use.tokens for use in buckets.values())
+    return {"share": 1 - tokens / slots if slots else 0.0, "buckets": by_bucket}
 
 
 def _versions() -> dict[str, str]:

@@ -80,6 +80,7 @@ def summary_table(report: dict[str, Any]) -> Table:
         "engine",
         f"{engine['device']}, {engine['wall_s']:.1f} s, {engine['steps']:,} steps, host "
         f"{host['p50']:.2f} ms a step, {engine['recompiles_after_warmup']} recompilations, "
+        f"{engine['padding']['share']:.0%} padding, "
         f"{engine['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
     )
     return table

@@ -52,6 +52,19 @@ class _InFlight:
     after: list[Callable[[], None]] = field(default_factory=list)
 
 
+@dataclass
+class BucketUse:
+    """How often a bucket's program ran, and how many tokens were in its slots."""
+
+    steps: int = 0
+    tokens: int = 0
+
+    def count(self, plan: StepPlan) -> None:
+        """Another step."""
+        self.steps += 1
+        self.tokens += plan.num_tokens
+
+
 class Engine:
     """Serves requests and trains adapters with one model on one device.
 
@@ -88,6 +101,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.workload.seed if config.workload else 0)
         self.steps = 0
+        self.buckets: dict[int, BucketUse] = {}
         self.host_seconds: deque[float] = deque(maxlen=100_000)
         for adapter in config.adapters.preload:
             self.load_adapter(adapter.name, adapter.path)
@@ -257,6 +271,7 @@ class Engine:
         step = _InFlight(plan, time.monotonic(), [], None, [], None, None)
         runner = self.runner
         if plan.token_bucket:
+            self.buckets.setdefault(plan.token_bucket, BucketUse()).count(plan)
             microbatch = self.trainer.forward(plan.forward) if plan.forward else None
             batch = self._builder.build(plan, self._requests, microbatch)
             step.hidden, hidden_rows = runner.forward(

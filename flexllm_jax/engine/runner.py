@@ -33,7 +33,7 @@ class Runner:
         self.params = load_parameters(config.model.path, self.model, self.sizes.dtype, self.device)
         self._allocate(config)
         started = time.monotonic()
-        self._programs = compile_programs(
+        self.programs = compile_programs(
             list_programs(self.sizes, self.num_pages), progress=progress
         )
         self.compile_s = time.monotonic() - started
@@ -74,7 +74,7 @@ class Runner:
         `variant`: "base", or "adapters" when a token has an adapter or is a finetuning token.
         """
         bank, finetune = (None, None) if variant == "base" else (self.bank, self.finetune)
-        self.pages, finetune, hidden, sampled = self._programs[f"forward/{variant}/{bucket}"](
+        self.pages, finetune, hidden, sampled = self.programs[f"forward/{variant}/{bucket}"](
             self.params, bank, self.pages, finetune, self.last_tokens, vector
         )
         if finetune is not None:
@@ -86,57 +86,57 @@ class Runner:
         count = sampled.shape[0]
         head, packed = head_parameters(self.params), rows.packed()
         if not full:
-            tokens, self.last_tokens = self._programs[f"sample/greedy/{count}"](
+            tokens, self.last_tokens = self.programs[f"sample/greedy/{count}"](
                 head, sampled, self.last_tokens, packed
             )
             return {"tokens": tokens}
-        report, self.last_tokens, self.history = self._programs[f"sample/full/{count}"](
+        report, self.last_tokens, self.history = self.programs[f"sample/full/{count}"](
             head, sampled, self.last_tokens, self.history, packed
         )
         return report
 
     def prompt_logprobs(self, hidden: jax.Array, targets: Int[np.ndarray, " T"]) -> dict:
         """Log-probabilities of the targets given the outputs of a forward."""
-        program = self._programs[f"prompt_logprobs/{hidden.shape[0]}"]
+        program = self.programs[f"prompt_logprobs/{hidden.shape[0]}"]
         return program(head_parameters(self.params), hidden, targets)
 
     def write_history(self, row: int, counts: np.ndarray, prompt: np.ndarray) -> None:
         """Tell the penalties what a row's request has said and was asked."""
-        self.history = self._programs["write_history"](self.history, np.int32(row), counts, prompt)
+        self.history = self.programs["write_history"](self.history, np.int32(row), counts, prompt)
 
     # -- adapters ---------------------------------------------------------------------------------
 
     def write_adapter(self, slot: int, values: list, scales: list) -> None:
         """Load an adapter (`bank.to_rows`) in a slot."""
-        self.bank["weights"], self.bank["scales"] = self._programs["write_row"](
+        self.bank["weights"], self.bank["scales"] = self.programs["write_row"](
             self.bank["weights"], self.bank["scales"], np.int32(slot - 1), values, scales
         )
 
     def copy_adapter(self, source: int, target: int) -> None:
         """Copy one slot to another."""
-        self.bank["weights"], self.bank["scales"] = self._programs["copy_row"](
+        self.bank["weights"], self.bank["scales"] = self.programs["copy_row"](
             self.bank["weights"], self.bank["scales"], np.int32(source - 1), np.int32(target - 1)
         )
 
     def read_adapter(self, slot: int) -> list:
         """A slot's weights on the host, float32; waits for the device."""
-        return jax.device_get(self._programs["read_row"](self.bank["weights"], np.int32(slot - 1)))
+        return jax.device_get(self.programs["read_row"](self.bank["weights"], np.int32(slot - 1)))
 
     # -- finetuning -------------------------------------------------------------------------------
 
     def begin_backward(self) -> None:
         """Forget what a microbatch that did not finish its backward has accumulated."""
-        self.finetune["flow"], self.pending = self._programs["begin_backward"](
+        self.finetune["flow"], self.pending = self.programs["begin_backward"](
             self.finetune["flow"], self.pending
         )
 
     def clear_finetune(self) -> None:
         """Zero the finetuning buffers."""
-        self.finetune = self._programs["clear"](self.finetune)
+        self.finetune = self.programs["clear"](self.finetune)
 
     def loss_unit(self, table: jax.Array, start: int) -> jax.Array:
         """Loss of one window and its gradient; returns a scalar that is ready when it is done."""
-        self.finetune["flow"], self.pending["totals"], done = self._programs["loss_unit"](
+        self.finetune["flow"], self.pending["totals"], done = self.programs["loss_unit"](
             head_parameters(self.params),
             self.finetune["flow"],
             self.pending["totals"],
@@ -153,7 +153,7 @@ class Runner:
         weights, scales: the job's adapter, by layer, as `finetune.backward.layer_unit` takes it.
         """
         adapter = {"weights": weights[layer], "scales": scales[layer]}
-        program = self._programs["layer_unit"]
+        program = self.programs["layer_unit"]
         self.finetune["flow"], self.pending["gradients"][layer], done = program(
             self.params["layers"][layer],
             adapter,
@@ -168,21 +168,21 @@ class Runner:
 
     def commit(self, state: dict) -> dict:
         """Add the finished microbatch's gradients to its job's state."""
-        return self._programs["commit"](self.pending["gradients"], self.pending["totals"], state)
+        return self.programs["commit"](self.pending["gradients"], self.pending["totals"], state)
 
     def totals(self) -> jax.Array:
         """A copy of the microbatch's sum of losses and number of labels."""
-        return self._programs["copy_totals"](self.pending["totals"])
+        return self.programs["copy_totals"](self.pending["totals"])
 
     def optimizer_step(
         self, state: dict, slot: int, values: Float[np.ndarray, " 6"]
     ) -> tuple[dict, dict]:
         """Update a job's adapter in its slot; returns its state and the step's metrics."""
-        self.bank["weights"], state, metrics = self._programs["optimizer_step"](
+        self.bank["weights"], state, metrics = self.programs["optimizer_step"](
             self.bank["weights"], state, np.int32(slot - 1), values
         )
         return state, metrics
 
     def copy_state(self, state: dict) -> dict:
         """A copy of the parts of a job's state that a checkpoint keeps."""
-        return self._programs["copy_state"]({k: state[k] for k in ("master", "optimizer")})
+        return self.programs["copy_state"]({k: state[k] for k in ("master", "optimizer")})

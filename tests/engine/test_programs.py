@@ -27,7 +27,7 @@ def test_a_forward_updates_pages_and_finetuning_buffers_in_place(llm, bucket):
         ("base", (runner.pages,)),
         ("adapters", (runner.pages, runner.finetune)),
     ):
-        memory = runner._programs[f"forward/{variant}/{bucket}"].memory_analysis()
+        memory = runner.programs[f"forward/{variant}/{bucket}"].memory_analysis()
         assert memory.alias_size_in_bytes >= size(*buffers)
 
 
@@ -44,7 +44,7 @@ def test_a_forward_updates_pages_and_finetuning_buffers_in_place(llm, bucket):
 )
 def test_other_programs_update_their_buffers_in_place(llm, program, buffers):
     runner = llm.engine.runner
-    memory = runner._programs[program].memory_analysis()
+    memory = runner.programs[program].memory_analysis()
     assert memory.alias_size_in_bytes >= size(*buffers(runner))
 
 

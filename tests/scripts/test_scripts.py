@@ -57,6 +57,10 @@ def test_coserve_answers_trains_and_reports(workspace: Workspace) -> None:
     assert engine["recompiles_after_warmup"] == 0 and engine["steps"] > 10
     assert engine["wall_s"] > 0.3 and engine["compile_s"] > 0 and engine["peak_memory_bytes"] > 0
     assert engine["host_ms_per_step"].keys() == {"mean", "p50", "p99"}
+    padding = engine["padding"]
+    assert 0 < padding["share"] < 1 and engine["programs"] > 10
+    assert sum(use["steps"] for use in padding["buckets"].values()) <= engine["steps"]
+    assert all(0 <= use["padding"] < 1 for use in padding["buckets"].values())
 
     assert (workspace.output / "report.png").read_bytes().startswith(PNG)
     assert "before: " in done.stdout and "after, mine: " in done.stdout
