@@ -31,9 +31,11 @@ Int = Annotated[int, Strict()]
 Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TargetModule = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"
+]
 AdapterKind = Literal["lora", "ia3", "bottleneck", "prefix"]
-ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)
+ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)[:-1]  # "all-linear": no head
 
 
 class ConfigError(ValueError):

@@ -291,10 +291,11 @@ class Engine:
     def _request_prompt_logprobs(self, step: _InFlight, batch: PlannedBatch) -> None:
         if step.hidden is None or not batch.prompt_targets:
             return
-        targets = np.zeros(step.plan.token_bucket, np.int32)
+        targets = np.zeros((2, step.plan.token_bucket), np.int32)
+        targets[1] = -1
         for target in batch.prompt_targets:
-            at = target.batch_start
-            targets[at : at + len(target.tokens)] = target.tokens
+            where = slice(target.batch_start, target.batch_start + len(target.tokens))
+            targets[0, where], targets[1, where] = target.tokens, target.state.bank_row
         report = self.runner.prompt_logprobs(step.hidden, targets)
         step.prompt_logprobs = [(target, report) for target in batch.prompt_targets]
 

@@ -77,7 +77,7 @@ class StepBuilder:
                 self._tables[row, position // page_size] * page_size + position % page_size
             )
             if state.adapter:
-                batch.adapter[where] = state.adapter.slot - 1
+                batch.adapter[where] = state.bank_row
                 planned.variant = "adapters"
             batch.kv_lengths[s] = stop
             batch.page_tables[s] = self._tables[row]
@@ -110,7 +110,7 @@ class StepBuilder:
         for at, sequence in enumerate(decode.sequences):
             state = requests[sequence.request.request_id]
             rows.append(self._prepare_row(sequence, state))
-            adapters.append(state.adapter.slot - 1 if state.adapter else -1)
+            adapters.append(state.bank_row)
             prefixes.append(state.prefix_tokens)
             self._sample(planned, batch, state, sequence, at)
         row, position = np.array(rows), np.array(decode.positions)
@@ -160,7 +160,7 @@ class StepBuilder:
         batch.sample[i] = token
         index = len(sequence.output) + sequence.in_flight - 1  # the plan has counted this one
         rows, params = planned.rows, state.params
-        rows.row[i] = sequence.row
+        rows.row[i], rows.adapter[i] = sequence.row, state.bank_row
         if not state.needs_full_sampling(index):
             return
         planned.full = True

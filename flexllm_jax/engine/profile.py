@@ -162,7 +162,7 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
         ][-1]
 
     def loss_units(count: int) -> Callable[[], object]:
-        return lambda: [runner.loss_unit(table, 0) for _ in range(count)][-1]
+        return lambda: [runner.loss_unit(table, weights, scales, 0) for _ in range(count)][-1]
 
     # Two counts of each kind: from one alone, a unit's time is not told from a step's overhead.
     for start in {0, sizes.slots - sizes.window}:

@@ -213,13 +213,16 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
     decoder = Decoder(sizes.model, sizes.dtype)
     head = head_parameters(abstract_parameters(sizes.model, sizes.dtype))
     last_tokens, history = (sizes.request_arrays[name] for name in ("last_tokens", "history"))
+    bank = None
+    if sizes.bank.has_head:
+        bank = {name: layers[-1] for name, layers in sizes.bank_arrays.items()}
 
     def hidden(rows: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, sizes.model.d_model), sizes.dtype)
 
     prompt_logprobs = partial(sampler.prompt_logprobs, decoder)
     programs = [
-        Program(f"prompt_logprobs/{n}", prompt_logprobs, (head, hidden(n), _ints(n)))
+        Program(f"prompt_logprobs/{n}", prompt_logprobs, (head, bank, hidden(n), _ints(2, n)))
         for n in sizes.buckets
     ]
     for rows in sorted({shape.samples for shape in sizes.batch_shapes.values()}):
@@ -227,10 +230,10 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
         greedy, full = (
             partial(sample, decoder) for sample in (sampler.sample_greedy, sampler.sample_full)
         )
-        arguments = (head, hidden(rows), last_tokens)
+        arguments = (head, bank, hidden(rows), last_tokens)
         programs += [
-            Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (2,)),
-            Program(f"sample/full/{rows}", full, (*arguments, history, packed), (2, 3)),
+            Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (3,)),
+            Program(f"sample/full/{rows}", full, (*arguments, history, packed), (3, 4)),
         ]
     counts = _ints(sizes.model.vocab_size)
     prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)
@@ -257,13 +260,17 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         "weights": state["master"][0],
         "scales": dict.fromkeys(state["master"][0], _floats(1)),
     }
+    head_adapter, pending_loss = None, {"totals": pending["totals"], "gradients": None}
+    if sizes.bank.has_head:
+        head_adapter = {"weights": state["master"][-1], "scales": {"head": _floats(1)}}
+        pending_loss["gradients"] = pending["gradients"][-1]
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     return [
         Program(
             "loss_unit",
             _marked(partial(loss_unit, decoder, window)),
-            (head_parameters(params), flow, pending["totals"], table, _INT),
-            (1, 2),
+            (head_parameters(params), head_adapter, flow, pending_loss, table, _INT),
+            (2, 3),
         ),
         Program(
             "layer_unit",

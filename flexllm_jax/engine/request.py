@@ -68,6 +68,11 @@ class RequestState:
         )
 
     @property
+    def bank_row(self) -> int:
+        """Row of the bank of its adapter, or -1."""
+        return self.adapter.slot - 1 if self.adapter else -1
+
+    @property
     def prefix_tokens(self) -> int:
         """Positions that its adapter takes before its first token."""
         return self.adapter.config.prefix_tokens if self.adapter else 0

@@ -87,18 +87,26 @@ class Runner:
         head, packed = head_parameters(self.params), rows.packed()
         if not full:
             tokens, self.last_tokens = self.programs[f"sample/greedy/{count}"](
-                head, sampled, self.last_tokens, packed
+                head, self._head_bank, sampled, self.last_tokens, packed
             )
             return {"tokens": tokens}
         report, self.last_tokens, self.history = self.programs[f"sample/full/{count}"](
-            head, sampled, self.last_tokens, self.history, packed
+            head, self._head_bank, sampled, self.last_tokens, self.history, packed
         )
         return report
 
-    def prompt_logprobs(self, hidden: jax.Array, targets: Int[np.ndarray, " T"]) -> dict:
-        """Log-probabilities of the targets given the outputs of a forward."""
+    def prompt_logprobs(self, hidden: jax.Array, targets: Int[np.ndarray, "2 T"]) -> dict:
+        """Log-probabilities of the targets (tokens, and rows of the bank) given the outputs of a
+        forward."""
         program = self.programs[f"prompt_logprobs/{hidden.shape[0]}"]
-        return program(head_parameters(self.params), hidden, targets)
+        return program(head_parameters(self.params), self._head_bank, hidden, targets)
+
+    @property
+    def _head_bank(self) -> dict | None:
+        """The output head's part of the bank."""
+        if not self.sizes.bank.has_head:
+            return None
+        return {name: layers[-1] for name, layers in self.bank.items()}
 
     def write_history(self, row: int, counts: np.ndarray, prompt: np.ndarray) -> None:
         """Tell the penalties what a row's request has said and was asked."""
@@ -134,15 +142,26 @@ class Runner:
         """Zero the finetuning buffers."""
         self.finetune = self.programs["clear"](self.finetune)
 
-    def loss_unit(self, table: jax.Array, start: int) -> jax.Array:
-        """Loss of one window and its gradient; returns a scalar that is ready when it is done."""
-        self.finetune["flow"], self.pending["totals"], done = self.programs["loss_unit"](
+    def loss_unit(self, table: jax.Array, weights: list, scales: list, start: int) -> jax.Array:
+        """Loss of one window and its gradient; returns a scalar that is ready when it is done.
+
+        weights, scales: the job's adapter, by layer, of which the output head's is taken.
+        """
+        adapter, pending = None, {"totals": self.pending["totals"], "gradients": None}
+        if self.sizes.bank.has_head:
+            adapter = {"weights": weights[-1], "scales": scales[-1]}
+            pending["gradients"] = self.pending["gradients"][-1]
+        self.finetune["flow"], pending, done = self.programs["loss_unit"](
             head_parameters(self.params),
+            adapter,
             self.finetune["flow"],
-            self.pending["totals"],
+            pending,
             table,
             np.int32(start),
         )
+        self.pending["totals"] = pending["totals"]
+        if adapter:
+            self.pending["gradients"][-1] = pending["gradients"]
         return done
 
     def layer_unit(

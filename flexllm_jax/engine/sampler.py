@@ -9,6 +9,7 @@ logits, as in training.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.peft.bypass import Bypass, BypassFunction, no_bypass
 
 TOP_LOGPROBS = 20  # most alternatives a request can ask for, as in the OpenAI interface
 BANNED = 16  # most tokens that min_tokens can hold back
@@ -28,11 +30,12 @@ class SamplingRows:
     """One step's sampling parameters on the host: a row for each sampled token, packed for the
     device as int32.
 
-    `row` is the request's row in the device state (past its end: nothing is sampled). Floats travel
-    as their bits.
+    `row` is the request's row in the device state (past its end: nothing is sampled); `adapter` its
+    row of the bank, or -1. Floats travel as their bits.
     """
 
     row: np.ndarray
+    adapter: np.ndarray
     index: np.ndarray  # of the token in the request's output
     seed: np.ndarray
     top_k: np.ndarray
@@ -47,7 +50,7 @@ class SamplingRows:
     @classmethod
     def neutral(cls, rows: int, no_row: int) -> "SamplingRows":
         """Greedy sampling in no row."""
-        ints = {"row": no_row, "index": 0, "seed": 0, "top_k": 0}
+        ints = {"row": no_row, "adapter": -1, "index": 0, "seed": 0, "top_k": 0}
         floats = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0}
         floats |= {"presence": 0.0, "frequency": 0.0}
         return cls(
@@ -83,22 +86,31 @@ _FLOATS = {"temperature", "top_p", "min_p", "repetition", "presence", "frequency
 PACKED_ROWS = len(fields(SamplingRows)) - 1 + BANNED
 
 
+def _head_bypass(bank: dict | None, adapter: Any) -> BypassFunction:
+    """LoRA on the output head; `bank`: its {"weights", "scales"}, or None without; adapter: rows of
+    it [R]."""
+    return no_bypass if bank is None else Bypass(bank["weights"], bank["scales"], adapter)
+
+
 def sample_greedy(
     decoder: Decoder,
     params: dict,
+    bank: dict | None,
     hidden: Float[Array, "R D"],
     last_tokens: Int[Array, " Q"],
     packed: Int[Array, "C R"],
 ) -> tuple[Int[Array, " R"], Int[Array, " Q"]]:
     """The most likely token of each row, also put in `last_tokens` (donated) for the next step to
-    read."""
-    tokens = jnp.argmax(decoder.logits(params, hidden), axis=-1).astype(jnp.int32)
+    read. Arguments as in `sample_full`."""
+    bypass = _head_bypass(bank, packed[1])
+    tokens = jnp.argmax(decoder.logits(params, hidden, bypass), axis=-1).astype(jnp.int32)
     return tokens, last_tokens.at[packed[0]].set(tokens, mode="drop")
 
 
 def sample_full(
     decoder: Decoder,
     params: dict,
+    bank: dict | None,
     hidden: Float[Array, "R D"],
     last_tokens: Int[Array, " Q"],
     history: dict,
@@ -109,6 +121,7 @@ def sample_full(
     Args:
         decoder: the model's functions.
         params: parameters; the final norm and the head are read.
+        bank: the output head's {"weights", "scales"} of the adapter bank, or None if it has none.
         hidden: last-layer outputs of the rows.
         last_tokens: newest token of each request row; donated.
         history: {"counts": [Q, V] int32 output tokens so far, "prompt": [Q, V] bool}; donated.
@@ -118,7 +131,7 @@ def sample_full(
         {"tokens", "logprobs", "top_tokens", "top_logprobs"}, last_tokens, history.
     """
     rows = SamplingRows.unpack(packed)
-    logits = decoder.logits(params, hidden)
+    logits = decoder.logits(params, hidden, _head_bypass(bank, rows.adapter))
     report = _logprobs(logits)
     counts = history["counts"].at[rows.row].get(mode="fill", fill_value=0)
     seen = history["prompt"].at[rows.row].get(mode="fill", fill_value=False) | (counts > 0)
@@ -170,21 +183,26 @@ def _of(logprobs: Float[Array, "R V"], tokens: Int[Array, " R"]) -> Float[Array,
 
 
 def prompt_logprobs(
-    decoder: Decoder, params: dict, hidden: Float[Array, "T D"], targets: Int[Array, " T"]
+    decoder: Decoder,
+    params: dict,
+    bank: dict | None,
+    hidden: Float[Array, "T D"],
+    targets: Int[Array, "2 T"],
 ) -> dict:
     """Log-probability of each row's target and the most likely tokens, a few rows of logits at a
-    time."""
+    time. targets: the tokens, and the rows of the bank (or -1)."""
     num_tokens = hidden.shape[0]
     rows = min(_ROWS_AT_ONCE, num_tokens)
     padding = -num_tokens % rows
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[1])
-    targets = jnp.pad(targets, (0, padding)).reshape(-1, rows)
+    targets, adapter = jnp.pad(targets, ((0, 0), (0, padding))).reshape(2, -1, rows)
 
     def some(chunk):
-        report = _logprobs(decoder.logits(params, chunk[0]))
+        bypass = _head_bypass(bank, chunk[2])
+        report = _logprobs(decoder.logits(params, chunk[0], bypass))
         return report | {"logprobs": _of(report.pop("all"), chunk[1])}
 
-    report = lax.map(some, (hidden, targets))
+    report = lax.map(some, (hidden, targets, adapter))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], report)
 
 

@@ -155,7 +155,9 @@ class Trainer:
             runner.begin_backward()
         for unit in work.units:
             if unit < windows:
-                done = runner.loss_unit(begun.table, begun.slot + unit * window)
+                done = runner.loss_unit(
+                    begun.table, job.state["master"], job.scales, begun.slot + unit * window
+                )
             else:
                 layers, earlier = divmod(unit - windows, windows)
                 start = begun.slot + (windows - 1 - earlier) * window

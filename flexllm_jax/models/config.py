@@ -100,6 +100,12 @@ class ModelConfig:
             "down": (self.d_ff, self.d_model),
         }
 
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """[d_in, d_out] of all projections that LoRA can be put on: a layer's seven and the output
+        head."""
+        return self.kernel_shapes | {"head": (self.d_model, self.vocab_size)}
+
     def context_length(self, limit: int | None) -> int:
         """Longest prompt plus output: the model's own, or `limit` where that is shorter."""
         return min(limit or self.max_position_embeddings, self.max_position_embeddings)

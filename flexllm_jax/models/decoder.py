@@ -130,14 +130,13 @@ class Decoder:
         """The output head's rows; the embedding's when they are tied."""
         return params["embed" if self.config.tie_embeddings else "head"]["weight"]
 
-    def logits(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
-        """Float32 logits of last-layer outputs."""
-        return jnp.einsum(
-            "td,vd->tv",
-            self.final_norm(params, x),
-            self.head(params),
-            preferred_element_type=jnp.float32,
-        )
+    def logits(
+        self, params: dict, x: Float[Array, "T D"], bypass: BypassFunction = no_bypass
+    ) -> Float[Array, "T V"]:
+        """Float32 logits of last-layer outputs; the bypass is that of "head"."""
+        h = self.final_norm(params, x)
+        logits = jnp.einsum("td,vd->tv", h, self.head(params), preferred_element_type=jnp.float32)
+        return bypass(h, {"head": logits})["head"]
 
 
 @cache

@@ -32,12 +32,16 @@ TARGET_MODULES: Mapping[str, str] = MappingProxyType(
         "gate_proj": "gate",
         "up_proj": "up",
         "down_proj": "down",
+        "lm_head": "head",
     }
 )
+# What PEFT means by "all-linear": not the output head.
+ALL_LINEAR = tuple(name for name in TARGET_MODULES if name != "lm_head")
 
 _SHORT_PATHS = {
     module: f"{'self_attn' if module in ('q', 'k', 'v', 'o') else 'mlp'}.{name}"
     for name, module in TARGET_MODULES.items()
+    if module != "head"
 }
 
 
@@ -85,7 +89,12 @@ class Adapter:
 
 
 def module_path(layer: int, module: str) -> str:
-    """Hugging Face's name of a projection, e.g. `model.layers.3.self_attn.q_proj` for (3, "q")."""
+    """Hugging Face's name of a projection, e.g. `model.layers.3.self_attn.q_proj` for (3, "q").
+
+    The output head, "head", belongs to the layer after the last one.
+    """
+    if module == "head":
+        return "lm_head"
     return f"model.layers.{layer}.{_SHORT_PATHS[module]}"
 
 
@@ -116,7 +125,7 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self):
         names = self.target_modules
         if isinstance(names, str):
-            names = tuple(TARGET_MODULES) if names == "all-linear" else (names,)
+            names = ALL_LINEAR if names == "all-linear" else (names,)
         unknown = [name for name in names if name not in TARGET_MODULES]
         if unknown or not names:
             raise AdapterError(
@@ -166,8 +175,11 @@ class LoraConfig(AdapterConfig):
             raise AdapterError(
                 f"layers_to_transform={outside!r}: the base model has layers 0 to {num_layers - 1}"
             )
-        modules = [TARGET_MODULES[name] for name in self.target_modules]
-        return tuple((layer, module) for layer in layers for module in modules)
+        modules = [TARGET_MODULES[name] for name in self.target_modules if name != "lm_head"]
+        targets = tuple((layer, module) for layer in layers for module in modules)
+        if "lm_head" in self.target_modules and self.layers_to_transform is None:
+            targets += ((num_layers, "head"),)
+        return targets
 
     def initialize(self, model: ModelConfig, seed: int) -> Weights:
         """Start as PEFT does: A uniform in ±1/sqrt(d_in), B zero, so it changes nothing.
@@ -178,7 +190,7 @@ class LoraConfig(AdapterConfig):
         weights = {}
         modules = list(TARGET_MODULES.values())
         for layer, module in self.targets(model.num_layers):
-            d_in, d_out = model.kernel_shapes[module]
+            d_in, d_out = model.linear_shapes[module]
             rank = self.rank(layer, module)
             random = np.random.default_rng([seed, layer, modules.index(module)])
             bound = 1 / math.sqrt(d_in)
@@ -207,10 +219,11 @@ _merge_in_place = jax.jit(_merged, donate_argnums=0)
 
 def check_mergeable(adapter: Adapter) -> None:
     """AdapterError unless the adapter can become part of the base model's kernels."""
-    if adapter.config.kind != "lora":
+    kind = adapter.config.kind
+    if kind != "lora" or any(module == "head" for _, module in adapter.weights):
         raise AdapterError(
-            f"an adapter of kind {adapter.config.kind} is no change of the kernels alone: export "
-            "it as an adapter instead of merging it"
+            f"an adapter {'of lm_head' if kind == 'lora' else f'of kind {kind}'} is no change of "
+            "the layers' kernels alone: export it as an adapter instead of merging it"
         )
 
 

@@ -42,9 +42,7 @@ class BankShape:
         """What a layer has of one adapter: site -> name -> padded shape."""
         sites = {}
         if "lora" in self.kinds:
-            for module in self.modules:
-                d_in, d_out = config.kernel_shapes[module]
-                sites[module] = {"a": (d_in, self.rank), "b": (self.rank, d_out)}
+            sites |= {m: self._factors(config, m) for m in self.modules if m != "head"}
         if "ia3" in self.kinds:
             for site, width in ia3.site_widths(config).items():
                 sites[site] = {"scale": (width,)}
@@ -55,6 +53,22 @@ class BankShape:
             sites[prefix.SITE] = prefix.shapes(config, self.prefix)
         return sites
 
+    def by_layer(self, config: ModelConfig) -> list[dict[str, dict[str, tuple[int, ...]]]]:
+        """`sites` of all layers; one more entry holds the output head's, if it may have LoRA."""
+        layers = [self.sites(config)] * config.num_layers
+        if self.has_head:
+            layers.append({"head": self._factors(config, "head")})
+        return layers
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is room for LoRA on the output head."""
+        return "lora" in self.kinds and "head" in self.modules
+
+    def _factors(self, config: ModelConfig, module: str) -> dict[str, tuple[int, ...]]:
+        d_in, d_out = config.linear_shapes[module]
+        return {"a": (d_in, self.rank), "b": (self.rank, d_out)}
+
 
 def weight_shapes(
     config: ModelConfig, shape: BankShape, rows: int | None, dtype: jnp.dtype
@@ -62,11 +76,13 @@ def weight_shapes(
     """Per layer: site -> name -> weights; with a leading axis of `rows`, or without it when `rows`
     is None."""
     lead = () if rows is None else (rows,)
-    sites = {
-        site: {name: jax.ShapeDtypeStruct((*lead, *own), dtype) for name, own in names.items()}
-        for site, names in shape.sites(config).items()
-    }
-    return [sites] * config.num_layers
+    return [
+        {
+            site: {name: jax.ShapeDtypeStruct((*lead, *own), dtype) for name, own in names.items()}
+            for site, names in sites.items()
+        }
+        for sites in shape.by_layer(config)
+    ]
 
 
 def scale_shapes(
@@ -75,7 +91,7 @@ def scale_shapes(
     """Per layer: site -> its number [rows] float32, or a scalar when `rows` is None."""
     lead = () if rows is None else (rows,)
     scale = jax.ShapeDtypeStruct(lead, jnp.float32)
-    return [dict.fromkeys(shape.sites(config), scale)] * config.num_layers
+    return [dict.fromkeys(sites, scale) for sites in shape.by_layer(config)]
 
 
 def write_row(weights: list, scales: list, row: jax.Array, values: list, factors: list):

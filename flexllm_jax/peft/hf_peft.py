@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import save_parameters
 from flexllm_jax.peft.adapter import (
+    ALL_LINEAR,
     TARGET_MODULES,
     Adapter,
     AdapterError,
@@ -36,6 +37,7 @@ from flexllm_jax.peft.hf_kinds import FILE_KINDS
 
 logger = logging.getLogger(__name__)
 
+_EMBEDDINGS = ("lm_head.base_layer.weight", "lm_head.weight", "embed_tokens.weight")
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -268,13 +270,16 @@ def _targets(
     """The projections an adapter changes, by PEFT's rules (`check_target_module_exists`)."""
     names = raw.get("target_modules")
     if isinstance(names, str) and names.lower() == "all-linear":
-        names = list(TARGET_MODULES)
+        names = list(ALL_LINEAR)
     candidates = {
         module_path(layer, module): (layer, module)
         for layer in range(model_config.num_layers)
         for module in TARGET_MODULES.values()
+        if module != "head"
     }
-    others = ["lm_head", "model.embed_tokens"]  # what else PEFT's LoRA could be put on
+    head = (model_config.num_layers, "head")
+    candidates[module_path(*head)] = head
+    others = ["model.embed_tokens"]  # what else PEFT's LoRA could be put on
     for name in names if isinstance(names, list) else []:
         if not any(_names_module(name, path) for path in candidates):
             raise AdapterError(
@@ -350,7 +355,7 @@ def _tensor_names(layer: int, module: str) -> tuple[str, str]:
 def _shapes(
     config: LoraConfig, model_config: ModelConfig, layer: int, module: str
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    d_in, d_out = model_config.kernel_shapes[module]
+    d_in, d_out = model_config.linear_shapes[module]
     rank = config.rank(layer, module)
     return (d_in, rank), (rank, d_out)
 
@@ -378,7 +383,8 @@ def _read_weights(
     file = directory / _WEIGHTS
     weights = {}
     with _open_weights(directory) as checkpoint:
-        names = set(checkpoint.keys())
+        # With the head as a target PEFT saves the base model's embeddings too.
+        names = {name for name in set(checkpoint.keys()) if not name.endswith(_EMBEDDINGS)}
         for layer, module in targets:
             shapes = _shapes(config, model_config, layer, module)
             factors = []

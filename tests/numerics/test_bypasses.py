@@ -1,5 +1,6 @@
-"""IA3, bottleneck adapters and prefix tuning are what PEFT makes of them on torch (bottlenecks: the
-formula, as modules on torch): served in one batch, trained over 20 steps, exported and imported."""
+"""IA3, bottleneck adapters, prefix tuning and LoRA on the output head are what PEFT makes of them
+on torch (bottlenecks: the formula, as modules on torch): served in one batch, trained over 20
+steps, exported and imported."""
 
 import json
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from flexllm_jax import SamplingParams
 from tests.checkpoints import make_qwen2, save_tokenizer
 from tests.engines import (
+    SEVEN,
     job_config,
     letter_rows,
     prompt_logprob_errors,
@@ -26,7 +28,7 @@ from tests.engines import (
 )
 from tests.numerics.test_loss_curve import OPTIMIZER, STEPS, batches
 
-KINDS = ("ia3", "bottleneck", "prefix")
+KINDS = ("ia3", "bottleneck", "prefix", "head")
 PREFIX, SIZE = 5, 6
 
 
@@ -76,6 +78,10 @@ def make_peft(base, kind):
             target_modules=["k_proj", "v_proj", "down_proj"],
             feedforward_modules=["down_proj"],
         )
+    elif kind == "head":
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=3, lora_alpha=5, target_modules=["lm_head", "up_proj"]
+        )
     else:
         config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX)
     return peft.get_peft_model(model, config), None
@@ -90,6 +96,8 @@ def save_random(base, kind, path):
             torch.nn.init.normal_(parameter, std=0.3)
         elif "ia3_l" in name:
             torch.nn.init.uniform_(parameter, 0.3, 1.7)
+        elif "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.15)
         elif "prompt_encoder" in name:
             torch.nn.init.normal_(parameter)
     if named is None:
@@ -102,6 +110,13 @@ def save_random(base, kind, path):
     config = {"peft_type": "BOTTLENECK", "bottleneck_size": SIZE, "non_linearity": "relu"}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
+
+
+def of_kind(kind):
+    """What a job's configuration says of a kind."""
+    if kind == "head":
+        return {"type": "lora", "r": 3, "target_modules": ["lm_head", "up_proj"]}
+    return {"type": kind}
 
 
 def load_reference(base, kind, path, trainable=False):
@@ -136,7 +151,8 @@ def case(tmp_path_factory):
         adapter_bank={
             "slots": 8,
             "max_rank": 4,
-            "kinds": ["lora", *KINDS],
+            "kinds": ["lora", "ia3", "bottleneck", "prefix"],
+            "target_modules": [*SEVEN, "lm_head"],
             "max_bottleneck": SIZE + 2,
             "max_prefix": PREFIX + 3,
         },
@@ -217,7 +233,7 @@ def test_a_job_is_that_of_peft_and_its_adapter_goes_back(case, kind):
         steps=STEPS,
         seed=5,
         optimizer=OPTIMIZER,
-        peft={"type": kind, "bottleneck_size": SIZE, "num_virtual_tokens": PREFIX},
+        peft={**of_kind(kind), "bottleneck_size": SIZE, "num_virtual_tokens": PREFIX},
     )
     job = llm.finetune(config)
     beside = [
@@ -248,7 +264,7 @@ def test_a_new_adapter_of_each_kind_learns(case, kind):
         f"new-{kind}",
         case.rows,
         steps=8,
-        peft={"type": kind, "bottleneck_size": 4, "num_virtual_tokens": 3},
+        peft={**of_kind(kind), "bottleneck_size": 4, "num_virtual_tokens": 3},
         optimizer={"lr": 2e-2},
     )
     job = case.llm.finetune(config)
