@@ -38,6 +38,19 @@ from scheduler.request import Request, Slo, StepPlan
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class StepObservation:
+    """What a step held, and the seconds it took and was predicted to take on the device."""
+
+    decode_tokens: int
+    prefill_tokens: int
+    forward_tokens: int
+    backward_units: int
+    preempted: int
+    measured_s: float
+    predicted_s: float
+
+
 @dataclass
 class _InFlight:
     """A dispatched step: what will have to be read, and what to do with it."""
@@ -89,6 +102,8 @@ class Engine:
         self._seeds = np.random.default_rng(config.workload.seed if config.workload else 0)
         self.steps = 0
         self.host_seconds: deque[float] = deque(maxlen=100_000)
+        self.progressed: list[RequestState] = []  # whose tokens the last `step` read
+        self.observations: deque[StepObservation] = deque(maxlen=1000)  # newest last
         for adapter in config.adapters.preload:
             self.load_adapter(adapter.name, adapter.path)
         self.startup_s = time.monotonic() - started
@@ -241,6 +256,7 @@ class Engine:
     def step(self) -> list[RequestState]:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
         started = time.perf_counter()
+        self.progressed = []
         self.trainer.feed()
         plan = self.scheduler.plan(time.monotonic())
         if plan is not None:
@@ -298,6 +314,7 @@ class Engine:
         )
         if measured is not None:
             self._device_free_at = now
+            self._note(plan, measured)
         self._unsettled = step
         finished = []
         for sequence in self.scheduler.complete(plan, sampled, stopped, now, measured):
@@ -319,12 +336,28 @@ class Engine:
             measured = now - max(step.started, self._device_free_at)
             self.scheduler.observe(step.plan, measured)
             self._device_free_at = now
+            self._note(step.plan, measured)
         for read in step.after:
             read()
+
+    def _note(self, plan: StepPlan, measured_s: float) -> None:
+        """Keep what was observed of a step, for who watches the engine."""
+        self.observations.append(
+            StepObservation(
+                len(plan.decode),
+                sum(chunk.length for chunk in plan.prefill),
+                plan.forward.length if plan.forward else 0,
+                len(plan.backward.units) if plan.backward else 0,
+                len(plan.preempted),
+                measured_s,
+                plan.predicted_s,
+            )
+        )
 
     def _read_tokens(self, step: _InFlight) -> tuple[dict[str, int], set[str]]:
         if step.report is None:
             return {}, set()
+        self.progressed = step.sampled
         report = jax.tree.map(np.asarray, step.report)
         sampled, stopped = {}, set()
         for i, state in enumerate(step.sampled):

@@ -156,6 +156,8 @@ class FinetuneJob:
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     tokens: int = 0  # forward tokens of this run, up to the last step done
     tokens_pending: int = 0  # the same, up to the last microbatch dispatched
+    forwarded: int = 0  # tokens of this run that went forward, validation's and repeats too
+    backwarded: int = 0  # tokens of this run whose gradients are computed
     resumed_from: int = 0
     started_at: float = field(default_factory=time.monotonic)
     finished_at: float | None = None

@@ -120,6 +120,7 @@ class Trainer:
     def forward(self, forward: FinetuneForward) -> MicrobatchInWork:
         """The microbatch of a forward, brought to the device if this is its first."""
         microbatch_id = forward.microbatch.microbatch_id
+        self._queued[microbatch_id].job.forwarded += forward.length
         if not forward.started:
             return self.in_work[microbatch_id]
         packed, runner = self._queued[microbatch_id], self._runner
@@ -177,6 +178,7 @@ class Trainer:
             return [lambda: self._validated(packed, totals)]
         job.state = runner.commit(job.state)
         job.tokens_pending += len(packed.token)
+        job.backwarded += len(packed.token)
         if not packed.ends_batch:
             return []
         values = hyperparameters(job.config.optimizer, job.dispatched, job.total_steps)
