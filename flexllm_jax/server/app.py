@@ -13,12 +13,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexllm_jax.config import Config
 from flexllm_jax.models.tokenizer import load_tokenizer
-from flexllm_jax.server import errors, sse
+from flexllm_jax.server import errors, files, jobs_routes, sse
 from flexllm_jax.server.access import Admission, ApiKeys, Known
 from flexllm_jax.server.chat import chat
 from flexllm_jax.server.completions import complete
+from flexllm_jax.server.database import Database
 from flexllm_jax.server.engine_client import EngineClient
 from flexllm_jax.server.errors import ApiError
+from flexllm_jax.server.files import FileStore
 from flexllm_jax.server.inference import Inference
 from flexllm_jax.server.inference_schema import (
     ChatCompletionRequest,
@@ -26,6 +28,7 @@ from flexllm_jax.server.inference_schema import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from flexllm_jax.server.jobs import JobManager
 from flexllm_jax.server.metrics import ServerMetrics
 from flexllm_jax.server.models import ModelRegistry
 from flexllm_jax.server.text import TextCodec
@@ -49,11 +52,25 @@ class Server:
         )
         self.engine.on_ready.append(self._engine_started)
         self.engine.on_stats.append(self.metrics.take)
+        folder = config.output_dir.absolute() / "server"
+        folder.mkdir(parents=True, exist_ok=True)
+        url = config.server.database or f"sqlite:///{folder / 'server.sqlite'}"
+        self.database = Database(url)
+        self.files = FileStore(folder / "files", self.database, config.server)
+        self.jobs = JobManager(
+            config,
+            self.database,
+            self.files,
+            self.engine,
+            self.models,
+            self.metrics,
+            load_tokenizer(config.model.path),  # one of its own, for the thread that validates
+        )
         self.app = _make_app(self)
 
     def begin_drain(self) -> None:
         """Admit nothing more."""
-        self.admission.draining = True
+        self.admission.draining = self.jobs.closing = True
 
     def _engine_started(self) -> None:
         assert self.engine.info is not None
@@ -71,6 +88,8 @@ def _make_app(server: Server) -> FastAPI:
     app.state.keys = server.keys
     _add_inference(app, server)
     _add_status(app, server)
+    app.include_router(files.routes(server.files))
+    app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     return app
 
 

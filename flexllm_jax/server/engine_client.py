@@ -25,6 +25,7 @@ import zmq.asyncio
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.server.engine_process import BAD_INPUT
+from flexllm_jax.server.models import ServedAdapter
 from flexllm_jax.server.protocol import (
     Call,
     Cancel,
@@ -264,7 +265,7 @@ class EngineClient:
         prompts: Sequence[list[int]],
         params: SamplingParams,
         n: int,
-        adapter: str | None,
+        adapter: ServedAdapter | None,
         slo_class: str,
         arrival: float,
     ) -> Generation:
@@ -272,8 +273,9 @@ class EngineClient:
         count = n * len(prompts)
         first_id = self._next_request_id
         self._next_request_id += count
+        name, path = (adapter.engine_name, adapter.path) if adapter else (None, None)
         requests = [
-            Generate(first_id + i, prompts[i // n], params, adapter, arrival, i % n, slo_class)
+            Generate(first_id + i, prompts[i // n], params, name, path, arrival, i % n, slo_class)
             for i in range(count)
         ]
         generation = Generation(self, first_id, count)

@@ -68,9 +68,10 @@ class EngineProcess:
         self._sender = threading.Thread(target=self._send, args=(context, events), name="events")
         self._sender.start()
         self.stopping = threading.Event()
-        # The engine's thread alone uses these two: by the engine's number, and by the client's.
+        # The engine's thread alone uses these: by the engine's number, and by the client's.
         self._active: dict[str, tuple[int, RequestFuture]] = {}
         self._futures: dict[int, RequestFuture] = {}
+        self._loading: dict[str, list[Generate]] = {}  # by adapter: requests that wait for it
         try:
             tokenizer = load_tokenizer(config.model.path)
             self.engine = Engine(config, tokenizer, progress=False)
@@ -98,16 +99,18 @@ class EngineProcess:
         )
         decoder = msgspec.msgpack.Decoder(Command)
         next_stats = 0.0
+        sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others
         while self.loop.alive and not self.stopping.is_set():
             if self._commands.poll(STATS_S * 1e3):
                 self._take(decoder.decode(self._commands.recv()))
-            if time.monotonic() >= next_stats:
+            if time.monotonic() >= next_stats and self.loop.alive:
                 next_stats = time.monotonic() + STATS_S
                 self._events.put(self._stats())
-        failed = not self.loop.alive
+        failed = not self.loop.alive  # jobs are not to blame, as it seems: the next engine goes on
         self.loop.stop()
         self._workers.shutdown(cancel_futures=True)
-        self._events.put(self._stats())
+        if not failed:
+            self._events.put(self._stats())
         self._finish_sending()
         return int(failed)
 
@@ -126,6 +129,34 @@ class EngineProcess:
     # -- requests, in the engine's thread ---------------------------------------------------------
 
     def _submit(self, requests: Sequence[Generate]) -> None:
+        adapter, path = requests[0].adapter, requests[0].adapter_path  # a message is about one
+        if adapter and path and not self._calls.is_loaded(adapter):
+            waiting = self._loading.setdefault(adapter, [])
+            waiting += requests
+            if len(waiting) == len(requests):
+                self._workers.submit(self._load, adapter, path)
+            return
+        self._add(requests)
+
+    def _load(self, adapter: str, path: str) -> None:
+        """In a worker: load an adapter; then what waited for it is queued, or refused."""
+        try:
+            self._calls.load_adapter(adapter, path)
+        except Exception as error:
+            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
+
+            def go_on() -> None:
+                waiting = self._loading.pop(adapter)
+                refused = [Output(r.request_id, [], error=text, invalid=invalid) for r in waiting]
+                self._events.put(Outputs(refused))
+        else:
+
+            def go_on() -> None:
+                self._add(self._loading.pop(adapter))
+
+        self.loop.post(go_on)
+
+    def _add(self, requests: Sequence[Generate]) -> None:
         new = [
             NewRequest(tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class)
             for r in requests
@@ -149,6 +180,8 @@ class EngineProcess:
             )
 
     def _cancel(self, request_ids: Sequence[int]) -> None:
+        for waiting in self._loading.values():
+            waiting[:] = [r for r in waiting if r.request_id not in request_ids]
         for request_id in request_ids:
             future = self._futures.pop(request_id, None)
             if future is not None:

@@ -35,6 +35,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ):
+        message = message.encode("utf-8", "backslashreplace").decode()  # what JSON can hold
         super().__init__(message)
         self.status, self.message = status, message
         self.param, self.code, self.retry_after_s = param, code, retry_after_s

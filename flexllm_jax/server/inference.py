@@ -159,12 +159,13 @@ class Inference:
             raise
         stops = body.stop_strings
         batch = self._metrics.batch(admitted, outputs)
+        name = adapter.name if adapter else None
         return Answer(
             prompts,
             generation,
             [Detokenizer(self.codec, stops, params.min_tokens) for _ in range(outputs)],
             [
-                RequestMetrics(batch, arrival, len(prompts[i // n]), adapter, slo)
+                RequestMetrics(batch, arrival, len(prompts[i // n]), name, slo)
                 for i in range(outputs)
             ],
         )

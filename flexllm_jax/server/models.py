@@ -33,14 +33,14 @@ class ModelRegistry:
             a.name: ServedAdapter(a.name, a.name, str(a.path)) for a in config.adapters.preload
         }
 
-    def resolve(self, name: str) -> str | None:
-        """The engine's name of the adapter that a request's `model` means; None: the base model."""
+    def resolve(self, name: str) -> ServedAdapter | None:
+        """The adapter that a request's `model` means; None: the base model."""
         if name == self.base:
             return None
         adapter = self.adapters.get(name)
         if adapter is None:
             raise self.unknown(name)
-        return adapter.engine_name
+        return adapter
 
     def unknown(self, name: str) -> ApiError:
         """The error for a model that there is not."""

@@ -23,12 +23,14 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class Generate(msgspec.Struct, frozen=True, array_like=True):
     """One output sequence to generate. `params.n` and `params.stop` are not looked at: the HTTP
-    process asks for each output on its own, and finds stop strings while detokenizing."""
+    process asks for each output on its own, and finds stop strings while detokenizing. An adapter
+    that is not on the device is loaded from `adapter_path`."""
 
     request_id: int
     prompt: list[int]
     params: SamplingParams
     adapter: str | None
+    adapter_path: str | None
     arrival: float
     seed_offset: int
     slo_class: str

@@ -54,6 +54,13 @@ def check(config: Config) -> None:
     config.require_inputs()
     if config.finetune.jobs:
         raise ConfigError("finetune.jobs: the server takes jobs over HTTP; remove them here")
+    needed = config.server.max_running_jobs + 2
+    if config.adapters.slots < needed:
+        raise ConfigError(
+            f"adapters.slots: got {config.adapters.slots}; slot 0 is `no adapter`, every running "
+            f"job needs one, and its result another: set it to {needed} or more, or lower "
+            f"server.max_running_jobs"
+        )
     if config.workload:
         raise ConfigError("workload: the server takes requests over HTTP; remove it")
 
@@ -93,6 +100,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    await server.jobs.start()
     engine = asyncio.create_task(server.engine.run())
     engine.add_done_callback(lambda _: setattr(http, "should_exit", True))
     host, port = listener.getsockname()[:2]
@@ -101,6 +109,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     left = section.grace_s if stop_by is None else stop_by - time.monotonic()
     clean = await server.engine.stop(max(1.0, left - 0.5))
     await engine
+    await server.jobs.close()
     if server.engine.exit_status is not None:
         return server.engine.exit_status
     return 0 if clean else 1

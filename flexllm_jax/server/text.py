@@ -46,6 +46,12 @@ class TextCodec:
                 code="context_length_exceeded",
             )
 
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            message = "prompt: it has half a surrogate pair, which is no character"
+            raise ApiError(400, message, param="prompt") from None
+
         def run() -> list[int]:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -92,9 +92,11 @@ class RunningServer:
             assert time.monotonic() < end, self.output
             time.sleep(0.05)
 
-    def get(self, path: str) -> tuple[int, str]:
+    def get(self, path: str, key: str | None = None) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(self.url + path, headers=headers)
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            with urllib.request.urlopen(request, timeout=10) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
