@@ -387,7 +387,7 @@ class JobManager:
         validation = dict(state.validation_losses)
         for index, loss in enumerate(state.losses):
             step = state.losses_from + index + 1
-            if step <= state.resumed_from:
+            if step <= min(state.resumed_from, job.step):
                 continue  # told by the engine that took it
             text = f"Step {step}/{total}: training loss={loss:.4f}"
             data = {"step": step, "total_steps": total, "train_loss": loss}
