@@ -559,6 +559,9 @@ class ServerSection(Section):
     stuck_after_s: Float = Field(
         default=60.0, gt=0, description="Seconds without a step, having work, that fail /health."
     )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="What a line of the log looks like, on stderr."
+    )
     grace_s: Float = Field(
         default=25.0,
         gt=0,

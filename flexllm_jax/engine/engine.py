@@ -211,9 +211,15 @@ class Engine:
         adapter = load_adapter(path, self.runner.model, self.config.model.path)
         return self.publish(name, adapter)
 
-    def publish(self, name: str, adapter: Adapter) -> Published:
+    def to_rows(self, name: str, adapter: Adapter) -> tuple[list, list]:
+        """What `publish` writes to the bank: may be made in another thread beforehand."""
+        return to_rows(adapter, self.runner.model, self.runner.sizes.bank, name)
+
+    def publish(
+        self, name: str, adapter: Adapter, rows: tuple[list, list] | None = None
+    ) -> Published:
         """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
-        values, scales = to_rows(adapter, self.runner.model, self.runner.sizes.bank, name)
+        values, scales = rows or self.to_rows(name, adapter)
         ranks = {key: w.a.shape[1] for key, w in adapter.weights.items()}
         published = self.directory.publish(name, adapter.config, ranks)
         self.runner.write_adapter(published.slot, values, scales)

@@ -76,7 +76,9 @@ class ApiKeys:
 async def known_client(request: Request) -> Client:
     """The client of a request to an app whose state has `keys`; ApiError 401."""
     keys: ApiKeys = request.app.state.keys
-    return keys.client(request.headers.get("authorization"))
+    client = keys.client(request.headers.get("authorization"))
+    request.state.client_name = client.name  # for the log
+    return client
 
 
 Known = Annotated[Client, Depends(known_client)]

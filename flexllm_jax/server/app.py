@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexllm_jax.config import Config
 from flexllm_jax.models.tokenizer import load_tokenizer
-from flexllm_jax.server import errors, files, jobs_routes, sse
+from flexllm_jax.server import adapters_routes, errors, files, jobs_routes, sse
 from flexllm_jax.server.access import Admission, ApiKeys, Known
 from flexllm_jax.server.chat import chat
 from flexllm_jax.server.completions import complete
@@ -29,6 +29,7 @@ from flexllm_jax.server.inference_schema import (
     TokenizeRequest,
 )
 from flexllm_jax.server.jobs import JobManager
+from flexllm_jax.server.logs import AccessLog
 from flexllm_jax.server.metrics import ServerMetrics
 from flexllm_jax.server.models import ModelRegistry
 from flexllm_jax.server.text import TextCodec
@@ -84,11 +85,14 @@ def _make_app(server: Server) -> FastAPI:
     )
     errors.install(app)
     app.add_middleware(BodyLimit, limit_of=server_limits(server.config))
+    app.add_middleware(AccessLog)
 
     app.state.keys = server.keys
     _add_inference(app, server)
     _add_status(app, server)
     app.include_router(files.routes(server.files))
+    allowed = server.config.server.adapter_dirs
+    app.include_router(adapters_routes.routes(allowed, server.engine, server.models))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     return app
 

@@ -40,10 +40,11 @@ class EngineCalls:
         """Serve a PEFT folder as a new version of `name`; returns the version."""
         model = self._engine.runner.model
         adapter = load_adapter(Path(path), model, self._config.model.path)
+        rows = self._engine.to_rows(name, adapter)
 
         def publish() -> int:
             self._paths[name], self._used[name] = path, time.monotonic()
-            return self._engine.publish(name, adapter).version
+            return self._engine.publish(name, adapter, rows).version
 
         return self._loop.call(publish)
 
@@ -127,7 +128,7 @@ class EngineCalls:
                     total_steps=job.total_steps,
                     forwarded=job.forwarded,
                     backwarded=job.backwarded,
-                    tokens=job.tokens,
+                    tokens=job.earlier_tokens + job.tokens,
                     tokens_per_s=job.tokens_per_s,
                     losses_from=told,
                     losses=losses[told:],

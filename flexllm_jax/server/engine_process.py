@@ -33,6 +33,7 @@ from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.server.engine_calls import EngineCalls
+from flexllm_jax.server.logs import use_json
 from flexllm_jax.server.protocol import (
     AdapterState,
     Call,
@@ -101,7 +102,7 @@ class EngineProcess:
         next_stats = 0.0
         sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others
         while self.loop.alive and not self.stopping.is_set():
-            if self._commands.poll(STATS_S * 1e3):
+            if self._commands.poll(int(STATS_S * 1e3)):
                 self._take(decoder.decode(self._commands.recv()))
             if time.monotonic() >= next_stats and self.loop.alive:
                 next_stats = time.monotonic() + STATS_S
@@ -303,6 +304,8 @@ def main() -> int:
     quiet_libraries()
     commands, events = sys.argv[1:]
     config = build_config(json.loads(sys.stdin.readline()), "stdin")
+    if config.server.log_format == "json":
+        use_json()
     process: EngineProcess | None = None
 
     def watch_parent() -> None:

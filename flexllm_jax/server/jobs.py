@@ -12,7 +12,6 @@ import csv
 import io
 import logging
 import uuid
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -411,10 +410,10 @@ class JobManager:
                 _tell(session, job.id, text, level="warn")
         if state.status == "succeeded":
             job.status, job.finished_at, job.trained_tokens = "succeeded", now(), state.tokens
-            job.fine_tuned_model = self._name(job)
-            job.adapter_path = str(self._folder(job.id) / "adapter")
-            adapters.append(ServedAdapter(job.fine_tuned_model, job.id, job.adapter_path))
-            _tell(session, job.id, f"New fine-tuned model created: {job.fine_tuned_model}")
+            name, path = self._name(job), str(self._folder(job.id) / "adapter")
+            job.fine_tuned_model, job.adapter_path = name, path
+            adapters.append(ServedAdapter(name, job.id, path))
+            _tell(session, job.id, f"New fine-tuned model created: {name}")
             _tell(session, job.id, "The job has successfully completed")
         elif state.status == "failed":
             job.status, job.finished_at = "failed", now()
@@ -501,8 +500,8 @@ class JobManager:
 
     async def _count(self) -> None:
         query = select(JobRow.status, func.count()).group_by(JobRow.status)
-        rows = await self._database.run(lambda s: [tuple(row) for row in s.execute(query)])
-        self._metrics.count_jobs(Counter(dict(rows)))
+        rows = await self._database.run(lambda s: [(r[0], r[1]) for r in s.execute(query)])
+        self._metrics.count_jobs(dict(rows))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter as Counts
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -157,7 +158,7 @@ class ServerMetrics:
         counter.inc(max(0, total - self._totals.get(key, 0)))
         self._totals[key] = total
 
-    def count_jobs(self, states: Counts[str]) -> None:
+    def count_jobs(self, states: Mapping[str, int]) -> None:
         """Take in how many jobs there are of each state."""
         self.finetune_jobs.clear()
         for state, count in states.items():

@@ -137,7 +137,7 @@ class JobState(msgspec.Struct, frozen=True, array_like=True):
     """A finetuning job in the engine. `losses` are those of the steps after `losses_from`.
 
     forwarded, backwarded   tokens computed in this run, validation's and repeated ones included
-    tokens                  tokens of the run's finished optimizer steps
+    tokens                  tokens of all finished optimizer steps, earlier runs' too
     """
 
     name: str

@@ -18,6 +18,7 @@ import uvicorn
 
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.server.app import Server
+from flexllm_jax.server.logs import use_json
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def check(config: Config) -> None:
 def run(config: Config) -> int:
     """Serve until a signal; returns the exit status."""
     check(config)
+    if config.server.log_format == "json":
+        use_json()
     listener = listen(config)
     server = Server(config)
     return asyncio.run(_serve(server, listener))

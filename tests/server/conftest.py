@@ -36,7 +36,12 @@ def server(chat_llama, adapter, tmp_path_factory):
         chat_llama,
         tmp_path_factory.mktemp("served"),
         adapters={"preload": [{"name": "random", "path": str(adapter)}]},
-        server={"api_keys": keys, "max_requests": 24, "max_body_bytes": 100_000},
+        server={
+            "api_keys": keys,
+            "max_requests": 24,
+            "max_body_bytes": 100_000,
+            "adapter_dirs": [str(adapter.parent)],
+        },
     )
     with RunningServer(config) as running:
         yield running.wait_ready()
@@ -46,3 +51,9 @@ def server(chat_llama, adapter, tmp_path_factory):
 def client(server):
     """The openai SDK's client of it."""
     return server.client()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(chat_llama):
+    """Its tokenizer in transformers."""
+    return AutoTokenizer.from_pretrained(chat_llama)

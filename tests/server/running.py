@@ -112,7 +112,7 @@ class RunningServer:
             return error.code, dict(error.headers), error.read().decode()
 
     def metric(self, name: str) -> float:
-        """The value of a metric, summed over its labels."""
+        """The value of a metric with its labels, or without them the sum over all labels."""
         lines = self.get("/metrics")[1].splitlines()
         values = [line for line in lines if line.startswith((name + "{", name + " "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in values)

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import openai
 import pytest
-from transformers import AutoTokenizer
 
 from flexllm_jax import SamplingParams
 from tests.engines import (
@@ -19,11 +18,6 @@ from tests.engines import (
 
 PROMPTS = random_prompts([5, 17, 33])
 GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(chat_llama):
-    return AutoTokenizer.from_pretrained(chat_llama)
 
 
 def text_of(tokenizer, tokens):

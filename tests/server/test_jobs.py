@@ -121,6 +121,18 @@ def test_its_losses_are_those_of_the_python_api(client, trained, llm, tmp_path):
     np.testing.assert_allclose([float(loss) for _, loss in lines[1:]], expected, rtol=1e-4)
 
 
+def test_its_tokens_and_loss_are_metrics(server, client, trained):
+    labels = f'{{job="{trained.id}",phase="%s"}}'
+    forward = server.metric("flexllm:finetune_tokens_total" + labels % "forward")
+    backward = server.metric("flexllm:finetune_tokens_total" + labels % "backward")
+    assert backward == trained.trained_tokens
+    assert forward > backward  # validation goes forward only
+    content = client.files.content(trained.result_files[0]).read().decode()
+    last = float(content.splitlines()[-1].split(",")[1])
+    assert server.metric(f'flexllm:finetune_loss{{job="{trained.id}"}}') == pytest.approx(last)
+    assert server.metric('flexllm:finetune_jobs{state="succeeded"}') >= 1
+
+
 def test_events_tell_the_rows_and_every_step(client, trained):
     events = list(client.fine_tuning.jobs.list_events(trained.id, limit=10))  # several pages
     events.reverse()
