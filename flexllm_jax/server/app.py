@@ -13,10 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexllm_jax.config import Config
 from flexllm_jax.models.tokenizer import load_tokenizer
-from flexllm_jax.server import adapters_routes, errors, files, jobs_routes, sse
+from flexllm_jax.server import adapters_routes, dashboard, errors, files, jobs_routes, sse
 from flexllm_jax.server.access import Admission, ApiKeys, Known
 from flexllm_jax.server.chat import chat
 from flexllm_jax.server.completions import complete
+from flexllm_jax.server.dashboard import Dashboard
 from flexllm_jax.server.database import Database
 from flexllm_jax.server.engine_client import EngineClient
 from flexllm_jax.server.errors import ApiError
@@ -67,6 +68,9 @@ class Server:
             self.metrics,
             load_tokenizer(config.model.path),  # one of its own, for the thread that validates
         )
+        self.dashboard = Dashboard(
+            config, self.engine, self.models, self.metrics, self.database, self.jobs
+        )
         self.app = _make_app(self)
 
     def begin_drain(self) -> None:
@@ -93,6 +97,7 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(files.routes(server.files))
     allowed = server.config.server.adapter_dirs
     app.include_router(adapters_routes.routes(allowed, server.engine, server.models))
+    app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     return app
 

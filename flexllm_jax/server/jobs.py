@@ -63,6 +63,7 @@ class JobManager:
         self._validations: dict[str, int] = {}  # step of the last validation told, by job
         self._scheduling = asyncio.Lock()
         self.closing = False
+        self.version = 0  # counts events
         self.changed = asyncio.Condition()  # notified after every event
         engine.on_ready.append(self._engine_ready)
         engine.on_lost.append(lambda: self._spawn(self._engine_lost()))
@@ -130,6 +131,10 @@ class JobManager:
         if job is None:
             raise ApiError(404, f"no such fine-tuning job: {job_id!r}")
         return job
+
+    def state_of(self, job_id: str) -> JobState | None:
+        """What the engine last said of a job, if it has it."""
+        return self._known.get(job_id) if job_id in self._in_engine else None
 
     async def cancel(self, job_id: str) -> JobRow:
         """Stop a job for good."""
@@ -495,6 +500,7 @@ class JobManager:
 
     async def _told(self) -> None:
         await self._count()
+        self.version += 1
         async with self.changed:
             self.changed.notify_all()
 

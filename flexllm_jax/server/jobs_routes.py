@@ -120,7 +120,7 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
     ) -> Response:
         await jobs.find(job_id)
         if stream:
-            return sse.EventStream(_stream_events(database, jobs, job_id), _nothing)
+            return sse.EventStream(_stream_events(database, jobs, job_id))
 
         def read(session: Session) -> list[dict[str, Any]]:
             query = select(EventRow).where(EventRow.job_id == job_id)
@@ -156,10 +156,6 @@ def _number(identifier: str) -> int:
     """The number in an event's or checkpoint's id; of none, -1."""
     text = identifier.rsplit("-", 1)[-1]
     return int(text) if text.isascii() and text.isdigit() and len(text) < 18 else -1
-
-
-async def _nothing() -> None:
-    """An event stream holds nothing."""
 
 
 async def _stream_events(

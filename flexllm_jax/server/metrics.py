@@ -6,7 +6,7 @@ import time
 from collections import Counter as Counts
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -18,6 +18,15 @@ _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ATTAINMENT_WINDOW = 1000
 _COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Latencies(NamedTuple):
+    """What a request took, seconds; of one that failed, until then."""
+
+    slo: str
+    met: bool
+    ttft_s: float
+    tpot_s: float | None
 
 
 class ServerMetrics:
@@ -106,6 +115,7 @@ class ServerMetrics:
         )
         self.recompiles = counter("flexllm:xla_recompiles", "Programs compiled while serving.")
         self._met = {name: deque(maxlen=_ATTAINMENT_WINDOW) for name in self._slos}
+        self.recent: deque[Latencies] = deque(maxlen=_ATTAINMENT_WINDOW)
         self._adapters: dict[str, Counts[str]] = {"running": Counts(), "waiting": Counts()}
         self._totals: dict[Any, int] = {}  # of the engine that runs now
         for reason in ("stop", "length", "abort", "error"):
@@ -166,8 +176,9 @@ class ServerMetrics:
 
     # -- from requests ----------------------------------------------------------------------------
 
-    def note_slo(self, slo: str, met: bool) -> None:
+    def note_slo(self, slo: str, met: bool, ttft_s: float, tpot_s: float | None) -> None:
         """A request of a class has ended, on time or not."""
+        self.recent.append(Latencies(slo, met, ttft_s, tpot_s))
         results = self._met[slo]
         results.append(met)
         self.attainment.labels(slo).set(sum(results) / len(results))
@@ -251,10 +262,10 @@ class RequestMetrics:
             if self._tokens > 1:
                 tpot = (self._last_at - self._first_at) / (self._tokens - 1)
                 metrics.tpot.labels(model).observe(tpot)
-            met = metrics.meets(self._slo, self._first_at - self._arrival, tpot)
-            metrics.note_slo(self._slo, met)
+            ttft = self._first_at - self._arrival
+            metrics.note_slo(self._slo, metrics.meets(self._slo, ttft, tpot), ttft, tpot)
         elif reason == "error":
-            metrics.note_slo(self._slo, False)
+            metrics.note_slo(self._slo, False, time.monotonic() - self._arrival, None)
         self._batch.end(self._tokens)
 
 

@@ -32,7 +32,9 @@ class EventStream(Response):
     """A response of events. However it ends, also when the client goes before it begins, `events`
     is closed and `close` is called."""
 
-    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], Awaitable[None]]):
+    def __init__(
+        self, events: AsyncGenerator[bytes], close: Callable[[], Awaitable[None]] | None = None
+    ):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["Content-Length"]
@@ -52,7 +54,8 @@ class EventStream(Response):
             await _until_disconnected(receive, produce())
         finally:
             await self._events.aclose()
-            await self._close()
+            if self._close:
+                await self._close()
 
 
 async def while_connected(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
