@@ -510,6 +510,94 @@ class WorkloadSection(Section):
         return self
 
 
+class ApiKey(Section):
+    """A key that clients send as `Authorization: Bearer`, and what its owner may use."""
+
+    name: Name = Field(description="Whose key it is, as logs and limits call it.")
+    key: str = Field(min_length=8, description="The key itself.")
+    requests_in_flight: Int | None = Field(
+        default=None, ge=1, description="Outputs being generated at once. null: no limit."
+    )
+    tokens_per_minute: Int | None = Field(
+        default=None, ge=1, description="Prompt and output tokens per minute. null: no limit."
+    )
+
+
+class ServerSection(Section):
+    """The HTTP server of scripts/serve.py."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is all.")
+    port: Int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
+    model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of the base model in requests. null: name of the folder model.path.",
+    )
+    organization: Name = Field(
+        default="org", description="Organization in the names of finetuned models."
+    )
+    api_keys: tuple[ApiKey, ...] = Field(
+        default=(), description="Keys that may use the server. None, and no file: everybody may."
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="YAML file with a list `api_keys` in the same form, outside of this file.",
+    )
+    max_requests: Int = Field(
+        default=1024,
+        ge=1,
+        description="Outputs generated or waiting at once; beyond it requests get status 429.",
+    )
+    max_waiting_tokens: Int = Field(
+        default=262_144,
+        ge=1,
+        description="Prompt tokens of requests without their first token; beyond it, 429.",
+    )
+    max_body_bytes: Int = Field(
+        default=8 * 2**20, ge=1024, description="Largest request, bytes, other than uploads."
+    )
+    max_upload_bytes: Int = Field(
+        default=512 * 2**20, ge=1024, description="Largest uploaded file, bytes."
+    )
+    max_storage_bytes: Int = Field(
+        default=16 * 2**30, ge=1024, description="All uploaded files together, bytes."
+    )
+    max_running_jobs: Int = Field(
+        default=2, ge=1, description="Finetuning jobs trained side by side; others are queued."
+    )
+    max_queued_jobs: Int = Field(
+        default=100, ge=1, description="Jobs that are not done; beyond it, status 429."
+    )
+    database: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL of files and jobs. null: SQLite in output_dir/server.",
+    )
+    adapter_dirs: tuple[Path, ...] = Field(
+        default=(),
+        description="Folders whose adapters /v1/load_lora_adapter may load. None: it is off.",
+    )
+    stuck_after_s: Float = Field(
+        default=60.0, gt=0, description="Seconds without a step, having work, that fail /health."
+    )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="What a line of the log looks like, on stderr."
+    )
+    grace_s: Float = Field(
+        default=25.0,
+        gt=0,
+        description="Seconds after SIGTERM in which requests finish and jobs write checkpoints.",
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _distinct_keys(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        _distinct(tuple(key.name for key in keys), "name: ")
+        for index, key in enumerate(keys):
+            if key.key in [other.key for other in keys[:index]]:
+                raise ValueError(f"the key of {key.name!r} is given twice; change one")
+        return keys
+
+
 class LogSection(Section):
     """What is written down besides the report."""
 
@@ -536,6 +624,7 @@ class Config(Section):
     compile: CompileSection = Field(default_factory=CompileSection, description="Programs.")
     finetune: FinetuneSection = Field(default_factory=FinetuneSection, description="Finetuning.")
     workload: WorkloadSection | None = Field(default=None, description="Requests to replay.")
+    server: ServerSection = Field(default_factory=ServerSection, description="HTTP server.")
     log: LogSection = Field(default_factory=LogSection, description="Logs.")
     output_dir: Path = Field(
         default=Path("runs/default"), description="Folder for reports, checkpoints and adapters."

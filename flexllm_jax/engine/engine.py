@@ -38,6 +38,19 @@ from scheduler.request import Request, Slo, StepPlan
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class StepObservation:
+    """What a step held, and the seconds it took and was predicted to take on the device."""
+
+    decode_tokens: int
+    prefill_tokens: int
+    forward_tokens: int
+    backward_units: int
+    preempted: int
+    measured_s: float
+    predicted_s: float
+
+
 @dataclass
 class _InFlight:
     """A dispatched step: what will have to be read, and what to do with it."""
@@ -103,6 +116,8 @@ class Engine:
         self.steps = 0
         self.buckets: dict[int, BucketUse] = {}
         self.host_seconds: deque[float] = deque(maxlen=100_000)
+        self.progressed: list[RequestState] = []  # whose tokens the last `step` read
+        self.observations: deque[StepObservation] = deque(maxlen=1000)  # newest last
         for adapter in config.adapters.preload:
             self.load_adapter(adapter.name, adapter.path)
         self.startup_s = time.monotonic() - started
@@ -210,9 +225,15 @@ class Engine:
         adapter = load_adapter(path, self.runner.model, self.config.model.path)
         return self.publish(name, adapter)
 
-    def publish(self, name: str, adapter: Adapter) -> Published:
+    def to_rows(self, name: str, adapter: Adapter) -> tuple[list, list]:
+        """What `publish` writes to the bank: may be made in another thread beforehand."""
+        return to_rows(adapter, self.runner.model, self.runner.sizes.bank, name)
+
+    def publish(
+        self, name: str, adapter: Adapter, rows: tuple[list, list] | None = None
+    ) -> Published:
         """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
-        values, scales = to_rows(adapter, self.runner.model, self.runner.sizes.bank, name)
+        values, scales = rows or self.to_rows(name, adapter)
         published = self.directory.publish(name, adapter.config, adapter.shapes)
         self.runner.write_adapter(published.slot, values, scales)
         return published
@@ -254,6 +275,7 @@ class Engine:
     def step(self) -> list[RequestState]:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
         started = time.perf_counter()
+        self.progressed = []
         self.trainer.feed()
         plan = self.scheduler.plan(time.monotonic())
         if plan is not None:
@@ -313,6 +335,7 @@ class Engine:
         )
         if measured is not None:
             self._device_free_at = now
+            self._note(plan, measured)
         self._unsettled = step
         finished = []
         for sequence in self.scheduler.complete(plan, sampled, stopped, now, measured):
@@ -334,12 +357,28 @@ class Engine:
             measured = now - max(step.started, self._device_free_at)
             self.scheduler.observe(step.plan, measured)
             self._device_free_at = now
+            self._note(step.plan, measured)
         for read in step.after:
             read()
+
+    def _note(self, plan: StepPlan, measured_s: float) -> None:
+        """Keep what was observed of a step, for who watches the engine."""
+        self.observations.append(
+            StepObservation(
+                len(plan.decode),
+                sum(chunk.length for chunk in plan.prefill),
+                plan.forward.length if plan.forward else 0,
+                len(plan.backward.units) if plan.backward else 0,
+                len(plan.preempted),
+                measured_s,
+                plan.predicted_s,
+            )
+        )
 
     def _read_tokens(self, step: _InFlight) -> tuple[dict[str, int], set[str]]:
         if step.report is None:
             return {}, set()
+        self.progressed = step.sampled
         report = jax.tree.map(np.asarray, step.report)
         sampled, stopped = {}, set()
         for i, state in enumerate(step.sampled):

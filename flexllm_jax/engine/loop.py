@@ -40,21 +40,28 @@ class RequestFuture(Future):
 class EngineLoop:
     """The thread that drives an engine, and the way in for all others."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None):
+        """`after_step` is called in the engine's thread after every step."""
         self.engine = engine
+        self._after_step = after_step
         self._calls: queue.SimpleQueue[tuple[Callable, Future] | None] = queue.SimpleQueue()
         self._waiting: dict[str, RequestFuture] = {}
         self._error: BaseException | None = None
+        self.idle = True  # nothing to do: it waits for a call
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Run `function` in the engine's thread between two steps; returns or raises as it does."""
+        return self.post(lambda: function(*args, **kwargs)).result()
+
+    def post(self, function: Callable[[], Result]) -> "Future[Result]":
+        """`call` that does not wait: a future of what `function` returns or raises."""
         if not self._thread.is_alive():
             raise RuntimeError("the engine has stopped") from self._error
         future: Future = Future()
-        self._calls.put((lambda: function(*args, **kwargs), future))
-        return future.result()
+        self._calls.put((function, future))
+        return future
 
     def submit(self, requests: Sequence[NewRequest]) -> list[RequestFuture]:
         """Queue requests between two steps; a future of each finished RequestState.
@@ -62,27 +69,28 @@ class EngineLoop:
         The future of one that can never be served holds its ValueError; the others go on.
         """
 
-        def add() -> list[RequestFuture]:
-            futures = []
-            for new in requests:
-                future = RequestFuture()
-                futures.append(future)
-                try:
-                    future.state = self.engine.add_request(
-                        new.prompt,
-                        new.params,
-                        new.adapter,
-                        arrival=new.arrival,
-                        seed_offset=new.seed_offset,
-                        slo_class=new.slo_class,
-                    )
-                except ValueError as error:
-                    future.set_exception(error)
-                else:
-                    self._waiting[future.state.request_id] = future
-            return futures
+        return self.call(self.add, requests)
 
-        return self.call(add)
+    def add(self, requests: Sequence[NewRequest]) -> list[RequestFuture]:
+        """`submit`, for functions that run in the engine's thread already."""
+        futures = []
+        for new in requests:
+            future = RequestFuture()
+            futures.append(future)
+            try:
+                future.state = self.engine.add_request(
+                    new.prompt,
+                    new.params,
+                    new.adapter,
+                    arrival=new.arrival,
+                    seed_offset=new.seed_offset,
+                    slo_class=new.slo_class,
+                )
+            except ValueError as error:
+                future.set_exception(error)
+            else:
+                self._waiting[future.state.request_id] = future
+        return futures
 
     @property
     def alive(self) -> bool:
@@ -91,14 +99,14 @@ class EngineLoop:
 
     def cancel(self, future: RequestFuture, error: str) -> None:
         """Drop a request that was submitted; its future holds it as it was."""
+        self.call(self.drop, future, error)
 
-        def drop() -> None:
-            state = future.state
-            if not state.finished:
-                self.engine.cancel(state, error)
-                self._waiting.pop(state.request_id).set_result(state)
-
-        self.call(drop)
+    def drop(self, future: RequestFuture, error: str) -> None:
+        """`cancel`, for functions that run in the engine's thread already."""
+        state = future.state
+        if not state.finished:
+            self.engine.cancel(state, error)
+            self._waiting.pop(state.request_id).set_result(state)
 
     def stop(self) -> None:
         """Stop the engine: jobs checkpoint, unfinished requests fail."""
@@ -111,6 +119,8 @@ class EngineLoop:
             while self._answer_calls():
                 for state in self.engine.step():
                     self._waiting.pop(state.request_id).set_result(state)
+                if self._after_step:
+                    self._after_step()
             self.engine.stop()
         except BaseException as error:
             self._error = error
@@ -131,7 +141,9 @@ class EngineLoop:
     def _answer_calls(self) -> bool:
         """Carry out what is queued, waiting for it when there is nothing else to do."""
         while not self._calls.empty() or not self.engine.has_work:
+            self.idle = self._calls.empty()
             call = self._calls.get()
+            self.idle = False
             if call is None:
                 return False
             function, future = call

@@ -4,6 +4,7 @@ Tokens lie in the order decode, prefill, finetuning. The page table of every req
 between steps, and only pages that are new are written to it.
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,6 +135,7 @@ class StepBuilder:
             raise RuntimeError(f"request {state.request_id} is planned without a row")
         if state.row != row or state.preemptions != sequence.preemptions:
             state.row, state.preemptions, state.copied_pages = row, sequence.preemptions, 0
+            state.started_at = state.started_at or time.monotonic()
             if state.params.needs_history:
                 vocab_size = self._runner.model.vocab_size
                 counts = np.bincount(np.array(state.output, np.int64), minlength=vocab_size)

@@ -40,6 +40,7 @@ class RequestState:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    started_at: float | None = None  # when the first step that computes it was dispatched
     first_token_at: float | None = None
     last_token_at: float | None = None
     row: int = -1

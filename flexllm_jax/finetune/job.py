@@ -176,6 +176,9 @@ class FinetuneJob:
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     tokens: int = 0  # forward tokens of this run, up to the last step done
     tokens_pending: int = 0  # the same, up to the last microbatch dispatched
+    earlier_tokens: int = 0  # the same, of the runs that it goes on from
+    forwarded: int = 0  # tokens of this run that went forward, validation's and repeats too
+    backwarded: int = 0  # tokens of this run whose gradients are computed
     resumed_from: int = 0
     started_at: float = field(default_factory=time.monotonic)
     finished_at: float | None = None
@@ -232,6 +235,7 @@ class FinetuneJob:
         self.stream.restore(info["stream"])
         self._position = self.stream.state()
         self.step = self.dispatched = self._batches_out = self.resumed_from = step
+        self.earlier_tokens = int(info["tokens"])
         self.losses = list(info["losses"])
         self.gradient_norms = list(info["gradient_norms"])
         self.validation_losses = [(int(s), float(v)) for s, v in info["validation_losses"]]
@@ -240,6 +244,7 @@ class FinetuneJob:
         """What a checkpoint of the steps done so far keeps beside the arrays."""
         return {
             "stream": position,
+            "tokens": self.earlier_tokens + self.tokens,
             "losses": list(self.losses),
             "gradient_norms": list(self.gradient_norms),
             "validation_losses": list(self.validation_losses),

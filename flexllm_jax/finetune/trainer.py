@@ -23,6 +23,7 @@ from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.checkpoint import CheckpointError, JobCheckpoints
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus, PackedMicrobatch
 from flexllm_jax.finetune.optimizer import hyperparameters
+from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import from_row, to_rows
 from flexllm_jax.peft.hf_peft import save_adapter
 from scheduler.coserving import Scheduler
@@ -62,6 +63,8 @@ class Trainer:
         self._ids = itertools.count()
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.in_work: dict[int, MicrobatchInWork] = {}  # by microbatch_id
+        # Called with every checkpoint's adapter, in the thread that writes them.
+        self.on_checkpoint: Callable[[FinetuneJob, int, Adapter], None] | None = None
 
     @property
     def active(self) -> bool:
@@ -120,6 +123,7 @@ class Trainer:
     def forward(self, forward: FinetuneForward) -> MicrobatchInWork:
         """The microbatch of a forward, brought to the device if this is its first."""
         microbatch_id = forward.microbatch.microbatch_id
+        self._queued[microbatch_id].job.forwarded += forward.length
         if not forward.started:
             return self.in_work[microbatch_id]
         packed, runner = self._queued[microbatch_id], self._runner
@@ -179,6 +183,7 @@ class Trainer:
             return [lambda: self._validated(packed, totals)]
         job.state = runner.commit(job.state)
         job.tokens_pending += len(packed.token)
+        job.backwarded += len(packed.token)
         if not packed.ends_batch:
             return []
         values = hyperparameters(job.config.optimizer, job.dispatched, job.total_steps)
@@ -279,6 +284,8 @@ class Trainer:
         try:
             arrays = jax.tree.map(np.asarray, snapshot)
             self._checkpoints(job).save(step, arrays, info)
+            if self.on_checkpoint:
+                self.on_checkpoint(job, step, from_row(arrays["master"], job.lora, job.ranks))
         except (CheckpointError, OSError) as error:
             job.messages.append(str(error))
             log.error("%s", error)

@@ -7,7 +7,7 @@ A published adapter is a slot and a version. Publishing again takes a new slot, 
 old version finish on it; its slot is free when the last of them is done.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -199,6 +199,8 @@ class BankDirectory:
     retired: list[Published] = field(default_factory=list)
     training: dict[str, int] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    # Names an adapter to unload when all slots are taken, if one may be: it can be loaded again.
+    evict: Callable[[], str | None] | None = None
 
     def _free_slot(self, purpose: str) -> int:
         used = {p.slot for p in [*self.current.values(), *self.retired]}
@@ -206,6 +208,10 @@ class BankDirectory:
         for slot in range(1, self.num_slots):
             if slot not in used:
                 return slot
+        name = self.evict() if self.evict else None
+        if name is not None:
+            self.unload(name)
+            return self._free_slot(purpose)
         raise AdapterError(
             f"no free slot for {purpose}: all {self.num_slots - 1} of adapters.slots "
             f"({self.num_slots}, slot 0 is no adapter) are taken; raise adapters.slots or "

@@ -1,0 +1,132 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from flexllm_jax.server import sse
+from flexllm_jax.server.access import Client
+from flexllm_jax.server.errors import ApiError
+from flexllm_jax.server.inference import Answer, Delta, Inference
+from flexllm_jax.server.inference_schema import ChatCompletionRequest
+from flexllm_jax.server.text import TextCodec
+
+
+class _Chat:
+    """A request being answered."""
+
+    def __init__(self, body: ChatCompletionRequest, answer: Answer, codec: TextCodec):
+        self.body, self.answer, self.codec = body, answer, codec
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        self.head["model"] = body.model
+
+    def logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        """The log-probabilities of a token, as OpenAI shows them; None when not asked for."""
+        if delta.logprobs is None:
+            return None
+
+        def entry(token: int, value: float) -> dict[str, Any]:
+            text = self.codec.token_text(token)
+            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+
+        ranked = sorted(delta.logprobs.items(), key=lambda item: -item[1])
+        top = [entry(*item) for item in ranked[: self.body.top_logprobs or 0]]
+        return {**entry(delta.token, delta.logprobs[delta.token]), "top_logprobs": top}
+
+
+async def chat(
+    request: Request, body: ChatCompletionRequest, client: Client, inference: Inference
+) -> Response:
+    """Answer a chat request, at once or as a stream."""
+    _refuse_unsupported(body)
+    limit, codec = inference.max_model_len(), inference.codec
+    tools = None if body.tool_choice == "none" else body.tools
+    text = await codec.render(body.messages, tools, body.chat_template_kwargs)
+    prompt = await codec.encode(text, limit, add_special_tokens=False)
+    max_tokens = body.max_completion_tokens
+    max_tokens = body.max_tokens if max_tokens is None else max_tokens
+    max_tokens = max(1, limit - len(prompt)) if max_tokens is None else max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    answer = inference.open(client, body, [prompt], max_tokens, logprobs)
+    conversation = _Chat(body, answer, codec)
+    if body.stream:
+        return sse.EventStream(_stream(conversation), answer.close)
+    try:
+        return await sse.while_connected(request, _whole(conversation))
+    finally:
+        await answer.close()
+
+
+def _refuse_unsupported(body: ChatCompletionRequest) -> None:
+    kind = (body.response_format or {}).get("type", "text")
+    if kind != "text":
+        message = f"response_format.type: got {kind!r}; only text is supported"
+        raise ApiError(400, message, param="response_format")
+    if body.tool_choice not in (None, "none", "auto"):
+        message = f"tool_choice: got {body.tool_choice!r}; only none and auto are supported"
+        raise ApiError(400, message, param="tool_choice")
+    if body.logit_bias:
+        raise ApiError(400, "logit_bias: is not supported; leave it out", param="logit_bias")
+    if body.top_logprobs is not None and not body.logprobs:
+        message = "top_logprobs: needs logprobs=true; set it or leave this out"
+        raise ApiError(400, message, param="top_logprobs")
+
+
+async def _whole(conversation: _Chat) -> Response:
+    answer = conversation.answer
+    count = len(answer.output_tokens)
+    texts, reasons = [""] * count, [""] * count
+    reported: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    async for delta in answer:
+        texts[delta.index] += delta.text
+        reasons[delta.index] = delta.finish_reason or ""
+        if report := conversation.logprobs(delta):
+            reported[delta.index].append(report)
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": texts[i], "refusal": None},
+            "logprobs": {"content": reported[i]} if conversation.body.logprobs else None,
+            "finish_reason": reasons[i],
+        }
+        for i in range(count)
+    ]
+    head = {**conversation.head, "object": "chat.completion"}
+    return sse.json_response({**head, "choices": choices, "usage": answer.usage})
+
+
+async def _stream(conversation: _Chat) -> AsyncGenerator[bytes]:
+    answer, options = conversation.answer, conversation.body.stream_options
+    head = {**conversation.head, "object": "chat.completion.chunk"}
+
+    def chunk(index: int, own: dict[str, Any], usage: dict[str, int] | None) -> bytes:
+        return sse.event({**head, "choices": [{"index": index, **own}], "usage": usage})
+
+    running = bool(options and options.continuous_usage_stats)
+    try:
+        begun: set[int] = set()
+        async for delta in answer:
+            usage = answer.usage if running else None
+            if delta.index not in begun:
+                begun.add(delta.index)
+                role = {"role": "assistant", "content": ""}
+                own = {"delta": role, "logprobs": None, "finish_reason": None}
+                yield chunk(delta.index, own, usage)
+            report = conversation.logprobs(delta)
+            own = {
+                "delta": {"content": delta.text},
+                "logprobs": None if report is None else {"content": [report]},
+                "finish_reason": delta.finish_reason,
+            }
+            yield chunk(delta.index, own, usage)
+        if options and options.include_usage:
+            yield sse.event({**head, "choices": [], "usage": answer.usage})
+    except ApiError as error:
+        yield sse.event(error.body)
+    yield sse.DONE

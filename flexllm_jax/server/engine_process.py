@@ -1,0 +1,335 @@
+"""The engine process: an engine, its loop, and the way in and out for the HTTP process.
+
+Three threads: the engine's own, which alone touches it; the main one, which takes commands and
+sends statistics; one that encodes and sends events, so that a step never waits for a socket. What
+takes time (data sets, adapter files) is read in others before the engine's is asked. It ends when
+told to, on SIGTERM, or when the HTTP process is gone; running jobs write a checkpoint then.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import zmq
+
+from flexllm_jax.cli import USER_ERRORS, quiet_libraries
+from flexllm_jax.config import Config, build_config
+from flexllm_jax.engine.engine import Engine
+from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
+from flexllm_jax.engine.request import RequestState
+from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.server.engine_calls import EngineCalls
+from flexllm_jax.server.logs import use_json
+from flexllm_jax.server.protocol import (
+    AdapterState,
+    Call,
+    Cancel,
+    Command,
+    Event,
+    Generate,
+    Output,
+    Outputs,
+    Ready,
+    Reply,
+    Stats,
+    Step,
+    Stop,
+    Submit,
+)
+
+log = logging.getLogger(__name__)
+
+STATS_S = 0.2
+BAD_INPUT = 2  # exit status: the configuration, or a file it names, cannot be used
+
+
+class EngineProcess:
+    """Answers commands from `commands`, and sends events to `events` (ZeroMQ addresses)."""
+
+    def __init__(self, config: Config, commands: str, events: str):
+        context = zmq.Context()
+        self._commands = context.socket(zmq.PULL)
+        self._commands.set_hwm(0)
+        self._commands.connect(commands)
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, args=(context, events), name="events")
+        self._sender.start()
+        self.stopping = threading.Event()
+        # The engine's thread alone uses these: by the engine's number, and by the client's.
+        self._active: dict[str, tuple[int, RequestFuture]] = {}
+        self._futures: dict[int, RequestFuture] = {}
+        self._loading: dict[str, list[Generate]] = {}  # by adapter: requests that wait for it
+        try:
+            tokenizer = load_tokenizer(config.model.path)
+            self.engine = Engine(config, tokenizer, progress=False)
+        except BaseException:
+            self._finish_sending()
+            raise
+        self.loop = EngineLoop(self.engine, self._after_step)
+        self._calls = EngineCalls(config, self.engine, self.loop, tokenizer)
+        self._workers = ThreadPoolExecutor(4, thread_name_prefix="call")
+        self._last_step = self._last_idle = time.monotonic()
+
+    def run(self) -> int:
+        """Serve until told to stop; returns the exit status."""
+        runner, config = self.engine.runner, self.engine.config
+        self._events.put(
+            Ready(
+                max_model_len=runner.sizes.max_model_len,
+                vocab_size=runner.model.vocab_size,
+                eos_token_ids=list(runner.model.eos_token_ids),
+                num_pages=runner.num_pages,
+                page_size=runner.sizes.page_size,
+                adapter_slots=config.adapters.slots,
+                startup_s=self.engine.startup_s,
+            )
+        )
+        decoder = msgspec.msgpack.Decoder(Command)
+        next_stats = 0.0
+        sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others
+        while self.loop.alive and not self.stopping.is_set():
+            if self._commands.poll(int(STATS_S * 1e3)):
+                self._take(decoder.decode(self._commands.recv()))
+            if time.monotonic() >= next_stats and self.loop.alive:
+                next_stats = time.monotonic() + STATS_S
+                self._events.put(self._stats())
+        failed = not self.loop.alive  # jobs are not to blame, as it seems: the next engine goes on
+        self.loop.stop()
+        self._workers.shutdown(cancel_futures=True)
+        if not failed:
+            self._events.put(self._stats())
+        self._finish_sending()
+        return int(failed)
+
+    def _take(self, command: Command) -> None:
+        match command:
+            case Submit(requests):
+                future = self.loop.post(lambda: self._submit(requests))
+                future.add_done_callback(lambda f: self._report_failure(f, requests))
+            case Cancel(request_ids):
+                self.loop.post(lambda: self._cancel(request_ids))
+            case Call():
+                self._workers.submit(self._call, command)
+            case Stop():
+                self.stopping.set()
+
+    # -- requests, in the engine's thread ---------------------------------------------------------
+
+    def _submit(self, requests: Sequence[Generate]) -> None:
+        adapter, path = requests[0].adapter, requests[0].adapter_path  # a message is about one
+        if adapter and path and not self._calls.is_loaded(adapter):
+            waiting = self._loading.setdefault(adapter, [])
+            waiting += requests
+            if len(waiting) == len(requests):
+                self._workers.submit(self._load, adapter, path)
+            return
+        self._add(requests)
+
+    def _load(self, adapter: str, path: str) -> None:
+        """In a worker: load an adapter; then what waited for it is queued, or refused."""
+        try:
+            self._calls.load_adapter(adapter, path)
+        except Exception as error:
+            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
+
+            def go_on() -> None:
+                waiting = self._loading.pop(adapter)
+                refused = [Output(r.request_id, [], error=text, invalid=invalid) for r in waiting]
+                self._events.put(Outputs(refused))
+        else:
+
+            def go_on() -> None:
+                self._add(self._loading.pop(adapter))
+
+        self.loop.post(go_on)
+
+    def _add(self, requests: Sequence[Generate]) -> None:
+        new = [
+            NewRequest(tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class)
+            for r in requests
+        ]
+        refused = []
+        for request, future in zip(requests, self.loop.add(new), strict=True):
+            if future.done() and (error := future.exception()):
+                output = Output(request.request_id, [], error=str(error), invalid=True)
+                refused.append(output)
+            else:
+                self._active[future.state.request_id] = (request.request_id, future)
+                self._futures[request.request_id] = future
+        if refused:
+            self._events.put(Outputs(refused))
+
+    def _report_failure(self, future: Future, requests: Sequence[Generate]) -> None:
+        if error := future.exception():
+            log.error("requests were not queued", exc_info=error)
+            self._events.put(
+                Outputs([Output(r.request_id, [], error=repr(error)) for r in requests])
+            )
+
+    def _cancel(self, request_ids: Sequence[int]) -> None:
+        for waiting in self._loading.values():
+            waiting[:] = [r for r in waiting if r.request_id not in request_ids]
+        for request_id in request_ids:
+            future = self._futures.pop(request_id, None)
+            if future is not None:
+                self._active.pop(future.state.request_id, None)
+                self.loop.drop(future, "cancelled by the client")
+
+    def _after_step(self) -> None:
+        """Tell the tokens that the step brought."""
+        self._last_step = time.monotonic()
+        outputs = []
+        for state in self.engine.progressed:
+            active = self._active.get(state.request_id)
+            if active is None:
+                continue
+            request_id = active[0]
+            first = len(state.output) == 1
+            outputs.append(
+                Output(
+                    request_id,
+                    state.output[-1:],
+                    logprobs=state.logprobs[-1:],
+                    prompt_logprobs=(state.prompt_logprobs or None) if first else None,
+                    finish_reason=state.finish_reason,
+                    queued_s=_queued_s(state) if first else None,
+                )
+            )
+            if state.finished:
+                del self._active[state.request_id], self._futures[request_id]
+        if outputs:
+            self._events.put(Outputs(outputs))
+
+    # -- everything else --------------------------------------------------------------------------
+
+    def _call(self, call: Call) -> None:
+        """Run a call in a worker; it asks the engine's thread for what only that may do."""
+        try:
+            result = getattr(self._calls, call.method)(**call.arguments)
+        except ValueError as error:  # AdapterError, DatasetError, ConfigError, ... are of this kind
+            reply = Reply(call.call_id, error=" ".join(str(error).split()), invalid=True)
+        except Exception as error:
+            log.exception("%s failed", call.method)
+            reply = Reply(call.call_id, error=repr(error))
+        else:
+            reply = Reply(call.call_id, result)
+        self._events.put(reply)
+
+    def _stats(self) -> Stats:
+        engine, now = self.engine, time.monotonic()
+        if self.loop.idle:
+            self._last_idle = now
+        pool, observations = engine.scheduler.pool, []
+        while engine.observations:
+            o = engine.observations.popleft()
+            observations.append(
+                Step(
+                    o.decode_tokens,
+                    o.prefill_tokens,
+                    o.forward_tokens,
+                    o.backward_units,
+                    o.preempted,
+                    o.measured_s,
+                    o.predicted_s,
+                )
+            )
+        return Stats(
+            idle=self.loop.idle,
+            quiet_s=now - max(self._last_step, self._last_idle),
+            num_running=engine.scheduler.num_running,
+            num_waiting=engine.scheduler.num_waiting,
+            pages_used=pool.num_pages - pool.num_free,
+            num_pages=pool.num_pages,
+            prefix_queries=pool.queries * pool.page_size,
+            prefix_hits=pool.hits * pool.page_size,
+            recompiles=engine.runner.compilations.count,
+            steps=observations,
+            adapters=[
+                AdapterState(p.name, p.version, p.users)
+                for p in list(engine.directory.current.values())
+            ],
+            jobs=self._calls.job_states(),
+        )
+
+    def _send(self, context: zmq.Context, address: str) -> None:
+        """The thread that sends events, in order."""
+        socket = context.socket(zmq.PUSH)
+        socket.set_hwm(0)
+        socket.connect(address)
+        encoder = msgspec.msgpack.Encoder()
+        while (event := self._events.get()) is not None:
+            socket.send(encoder.encode(event))
+        socket.close(linger=2000)
+
+    def _finish_sending(self) -> None:
+        self._events.put(None)
+        self._sender.join()
+
+
+def _queued_s(state: RequestState) -> float | None:
+    return None if state.started_at is None else max(0.0, state.started_at - state.arrival)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Wait until no other engine uses `folder`: two would write each other's checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "engine.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("another engine uses %s: waiting for its end", folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def main() -> int:
+    """Run an engine as the HTTP process asks: addresses as arguments, configuration on stdin.
+
+    Stdin stays open as long as the HTTP process lives.
+    """
+    quiet_libraries()
+    commands, events = sys.argv[1:]
+    config = build_config(json.loads(sys.stdin.readline()), "stdin")
+    if config.server.log_format == "json":
+        use_json()
+    process: EngineProcess | None = None
+
+    def watch_parent() -> None:
+        sys.stdin.read()
+        if process is None:
+            os._exit(1)  # still starting: there is nothing to save
+        process.stopping.set()
+
+    threading.Thread(target=watch_parent, name="parent", daemon=True).start()
+    try:
+        with _lock(config.output_dir):
+            process = EngineProcess(config, commands, events)
+            signal.signal(signal.SIGTERM, lambda *_: process.stopping.set())
+            return process.run()
+    except USER_ERRORS as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+if __name__ == "__main__":
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)  # threads of libraries must not hold up the end

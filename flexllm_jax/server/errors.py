@@ -1,0 +1,92 @@
+"""Errors as the OpenAI interfaces tell them: `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """An error to answer with. `param` names the field; `retry_after_s` becomes a header."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ):
+        message = message.encode("utf-8", "backslashreplace").decode()  # what JSON can hold
+        super().__init__(message)
+        self.status, self.message = status, message
+        self.param, self.code, self.retry_after_s = param, code, retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the client reads."""
+        kind = _TYPES.get(self.status, "server_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        """The whole answer."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        body = msgspec.json.encode(self.body)
+        return Response(body, self.status, headers, media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    """Make every error of `app` one of these."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", "")
+            return ApiError(400, f"the body is not JSON: {reason}").response()
+        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        # A field that may be of several types is reported once for each: name the field itself.
+        name = where[0] if where else None
+        given = repr(first.get("input"))
+        given = given if len(given) <= 80 else given[:77] + "..."
+        message = first["msg"].removeprefix("Value error, ")
+        message = message.replace("Input should be", "must be")
+        at = ".".join(where) or "body"
+        return ApiError(400, f"{at}: got {given}; {message}", param=name).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        path, code = request.url.path, error.status_code
+        message = {404: f"no such path: {path}", 405: f"{request.method} is not for {path}"}
+        answer = ApiError(code, message.get(code, str(error.detail))).response()
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def _bug(request: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error: the server's log has the details").response()

@@ -1,0 +1,208 @@
+"""From a checked request to pieces of text: admission, the engine, detokenization.
+
+Every token of every output becomes one `Delta`, in the order the engine told them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from flexllm_jax.config import Config
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.server.access import Admission, Client
+from flexllm_jax.server.engine_client import EngineClient, EngineUnavailable, Generation
+from flexllm_jax.server.errors import ApiError
+from flexllm_jax.server.inference_schema import InferenceRequest
+from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
+from flexllm_jax.server.models import ModelRegistry
+from flexllm_jax.server.protocol import Output
+from flexllm_jax.server.text import Detokenizer, TextCodec
+
+Logprobs = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A token of output `index`, and the text that is certain since the one before."""
+
+    index: int
+    token: int
+    text: str
+    logprobs: Logprobs | None
+    prompt_logprobs: list[Logprobs | None] | None
+    finish_reason: str | None
+
+
+class Answer:
+    """The outputs of one HTTP request. Iterate once; `close` in any case.
+
+    Raises ApiError when the engine refuses the request or fails.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[list[int]],
+        generation: Generation,
+        detokenizers: list[Detokenizer],
+        metrics: list[RequestMetrics],
+    ):
+        self.prompts = prompts
+        self.output_tokens = [0] * len(detokenizers)
+        self._generation, self._detokenizers, self._metrics = generation, detokenizers, metrics
+
+    async def close(self) -> None:
+        """Drop what has not ended, and give back what the request holds."""
+        self._generation.close()
+        for metrics in self._metrics:
+            metrics.end("abort")  # those that have ended stay as they were
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens of prompts and outputs, as OpenAI tells them."""
+        prompt, output = sum(map(len, self.prompts)), sum(self.output_tokens)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+        }
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        async for index, output in self._generation:
+            if output.error:
+                self._metrics[index].end("error")
+                raise ApiError(400 if output.invalid else 503, output.error)
+            for position, token in enumerate(output.token_ids):
+                yield self._take(index, token, output, position)
+                if self._detokenizers[index].stopped:
+                    break
+
+    def _take(self, index: int, token: int, output: Output, position: int) -> Delta:
+        detokenizer = self._detokenizers[index]
+        self.output_tokens[index] += 1
+        self._metrics[index].token(output.queued_s)
+        last = position == len(output.token_ids) - 1
+        reason = output.finish_reason if last else None
+        # The engine stops at stop tokens only, whose text is no part of the answer.
+        if reason != "stop" and detokenizer.push(token):
+            reason = "stop"
+            self._generation.drop(index)
+        if reason:
+            self._metrics[index].end(reason)
+        return Delta(
+            index,
+            token,
+            detokenizer.take(final=reason is not None),
+            output.logprobs[position] if output.logprobs else None,
+            output.prompt_logprobs if position == 0 else None,
+            reason,
+        )
+
+
+class Inference:
+    """Checks requests and gives them to the engine."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: EngineClient,
+        codec: TextCodec,
+        models: ModelRegistry,
+        admission: Admission,
+        metrics: ServerMetrics,
+    ):
+        self.engine, self.codec, self.models = engine, codec, models
+        self._admission, self._metrics = admission, metrics
+        self._slo_classes = ["standard", *config.scheduler.slo_classes]
+
+    def max_model_len(self) -> int:
+        """Longest prompt plus output; ApiError 503 while there is no engine to tell."""
+        if self.engine.info is None:
+            raise not_ready(self.engine)
+        return self.engine.info.max_model_len
+
+    def open(
+        self,
+        client: Client,
+        body: InferenceRequest,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+    ) -> Answer:
+        """Admit a request and start it. ApiError: it is wrong, or has to wait."""
+        arrival = time.monotonic()
+        adapter = self.models.resolve(body.model)
+        slo = body.slo or "standard"
+        if slo not in self._slo_classes:
+            raise ApiError(
+                400, f"slo: got {slo!r}; must be one of {self._slo_classes}", param="slo"
+            )
+        try:
+            params = body.sampling_params(max_tokens, logprobs, prompt_logprobs)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=str(error).partition("=")[0]) from None
+        for prompt in prompts:
+            self._check_size(prompt, params)
+        n = body.n or 1
+        outputs = n * len(prompts)
+        tokens = n * sum(map(len, prompts))
+        admitted = self._admission.admit(client, outputs, tokens, outputs * max_tokens)
+        try:
+            generation = self.engine.generate(prompts, params, n, adapter, slo, arrival)
+        except EngineUnavailable:
+            admitted.close(0)
+            raise not_ready(self.engine) from None
+        except BaseException:
+            admitted.close(0)
+            raise
+        stops = body.stop_strings
+        batch = self._metrics.batch(admitted, outputs)
+        name = adapter.name if adapter else None
+        return Answer(
+            prompts,
+            generation,
+            [Detokenizer(self.codec, stops, params.min_tokens) for _ in range(outputs)],
+            [
+                RequestMetrics(batch, arrival, len(prompts[i // n]), name, slo)
+                for i in range(outputs)
+            ],
+        )
+
+    def _check_size(self, prompt: list[int], params: SamplingParams) -> None:
+        info = self.engine.info
+        if info is None:
+            raise not_ready(self.engine)
+        if not prompt:
+            raise ApiError(400, "prompt: it has no tokens; give at least one", param="prompt")
+        total = len(prompt) + params.max_tokens
+        if total > info.max_model_len:
+            raise ApiError(
+                400,
+                f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} exceeds "
+                f"max_model_len={info.max_model_len}: shorten the prompt or lower max_tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if -(-(total - 1) // info.page_size) > info.num_pages:
+            raise ApiError(
+                400,
+                f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} does not fit in "
+                f"the {info.num_pages} KV pages of {info.page_size} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        outside = next((t for t in prompt if t >= info.vocab_size), None)
+        if outside is not None:
+            raise ApiError(
+                400,
+                f"prompt has token id {outside}, the vocabulary has ids 0 to "
+                f"{info.vocab_size - 1}: use this model's tokenizer",
+                param="prompt",
+            )
+
+
+def not_ready(engine: EngineClient) -> ApiError:
+    """The answer while no engine serves."""
+    return ApiError(503, f"the engine is {engine.state}; try again", retry_after_s=5)

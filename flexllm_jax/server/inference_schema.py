@@ -1,0 +1,148 @@
+"""Bodies of the OpenAI inference requests, with the extras of vLLM that are supported.
+
+Fields that are not known are ignored, as OpenAI's clients send ones that mean nothing here; those
+that are known and would change the answer, but are not supported, are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexllm_jax.engine.sampling_params import SamplingParams
+
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+Nothing = Annotated[None, Field(description="Not supported.")]
+
+
+class Body(BaseModel):
+    """Strict types, finite numbers; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
+
+
+class StreamOptions(Body):
+    """What a stream tells besides tokens."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class InferenceRequest(Body):
+    """What completions and chat completions have in common."""
+
+    model: str
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    stop: Annotated[str, Field(min_length=1, max_length=1000)] | Stop | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    # vLLM's
+    top_k: Int32 | None = 0
+    min_p: float | None = 0.0
+    repetition_penalty: float | None = 1.0
+    ignore_eos: bool | None = False
+    min_tokens: Count | None = 0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    # ours
+    slo: str | None = Field(
+        default=None, description="Class of service: standard or one of scheduler.slo_classes."
+    )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end an output."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling_params(
+        self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        """What the engine is told; ValueError for values outside of their ranges."""
+
+        def given(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=given(self.min_tokens, 0),
+            temperature=given(self.temperature, 1.0),
+            top_k=given(self.top_k, 0),
+            top_p=given(self.top_p, 1.0),
+            min_p=given(self.min_p, 0.0),
+            repetition_penalty=given(self.repetition_penalty, 1.0),
+            presence_penalty=given(self.presence_penalty, 0.0),
+            frequency_penalty=given(self.frequency_penalty, 0.0),
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class CompletionRequest(InferenceRequest):
+    """POST /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=2048),
+        ]
+    )
+    max_tokens: Count | None = 16
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = False
+    best_of: Count | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = True
+
+
+class ResponseFormat(BaseModel):
+    """How the answer is to look."""
+
+    type: Literal["text"] = "text"
+
+
+class ChatCompletionRequest(InferenceRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(Body):
+    """POST /tokenize: a prompt, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Body):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,571 @@
+"""Finetuning jobs from creation to a served adapter, whatever happens to either process.
+
+The database says what a job is; the engine only runs those it is given. A job that runs when the
+engine is lost is given to the next one, which goes on from its newest checkpoint. Statuses:
+validating_files, queued, running, paused, succeeded, failed, cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import logging
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from flexllm_jax.config import Config
+from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
+from flexllm_jax.finetune.data.rows import BadRow, read_rows
+from flexllm_jax.server.database import CheckpointRow, Database, EventRow, JobRow, now
+from flexllm_jax.server.engine_client import EngineClient, EngineRefused, EngineUnavailable
+from flexllm_jax.server.errors import ApiError
+from flexllm_jax.server.files import UNFINISHED, FileStore
+from flexllm_jax.server.jobs_schema import CreateJob, random_seed
+from flexllm_jax.server.metrics import ServerMetrics
+from flexllm_jax.server.models import ModelRegistry, ServedAdapter
+from flexllm_jax.server.protocol import JobState, Stats
+
+log = logging.getLogger(__name__)
+
+ENDED = ("succeeded", "failed", "cancelled")
+_ENGINE_LOSSES = 3  # engines that may end while a job runs, before it is held to be the reason
+_SHOWN_ERRORS = 20  # rows of a file, in events
+
+
+class JobManager:
+    """All jobs of a server. Call `start` once in the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        files: FileStore,
+        engine: EngineClient,
+        models: ModelRegistry,
+        metrics: ServerMetrics,
+        tokenizer: Any,
+    ):
+        self._config, self._database, self._files = config, database, files
+        self._engine, self._models, self._metrics = engine, models, metrics
+        self._tokenizer = tokenizer  # used by the validation's thread alone
+        self._validation = ThreadPoolExecutor(1, thread_name_prefix="validation")
+        self._tasks: set[asyncio.Task] = set()
+        self._states: asyncio.Queue[JobState] = asyncio.Queue()
+        self._known: dict[str, JobState] = {}  # what the engine last said of a job
+        self._in_engine: set[str] = set()
+        self._resumed: set[str] = set()  # jobs of which it is told that they went on
+        self._validations: dict[str, int] = {}  # step of the last validation told, by job
+        self._scheduling = asyncio.Lock()
+        self.closing = False
+        self.version = 0  # counts events
+        self.changed = asyncio.Condition()  # notified after every event
+        engine.on_ready.append(self._engine_ready)
+        engine.on_lost.append(lambda: self._spawn(self._engine_lost()))
+        engine.on_stats.append(self._take)
+        database.run_now(self._serve_finished)
+
+    # -- the way in -------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Go on with what an earlier process left."""
+        self._spawn(self._follow())
+        for job_id in await self._ids("validating_files"):
+            self._spawn(self._validate(job_id))
+        await self._count()
+
+    async def close(self) -> None:
+        """After the engine's end: write down the last it said."""
+        await self._states.join()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._validation.shutdown(wait=False, cancel_futures=True)
+        self._database.close()
+
+    async def create(self, body: CreateJob) -> JobRow:
+        """Take a job in; its files are validated next. ApiError 400, 404 or 429."""
+        body.check(self._config)
+        self._models.resolve(body.model)
+        await self._files.find(body.training_file, "training_file")
+        if body.validation_file is not None:
+            await self._files.find(body.validation_file, "validation_file")
+        job = JobRow(
+            id=f"ftjob-{uuid.uuid4().hex[:24]}",
+            status="validating_files",
+            model=body.model,
+            request={
+                **body.model_dump(),
+                "seed": body.seed if body.seed is not None else random_seed(),
+            },
+            hyperparameters=body.chosen.model_dump(),
+            training_file=body.training_file,
+            validation_file=body.validation_file,
+        )
+        limit = self._config.server.max_queued_jobs
+
+        def insert(session: Session) -> bool:
+            query = select(func.count()).where(JobRow.status.in_(UNFINISHED))
+            if (session.scalar(query) or 0) >= limit:
+                return False
+            session.add(job)
+            session.flush()
+            _tell(session, job.id, f"Created fine-tuning job: {job.id}")
+            _tell(session, job.id, f"Validating training file: {job.training_file}")
+            return True
+
+        if not await self._database.run(insert):
+            message = f"there are {limit} jobs that are not done: wait for one"
+            raise ApiError(429, message, retry_after_s=60)
+        self._spawn(self._validate(job.id))
+        return job
+
+    async def find(self, job_id: str) -> JobRow:
+        """A job by its id; ApiError 404."""
+        job = await self._database.run(lambda s: _get(s, job_id))
+        if job is None:
+            raise ApiError(404, f"no such fine-tuning job: {job_id!r}")
+        return job
+
+    def state_of(self, job_id: str) -> JobState | None:
+        """What the engine last said of a job, if it has it."""
+        return self._known.get(job_id) if job_id in self._in_engine else None
+
+    async def cancel(self, job_id: str) -> JobRow:
+        """Stop a job for good."""
+        await self._move(job_id, UNFINISHED, "cancelled", "The job was cancelled.")
+        if job_id in self._in_engine:
+            await self._ask("cancel_job", job_id)
+        await self._schedule()
+        return await self.find(job_id)
+
+    async def pause(self, job_id: str) -> JobRow:
+        """Let a job wait, from the engine's next step on."""
+        await self._move(job_id, ("queued", "running"), "paused", "The job was paused.")
+        if job_id in self._in_engine:
+            await self._ask("pause_job", job_id)
+        await self._schedule()
+        return await self.find(job_id)
+
+    async def resume(self, job_id: str) -> JobRow:
+        """Let a paused job go on."""
+        in_engine = job_id in self._in_engine
+        status = "running" if in_engine else "queued"
+        await self._move(job_id, ("paused",), status, "The job was resumed.")
+        if in_engine:
+            await self._ask("resume_job", job_id)
+        await self._schedule()
+        return await self.find(job_id)
+
+    async def _move(self, job_id: str, allowed: tuple[str, ...], status: str, text: str) -> None:
+        def move(session: Session) -> str:
+            job = _get(session, job_id)
+            if job is None:
+                raise ApiError(404, f"no such fine-tuning job: {job_id!r}")
+            if job.status not in allowed:
+                raise ApiError(
+                    400, f"job {job_id} is {job.status}; this is for {', '.join(allowed)} jobs"
+                )
+            job.status = status
+            if status in ENDED:
+                job.finished_at = now()
+            _tell(session, job_id, text)
+            return job.status
+
+        await self._database.run(move)
+        await self._told()
+
+    async def _ask(self, method: str, job_id: str) -> None:
+        """What the engine is told of a job; without an engine the database alone says it."""
+        try:
+            await self._engine.call(method, name=job_id)
+        except EngineUnavailable:
+            log.info("%s of %s waits for the engine", method, job_id)
+
+    # -- validation -------------------------------------------------------------------------------
+
+    async def _validate(self, job_id: str) -> None:
+        """Read the files row by row; then queue the job, or fail it."""
+        job = await self.find(job_id)
+        body = CreateJob.model_validate(job.request)
+        limit = self._config.finetune.max_tokens
+        loop = asyncio.get_running_loop()
+        files = {"training": job.training_file, "validation": job.validation_file}
+        loaded: dict[str, Dataset] = {}
+        try:
+            for kind, file_id in files.items():
+                if file_id is not None:
+                    loaded[kind] = await loop.run_in_executor(
+                        self._validation, self._load, file_id, limit, body.train_on
+                    )
+        except DatasetError as error:
+            reason = str(error).replace(f"{self._files.folder}/", "")
+            await self._tell_bad_rows(job_id, files)
+            await self._fail(job_id, "invalid_training_file", reason, param="training_file")
+            return
+        except Exception as error:
+            log.exception("validation of %s", job_id)
+            await self._fail(job_id, "server_error", f"the files could not be read: {error!r}")
+            return
+        data = loaded["training"]
+        tree, shown = body.tree(self._config, job_id, job.request["seed"], data.tokens / len(data))
+        tree["dataset"] = str(self._files.path(job.training_file))
+        tree["validation_every"] = 0
+        if job.validation_file is not None:
+            tree["validation"] = str(self._files.path(job.validation_file))
+        if (adapter := self._models.adapters.get(job.model)) is not None:
+            tree["init_adapter"] = adapter.path
+
+        def queue(session: Session) -> None:
+            row = _get(session, job_id)
+            if row is None or row.status != "validating_files":
+                return
+            for kind, dataset in loaded.items():
+                _tell_rows(session, job_id, kind, dataset)
+            row.config, row.hyperparameters, row.status = tree, shown, "queued"
+            _tell(session, job_id, "Files validated, moving job to queued state")
+
+        await self._database.run(queue)
+        await self._told()
+        await self._schedule()
+
+    async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
+        """Add events on the first rows that cannot be read, of files that cannot be used."""
+
+        def tell(session: Session) -> None:
+            for kind, file_id in files.items():
+                rows = read_rows(self._files.path(file_id)) if file_id else iter(())
+                try:
+                    bad = [(n, r.reason) for n, r in rows if isinstance(r, BadRow)]
+                except DatasetError:
+                    continue  # the error that failed the job says it
+                for line, reason in bad[:_SHOWN_ERRORS]:
+                    _tell_row(session, job_id, kind, line, reason)
+
+        await self._database.run(tell)
+
+    def _load(self, file_id: str, limit: int, train_on: Any) -> Dataset:
+        path = self._files.path(file_id)
+        return load_dataset(path, self._tokenizer, max_seq_len=limit, train_on=train_on)
+
+    # -- the queue --------------------------------------------------------------------------------
+
+    async def _schedule(self) -> None:
+        """Give the engine as many jobs as may run: first those that ran before it was lost."""
+        async with self._scheduling:
+            while self._engine.state == "ready" and not self.closing:
+                running = await self._ids("running")
+                lost = [job_id for job_id in running if job_id not in self._in_engine]
+                queued = await self._ids("queued")
+                free = self._config.server.max_running_jobs - len(running)
+                waiting = lost or (queued if free > 0 else [])
+                if not waiting or not await self._start(waiting[0]):
+                    return
+
+    async def _start(self, job_id: str) -> bool:
+        """Give a job to the engine; False when it cannot take one now."""
+
+        def mark(session: Session) -> dict[str, Any] | None:
+            job = _get(session, job_id)
+            if job is None or job.status not in ("queued", "running"):
+                return None
+            if job.status == "queued":
+                job.status = "running"
+                _tell(session, job_id, "Fine-tuning job started")
+            return job.config
+
+        config = await self._database.run(mark)
+        await self._told()
+        if config is None:
+            return True
+        self._in_engine.add(job_id)
+        try:
+            await self._engine.call("start_job", config=config)
+        except EngineUnavailable:
+            self._in_engine.discard(job_id)
+            return False  # the next engine gets it
+        except EngineRefused as error:
+            self._in_engine.discard(job_id)
+            if "no free slot" in str(error):  # all adapters are in use at this moment
+                asyncio.get_running_loop().call_later(1, lambda: self._spawn(self._schedule()))
+                return False
+            await self._fail(job_id, "invalid_request", str(error))
+            return True
+        except RuntimeError as error:
+            self._in_engine.discard(job_id)
+            await self._fail(job_id, "server_error", str(error))
+            return True
+        status = (await self.find(job_id)).status  # it may have changed meanwhile
+        if status == "cancelled":
+            await self._ask("cancel_job", job_id)
+        elif status == "paused":
+            await self._ask("pause_job", job_id)
+        return True
+
+    async def _fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
+        def fail(session: Session) -> None:
+            job = _get(session, job_id)
+            if job is None or job.status in ENDED:
+                return
+            job.status, job.finished_at = "failed", now()
+            job.error = {"code": code, "message": message, "param": param}
+            _tell(session, job_id, f"The job failed: {message}", level="error")
+
+        await self._database.run(fail)
+        await self._told()
+
+    # -- the engine -------------------------------------------------------------------------------
+
+    def _engine_ready(self) -> None:
+        self._in_engine.clear()
+        self._known.clear()
+        self._resumed.clear()
+        self._validations.clear()
+        self._spawn(self._schedule())
+
+    async def _engine_lost(self) -> None:
+        """Note which jobs ran: one that ends engines again and again is not given to another."""
+        lost, self._in_engine = self._in_engine, set()
+
+        def note(session: Session) -> None:
+            query = select(JobRow).where(JobRow.id.in_(lost), JobRow.status == "running")
+            for job in session.scalars(query):
+                job.engine_losses += 1
+                _tell(
+                    session, job.id, "The engine ended; going on from the last checkpoint", "warn"
+                )
+                if job.engine_losses >= _ENGINE_LOSSES:
+                    text = f"the engine ended {job.engine_losses} times while this job ran"
+                    job.status, job.finished_at = "failed", now()
+                    job.error = {"code": "server_error", "message": text, "param": None}
+                    _tell(session, job.id, f"The job failed: {text}", level="error")
+
+        await self._database.run(note)
+        await self._told()
+
+    def _take(self, stats: Stats) -> None:
+        """Keep the states that say something new, for `_follow`."""
+        for state in stats.jobs:
+            before = self._known.get(state.name)
+            if before is None or state.losses or _summary(before) != _summary(state):
+                self._known[state.name] = state
+                self._states.put_nowait(state)
+
+    async def _follow(self) -> None:
+        """Write down what the engine says of jobs, in order."""
+        while True:
+            state = await self._states.get()
+            try:
+                adapters = await self._database.run(lambda s, state=state: self._note(s, state))
+                for adapter in adapters:
+                    self._models.adapters[adapter.name] = adapter
+                if state.status in ENDED and state.name in self._in_engine:
+                    self._in_engine.discard(state.name)
+                    self._spawn(self._finish(state))
+                await self._told()
+            except Exception:
+                log.exception("the state of %s could not be written down", state.name)
+            finally:
+                self._states.task_done()
+
+    def _note(self, session: Session, state: JobState) -> list[ServedAdapter]:
+        """In a transaction: what is new of a job. Returns the adapters that can be served now."""
+        job = _get(session, state.name)
+        if job is None or job.status in ("failed", "cancelled"):
+            return []
+        if job.status == "succeeded":  # its last checkpoint comes after its end
+            validation = dict(state.validation_losses)
+            notes = [
+                self._note_checkpoint(session, job, step, validation) for step in state.checkpoints
+            ]
+            return [adapter for noted in notes for adapter in noted]
+        if state.resumed_from and job.id not in self._resumed:
+            self._resumed.add(job.id)
+            _tell(session, job.id, f"Resumed from step {state.resumed_from}")
+        total = job.total_steps = state.total_steps
+        validation = dict(state.validation_losses)
+        for index, loss in enumerate(state.losses):
+            step = state.losses_from + index + 1
+            if step <= min(state.resumed_from, job.step):
+                continue  # told by the engine that took it
+            text = f"Step {step}/{total}: training loss={loss:.4f}"
+            data = {"step": step, "total_steps": total, "train_loss": loss}
+            _tell(session, job.id, text, type="metrics", data=data)
+        told = self._validations.get(job.id, state.resumed_from)
+        for step, loss in state.validation_losses:
+            if step > told:
+                text = f"Step {step}/{total}: validation loss={loss:.4f}"
+                data = {"step": step, "total_steps": total, "valid_loss": loss}
+                _tell(session, job.id, text, type="metrics", data=data)
+                self._validations[job.id] = step
+        job.step = state.step
+        adapters = []
+        for step in state.checkpoints:
+            adapters += self._note_checkpoint(session, job, step, validation)
+        for text in state.messages:
+            known = select(EventRow.number).where(
+                EventRow.job_id == job.id, EventRow.message == text
+            )
+            if session.scalars(known).first() is None:
+                _tell(session, job.id, text, level="warn")
+        if state.status == "succeeded":
+            job.status, job.finished_at, job.trained_tokens = "succeeded", now(), state.tokens
+            name, path = self._name(job), str(self._folder(job.id) / "adapter")
+            job.fine_tuned_model, job.adapter_path = name, path
+            adapters.append(ServedAdapter(name, job.id, path))
+            _tell(session, job.id, f"New fine-tuned model created: {name}")
+            _tell(session, job.id, "The job has successfully completed")
+        elif state.status == "failed":
+            job.status, job.finished_at = "failed", now()
+            job.error = {"code": "training_failed", "message": state.reason, "param": None}
+            _tell(session, job.id, f"The job failed: {state.reason}", level="error")
+        return adapters
+
+    def _note_checkpoint(
+        self, session: Session, job: JobRow, step: int, validation: dict[int, float]
+    ) -> list[ServedAdapter]:
+        known = select(CheckpointRow).where(
+            CheckpointRow.job_id == job.id, CheckpointRow.step == step
+        )
+        if session.scalars(known).first() is not None:
+            return []
+        name = f"{self._name(job)}:ckpt-step-{step}"
+        path = str(self._folder(job.id) / "adapters" / f"step-{step}")
+        losses = losses_of(session, job.id)
+        metrics = {"step": step, "train_loss": losses.get(step)}
+        if step in validation:
+            metrics["valid_loss"] = validation[step]
+        session.add(CheckpointRow(job_id=job.id, step=step, name=name, path=path, metrics=metrics))
+        _tell(session, job.id, f"Checkpoint created at step {step} with Snapshot ID: {name}")
+        return [ServedAdapter(name, f"{job.id}.step-{step}", path)]
+
+    async def _finish(self, state: JobState) -> None:
+        """After a job's end: its metrics as a file, and the next job."""
+        if state.status == "succeeded":
+            await self._write_results(state.name)
+        await self._schedule()
+
+    async def _write_results(self, job_id: str) -> None:
+        losses = await self._database.run(lambda s: losses_of(s, job_id))
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["step", "train_loss"])
+        writer.writerows(sorted(losses.items()))
+        file_id = f"file-{uuid.uuid4().hex}"
+        data = text.getvalue().encode()
+        self._files.path(file_id).write_bytes(data)
+        await self._files.add(file_id, "step_metrics.csv", "fine-tune-results", len(data))
+
+        def note(session: Session) -> None:
+            job = _get(session, job_id)
+            if job is not None:
+                job.result_files = [file_id]
+
+        await self._database.run(note)
+
+    def _name(self, job: JobRow) -> str:
+        """The finetuned model's name, as OpenAI makes them."""
+        suffix = job.request.get("suffix") or ""
+        short = job.id.removeprefix("ftjob-")
+        return f"ft:{self._models.base}:{self._config.server.organization}:{suffix}:{short}"
+
+    def _folder(self, job_id: str) -> Path:
+        return self._config.output_dir / job_id
+
+    def _serve_finished(self, session: Session) -> None:
+        """At the start: every adapter that jobs have made can be asked for."""
+        for job in session.scalars(select(JobRow).where(JobRow.status == "succeeded")):
+            assert job.fine_tuned_model and job.adapter_path
+            self._serve(job.fine_tuned_model, job.id, job.adapter_path, job.finished_at)
+        for row in session.scalars(select(CheckpointRow)):
+            self._serve(row.name, f"{row.job_id}.step-{row.step}", row.path, row.created_at)
+
+    def _serve(self, name: str, engine_name: str, path: str, created: int | None) -> None:
+        if Path(path, "adapter_config.json").is_file():
+            self._models.adapters[name] = ServedAdapter(name, engine_name, path, created or now())
+        else:
+            log.warning("adapter %s is gone from %s", name, path)
+
+    # -- small things -----------------------------------------------------------------------------
+
+    async def _ids(self, status: str) -> list[str]:
+        """Jobs of a status, the oldest first."""
+        query = select(JobRow.id).where(JobRow.status == status).order_by(JobRow.number)
+        return await self._database.run(lambda s: list(s.scalars(query)))
+
+    async def _told(self) -> None:
+        await self._count()
+        self.version += 1
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _count(self) -> None:
+        query = select(JobRow.status, func.count()).group_by(JobRow.status)
+        rows = await self._database.run(lambda s: [(r[0], r[1]) for r in s.execute(query)])
+        self._metrics.count_jobs(dict(rows))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a job's task failed", exc_info=error)
+
+
+def losses_of(session: Session, job_id: str) -> dict[int, float]:
+    """Training loss by step; of a step taken twice, the last."""
+    query = (
+        select(EventRow.data)
+        .where(EventRow.job_id == job_id, EventRow.type == "metrics")
+        .order_by(EventRow.number)
+    )
+    rows = [data for data in session.scalars(query) if data and "train_loss" in data]
+    return {data["step"]: data["train_loss"] for data in rows}
+
+
+def _get(session: Session, job_id: str) -> JobRow | None:
+    return session.scalars(select(JobRow).where(JobRow.id == job_id)).first()
+
+
+def _summary(state: JobState) -> tuple:
+    return state.status, state.step, len(state.messages), len(state.checkpoints)
+
+
+def _tell(
+    session: Session,
+    job_id: str,
+    message: str,
+    level: str = "info",
+    type: str = "message",
+    data: dict[str, Any] | None = None,
+) -> None:
+    """Add an event."""
+    session.add(EventRow(job_id=job_id, message=message, level=level, type=type, data=data))
+
+
+def _tell_rows(session: Session, job_id: str, kind: str, dataset: Dataset) -> None:
+    """Add events on what a file holds, and on the first rows that cannot be used."""
+    _tell(
+        session,
+        job_id,
+        f"The {kind} file has {dataset.rows} {dataset.format} rows and {dataset.tokens} tokens "
+        f"({dataset.trained_tokens} trained); {dataset.truncated} rows are truncated, "
+        f"{len(dataset.skipped)} cannot be used",
+    )
+    for row in dataset.skipped[:_SHOWN_ERRORS]:
+        _tell_row(session, job_id, kind, row.line, row.reason)
+
+
+def _tell_row(session: Session, job_id: str, kind: str, line: int, reason: str) -> None:
+    """Add an event on a row that cannot be used."""
+    text = f"{kind} file, line {line}: {reason}"
+    data = {"line": line, "reason": reason, "file": kind}
+    _tell(session, job_id, text, level="warn", data=data)

@@ -1,0 +1,278 @@
+"""Prometheus metrics: vLLM's names for inference, ours for finetuning and steps."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Counts
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from flexllm_jax.config import Config
+from flexllm_jax.server.access import Admitted
+from flexllm_jax.server.protocol import Stats, Step
+
+_FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
+_SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_ATTAINMENT_WINDOW = 1000
+_COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Latencies(NamedTuple):
+    """What a request took, seconds; of one that failed, until then."""
+
+    slo: str
+    met: bool
+    ttft_s: float
+    tpot_s: float | None
+
+
+class ServerMetrics:
+    """All metrics of a server, in a registry of their own. Counters go on when the engine is
+    started again."""
+
+    def __init__(self, config: Config, model_name: str):
+        self.registry = registry = CollectorRegistry()
+        self._slos = {"standard": config.scheduler.slo, **config.scheduler.slo_classes}
+        self._model = model_name
+        self._slots = config.adapters.slots
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple, *labels: str) -> Histogram:
+            return Histogram(name, text, labels, registry=registry, buckets=buckets)
+
+        model = "model_name"
+        self.running = gauge("vllm:num_requests_running", "Requests being computed.", model)
+        self.waiting = gauge("vllm:num_requests_waiting", "Requests waiting.", model)
+        self.kv_usage = gauge("vllm:kv_cache_usage_perc", "KV pages in use; 1 is all.", model)
+        self.prefix_queries = counter(
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", model
+        )
+        self.prefix_hits = counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", model
+        )
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens processed.", model)
+        self.output_tokens = counter("vllm:generation_tokens", "Tokens generated.", model)
+        self.success = counter(
+            "vllm:request_success", "Requests that ended.", model, "finished_reason"
+        )
+        self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages.", model)
+        self.step_tokens = histogram(
+            "vllm:iteration_tokens_total", "Inference tokens of a step.", _COUNTS, model
+        )
+        self.ttft = histogram(
+            "vllm:time_to_first_token_seconds", "Arrival to first token.", _SLOW, model
+        )
+        self.itl = histogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens.", _FAST, model
+        )
+        self.tpot = histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "A request's time after its first token, by token.",
+            _FAST,
+            model,
+        )
+        self.e2e = histogram(
+            "vllm:e2e_request_latency_seconds", "Arrival to last token.", _SLOW, model
+        )
+        self.queue = histogram(
+            "vllm:request_queue_time_seconds", "Arrival to first computation.", _SLOW, model
+        )
+        self.lora_info = gauge(
+            "vllm:lora_requests_info",
+            "Adapters of the requests at hand; the value is the time.",
+            "max_lora",
+            "running_lora_adapters",
+            "waiting_lora_adapters",
+        )
+        self.finetune_tokens = counter(
+            "flexllm:finetune_tokens", "Finetuning tokens computed.", "job", "phase"
+        )
+        self.finetune_loss = gauge("flexllm:finetune_loss", "Loss of the last step.", "job")
+        self.finetune_jobs = gauge("flexllm:finetune_jobs", "Jobs by their state.", "state")
+        self.attainment = gauge(
+            "flexllm:slo_attainment_ratio",
+            f"Of the last {_ATTAINMENT_WINDOW} requests of a class, those on time.",
+            "slo",
+        )
+        self.step_seconds = histogram(
+            "flexllm:step_seconds", "A step on the device, by what it held.", _FAST, "kind"
+        )
+        self.prediction_error = histogram(
+            "flexllm:step_prediction_error_ratio",
+            "|predicted - measured| / measured of steps.",
+            (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5),
+        )
+        self.adapter_version = gauge(
+            "flexllm:adapter_version", "Version of a served adapter.", "adapter"
+        )
+        self.recompiles = counter("flexllm:xla_recompiles", "Programs compiled while serving.")
+        self._met = {name: deque(maxlen=_ATTAINMENT_WINDOW) for name in self._slos}
+        self.recent: deque[Latencies] = deque(maxlen=_ATTAINMENT_WINDOW)
+        self._adapters: dict[str, Counts[str]] = {"running": Counts(), "waiting": Counts()}
+        self._totals: dict[Any, int] = {}  # of the engine that runs now
+        for reason in ("stop", "length", "abort", "error"):
+            self.success.labels(model_name, reason)
+
+    def batch(self, admitted: Admitted, outputs: int) -> Batch:
+        """For the `RequestMetrics` of one HTTP request."""
+        return Batch(self, admitted, outputs)
+
+    def render(self) -> bytes:
+        """The text of /metrics."""
+        return generate_latest(self.registry)
+
+    # -- from the engine --------------------------------------------------------------------------
+
+    def engine_started(self) -> None:
+        """The engine's own counts start from 0."""
+        self._totals.clear()
+
+    def take(self, stats: Stats) -> None:
+        """Take in the engine's statistics."""
+        model = self._model
+        self.running.labels(model).set(stats.num_running)
+        self.waiting.labels(model).set(stats.num_waiting)
+        self.kv_usage.labels(model).set(stats.pages_used / stats.num_pages)
+        self._add(self.prefix_queries.labels(model), "queries", stats.prefix_queries)
+        self._add(self.prefix_hits.labels(model), "hits", stats.prefix_hits)
+        self._add(self.recompiles, "recompiles", stats.recompiles)
+        for step in stats.steps:
+            if tokens := step.decode_tokens + step.prefill_tokens:
+                self.step_tokens.labels(model).observe(tokens)
+            self.preemptions.labels(model).inc(step.preempted)
+            self.step_seconds.labels(step_kind(step)).observe(step.measured_s)
+            error = abs(step.predicted_s - step.measured_s) / max(step.measured_s, 1e-9)
+            self.prediction_error.observe(error)
+        for job in stats.jobs:
+            for phase, tokens in (("forward", job.forwarded), ("backward", job.backwarded)):
+                counter = self.finetune_tokens.labels(job.name, phase)
+                self._add(counter, (job.name, phase), tokens)
+            if job.losses:
+                self.finetune_loss.labels(job.name).set(job.losses[-1])
+        self.adapter_version.clear()
+        for adapter in stats.adapters:
+            self.adapter_version.labels(adapter.name).set(adapter.version)
+        self.lora_info.clear()
+        names = (",".join(sorted(self._adapters[key])) for key in ("running", "waiting"))
+        self.lora_info.labels(str(self._slots - 1), *names).set_to_current_time()
+
+    def _add(self, counter: Counter, key: Any, total: int) -> None:
+        counter.inc(max(0, total - self._totals.get(key, 0)))
+        self._totals[key] = total
+
+    def count_jobs(self, states: Mapping[str, int]) -> None:
+        """Take in how many jobs there are of each state."""
+        self.finetune_jobs.clear()
+        for state, count in states.items():
+            self.finetune_jobs.labels(state).set(count)
+
+    # -- from requests ----------------------------------------------------------------------------
+
+    def note_slo(self, slo: str, met: bool, ttft_s: float, tpot_s: float | None) -> None:
+        """A request of a class has ended, on time or not."""
+        self.recent.append(Latencies(slo, met, ttft_s, tpot_s))
+        results = self._met[slo]
+        results.append(met)
+        self.attainment.labels(slo).set(sum(results) / len(results))
+
+    def meets(self, slo: str, ttft_s: float, tpot_s: float | None) -> bool:
+        """Whether latencies are within the objectives of a class."""
+        limits = self._slos[slo]
+        in_time = ttft_s * 1e3 <= limits.ttft_ms
+        return in_time and (tpot_s is None or tpot_s * 1e3 <= limits.tpot_ms)
+
+    def move_adapter(self, adapter: str | None, was: str | None, now: str | None) -> None:
+        """A request for an adapter waits, runs, or has ended (None)."""
+        if adapter is None:
+            return
+        if was:
+            self._adapters[was][adapter] -= 1
+            self._adapters[was] += Counts()  # forget those at 0
+        if now:
+            self._adapters[now][adapter] += 1
+
+
+class Batch:
+    """The outputs of one HTTP request: when the last has ended, its admission is given back."""
+
+    def __init__(self, metrics: ServerMetrics, admitted: Admitted, outputs: int):
+        self.metrics, self.admitted = metrics, admitted
+        self._left, self._tokens = outputs, 0
+
+    def end(self, tokens: int) -> None:
+        """One output has ended, with so many tokens."""
+        self._left -= 1
+        self._tokens += tokens
+        if not self._left:
+            self.admitted.close(self._tokens)
+
+
+class RequestMetrics:
+    """One output from its arrival to its end. Times are those at which the client is served."""
+
+    def __init__(
+        self, batch: Batch, arrival: float, prompt_tokens: int, adapter: str | None, slo: str
+    ):
+        self._batch, self._metrics = batch, batch.metrics
+        self._arrival, self._prompt_tokens = arrival, prompt_tokens
+        self._adapter, self._slo = adapter, slo
+        self._tokens = 0
+        self._first_at = self._last_at = 0.0
+        self._ended = False
+        self._metrics.move_adapter(adapter, None, "waiting")
+
+    def token(self, queued_s: float | None) -> None:
+        """A token has come; the first one says how long the request was queued."""
+        metrics, now = self._metrics, time.monotonic()
+        model = metrics._model
+        if not self._tokens:
+            self._first_at = now
+            metrics.ttft.labels(model).observe(now - self._arrival)
+            metrics.prompt_tokens.labels(model).inc(self._prompt_tokens)
+            if queued_s is not None:
+                metrics.queue.labels(model).observe(queued_s)
+            metrics.move_adapter(self._adapter, "waiting", "running")
+            self._batch.admitted.started(self._prompt_tokens)
+        else:
+            metrics.itl.labels(model).observe(now - self._last_at)
+        metrics.output_tokens.labels(model).inc()
+        self._tokens += 1
+        self._last_at = now
+
+    def end(self, reason: str) -> None:
+        """The output has ended: stop, length, abort (by the client) or error; the first counts."""
+        if self._ended:
+            return
+        self._ended = True
+        metrics = self._metrics
+        model = metrics._model
+        metrics.move_adapter(self._adapter, "running" if self._tokens else "waiting", None)
+        metrics.success.labels(model, reason).inc()
+        if reason in ("stop", "length"):
+            metrics.e2e.labels(model).observe(self._last_at - self._arrival)
+            tpot = None
+            if self._tokens > 1:
+                tpot = (self._last_at - self._first_at) / (self._tokens - 1)
+                metrics.tpot.labels(model).observe(tpot)
+            ttft = self._first_at - self._arrival
+            metrics.note_slo(self._slo, metrics.meets(self._slo, ttft, tpot), ttft, tpot)
+        elif reason == "error":
+            metrics.note_slo(self._slo, False, time.monotonic() - self._arrival, None)
+        self._batch.end(self._tokens)
+
+
+def step_kind(step: Step) -> str:
+    """What a step held: inference, finetune, or both (mixed)."""
+    inference = step.decode_tokens + step.prefill_tokens > 0
+    finetuning = step.forward_tokens + step.backward_units > 0
+    if inference and finetuning:
+        return "mixed"
+    return "inference" if inference else "finetune"

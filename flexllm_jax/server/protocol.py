@@ -1,0 +1,179 @@
+"""What the HTTP process and the engine process say to each other, as msgpack over ZeroMQ.
+
+Commands go one way and events the other, each over a PUSH/PULL pair of its own, so neither side
+ever waits for the other. Requests are numbered by the HTTP process; every output sequence is a
+request. Times are time.monotonic, which the processes of one machine share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from flexllm_jax.engine.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A message; arrays on the wire, told apart by the class's name."""
+
+
+# -- commands -------------------------------------------------------------------------------------
+
+
+class Generate(msgspec.Struct, frozen=True, array_like=True):
+    """One output sequence to generate. `params.n` and `params.stop` are not looked at: the HTTP
+    process asks for each output on its own, and finds stop strings while detokenizing. An adapter
+    that is not on the device is loaded from `adapter_path`."""
+
+    request_id: int
+    prompt: list[int]
+    params: SamplingParams
+    adapter: str | None
+    adapter_path: str | None
+    arrival: float
+    seed_offset: int
+    slo_class: str
+
+
+class Submit(Message, frozen=True):
+    """Requests to queue at once."""
+
+    requests: list[Generate]
+
+
+class Cancel(Message, frozen=True):
+    """Drop requests; nothing more is said of them."""
+
+    request_ids: list[int]
+
+
+class Call(Message, frozen=True):
+    """Run a method of `EngineCalls`; answered by a `Reply` with the same number."""
+
+    call_id: int
+    method: str
+    arguments: dict[str, Any]
+
+
+class Stop(Message, frozen=True):
+    """End: unfinished requests are dropped, running jobs write a checkpoint."""
+
+
+Command = Submit | Cancel | Call | Stop
+
+
+# -- events ---------------------------------------------------------------------------------------
+
+
+class Ready(Message, frozen=True):
+    """The engine serves. What a request must fit: tokens, and KV pages of `page_size` tokens."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_pages: int
+    page_size: int
+    adapter_slots: int
+    startup_s: float
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of a request, at most one a step.
+
+    logprobs         per new token: token id -> log-probability; empty when not asked for
+    prompt_logprobs  with the first token, if asked for; None for the prompt's first token
+    finish_reason    "stop" or "length" with the last token; None before it
+    queued_s         with the first token: seconds from arrival to the first step with it
+    error            why nothing more will come; then `invalid` tells a bad request from a failure
+    """
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] = []
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    invalid: bool = False
+    queued_s: float | None = None
+
+
+class Outputs(Message, frozen=True):
+    """What a step brought."""
+
+    outputs: list[Output]
+
+
+class Reply(Message, frozen=True):
+    """The answer to a `Call`. `error` is one line; `invalid`: the call's fault."""
+
+    call_id: int
+    result: Any = None
+    error: str | None = None
+    invalid: bool = False
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """An engine's step as observed on the device, seconds."""
+
+    decode_tokens: int
+    prefill_tokens: int
+    forward_tokens: int
+    backward_units: int
+    preempted: int
+    measured_s: float
+    predicted_s: float
+
+
+class AdapterState(msgspec.Struct, frozen=True, array_like=True):
+    """A served adapter: its version, and the requests that use it."""
+
+    name: str
+    version: int
+    users: int
+
+
+class JobState(msgspec.Struct, frozen=True, array_like=True):
+    """A finetuning job in the engine. `losses` are those of the steps after `losses_from`.
+
+    forwarded, backwarded   tokens computed in this run, validation's and repeated ones included
+    tokens                  tokens of all finished optimizer steps, earlier runs' too
+    """
+
+    name: str
+    status: str
+    reason: str | None
+    step: int
+    total_steps: int
+    forwarded: int
+    backwarded: int
+    tokens: int
+    tokens_per_s: float
+    losses_from: int
+    losses: list[float]
+    validation_losses: list[tuple[int, float]]
+    messages: list[str]
+    checkpoints: list[int]
+    resumed_from: int
+    eta_s: float | None
+
+
+class Stats(Message, frozen=True):
+    """How the engine is, sent several times a second. `idle`: it has nothing to do; `quiet_s`:
+    seconds since its last step; `steps`: those since the last message."""
+
+    idle: bool
+    quiet_s: float
+    num_running: int
+    num_waiting: int
+    pages_used: int
+    num_pages: int
+    prefix_queries: int
+    prefix_hits: int
+    recompiles: int
+    steps: list[Step]
+    adapters: list[AdapterState]
+    jobs: list[JobState]
+
+
+Event = Ready | Outputs | Reply | Stats

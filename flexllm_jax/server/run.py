@@ -1,0 +1,118 @@
+"""Runs the server from start to a clean end.
+
+SIGTERM and Ctrl-C stop it in order: nothing new is admitted, requests finish, running jobs write a
+checkpoint, the engine ends; all within `server.grace_s`. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import uvicorn
+
+from flexllm_jax.config import Config, ConfigError
+from flexllm_jax.server.app import Server
+from flexllm_jax.server.logs import use_json
+
+log = logging.getLogger(__name__)
+
+_FOR_REQUESTS = 0.6  # of the grace time; the rest is for the engine's end
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without handlers of its own: it would raise the signal again at the end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(config: Config) -> socket.socket:
+    """The socket to serve from; ConfigError when the address cannot be had."""
+    host, port = config.server.host, config.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        raise ConfigError(
+            f"server.port: {host}:{port} cannot be listened on ({error.strerror}): choose another "
+            f"server.host or server.port"
+        ) from None
+    return listener
+
+
+def check(config: Config) -> None:
+    """ConfigError for what makes no sense in a server."""
+    config.require_inputs()
+    if config.finetune.jobs:
+        raise ConfigError("finetune.jobs: the server takes jobs over HTTP; remove them here")
+    needed = config.server.max_running_jobs + 2
+    if config.adapters.slots < needed:
+        raise ConfigError(
+            f"adapters.slots: got {config.adapters.slots}; slot 0 is `no adapter`, every running "
+            f"job needs one, and its result another: set it to {needed} or more, or lower "
+            f"server.max_running_jobs"
+        )
+    if config.workload:
+        raise ConfigError("workload: the server takes requests over HTTP; remove it")
+
+
+def run(config: Config) -> int:
+    """Serve until a signal; returns the exit status."""
+    check(config)
+    if config.server.log_format == "json":
+        use_json()
+    listener = listen(config)
+    server = Server(config)
+    return asyncio.run(_serve(server, listener))
+
+
+async def _serve(server: Server, listener: socket.socket) -> int:
+    section = server.config.server
+    http = _HttpServer(
+        uvicorn.Config(
+            server.app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, int(section.grace_s * _FOR_REQUESTS)),
+        )
+    )
+    stop_by: float | None = None
+
+    def stop() -> None:
+        nonlocal stop_by
+        if stop_by is None:
+            log.info("stopping: requests finish, jobs write checkpoints")
+            stop_by = time.monotonic() + section.grace_s
+            server.begin_drain()
+            http.should_exit = True
+        else:
+            http.force_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await server.jobs.start()
+    engine = asyncio.create_task(server.engine.run())
+    engine.add_done_callback(lambda _: setattr(http, "should_exit", True))
+    host, port = listener.getsockname()[:2]
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    await http.serve(sockets=[listener])
+    left = section.grace_s if stop_by is None else stop_by - time.monotonic()
+    clean = await server.engine.stop(max(1.0, left - 0.5))
+    await engine
+    await server.jobs.close()
+    if server.engine.exit_status is not None:
+        return server.engine.exit_status
+    return 0 if clean else 1

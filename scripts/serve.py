@@ -1,0 +1,26 @@
+"""Serve a model and finetune adapters over HTTP, with OpenAI's interfaces.
+
+Stops on Ctrl-C or SIGTERM: requests finish, running jobs write a checkpoint that the next start
+goes on from.
+"""
+
+from __future__ import annotations
+
+from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script
+
+
+def main() -> int:
+    """Serve; returns the exit status."""
+    config = read_config(make_parser(__doc__).parse_args())
+    check_output_dir(config.output_dir)
+    try:
+        from flexllm_jax.server.run import run
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"serve.py: {error.name} is not installed: pip install 'flexllm_jax[server]'"
+        ) from None
+    return run(config)
+
+
+if __name__ == "__main__":
+    run_script(main)

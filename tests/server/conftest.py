@@ -1,0 +1,59 @@
+"""One server that most tests use: a tiny model with a chat template, and an adapter."""
+
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.engines import save_random_adapter
+from tests.server.running import KEY, LIMITED_KEY, TEMPLATE, RunningServer, make_config
+
+
+@pytest.fixture(scope="session")
+def chat_llama(llama, tmp_path_factory):
+    """The tiny Llama with a chat template."""
+    path = tmp_path_factory.mktemp("chat") / "llama"
+    shutil.copytree(llama, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter(llama, tmp_path_factory):
+    """A random PEFT adapter."""
+    return save_random_adapter(llama, tmp_path_factory.mktemp("adapters") / "random")
+
+
+@pytest.fixture(scope="session")
+def server(chat_llama, adapter, tmp_path_factory):
+    """A server with keys, an adapter from the start, and small limits."""
+    limits = {"name": "limited", "key": LIMITED_KEY}
+    limits |= {"requests_in_flight": 2, "tokens_per_minute": 200}
+    keys = [{"name": "tests", "key": KEY}, limits]
+    config = make_config(
+        chat_llama,
+        tmp_path_factory.mktemp("served"),
+        adapters={"preload": [{"name": "random", "path": str(adapter)}]},
+        server={
+            "api_keys": keys,
+            "max_requests": 24,
+            "max_body_bytes": 100_000,
+            "adapter_dirs": [str(adapter.parent)],
+        },
+    )
+    with RunningServer(config) as running:
+        yield running.wait_ready()
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    """The openai SDK's client of it."""
+    return server.client()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(chat_llama):
+    """Its tokenizer in transformers."""
+    return AutoTokenizer.from_pretrained(chat_llama)

@@ -1,0 +1,117 @@
+"""What is wrong with a request is said in one line, with the right status, and harms nobody."""
+
+import json
+
+import openai
+import pytest
+
+from tests.server.running import LIMITED_KEY
+
+GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
+BAD = {
+    "max_tokens": (-1, "max_tokens"),
+    "temperature": (-1, "temperature"),
+    "top_p": (0, "top_p"),
+    "n": (0, "n"),
+    "prompt": ([], "prompt"),
+    "stop": ([""], "stop"),
+    "seed": (2**70, "seed"),
+    "logprobs": (21, "logprobs"),
+    "slo": ("unheard-of", "slo"),
+    "min_tokens": (3, "min_tokens"),
+    "best_of": (3, "best_of"),
+    "logit_bias": ({"1": 2.0}, "logit_bias"),
+    "stop_token_ids": ([-1], "stop_token_ids"),
+    "repetition_penalty": (0, "repetition_penalty"),
+}
+
+
+def check_error(body: str, param: str | None = None) -> str:
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert "\n" not in error["message"]
+    return error["message"]
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_a_bad_value_names_its_field(server, field):
+    value, param = BAD[field]
+    status, _, body = server.post("/v1/completions", json.dumps(GOOD | {field: value}).encode())
+    assert status == 400, body
+    message = check_error(body, param)
+    assert field in message
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"model": "tiny", "prompt": ', "not JSON"),
+        (b'{"model": "tiny", "prompt": "\xff\xfe"}', "body"),
+        (b"[" * 100_000, "body"),
+        (b"null", "body"),
+        (b'{"model": "tiny", "prompt": "abc", "temperature": NaN}', "temperature"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', "prompt"),
+        (b'{"model": "tiny", "prompt": [1, 99999999]}', "token id 99999999"),
+        (b'{"model": "tiny", "prompt": [1, 2], "max_tokens": 159}', "max_model_len=160"),
+        (b'{"model": "tiny"}', "prompt"),
+    ],
+)
+def test_bodies_that_make_no_sense(server, body, says):
+    status, _, answer = server.post("/v1/completions", body)
+    assert status == 400, answer
+    message = json.loads(answer)["error"]["message"]
+    assert says in message
+
+
+def test_a_prompt_of_megabytes_is_refused(server):
+    status, _, body = server.post(
+        "/v1/completions", json.dumps(GOOD | {"prompt": "a" * 10_000_000}).encode()
+    )
+    assert status == 413
+    assert "100000 bytes" in check_error(body)
+    status, _, body = server.post(
+        "/v1/completions", json.dumps(GOOD | {"prompt": "a" * 90_000}).encode()
+    )
+    assert status == 400
+    assert "max_model_len" in check_error(body, "prompt")
+
+
+def test_unknown_models_and_paths(server, client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.completions.create(model="absent", prompt="a")
+    assert error.value.code == "model_not_found"
+    status, _, body = server.post("/v1/unheard-of", b"{}")
+    assert (status, check_error(body)) == (404, "no such path: /v1/unheard-of")
+    assert server.get("/v1/completions")[0] == 405
+
+
+@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer wrong", "Basic key-of-the-tests"])
+def test_without_a_valid_key_nothing_is_served(server, key):
+    status, headers, body = server.post(
+        "/v1/completions", json.dumps(GOOD).encode(), Authorization=key or ""
+    )
+    assert status == 401
+    assert headers["www-authenticate"] == "Bearer"
+    assert "API key" in check_error(body)
+    assert server.get("/v1/models")[0] == 401
+    assert server.get("/health")[0] == 200
+
+
+def test_a_key_has_limits_of_its_own(server):
+    limited = server.client(LIMITED_KEY)
+    with pytest.raises(openai.RateLimitError) as error:
+        limited.completions.create(model="tiny", prompt="abc", n=3, max_tokens=1)
+    assert "may have 2" in error.value.message
+    with pytest.raises(openai.BadRequestError, match="200 a minute"):
+        limited.completions.create(model="tiny", prompt=[5] * 80, max_tokens=70, n=2)
+    limited.completions.create(model="tiny", prompt=[5] * 90, max_tokens=1)
+    limited.completions.create(model="tiny", prompt=[5] * 90, max_tokens=1)
+    with pytest.raises(openai.RateLimitError, match="tokens a minute") as error:
+        limited.completions.create(model="tiny", prompt=[5] * 90, max_tokens=1)
+    assert 5 < int(error.value.response.headers["Retry-After"]) <= 60
+
+
+def test_tokens_asked_for_and_not_used_are_given_back(server, client):
+    answer = client.completions.create(model="tiny", prompt="still served", max_tokens=2)
+    assert answer.usage.completion_tokens == 2

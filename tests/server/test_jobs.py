@@ -1,0 +1,254 @@
+"""Finetuning through the unmodified openai SDK: files, jobs, events, checkpoints, adapters."""
+
+import io
+import json
+import time
+
+import numpy as np
+import openai
+import pytest
+from transformers import AutoTokenizer
+
+from flexllm_jax import FinetuneConfig
+from tests.engines import letter_rows, load_with_adapter, random_prompts, reference_greedy
+from tests.server.running import KEY
+
+PROMPT = random_prompts([12])[0]
+LORA = {"lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "batch_tokens": 150}
+GREEDY = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+def rows_file(count=20, seed=0, bad=()):
+    lines = [json.dumps(row) for row in letter_rows(count, seed=seed)]
+    for line, text in bad:
+        lines.insert(line - 1, text)
+    return ("rows.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def upload(client, **rows):
+    return client.files.create(file=rows_file(**rows), purpose="fine-tune").id
+
+
+def wait(client, job, *statuses, timeout_s=60):
+    end = time.monotonic() + timeout_s
+    while (now := client.fine_tuning.jobs.retrieve(job.id)).status not in statuses:
+        assert time.monotonic() < end and now.status not in ("failed", "succeeded"), now
+        time.sleep(0.05)
+    return now
+
+
+def create(client, file_id, **fields):
+    extra = LORA | fields.pop("extra", {})
+    return client.fine_tuning.jobs.create(
+        model="tiny", training_file=file_id, seed=3, extra_body=extra, **fields
+    )
+
+
+def test_files_are_kept_listed_read_and_deleted(client):
+    name, data = rows_file()
+    file = client.files.create(file=(name, data), purpose="fine-tune")
+    assert (file.filename, file.bytes, file.purpose) == (name, len(data), "fine-tune")
+    assert file.id in [f.id for f in client.files.list()]
+    assert client.files.retrieve(file.id) == file
+    assert client.files.content(file.id).read() == data
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+@pytest.mark.parametrize("file_id", ["file-absent", "..%2f..%2fserver.sqlite", "..", "a/b"])
+def test_only_files_that_exist_are_shown(server, file_id):
+    assert server.get(f"/v1/files/{file_id}/content", KEY)[0] == 404
+
+
+@pytest.fixture(scope="module")
+def trained(client):
+    """A whole job: an upload with two bad rows, validation, training to the end."""
+    training = upload(client, bad=[(3, '{"prompt": 5, "completion": "x"}'), (7, "{not json")])
+    validation = upload(client, seed=1)
+    job = create(
+        client,
+        training,
+        validation_file=validation,
+        suffix="mine",
+        metadata={"owner": "tests"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+    )
+    assert job.status in ("validating_files", "queued", "running")
+    return wait(client, job, "succeeded")
+
+
+def expected_text(client, llama, name, count):
+    """What peft says with the adapter that the server says it serves as `name`."""
+    reference = load_with_adapter(llama, client.models.retrieve(name).root)
+    tokens = reference_greedy(reference, PROMPT, count)
+    return AutoTokenizer.from_pretrained(llama).decode(tokens, skip_special_tokens=True)
+
+
+def test_a_job_runs_to_a_served_adapter(client, trained, llama):
+    short = trained.id.removeprefix("ftjob-")
+    assert trained.fine_tuned_model == f"ft:tiny:org:mine:{short}"
+    assert trained.organization_id == "org"
+    assert trained.seed == 3
+    assert trained.metadata == {"owner": "tests"}
+    assert trained.hyperparameters.n_epochs == 2
+    assert trained.trained_tokens > 0 and trained.finished_at >= trained.created_at
+    assert trained.fine_tuned_model in [model.id for model in client.models.list()]
+    name = trained.fine_tuned_model
+    answer = client.completions.create(model=name, prompt=PROMPT, max_tokens=10, **GREEDY)
+    assert answer.choices[0].text == expected_text(client, llama, name, 10)
+
+
+def test_its_losses_are_those_of_the_python_api(client, trained, llm, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(rows_file()[1])
+    config = FinetuneConfig(
+        name="same",
+        dataset=path,
+        peft={"r": 4, "alpha": 8.0},
+        optimizer={"lr": 1e-2},
+        batch_tokens=150,
+        epochs=2,
+        seed=3,
+        resume=False,
+    )
+    expected = llm.finetune(config).wait(120).losses
+    llm.unload_adapter("same")
+    content = client.files.content(trained.result_files[0]).read().decode()
+    lines = [line.split(",") for line in content.splitlines()]
+    assert lines[0] == ["step", "train_loss"]
+    assert [int(step) for step, _ in lines[1:]] == list(range(1, len(expected) + 1))
+    np.testing.assert_allclose([float(loss) for _, loss in lines[1:]], expected, rtol=1e-4)
+
+
+def test_its_tokens_and_loss_are_metrics(server, client, trained):
+    labels = f'{{job="{trained.id}",phase="%s"}}'
+    forward = server.metric("flexllm:finetune_tokens_total" + labels % "forward")
+    backward = server.metric("flexllm:finetune_tokens_total" + labels % "backward")
+    assert backward == trained.trained_tokens
+    assert forward > backward  # validation goes forward only
+    content = client.files.content(trained.result_files[0]).read().decode()
+    last = float(content.splitlines()[-1].split(",")[1])
+    assert server.metric(f'flexllm:finetune_loss{{job="{trained.id}"}}') == pytest.approx(last)
+    assert server.metric('flexllm:finetune_jobs{state="succeeded"}') >= 1
+
+
+def test_events_tell_the_rows_and_every_step(client, trained):
+    events = list(client.fine_tuning.jobs.list_events(trained.id, limit=10))  # several pages
+    events.reverse()
+    messages = [event.message for event in events]
+    assert messages[0] == f"Created fine-tuning job: {trained.id}"
+    assert messages[-1] == "The job has successfully completed" or "Checkpoint" in messages[-1]
+    warnings = {
+        event.data["line"]: event.data["reason"] for event in events if event.level == "warn"
+    }
+    assert warnings.keys() == {3, 7}
+    assert "`prompt` must be text" in warnings[3] and "not JSON" in warnings[7]
+    steps = [e.data["step"] for e in events if e.type == "metrics" and "train_loss" in e.data]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 4
+    assert [e for e in events if e.type == "metrics" and "valid_loss" in e.data]
+
+
+def test_checkpoints_are_served_too(client, trained, llama):
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(trained.id))
+    steps = [checkpoint.step_number for checkpoint in checkpoints]
+    assert steps == sorted(steps, reverse=True) and 2 in steps
+    second = checkpoints[steps.index(2)]
+    assert second.fine_tuned_model_checkpoint == f"{trained.fine_tuned_model}:ckpt-step-2"
+    assert second.metrics.train_loss > 0
+    name = second.fine_tuned_model_checkpoint
+    answer = client.completions.create(model=name, prompt=PROMPT, max_tokens=12, **GREEDY)
+    expected = expected_text(client, llama, name, 12)
+    assert answer.choices[0].text == expected
+    assert expected != expected_text(client, llama, trained.fine_tuned_model, 12)
+
+
+def test_more_adapters_than_slots_are_served(client, trained):
+    """Six slots; idle adapters make room, and come back when they are asked for."""
+    names = [m.id for m in client.models.list() if m.id.startswith("ft:")]
+    assert len(names) > 5
+    for name in [*names, *names[:2]]:
+        answer = client.completions.create(model=name, prompt=PROMPT, max_tokens=1)
+        assert answer.model == name
+
+
+def test_a_job_is_paused_resumed_and_cancelled(client):
+    job = create(client, upload(client), extra={"max_steps": 5000})
+    wait(client, job, "running")
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+
+    def steps():
+        events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+        return max((e.data["step"] for e in events if e.type == "metrics"), default=0)
+
+    time.sleep(0.5)
+    paused_at = steps()
+    time.sleep(1.0)
+    assert steps() == paused_at
+    assert client.fine_tuning.jobs.resume(job.id).status == "running"
+    end = time.monotonic() + 30
+    while steps() <= paused_at:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    with pytest.raises(openai.BadRequestError, match="is cancelled"):
+        client.fine_tuning.jobs.resume(job.id)
+
+
+def test_jobs_beyond_the_limit_wait_their_turn(client):
+    file_id = upload(client)
+    jobs = [create(client, file_id, extra={"max_steps": 5000}) for _ in range(3)]
+    for job in jobs[:2]:
+        wait(client, job, "running")
+    assert wait(client, jobs[2], "queued").status == "queued"
+    with pytest.raises(openai.ConflictError, match="still needs the file"):
+        client.files.delete(file_id)
+    client.fine_tuning.jobs.cancel(jobs[0].id)
+    wait(client, jobs[2], "running")
+    for job in jobs[1:]:
+        client.fine_tuning.jobs.cancel(job.id)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"{not json\n", "no row in it can be read"),
+        (b'{"a": 1}\n', "rows have the fields a"),
+        (b'{"prompt": "a", "completion": ""}\n', "`completion` is empty"),
+        (b"\xff\xfe\n", "no row in it can be read"),
+    ],
+)
+def test_a_file_of_which_nothing_can_be_used_fails_the_job(client, data, says):
+    file = client.files.create(file=("rows.jsonl", io.BytesIO(data)), purpose="fine-tune")
+    job = create(client, file.id)
+    end = time.monotonic() + 30
+    while client.fine_tuning.jobs.retrieve(job.id).status != "failed":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    failed = client.fine_tuning.jobs.retrieve(job.id)
+    assert says in failed.error.message
+    assert failed.error.param == "training_file"
+    if says.startswith("no row"):
+        events = client.fine_tuning.jobs.list_events(job.id).data
+        assert [event.data["line"] for event in events if event.level == "warn"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model": "absent"}, "does not exist"),
+        ({"training_file": "file-absent"}, "no such file"),
+        ({"suffix": "a b"}, "suffix"),
+        ({"method": {"type": "dpo"}}, "supervised"),
+        ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
+        ({"extra_body": {"lora_rank": 9}}, "adapters.max_rank"),
+        ({"extra_body": {"lora_target_modules": ["x_proj"]}}, "lora_target_modules"),
+    ],
+)
+def test_a_job_that_makes_no_sense_is_refused(client, trained, fields, says):
+    with pytest.raises(openai.APIStatusError) as error:
+        client.fine_tuning.jobs.create(
+            **({"model": "tiny", "training_file": trained.training_file} | fields)
+        )
+    assert error.value.status_code in (400, 404)
+    assert says in error.value.message
