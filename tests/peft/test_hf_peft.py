@@ -339,7 +339,7 @@ def test_unknown_fields_and_another_base_model_name_are_only_logged(base, saved,
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"target_modules": ("lm_head",)}, "lm_head"),
+        ({"target_modules": ("embed_tokens",)}, "embed_tokens"),
         ({"target_modules": ()}, "target_modules"),
         ({"r": -1}, "r=-1"),
         ({"alpha": "16"}, "alpha='16'"),
