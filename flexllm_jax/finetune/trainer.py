@@ -285,7 +285,7 @@ class Trainer:
             arrays = jax.tree.map(np.asarray, snapshot)
             self._checkpoints(job).save(step, arrays, info)
             if self.on_checkpoint:
-                self.on_checkpoint(job, step, from_row(arrays["master"], job.lora, job.ranks))
+                self.on_checkpoint(job, step, from_row(arrays["master"], job.peft, job.shapes))
         except (CheckpointError, OSError) as error:
             job.messages.append(str(error))
             log.error("%s", error)
