@@ -131,10 +131,10 @@ def gradients_of(sizes, weights, microbatch):
         pages, finetune, *_ = programs["forward/adapters/16"](
             weights.params, bank, pages, finetune, last, vector
         )
-    flow, totals = finetune["flow"], jnp.zeros(2)
+    flow, loss = finetune["flow"], {"totals": jnp.zeros(2), "gradients": None}
     head = {name: weights.params[name] for name in ("norm", "head")}
     for start in (16, 0):
-        flow, totals, _ = programs["loss_unit"](head, flow, totals, microbatch.table, start)
+        flow, loss, _ = programs["loss_unit"](head, None, flow, loss, microbatch.table, start)
     gradients = zeros(sizes.job_state["gradients"])
     for layer in reversed(range(MODEL.num_layers)):
         adapter = {"weights": weights.master[layer], "scales": scales[layer]}
@@ -149,7 +149,7 @@ def gradients_of(sizes, weights, microbatch):
                 microbatch.table,
                 start,
             )
-    return gradients, totals
+    return gradients, loss["totals"]
 
 
 PLANS = [plan.saved for plan in all_plans(layer_graph(SIZES))]
