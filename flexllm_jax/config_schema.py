@@ -391,10 +391,12 @@ class FinetuneSection(Section):
     window: Int = Field(
         default=256, ge=1, description="Tokens of a backward window; must divide max_tokens."
     )
-    saved: Literal["all", "inputs"] | tuple[str, ...] = Field(
+    saved: Literal["auto", "all", "inputs"] | tuple[str, ...] = Field(
         default="inputs",
-        description="Activations the forward keeps for the backward instead of recomputing: "
-        "`all`, `inputs` (of layers only), or a list of names.",
+        description="Activations the forward keeps for the backward instead of recomputing, "
+        "besides the layers' inputs: `inputs` (attention's outputs alone), `all` (whatever spares "
+        "work), `auto` (what spares most in the memory that is free), or a list of names; an empty "
+        "list keeps least.",
     )
     idle_step_ms: Float = Field(
         default=100.0,
@@ -420,11 +422,13 @@ class FinetuneSection(Section):
     @field_validator("saved", mode="before")
     @classmethod
     def _saved(cls, saved: Any) -> Any:
-        if saved in ("all", "inputs"):
+        if saved in ("auto", "all", "inputs"):
             return saved
         if isinstance(saved, list | tuple) and all(isinstance(name, str) for name in saved):
             return tuple(saved)
-        raise ValueError(f"got {saved!r}; must be `all`, `inputs` or a list of activation names")
+        raise ValueError(
+            f"got {saved!r}; must be `auto`, `all`, `inputs` or a list of activation names"
+        )
 
     @field_validator("window")
     @classmethod

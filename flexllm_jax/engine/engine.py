@@ -19,6 +19,7 @@ import numpy as np
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
+from flexllm_jax.engine.activations import describe_saved
 from flexllm_jax.engine.plan_batch import PlannedBatch, PromptTargets, StepBuilder
 from flexllm_jax.engine.programs import FINETUNE_SEQUENCES
 from flexllm_jax.engine.request import RequestState, top_logprobs
@@ -81,6 +82,8 @@ class Engine:
         started = time.monotonic()
         self.runner = runner = Runner(config, progress=progress)
         log.info("%s", runner.memory.describe())
+        if config.finetune.jobs or config.finetune.saved != "inputs":
+            log.info("%s", "\n".join(describe_saved(runner.sizes)))
         slos = {"standard": config.scheduler.slo, **config.scheduler.slo_classes}
         self.slos = {
             name: Slo(slo.tpot_ms / 1e3, slo.ttft_ms / 1e3, slo.weight, name)

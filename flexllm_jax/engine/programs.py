@@ -26,7 +26,7 @@ from flexllm_jax.finetune.backward import (
 )
 from flexllm_jax.finetune.optimizer import HYPERPARAMETERS, commit, job_state_shapes, optimizer_step
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.decoder import Decoder, optional_activations
+from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import (
@@ -67,7 +67,8 @@ class EngineSizes:
 
     @classmethod
     def from_config(cls, config: Config, model: ModelConfig, backend: Backend) -> "EngineSizes":
-        """What the configuration asks for. ValueError names what the model does not have."""
+        """What the configuration asks for, but for `finetune.saved`, of which
+        `engine.activations.choose_saved` takes care: these are the sizes of `inputs`."""
         return cls(
             model=model,
             dtype=jnp.dtype(config.model.dtype),
@@ -87,7 +88,7 @@ class EngineSizes:
                 bottleneck=config.adapters.max_bottleneck,
                 prefix=config.adapters.max_prefix,
             ),
-            columns=saved_columns(model, _saved_names(config, model)),
+            columns=saved_columns(Decoder(model, jnp.dtype(config.model.dtype)), ("attended",)),
         )
 
     @property
@@ -163,18 +164,6 @@ class EngineSizes:
     def pages(self, num_pages: int) -> list:
         """The KV pages of all layers."""
         return page_shapes(self.model, self.dtype, num_pages, self.page_size)
-
-
-def _saved_names(config: Config, model: ModelConfig) -> tuple[str, ...]:
-    """The optional activations that `finetune.saved` asks for."""
-    saved, optional = config.finetune.saved, tuple(optional_activations(model))
-    names = {"all": optional, "inputs": ()}[saved] if isinstance(saved, str) else tuple(saved)
-    if unknown := set(names) - set(optional):
-        raise ValueError(
-            f"finetune.saved names {', '.join(sorted(unknown))}, which this model does not "
-            f"have: use all, inputs or some of {', '.join(optional)}"
-        )
-    return names
 
 
 def head_parameters(params: dict) -> dict:

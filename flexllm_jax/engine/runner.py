@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from flexllm_jax.compile.buckets import CompilationCounter, compile_programs, use_persistent_cache
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
+from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import device_memory, plan_memory, tree_bytes
 from flexllm_jax.engine.programs import EngineSizes, head_parameters, list_programs
 from flexllm_jax.models.config import ModelConfig
@@ -29,9 +30,11 @@ class Runner:
         self.model = ModelConfig.from_hf(config.model.path)
         self.device = jax.devices()[0]
         backend = select_backend(config.kernels, self.device)
-        self.sizes = EngineSizes.from_config(config, self.model, backend)
-        self.params = load_parameters(config.model.path, self.model, self.sizes.dtype, self.device)
-        self._allocate(config)
+        available = int(device_memory(self.device) * config.cache.memory_fraction)
+        sizes = EngineSizes.from_config(config, self.model, backend)
+        self.sizes = choose_saved(config, sizes, available)
+        self.params = load_parameters(config.model.path, self.model, sizes.dtype, self.device)
+        self._allocate(config, available)
         started = time.monotonic()
         self.programs = compile_programs(
             list_programs(self.sizes, self.num_pages), progress=progress
@@ -41,10 +44,10 @@ class Runner:
 
     # -- arrays -----------------------------------------------------------------------------------
 
-    def _allocate(self, config: Config) -> None:
+    def _allocate(self, config: Config, available: int) -> None:
         sizes = self.sizes
         self.memory = plan_memory(
-            int(device_memory(self.device) * config.cache.memory_fraction),
+            available,
             weights=tree_bytes(self.params),
             adapters=tree_bytes(sizes.bank_arrays),
             finetuning=tree_bytes((sizes.finetune_arrays, sizes.pending_arrays)),

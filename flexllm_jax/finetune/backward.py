@@ -2,7 +2,8 @@
 for one window.
 
 A microbatch is S token slots of packed sequences of one job. The forward leaves, for every layer,
-its input and what the plan of saved activations names, and the last layer's output in `dx`. A loss
+its input and what the plan of saved activations names (`compile.remat`), and the last layer's
+output in `dx`; a layer unit computes again what it needs of the rest. A loss
 unit turns a window of `dx` into the loss's gradient; a layer unit takes a window of `dx` from the
 gradient of the layer's output to that of its input. Units run window after window from the last to
 the first, layer after layer from the last to the first, at any later time. Frozen weights are never
@@ -17,10 +18,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.decoder import Decoder, optional_activations
+from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.backend import Backend
-from kernels_pallas.window_attention_backward import window_attention_backward
+from kernels_pallas.window_attention_backward import window_attention, window_attention_backward
 
 _VOCABULARY_CHUNK = 4096
 
@@ -45,10 +46,10 @@ class MicrobatchTable:
         return cls(*packed)
 
 
-def saved_columns(config: ModelConfig, names: tuple[str, ...]) -> dict[str, slice]:
-    """Columns of a layer's saved activations: its input, attention's output, and those named."""
-    widths = {"x": config.d_model, "attended": config.num_heads * config.head_dim}
-    widths |= {name: optional_activations(config)[name] for name in names}
+def saved_columns(decoder: Decoder, names: tuple[str, ...]) -> dict[str, slice]:
+    """Columns of a layer's saved activations: its input, and those of `decoder.taps` named."""
+    taps = decoder.taps()
+    widths = {"x": decoder.config.d_model} | {name: taps[name] for name in names}
     columns, at = {}, 0
     for name, width in widths.items():
         columns[name], at = slice(at, at + width), at + width
@@ -59,12 +60,11 @@ def saved_shapes(
     config: ModelConfig, dtype: jnp.dtype, slots: int, columns: dict[str, slice]
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Shapes of what the forward keeps of each layer, in one array so that one write keeps it
-    all."""
+    all; attention's log-sum-exp goes with its output."""
     width = max(c.stop for c in columns.values())
-    shapes = {
-        "activations": jax.ShapeDtypeStruct((slots, width), dtype),
-        "lse": jax.ShapeDtypeStruct((slots, config.num_heads), jnp.float32),
-    }
+    shapes = {"activations": jax.ShapeDtypeStruct((slots, width), dtype)}
+    if "attended" in columns:
+        shapes["lse"] = jax.ShapeDtypeStruct((slots, config.num_heads), jnp.float32)
     return [shapes] * config.num_layers
 
 
@@ -90,6 +90,13 @@ def _recall(computed: jax.Array, saved: jax.Array) -> jax.Array:
 
 
 _recall.defvjp(lambda computed, saved: (saved, None), lambda _, gradient: (gradient, None))
+
+
+def job_bypass(adapter: dict, is_token: Bool[Array, " W"], backend: Backend) -> Bypass:
+    """The bypass of one job's adapter in one layer ({"weights", "scales"}, see `layer_unit`) over
+    tokens of which some are padding."""
+    stacked = jax.tree.map(lambda w: w[None], adapter["weights"])
+    return Bypass(stacked, adapter["scales"], jnp.where(is_token, 0, -1), backend)
 
 
 def _without_padding(values: Float[Array, "W X"], is_token: Bool[Array, " W"]) -> jax.Array:
@@ -283,16 +290,22 @@ def layer_unit(
     def tap(name: str, value: jax.Array) -> jax.Array:
         return _recall(value, kept[name]) if name in kept else value
 
-    own_row = jnp.where(is_token, 0, -1)
     own = adapter["weights"]
 
     def bypass(own: dict) -> Bypass:
-        stacked = jax.tree.map(lambda w: w[None], own)
-        return Bypass(stacked, adapter["scales"], own_row, backend)
+        return job_bypass(adapter | {"weights": own}, is_token, backend)
 
     angles = decoder.angles(window_of(whole.position))
-    x, attended = kept["x"], kept["attended"].reshape(window, decoder.config.num_heads, -1)
-
+    x = kept["x"]
+    (q, k, v), pull_inputs = jax.vjp(
+        lambda x, own: layer.attention_inputs(x, angles, bypass(own), tap), x, own
+    )
+    keys_and_values = (pages["k"], pages["v"], whole.kv_slot, sequence_start, start)
+    if "attended" in kept:
+        attended, lse = kept["attended"].reshape(q.shape), window_of(saved["lse"])
+    else:
+        attended, lse = window_attention(q, *keys_and_values, backend=backend)
+        attended, lse = bypass(own).attend(q, attended, lse)
     _, pull_outputs = jax.vjp(
         lambda x, attended, own: layer.attention_outputs(x, attended, bypass(own), tap),
         x,
@@ -300,26 +313,17 @@ def layer_unit(
         own,
     )
     d_residual, d_attended, d_own_outputs = pull_outputs(window_of(flow["dx"]))
-    (q, k, v), pull_inputs = jax.vjp(
-        lambda x, own: layer.attention_inputs(x, angles, bypass(own), tap), x, own
-    )
     dq, dk, dv = window_attention_backward(
         q,
-        pages["k"],
-        pages["v"],
-        whole.kv_slot,
-        sequence_start,
-        start,
+        *keys_and_values,
         attended,
-        window_of(saved["lse"]),
+        lse,
         d_attended,
         flow["dk"],
         flow["dv"],
         backend=backend,
     )
-    dq, d_own_attention = bypass(own).attend_backward(
-        dq, q, attended, window_of(saved["lse"]), d_attended
-    )
+    dq, d_own_attention = bypass(own).attend_backward(dq, q, attended, lse, d_attended)
     d_keys, d_values = window_of(dk).astype(k.dtype), window_of(dv).astype(v.dtype)
     d_input, d_own_inputs = pull_inputs((dq, d_keys, d_values))
 

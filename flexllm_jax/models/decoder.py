@@ -88,21 +88,6 @@ class DecoderLayer(nnx.Module):
         return x + bypass(inner, {"down": self.down(inner)})["down"]
 
 
-def optional_activations(config: ModelConfig) -> dict[str, int]:
-    """Name and width of each tapped activation of a layer that the backward can also recompute."""
-    c = config
-    widths = {
-        "query": c.num_heads * c.head_dim,
-        "key": c.num_kv_heads * c.head_dim,
-        "residual": c.d_model,
-        "gate": c.d_ff,
-        "up": c.d_ff,
-    }
-    if not c.qk_norm:
-        del widths["key"]  # the rotated keys are in their pages, and nothing else asks for keys
-    return widths
-
-
 @dataclass(frozen=True)
 class Decoder:
     """The decoder's functions over plain parameter pytrees (the layout of `hf_weights`)."""
@@ -113,6 +98,25 @@ class Decoder:
     def layer(self, params: dict) -> DecoderLayer:
         """A layer's module holding these parameters; call it while tracing."""
         return nnx.merge(_layer_graph(self.config, self.dtype), params)
+
+    def taps(self) -> dict[str, int]:
+        """Name and width of each array of a layer that the forward may save for the backward:
+        attention's output, and what the layer taps."""
+        c = self.config
+        widths = {"attended": c.num_heads * c.head_dim}
+
+        def tap(name: str, value: jax.Array) -> jax.Array:
+            widths[name] = value.shape[-1]
+            return value
+
+        def both_halves(x, positions, attended):
+            layer = DecoderLayer(c, self.dtype)
+            layer.attention_inputs(x, self.angles(positions), tap=tap)
+            return layer.attention_outputs(x, attended, tap=tap)
+
+        rows = [jax.ShapeDtypeStruct((1, n), self.dtype) for n in (c.d_model, widths["attended"])]
+        jax.eval_shape(both_halves, rows[0], jax.ShapeDtypeStruct((1,), jnp.int32), rows[1])
+        return widths
 
     def embed(self, params: dict, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Token embeddings."""

@@ -1,5 +1,8 @@
-"""Backward of attention for one window of queries against all earlier keys."""
+"""Attention of one window of queries and all earlier keys: its backward, and its forward again."""
 
-from kernels_pallas.window_attention_backward.api import window_attention_backward
+from kernels_pallas.window_attention_backward.api import (
+    window_attention,
+    window_attention_backward,
+)
 
-__all__ = ["window_attention_backward"]
+__all__ = ["window_attention", "window_attention_backward"]

@@ -1,5 +1,5 @@
 """The contract of the attention backward of token-level finetuning (FlexLLM, section 6), and its
-XLA reference.
+XLA reference; and of the forward for the same window, where its output was not saved.
 
 A microbatch's sequences lie one after the other. The windows of one layer run from the last to the
 first; each adds into float32 accumulators of the gradients of the keys and values that its queries
@@ -15,6 +15,70 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 _KEYS_AT_ONCE = 128
+_MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
+
+
+def window_attention(
+    q: Float[Array, "W N H"],
+    k_pages: Float[Array, "P B K H"],
+    v_pages: Float[Array, "P B K H"],
+    kv_slots: Int[Array, " S"],
+    sequence_starts: Int[Array, " W"],
+    window_start: Int[Array, ""],
+) -> tuple[Float[Array, "W N H"], Float[Array, "W N"]]:
+    """Causal attention, scaled by 1/sqrt(H), of one window of queries: what the forward's ragged
+    paged attention gave, from the arguments that the backward has (`window_attention_backward`).
+
+    Returns:
+        Attention output in q's dtype, and the float32 log-sum-exp of the scaled scores; zeros in
+        padding. The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 1).
+    """
+    window, num_heads, head_dim = q.shape
+    kv_heads, num_slots = k_pages.shape[2], kv_slots.shape[0]
+    group = num_heads // kv_heads
+    chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
+    flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
+    flat_values = v_pages.reshape(-1, kv_heads, head_dim)
+    token = window_start + jnp.arange(window)
+    attends = sequence_starts <= token
+    first_key = jnp.min(jnp.where(attends, sequence_starts, num_slots))
+    last_key = jnp.max(jnp.where(attends, token, -1))
+    queries = jnp.where(attends[:, None, None], q, 0).reshape(window, kv_heads, group, head_dim)
+
+    def chunk_of_keys(c, carry):
+        total, maximum, accumulated = carry
+        slots = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk)
+        index = c * chunk + jnp.arange(chunk)
+        read = ((index >= first_key) & (index <= last_key))[:, None, None]
+        keys, values = (jnp.where(read, x[slots], 0) for x in (flat_keys, flat_values))
+        scores = head_dim**-0.5 * jnp.einsum(
+            "wkgh,ckh->wkgc", queries, keys, preferred_element_type=jnp.float32
+        )
+        visible = (index >= sequence_starts[:, None]) & (index <= token[:, None])  # [W, C]
+        visible = visible[:, None, None]
+        scores = jnp.where(visible, scores, _MASKED)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
+        weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
+        correction = jnp.exp(maximum - new_maximum)
+        accumulated = accumulated * correction[..., None] + jnp.einsum(
+            "wkgc,ckh->wkgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+        )
+        return total * correction + weights.sum(axis=-1), new_maximum, accumulated
+
+    total, maximum, accumulated = lax.fori_loop(
+        first_key // chunk,
+        last_key // chunk + 1,
+        chunk_of_keys,
+        (
+            jnp.zeros(queries.shape[:3], jnp.float32),
+            jnp.full(queries.shape[:3], _MASKED, jnp.float32),
+            jnp.zeros(queries.shape, jnp.float32),
+        ),
+    )
+    live = attends[:, None, None]
+    out = jnp.where(live[..., None], accumulated / jnp.where(live, total, 1.0)[..., None], 0)
+    lse = jnp.where(live, maximum + jnp.log(jnp.where(live, total, 1.0)), 0.0)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(window, num_heads)
 
 
 def window_attention_backward(

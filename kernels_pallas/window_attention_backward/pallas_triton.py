@@ -1,4 +1,5 @@
-"""The attention backward of a window in two Pallas-Triton kernels, without atomics.
+"""The attention backward of a window in two Pallas-Triton kernels, without atomics, and its forward
+in one.
 
 1. dq: a program owns a block of queries of one head and walks the keys that they see. Where that
    makes too few programs, the keys are split and the partial sums added in a fixed order.
@@ -28,6 +29,7 @@ LOG2_E = math.log2(math.e)
 MOST_SPLITS = 16
 # Where the sequence of a row that is padding starts: after every key.
 NEVER = jnp.iinfo(jnp.int32).max
+_LEAST = -1e30  # where a maximum starts
 
 
 def window_attention_backward(
@@ -65,6 +67,91 @@ def window_attention_backward(
     )
     dq = _dq(bounds, rows, kv_slots, keys, values, backend)
     return dq, *_dkv(bounds, rows, kv_slots, keys, values, dk, dv, backend)
+
+
+def window_attention(
+    q: Float[Array, "W N H"],
+    k_pages: Float[Array, "P B K H"],
+    v_pages: Float[Array, "P B K H"],
+    kv_slots: Int[Array, " S"],
+    sequence_starts: Int[Array, " W"],
+    window_start: Int[Array, ""],
+    backend: Backend,
+) -> tuple[Float[Array, "W N H"], Float[Array, "W N"]]:
+    """See `base.window_attention`: a program owns a block of queries of one head, as in dq."""
+    window, num_heads, head_dim = q.shape
+    keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
+    token = window_start + jnp.arange(window, dtype=jnp.int32)
+    live = sequence_starts <= token
+    starts = jnp.where(live, sequence_starts, NEVER)
+    ends = jnp.max(jnp.where(live, token + 1, 0))
+    bounds = jnp.stack([window_start.astype(jnp.int32), jnp.min(starts), ends])
+    tile = dq_tiles(backend.chip, head_dim, q.dtype, window, kv_slots.shape[0])
+    out, lse = pl.pallas_call(
+        partial(_attention_kernel, queries=tile["queries"], keys=tile["keys"]),
+        grid=(pl.cdiv(window, tile["queries"]), num_heads),
+        out_shape=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((num_heads, window), jnp.float32),
+        ),
+        compiler_params=_compiler_params(tile),
+        interpret=backend.interpret,
+        name="window_attention",
+    )(bounds, _keys_seen(bounds, starts, tile), starts, q, kv_slots, keys, values)
+    return out, lse.T
+
+
+def _attention_kernel(
+    bounds_ref,
+    seen_ref,
+    starts_ref,
+    q_ref,
+    slots_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    lse_ref,
+    *,
+    queries: int,
+    keys: int,
+):
+    """A block of one head's queries against the keys that they see, with an online softmax."""
+    window, num_heads, head_dim = q_ref.shape
+    block, head = pl.program_id(0), pl.program_id(1)
+    kv_head = lax.div(head, num_heads // k_ref.shape[1])
+    row = block * queries + _iota(queries)
+    token = bounds_ref[0] + row
+    inside = row < window
+    starts = _load(starts_ref.at[row], inside, NEVER)
+    live = starts < NEVER
+    q = _load_rows(q_ref, row, head, live)
+
+    def add_block(_, index, masked: bool, carry):
+        total, maximum, accumulated = carry
+        key = index * keys + _iota(keys)
+        read = _is_read(bounds_ref, key) if masked else None
+        slot = _load(slots_ref.at[key], read, 0)
+        k, v = (_load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
+        scores = _dot(q, k.T) * (head_dim**-0.5 * LOG2_E)
+        if masked:
+            visible = (key[None, :] >= starts[:, None]) & (key[None, :] <= token[:, None])
+            scores = jnp.where(visible, scores, -jnp.inf)
+        # A row may see no key of a block: its maximum then stays finite and its weights are zero.
+        new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - new_maximum[:, None])
+        correction = jnp.exp2(maximum - new_maximum)
+        accumulated = accumulated * correction[:, None] + _dot(weights.astype(v.dtype), v)
+        return total * correction + jnp.sum(weights, axis=1), new_maximum, accumulated
+
+    zeros = jnp.zeros((queries,), jnp.float32)
+    carry = (zeros, zeros + _LEAST, jnp.zeros(q.shape, jnp.float32))
+    seen = _Range.load(seen_ref, block)
+    total, maximum, accumulated = seen.accumulate(add_block, 1, carry)
+    total = jnp.where(live, total, 1.0)
+    out = jnp.where(live[:, None], accumulated / total[:, None], 0.0)
+    lse = jnp.where(live, (maximum + jnp.log2(total)) / LOG2_E, 0.0)
+    _store_rows(out_ref, row, head, out, inside)
+    pltriton.store(lse_ref.at[(jnp.full(row.shape, head), row)], lse, mask=inside)
 
 
 class _Rows(NamedTuple):

@@ -11,6 +11,7 @@ from flexllm_jax import SamplingParams
 from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.engine.programs import list_programs
 from flexllm_jax.finetune.backward import saved_columns
+from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
 from tests.engines import job_config, letter_rows, random_prompts, write_rows
@@ -63,7 +64,7 @@ def test_programs_hold_no_copy_of_the_weights(llm):
         window=8,
         buckets=(8,),
         bank=BankShape(rows=2, rank=2, modules=("q", "down")),
-        columns=saved_columns(model, ("query",)),
+        columns=saved_columns(Decoder(model, sizes.dtype), ("attended", "query")),
     )
     layers = abstract_parameters(model, sizes.dtype)["layers"]
     programs = {program.name: program for program in list_programs(sizes, num_pages=16)}

@@ -20,6 +20,10 @@ IMPLEMENTATIONS = {
         pallas_triton.window_attention_backward, backend=Backend("pallas", interpret=True)
     ),
 }
+FORWARDS = {
+    "xla": base.window_attention,
+    "pallas": partial(pallas_triton.window_attention, backend=Backend("pallas", interpret=True)),
+}
 
 LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a window's edge, some inside
 TOKENS = sum(LENGTHS)  # the rest of the slots is padding
@@ -224,3 +228,23 @@ def test_rows_that_no_query_sees_are_left_alone(backward):
     assert np.isnan(first[:, ~seen]).all()
     assert np.isfinite(first[:, seen]).all()
     np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("implementation", FORWARDS)
+@pytest.mark.parametrize(("name", "window"), CASES)
+def test_the_forward_of_a_window(implementation, name, window):
+    """Output and log-sum-exp are those of dense attention, and zeros in padding."""
+    shape, whole = SHAPES[name], problem(name)
+    forward = jax.jit(FORWARDS[implementation])
+    windows = range(0, SLOTS, window)
+    for start in windows[:: max(1, len(windows) // 8)]:
+        rows = {key: x[start : start + window] for key, x in whole.per_token.items()}
+        pages = (whole.k_pages, whole.v_pages, whole.kv_slots)
+        out, lse = forward(rows["q"], *pages, rows["sequence_starts"], np.int32(start))
+        assert out.dtype == shape.dtype
+        tokens = max(0, min(window, TOKENS - start))
+        for ours, expected in ((out, rows["out"]), (lse, rows["lse"])):
+            ours, expected = np.asarray(ours, np.float32), np.asarray(expected, np.float32)
+            if tokens:
+                assert_close(ours[:tokens], expected[:tokens], shape.tolerance)
+            assert not ours[tokens:].any()

@@ -1,0 +1,250 @@
+"""Any plan of saved activations gives the same gradients; `finetune.saved: auto` picks the plan by
+the memory that is free."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flexllm_jax.compile.remat import all_plans
+from flexllm_jax.config import Config
+from flexllm_jax.engine.activations import (
+    choose_saved,
+    describe_saved,
+    layer_graph,
+    with_saved,
+)
+from flexllm_jax.engine.batch import Batch
+from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.programs import EngineSizes, list_programs
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.peft.bank import BankShape
+from kernels_pallas.backend import XLA
+from tests.numerics import dense
+
+LENGTHS = (19, 8)  # packed; windows and forward steps of 16 cut the first
+PAGES, SEED = 8, 3
+MODEL = ModelConfig(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=40,
+    d_model=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=48,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    attention_bias=False,
+    output_bias=False,
+    qk_norm=True,
+    tie_embeddings=False,
+    max_position_embeddings=64,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+)
+SIZES = EngineSizes(
+    model=MODEL,
+    dtype=jnp.dtype(jnp.float32),
+    backend=XLA,
+    max_model_len=32,
+    page_size=8,
+    rows=2,
+    slots=32,
+    window=16,
+    buckets=(16,),
+    bank=BankShape(rows=1, rank=3, modules=("q", "k", "v", "o", "gate", "up", "down")),
+    columns={},
+)
+
+
+def filled(shapes, scale=0.3):
+    """Random arrays."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(SEED), len(leaves))
+    made = [
+        scale * jax.random.normal(k, s.shape, s.dtype) for k, s in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, made)
+
+
+def zeros(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def microbatch():
+    """Two sequences, their table, and the batches that bring them forward, 16 tokens a step."""
+    random = np.random.default_rng(SEED)
+    tokens = [random.integers(3, MODEL.vocab_size, n) for n in LENGTHS]
+    tables = [np.array([5, 2, 7]), np.array([1])]
+    position = np.concatenate([np.arange(n) for n in LENGTHS])
+    starts = np.repeat([0, LENGTHS[0]], LENGTHS)
+    kv_slot = np.concatenate(
+        [t[np.arange(n) // 8] * 8 + np.arange(n) % 8 for t, n in zip(tables, LENGTHS, strict=True)]
+    )
+    label = np.concatenate([[*t[1:], -1] for t in tokens])
+    table = np.zeros((4, SIZES.slots), np.int32)
+    table[0], table[3] = -1, SIZES.slots
+    table[:, : sum(LENGTHS)] = label, position, kv_slot, starts
+    flat, vectors, shape = np.concatenate(tokens), [], SIZES.batch_shapes[16]
+    # First 16 tokens of one sequence, then the rest of it and the other.
+    for pieces in ([(0, 0, 16)], [(0, 16, 19), (1, 0, 8)]):
+        batch, vector = Batch.empty(shape, PAGES * 8, SIZES.slots)
+        at = 0
+        for s, (which, first, last) in enumerate(pieces):
+            rows = (0, LENGTHS[0])[which] + np.arange(first, last)
+            where = slice(at, at + last - first)
+            batch.token[where], batch.position[where] = flat[rows], position[rows]
+            batch.kv_slot[where], batch.saved_row[where] = kv_slot[rows], rows
+            batch.adapter[where] = 0
+            batch.kv_lengths[s] = last
+            batch.page_tables[s, : len(tables[which])] = tables[which]
+            at += last - first
+            batch.query_starts[s + 1 :] = at
+        batch.num_sequences[...] = len(pieces)
+        vectors.append(vector)
+    return SimpleNamespace(tokens=tokens, table=jnp.asarray(table), vectors=vectors)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    master = filled(SIZES.bank_row[0])
+    return SimpleNamespace(
+        params=filled(abstract_parameters(MODEL, SIZES.dtype)), master=master, scale=1.5
+    )
+
+
+def gradients_of(sizes, weights, microbatch):
+    """The engine's programs over the microbatch: gradients by layer, and the loss."""
+    programs = {p.name: jax.jit(p.function) for p in list_programs(sizes, PAGES)}
+    scales = jax.tree.map(lambda s: jnp.full(s.shape, weights.scale), sizes.bank_arrays["scales"])
+    bank = {"weights": jax.tree.map(lambda w: w[None], weights.master), "scales": scales}
+    pages, finetune = zeros(sizes.pages(PAGES)), zeros(sizes.finetune_arrays)
+    last = jnp.zeros(sizes.rows, jnp.int32)
+    for vector in microbatch.vectors:
+        pages, finetune, *_ = programs["forward/adapters/16"](
+            weights.params, bank, pages, finetune, last, vector
+        )
+    flow, totals = finetune["flow"], jnp.zeros(2)
+    head = {name: weights.params[name] for name in ("norm", "head")}
+    for start in (16, 0):
+        flow, totals, _ = programs["loss_unit"](head, flow, totals, microbatch.table, start)
+    gradients = zeros(sizes.job_state["gradients"])
+    for layer in reversed(range(MODEL.num_layers)):
+        adapter = {"weights": weights.master[layer], "scales": scales[layer]}
+        for start in (16, 0):
+            flow, gradients[layer], _ = programs["layer_unit"](
+                weights.params["layers"][layer],
+                adapter,
+                pages[layer],
+                finetune["saved"][layer],
+                flow,
+                gradients[layer],
+                microbatch.table,
+                start,
+            )
+    return gradients, totals
+
+
+PLANS = [plan.saved for plan in all_plans(layer_graph(SIZES))]
+
+
+@pytest.fixture(scope="module")
+def expected(weights, microbatch):
+    """The same by jax.grad through a dense decoder, in float64."""
+    sequences = [(t, np.arange(len(t)) > 0) for t in microbatch.tokens]
+    adapter = {(i, m): w for i, layer in enumerate(weights.master) for m, w in layer.items()}
+    scales = dict.fromkeys(adapter, weights.scale)
+    with jax.enable_x64(True):
+        params, adapter = jax.tree.map(
+            lambda w: np.asarray(w, np.float64), (weights.params, adapter)
+        )
+        return jax.jit(
+            jax.value_and_grad(lambda own: dense.loss(MODEL, params, scales, sequences, own))
+        )(adapter)
+
+
+@pytest.mark.parametrize("saved", [*PLANS[::4], PLANS[-1], ("attended", "up")], ids="+".join)
+def test_every_plan_gives_the_gradients_of_the_whole_sequences(
+    saved, weights, microbatch, expected
+):
+    gradients, totals = gradients_of(with_saved(SIZES, saved), weights, microbatch)
+    loss, exact = expected
+    assert totals[0] == pytest.approx(float(loss), rel=1e-5)
+    for (layer, module), factors in exact.items():
+        for name, theirs in factors.items():
+            ours = np.asarray(gradients[layer][module][name])
+            error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+            assert error < 1e-5, (layer, module, name, error)
+
+
+def config(saved, **cache):
+    return Config.model_validate(
+        {
+            "model": {"path": "m"},
+            "cache": {"page_size": 8} | cache,
+            "finetune": {"max_tokens": 32, "window": 16, "saved": saved},
+        }
+    )
+
+
+def test_auto_saves_more_the_more_memory_is_free():
+    graph, sizes = layer_graph(SIZES), SIZES
+    saved_bytes, recomputed, left = [], [], []
+    for available in np.linspace(0, 2_000_000, 40):
+        chosen = choose_saved(config("auto", num_pages=8), sizes, available)
+        arrays = (chosen.finetune_arrays, chosen.pending_arrays, chosen.pages(8))
+        weights = abstract_parameters(MODEL, SIZES.dtype)
+        left.append(available - tree_bytes((arrays, weights, chosen.bank_arrays)))
+        saved_bytes.append(tree_bytes(chosen.finetune_arrays["saved"]))
+        flops = graph.recomputed(n for n in chosen.columns if n != "x")[0]
+        recomputed.append(flops)
+        if "attended" in chosen.columns:
+            assert left[-1] >= 0, "more is saved than fits"
+    assert saved_bytes == sorted(saved_bytes)
+    assert recomputed == sorted(recomputed, reverse=True)
+    assert saved_bytes[-1] == tree_bytes(with_saved(SIZES, PLANS[-1]).finetune_arrays["saved"])
+    assert saved_bytes[0] == tree_bytes(with_saved(SIZES, ()).finetune_arrays["saved"])
+
+
+def test_auto_leaves_pages_most_of_the_memory():
+    """Without a fixed number of pages it may take a quarter of what is left."""
+    available = 250_000
+    chosen = choose_saved(config("auto"), replace(SIZES, rows=1000), available)
+    smallest = with_saved(SIZES, ())
+    weights = abstract_parameters(MODEL, SIZES.dtype)
+    taken = (weights, smallest.bank_arrays, smallest.finetune_arrays, smallest.pending_arrays)
+    spare = 0.25 * (available - tree_bytes(taken))
+    extra = tree_bytes(chosen.finetune_arrays) - tree_bytes(smallest.finetune_arrays)
+    assert 0 < extra <= spare
+
+
+@pytest.mark.parametrize(
+    ("saved", "columns"),
+    [
+        ("inputs", {"x", "attended"}),
+        ("all", {"x", *PLANS[-1]}),
+        (["up", "query"], {"x", "query", "up"}),
+        ([], {"x"}),
+    ],
+)
+def test_other_settings_do_not_look_at_memory(saved, columns):
+    assert set(choose_saved(config(saved), SIZES, 0).columns) == columns
+
+
+def test_a_name_that_the_model_does_not_have():
+    with pytest.raises(ValueError, match=r"finetune.saved names sideways, which .* residual"):
+        choose_saved(config(["sideways"]), SIZES, 0)
+
+
+def test_the_plan_is_told():
+    lines = list(describe_saved(with_saved(SIZES, ("attended",))))
+    assert lines[0].startswith("finetuning saves x, attended: 0.0 MiB for 32 tokens; the backward")
+    assert "smallest: x:" in lines[1]
+    assert "largest: x, " in lines[2]
