@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from flexllm_jax.activation_memory import MemorySection
 from flexllm_jax.calibration import PaperRowsSection
 from flexllm_jax.config import Config, build_config, load_config
 from flexllm_jax.config_schema import Bool, Float, Section
@@ -153,6 +154,7 @@ class BenchmarkConfig(Section):
     paper_rows: PaperRowsSection | None = Field(
         default=None, description="Calibrate the simulator on the paper's measurements."
     )
+    memory: MemorySection | None = Field(default=None, description="Activation memory.")
     output_dir: Path = Field(default=Path("runs/benchmark"), description="Folder for results.")
 
 

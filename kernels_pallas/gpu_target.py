@@ -102,17 +102,30 @@ class CompiledProgram:
         return asdict(self)
 
 
-def compile_for(
-    target: Target, function: Callable, arguments: tuple, donated: tuple[int, ...] = ()
-) -> CompiledProgram:
-    """Compile a function of abstract arguments (pytrees of ShapeDtypeStruct) for the target."""
+def compile_only(
+    target: Target,
+    function: Callable,
+    arguments: tuple,
+    donated: tuple[int, ...] = (),
+    options: dict[str, str | bool] | None = None,
+) -> jax.stages.Compiled:
+    """XLA's program of a function of abstract arguments for the target, which can be looked at and
+    not be run."""
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.sharding), arguments
     )
     jitted = jax.jit(function, donate_argnums=donated)
-    with tempfile.TemporaryDirectory() as folder, use_abstract_mesh(target.mesh):
+    with use_abstract_mesh(target.mesh):
+        return jitted.lower(*placed).compile(compiler_options=options)
+
+
+def compile_for(
+    target: Target, function: Callable, arguments: tuple, donated: tuple[int, ...] = ()
+) -> CompiledProgram:
+    """Compile a function of abstract arguments (pytrees of ShapeDtypeStruct) for the target."""
+    with tempfile.TemporaryDirectory() as folder:
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-        compiled = jitted.lower(*placed).compile(compiler_options=options)
+        compiled = compile_only(target, function, arguments, donated, options)
         # The last list is the one with graphs; XLA writes no second one for very short programs.
         thunks = sorted(Path(folder).glob("*.thunk_sequence*.txt"), key=lambda f: len(f.name))[-1]
         shared, launches, outside = _read_thunks(thunks.read_text(encoding="utf-8"))

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from rich.console import Console
 from rich.progress import track
 
+from flexllm_jax import memory_report
+from flexllm_jax.activation_memory import Compiler, MemorySection, measure
 from flexllm_jax.benchmark import (
     BenchmarkConfig,
     EngineExperiment,
@@ -49,6 +52,8 @@ def main() -> int:
         results["simulation"] = run_simulations(config, config.simulation, console)
     if config.engine and arguments.only != "simulation":
         results["engine"] = run_engines(config, config.engine, console)
+    if config.memory:
+        results["memory"] = run_memory(config, config.memory, console)
     results["environment"] = {"machine": platform.machine(), "python": platform.python_version()}
     file = config.output_dir / "results.json"
     file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -133,6 +138,28 @@ def run_engines(
         shown = [row for row in rows if row["panel"] != "oracle"]
         plot_sweep(shown, config.output_dir / "engine.png", f"{config.title}: engine")
     return rows
+
+
+def run_memory(config: BenchmarkConfig, section: MemorySection, console: Console) -> Row:
+    """Every case's programs compiled and counted."""
+    compiler = Compiler.of(section.target)
+    rows: list[Row] = []
+    told: list[str] = []
+    for case in section.cases:
+        console.print(f"compiling {case.model}, {case.tokens:,} tokens")
+        measured = list(measure(section, case, compiler))
+        rows += measured
+        told += memory_report.conclusions(case, measured)
+    stages = [row for row in rows if "parts" not in row]
+    title = f"{config.title}, GB ({compiler.name})"
+    console.print(memory_report.memory_table(stages, f"{title}; the paper's in brackets"))
+    for row in rows:
+        if "parts" in row:
+            console.print(memory_report.parts_table(row))
+    for line in told:
+        console.print(line)
+    memory_report.plot_memory(stages, config.output_dir / "memory.png", title)
+    return {"counted": compiler.name, "rows": rows}
 
 
 def show(rows: list[Row], where: str, console: Console) -> None:

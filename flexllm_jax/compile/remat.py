@@ -119,8 +119,8 @@ def whole_layer(
 ) -> Float[Array, "T D"]:
     """A decoder layer's output for one whole sequence."""
     q, k, v = layer.attention_inputs(x, angles, bypass, tap)
-    attended, _ = causal_attention(q, k, v, backend)
-    return layer.attention_outputs(x, attended, bypass, tap)
+    attended: Any = causal_attention(q, k, v, backend)
+    return layer.attention_outputs(x, attended[0], bypass, tap)
 
 
 # -- the trace -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from flexllm_jax.compile.remat import LayerGraph, Plan, all_plans, make_plan, trace_layer
-from flexllm_jax.config import Config
+from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.programs import EngineSizes
 from flexllm_jax.finetune.backward import job_bypass, saved_columns
@@ -47,7 +47,7 @@ def with_saved(sizes: EngineSizes, names: tuple[str, ...]) -> EngineSizes:
     """The sizes with these taps saved."""
     taps = Decoder(sizes.model, sizes.dtype).taps()
     if unknown := set(names) - set(taps):
-        raise ValueError(
+        raise ConfigError(
             f"finetune.saved names {', '.join(sorted(unknown))}, which this model does not "
             f"have: use auto, all, inputs or some of {', '.join(taps)}"
         )
