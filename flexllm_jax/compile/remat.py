@@ -165,12 +165,14 @@ class LayerGraph:
     kept: tuple[int, ...] = ()
     needed: tuple[int, ...] = ()
 
-    def recomputed(self, saved: Iterable[str]) -> tuple[float, tuple[int, ...]]:
-        """FLOPs of computing again what is needed when only these taps are saved (and the input,
-        keys and values), and which arrays that makes."""
+    def recomputed(
+        self, saved: Iterable[str], wanted: Iterable[int] | None = None
+    ) -> tuple[float, tuple[int, ...]]:
+        """FLOPs of computing again what is needed, or wanted, when only these taps are saved (and
+        the input, keys and values), and which arrays that makes."""
         have = {self.input, *chain.from_iterable(self.named.get(n, ()) for n in (PAGES, *saved))}
         operations: dict[int, _Operation] = {}
-        made, waiting = set(), [array for array in self.needed if array not in have]
+        made, waiting = set(), list(self.needed if wanted is None else wanted)
         while waiting:
             array = waiting.pop()
             operation = self.producers.get(array)
