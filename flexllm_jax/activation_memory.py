@@ -196,11 +196,12 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     params = abstract_parameters(model, sizes.dtype)
     adapter = (sizes.bank_row[0][0], jax.tree.map(_of_one, sizes.bank_row[1][0]))
     x = jax.ShapeDtypeStruct((tokens, model.d_model), sizes.dtype)
-    others = (params["layers"][0], *adapter, x)
+    # In the model's dtype: all layers share them, and no layer keeps a cast of its own.
+    angle = jax.ShapeDtypeStruct((tokens, 1, model.head_dim), sizes.dtype)
+    angles = (angle, angle)
+    others = (params["layers"][0], *adapter, angles, x)
 
-    def pullback(layer_params, weights, scales, x):
-        angles = decoder.angles(jnp.arange(tokens))
-
+    def pullback(layer_params, weights, scales, angles, x):
         def layer(x, weights, layer_params):
             bypass = job_bypass(
                 {"weights": weights, "scales": scales}, jnp.ones(tokens, bool), sizes.backend

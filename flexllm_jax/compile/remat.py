@@ -51,10 +51,9 @@ def causal_attention(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     backend: Backend = XLA,
-) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """Attention of one whole sequence with the engine's kernels: output and log-sum-exp (which gets
-    no gradient)."""
-    return attention_forward(q, k, v, backend)
+) -> Float[Array, "T NH"]:
+    """Attention of one whole sequence with the engine's kernels."""
+    return _forward(q, k, v, backend)[0]
 
 
 @partial(jax.jit, static_argnums=3)
@@ -98,12 +97,14 @@ def _forward(q, k, v, backend):
     # The names reach the arrays that the backward reads.
     k, v = checkpoint_name(k, PAGES), checkpoint_name(v, PAGES)
     out, lse = attention_forward(q, k, v, backend)
-    out, lse = checkpoint_name(out, "attended"), checkpoint_name(lse, "attended")
-    return (out, lse), (q, k, v, out, lse)
+    # Flat, as the projection reads it, so that both keep the same array.
+    out = checkpoint_name(out.reshape(q.shape[0], -1), "attended")
+    return out, (q, k, v, out, checkpoint_name(lse, "attended"))
 
 
-def _backward(backend, residuals, gradients):
-    return attention_gradient(*residuals, gradients[0], backend)
+def _backward(backend, residuals, d_out):
+    q, k, v, out, lse = residuals
+    return attention_gradient(q, k, v, out.reshape(q.shape), lse, d_out.reshape(q.shape), backend)
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -120,7 +121,7 @@ def whole_layer(
     """A decoder layer's output for one whole sequence."""
     q, k, v = layer.attention_inputs(x, angles, bypass, tap)
     attended: Any = causal_attention(q, k, v, backend)
-    return layer.attention_outputs(x, attended[0], bypass, tap)
+    return layer.attention_outputs(x, attended, bypass, tap)
 
 
 # -- the trace -------------------------------------------------------------------------------------
