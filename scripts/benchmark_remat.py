@@ -242,7 +242,7 @@ class Microbatch:
             runner.forward("adapters", self.bucket, vector)
         runner.begin_backward()
         for start in starts:
-            done = runner.loss_unit(self.table, start)
+            done = runner.loss_unit(self.table, self.weights, self.scales, start)
         for layer in reversed(range(runner.model.num_layers)):
             for start in starts:
                 done = runner.layer_unit(layer, self.table, self.weights, self.scales, start)

@@ -11,7 +11,7 @@ LAYERS, TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 3, 512, 64, 4, 2, 16
 SECTION = MemorySection.model_validate(
     {
         "target": None,
-        "bypasses": {"LoRA": {"r": 4, "target_modules": ["down_proj"]}},
+        "bypasses": {"LoRA": {"kind": "lora", "r": 4, "target_modules": ["down_proj"]}},
         "models": {
             "small": {
                 "architectures": ["LlamaForCausalLM"],
@@ -85,7 +85,9 @@ def test_everything_in_memory(rows):
 
 def test_targets_are_told(rows):
     first, second = conclusions(CASE, rows)
-    assert first.startswith("small, 512 tokens, LoRA: 0.01 GB with everything on, target 0.001: NOT")
+    assert first.startswith(
+        "small, 512 tokens, LoRA: 0.01 GB with everything on, target 0.001: NOT"
+    )
     assert second.endswith("target 10%: met")
 
 
