@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from pydantic import Field
 from flexllm_jax.compile.buckets import Program
 from flexllm_jax.compile.remat import whole_layer
 from flexllm_jax.config import ConfigError
-from flexllm_jax.config_schema import AdapterKind, Float, Int, Section, TargetModule
+from flexllm_jax.config_schema import Float, Int, Section, TargetModule
 from flexllm_jax.engine.activations import layer_graph, with_saved
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.programs import EngineSizes, head_parameters, list_programs
@@ -41,7 +41,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, no_tap
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
-from flexllm_jax.peft.bank import BankShape
+from flexllm_jax.peft.bank import KINDS, BankShape
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.gpu_target import Target, compile_only
 
@@ -53,16 +53,27 @@ _PAGE = 64
 class BypassSection(Section):
     """A kind of adapter."""
 
-    kind: AdapterKind = Field(default="lora", description="As peft.type of a job.")
-    r: Int = Field(default=16, ge=1, description="LoRA rank, or width of a bottleneck.")
-    target_modules: tuple[TargetModule, ...] = Field(
-        default=("down_proj",), min_length=1, description="Modules that get one."
+    kind: Literal[KINDS] = Field(  # type: ignore[valid-type]
+        description=f"One of {', '.join(KINDS)}."
     )
+    r: Int = Field(default=16, ge=1, description="Rank of LoRA.")
+    target_modules: tuple[TargetModule, ...] = Field(
+        default=("down_proj",), min_length=1, description="Modules that get LoRA."
+    )
+    bottleneck_size: Int = Field(default=64, ge=1, description="Width of a bottleneck.")
+    num_virtual_tokens: Int = Field(default=32, ge=1, description="Length of a prefix.")
 
     def bank(self) -> BankShape:
         """A bank of one adapter of this kind."""
         modules = tuple(TARGET_MODULES[name] for name in self.target_modules)
-        return BankShape(1, self.r, modules, kinds=(self.kind,), bottleneck=self.r)
+        return BankShape(
+            rows=1,
+            rank=self.r,
+            modules=modules,
+            kinds=(self.kind,),
+            bottleneck=self.bottleneck_size,
+            prefix=self.num_virtual_tokens,
+        )
 
 
 class MemoryCaseSection(Section):
@@ -194,19 +205,22 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     model, tokens = sizes.model, sizes.slots
     decoder = Decoder(model, sizes.dtype)
     params = abstract_parameters(model, sizes.dtype)
-    adapter = (sizes.bank_row[0][0], jax.tree.map(_of_one, sizes.bank_row[1][0]))
+    weights, scales = (layers[0] for layers in sizes.bank_row)
+    scales = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), s.dtype), scales)
     x = jax.ShapeDtypeStruct((tokens, model.d_model), sizes.dtype)
-    others = (params["layers"][0], *adapter, x)
+    # In the model's dtype: all layers share them, and no layer keeps a cast of its own.
+    angle = jax.ShapeDtypeStruct((tokens, 1, model.head_dim), sizes.dtype)
+    angles = (angle, angle)
+    others = (params["layers"][0], weights, scales, angles, x)
 
-    def pullback(layer_params, weights, scales, x):
-        angles = decoder.angles(jnp.arange(tokens))
+    def bypass(adapter):
+        return job_bypass(adapter, jnp.ones(tokens, bool), sizes.backend)
 
+    def pullback(layer_params, weights, scales, angles, x):
         def layer(x, weights, layer_params):
-            bypass = job_bypass(
-                {"weights": weights, "scales": scales}, jnp.ones(tokens, bool), sizes.backend
-            )
+            adapter = {"weights": weights, "scales": scales}
             own = decoder.layer(layer_params)
-            return whole_layer(own, x, angles, bypass, no_tap, sizes.backend)
+            return whole_layer(own, x, angles, adapter, bypass, no_tap, sizes.backend)
 
         if pruned:
             return jax.vjp(lambda x, w: layer(x, w, layer_params), x, weights)
@@ -239,10 +253,6 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     kv = 2 * tokens * model.num_kv_heads * model.head_dim * sizes.dtype.itemsize
     layers = model.num_layers
     return StageMemory(layers * (kept + rows), layers * kv, working[largest], largest, 0.0)
-
-
-def _of_one(scale: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1,), scale.dtype)
 
 
 def _loss(decoder: Decoder, head: dict, x: jax.Array, labels: jax.Array) -> jax.Array:

@@ -146,8 +146,12 @@ def run_memory(config: BenchmarkConfig, section: MemorySection, console: Console
     rows: list[Row] = []
     told: list[str] = []
     for case in section.cases:
-        console.print(f"compiling {case.model}, {case.tokens:,} tokens")
-        measured = list(measure(section, case, compiler))
+        measured: list[Row] = []
+        for row in measure(section, case, compiler):
+            measured.append(row)
+            if "parts" not in row:
+                what = f"{row['model']}, {row['tokens']:,} tokens, {row['bypass']}, {row['stage']}"
+                console.print(f"{what}: {row['bytes'] / 1e9:.2f} GB")
         rows += measured
         told += memory_report.conclusions(case, measured)
     stages = [row for row in rows if "parts" not in row]

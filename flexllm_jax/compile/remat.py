@@ -27,7 +27,7 @@ from jax.extend import core
 from jaxtyping import Array, Float
 
 from flexllm_jax.models.decoder import Decoder, DecoderLayer, Tap
-from flexllm_jax.peft.bypass import BypassFunction
+from flexllm_jax.peft.bypass import Bypass, BypassFunction
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.window_attention_backward import window_attention_backward
@@ -45,16 +45,17 @@ MakeBypass = Callable[[Any], BypassFunction]
 # -- the layer as one function ---------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def causal_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    backend: Backend = XLA,
-) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """Attention of one whole sequence with the engine's kernels: output and log-sum-exp (which gets
-    no gradient)."""
-    return attention_forward(q, k, v, backend)
+    adapter: Any,
+    bypass: MakeBypass,
+    backend: Backend,
+) -> Float[Array, "T NH"]:
+    """Attention of one whole sequence, and its bypass, with the engine's kernels."""
+    return _forward(q, k, v, adapter, bypass, backend)[0]
 
 
 @partial(jax.jit, static_argnums=3)
@@ -94,16 +95,31 @@ def _paged(x: jax.Array) -> jax.Array:
     return x.reshape(-1, page_size, *x.shape[1:])
 
 
-def _forward(q, k, v, backend):
+def _forward(q, k, v, adapter, bypass, backend):
     # The names reach the arrays that the backward reads.
     k, v = checkpoint_name(k, PAGES), checkpoint_name(v, PAGES)
     out, lse = attention_forward(q, k, v, backend)
-    out, lse = checkpoint_name(out, "attended"), checkpoint_name(lse, "attended")
-    return (out, lse), (q, k, v, out, lse)
+    if isinstance(made := bypass(adapter), Bypass):
+        out, lse = made.attend(q, out, lse)
+    # Flat, as the projection reads it, so that both keep the same array.
+    out = checkpoint_name(out.reshape(q.shape[0], -1), "attended")
+    return out, (q, k, v, adapter, out, checkpoint_name(lse, "attended"))
 
 
-def _backward(backend, residuals, gradients):
-    return attention_gradient(*residuals, gradients[0], backend)
+def _backward(bypass, backend, residuals, d_out):
+    q, k, v, adapter, out, lse = residuals
+    out, d_out = out.reshape(q.shape), d_out.reshape(q.shape)
+    dq, dk, dv = attention_gradient(q, k, v, out, lse, d_out, backend)
+    if not isinstance(made := bypass(adapter), Bypass):
+        return dq, dk, dv, jax.tree.map(jnp.zeros_like, adapter)
+    dq, gradients = made.attend_backward(dq, q, out, lse, d_out)
+    weights, pull = jax.vjp(lambda adapter: _weights(bypass(adapter)), adapter)
+    return dq, dk, dv, pull(jax.tree.map(jnp.zeros_like, weights) | gradients)[0]
+
+
+def _weights(bypass: BypassFunction) -> dict:
+    assert isinstance(bypass, Bypass)
+    return bypass.weights
 
 
 causal_attention.defvjp(_forward, _backward)
@@ -113,14 +129,16 @@ def whole_layer(
     layer: DecoderLayer,
     x: Float[Array, "T D"],
     angles: tuple[jax.Array, jax.Array],
-    bypass: BypassFunction,
+    adapter: Any,
+    bypass: MakeBypass,
     tap: Tap,
     backend: Backend = XLA,
 ) -> Float[Array, "T D"]:
-    """A decoder layer's output for one whole sequence."""
-    q, k, v = layer.attention_inputs(x, angles, bypass, tap)
-    attended: Any = causal_attention(q, k, v, backend)
-    return layer.attention_outputs(x, attended[0], bypass, tap)
+    """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`."""
+    made = bypass(adapter)
+    q, k, v = layer.attention_inputs(x, angles, made, tap)
+    attended: Any = causal_attention(q, k, v, adapter, bypass, backend)
+    return layer.attention_outputs(x, attended, made, tap)
 
 
 # -- the trace -------------------------------------------------------------------------------------
@@ -206,7 +224,8 @@ def trace_layer(
         decoder: the model's functions.
         layer_params: the layer's frozen parameters, or their shapes.
         adapter: the bypass's trainable arrays in this layer, or their shapes; any pytree.
-        bypass: makes the bypass of them.
+        bypass: makes the bypass of them; whatever maps a projection's input and outputs to outputs
+            will do, a `Bypass` also takes part in attention.
         tokens: T, one sequence; attention's FLOPs grow with its square.
     """
     x = jax.ShapeDtypeStruct((tokens, decoder.config.d_model), decoder.dtype)
@@ -217,7 +236,8 @@ def trace_layer(
             decoder.layer(layer_params),
             x,
             angles,
-            bypass(adapter),
+            adapter,
+            bypass,
             lambda name, value: checkpoint_name(value, name),
         )
 

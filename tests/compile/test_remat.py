@@ -16,6 +16,7 @@ from flexllm_jax.compile.remat import INPUT, PAGES, Plan, all_plans, make_plan, 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.peft.bank import KINDS, BankShape, weight_shapes
 from flexllm_jax.peft.bypass import Bypass
 
 TOKENS, D, F = 16, 32, 96
@@ -210,18 +211,14 @@ def llama(qk_norm=False):
     return Decoder(model, jnp.dtype(jnp.float32))
 
 
-def graph_of(decoder, modules, rank=4, tokens=64):
-    weights = {
-        m: {"a": shapes((1, d_in, rank)), "b": shapes((1, rank, d_out))}
-        for m, (d_in, d_out) in decoder.config.kernel_shapes.items()
-        if m in modules
-    }
-    row = jnp.zeros(tokens, jnp.int32)
-    scales = dict.fromkeys(modules, jnp.ones(1))
+def graph_of(decoder, modules=(), kinds=("lora",), tokens=64):
+    bank = BankShape(1, 4, modules, kinds, bottleneck=8, prefix=5)
+    adapter = weight_shapes(decoder.config, bank, 1, decoder.dtype)[0]
+    row, scales = jnp.zeros(tokens, jnp.int32), dict.fromkeys(adapter, jnp.ones(1))
     return trace_layer(
         decoder,
         abstract_parameters(decoder.config, decoder.dtype)["layers"][0],
-        weights,
+        adapter,
         lambda weights: Bypass(weights, scales, row),
         tokens,
     )
@@ -230,10 +227,19 @@ def graph_of(decoder, modules, rank=4, tokens=64):
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-@pytest.mark.parametrize("modules", [ALL, ("down",), ("q", "v")])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_more_memory_never_means_more_to_recompute(modules, qk_norm):
-    graph = graph_of(llama(qk_norm=qk_norm), modules)
+@pytest.mark.parametrize(
+    ("modules", "kinds", "qk_norm"),
+    [
+        (ALL, ("lora",), False),
+        (("down",), ("lora",), True),
+        ((), ("ia3",), False),
+        ((), ("bottleneck",), False),
+        ((), ("prefix",), True),
+        (("q", "v"), KINDS, True),
+    ],
+)
+def test_more_memory_never_means_more_to_recompute(modules, kinds, qk_norm):
+    graph = graph_of(llama(qk_norm=qk_norm), modules, kinds)
     plans = all_plans(graph)
     assert plans[0].saved == ()
     assert len(plans) > 3
@@ -263,6 +269,9 @@ def test_a_decoder_layers_arrays():
     everywhere = graph_of(llama(), ALL)
     assert pruned < everywhere.bytes_of(everywhere.needed)
     assert pruned < whole
+    # IA3 scales `up` before its tap: the gradient of the scale needs what was there before.
+    scaled = graph_of(llama(), kinds=("ia3",))
+    assert scaled.recomputed(taps)[0] > 2 * tokens * 64 * 160 > graph.recomputed(taps)[0]
     query, attention = 2 * tokens * 64 * 64, 4 * heads * head_dim * tokens * (tokens + 1) / 2
     added = graph.recomputed(["residual", "gate", "up"])[0]
     added -= graph.recomputed(["residual", "gate", "up", "attended"])[0]

@@ -116,14 +116,19 @@ def microbatch():
 def weights():
     master = filled(SIZES.bank_row[0])
     return SimpleNamespace(
-        params=filled(abstract_parameters(MODEL, SIZES.dtype)), master=master, scale=1.5
+        params=filled(abstract_parameters(MODEL, SIZES.dtype)),
+        master=master,
+        scale={"others": 1.5},
     )
 
 
 def gradients_of(sizes, weights, microbatch):
     """The engine's programs over the microbatch: gradients by layer, and the loss."""
     programs = {p.name: jax.jit(p.function) for p in list_programs(sizes, PAGES)}
-    scales = jax.tree.map(lambda s: jnp.full(s.shape, weights.scale), sizes.bank_arrays["scales"])
+    scales = [
+        {site: jnp.full(1, weights.scale.get(site, weights.scale["others"])) for site in layer}
+        for layer in sizes.bank_arrays["scales"]
+    ]
     bank = {"weights": jax.tree.map(lambda w: w[None], weights.master), "scales": scales}
     pages, finetune = zeros(sizes.pages(PAGES)), zeros(sizes.finetune_arrays)
     last = jnp.zeros(sizes.rows, jnp.int32)
@@ -131,10 +136,10 @@ def gradients_of(sizes, weights, microbatch):
         pages, finetune, *_ = programs["forward/adapters/16"](
             weights.params, bank, pages, finetune, last, vector
         )
-    flow, loss = finetune["flow"], {"totals": jnp.zeros(2), "gradients": None}
+    flow, pending = finetune["flow"], {"totals": jnp.zeros(2), "gradients": None}
     head = {name: weights.params[name] for name in ("norm", "head")}
     for start in (16, 0):
-        flow, loss, _ = programs["loss_unit"](head, None, flow, loss, microbatch.table, start)
+        flow, pending, _ = programs["loss_unit"](head, None, flow, pending, microbatch.table, start)
     gradients = zeros(sizes.job_state["gradients"])
     for layer in reversed(range(MODEL.num_layers)):
         adapter = {"weights": weights.master[layer], "scales": scales[layer]}
@@ -149,7 +154,7 @@ def gradients_of(sizes, weights, microbatch):
                 microbatch.table,
                 start,
             )
-    return gradients, loss["totals"]
+    return gradients, pending["totals"]
 
 
 PLANS = [plan.saved for plan in all_plans(layer_graph(SIZES))]
@@ -160,7 +165,7 @@ def expected(weights, microbatch):
     """The same by jax.grad through a dense decoder, in float64."""
     sequences = [(t, np.arange(len(t)) > 0) for t in microbatch.tokens]
     adapter = {(i, m): w for i, layer in enumerate(weights.master) for m, w in layer.items()}
-    scales = dict.fromkeys(adapter, weights.scale)
+    scales = dict.fromkeys(adapter, 1.5)
     with jax.enable_x64(True):
         params, adapter = jax.tree.map(
             lambda w: np.asarray(w, np.float64), (weights.params, adapter)
@@ -182,6 +187,25 @@ def test_every_plan_gives_the_gradients_of_the_whole_sequences(
             ours = np.asarray(gradients[layer][module][name])
             error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
             assert error < 1e-5, (layer, module, name, error)
+
+
+def test_every_plan_gives_the_same_gradients_of_all_kinds_of_adapters(weights, microbatch):
+    """A bank with every kind, against the plan that saves most."""
+    bank = BankShape(1, 2, ("q", "down"), ("lora", "ia3", "bottleneck", "prefix"), 4, 3)
+    sizes = replace(SIZES, bank=bank)
+    plans = all_plans(layer_graph(sizes))
+    own = SimpleNamespace(
+        params=weights.params,
+        master=filled(sizes.bank_row[0]),
+        scale={"prefix": 3.0, "others": 1.0},
+    )
+    expected, _ = gradients_of(with_saved(sizes, plans[-1].saved), own, microbatch)
+    assert set(expected[0]) == set(bank.sites(MODEL))
+    for plan in plans[:1], plans[len(plans) // 2 :][:1]:
+        gradients, _ = gradients_of(with_saved(sizes, plan[0].saved), own, microbatch)
+        for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+            assert np.abs(theirs).max() > 0
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.linalg.norm(theirs))
 
 
 def config(saved, **cache):
