@@ -33,6 +33,7 @@ from flexllm_jax.server.protocol import Stats, Step
 _PERIOD_S = 1.0
 _WINDOW_S = 5.0  # over which tokens per second are counted
 _SHOWN_JOBS = 30
+_SHOWN_ADAPTERS = 100  # those on the device first
 _SHOWN_POINTS = 300  # of a loss curve, at first
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -101,7 +102,9 @@ class Dashboard:
         stats, engine = self._engine.stats, self._engine
         on_device = {a.name: a for a in stats.adapters} if stats else {}
         adapters = []
-        for adapter in self._models.adapters.values():
+        newest = list(self._models.adapters.values())[::-1]
+        newest.sort(key=lambda adapter: adapter.engine_name not in on_device)
+        for adapter in newest[:_SHOWN_ADAPTERS]:
             loaded = on_device.get(adapter.engine_name)
             adapters.append(
                 {
@@ -164,7 +167,7 @@ def _read_jobs(session: Session, seen: int) -> tuple[list[dict[str, Any]], int]:
     query = query.where(EventRow.number > seen, EventRow.type == "metrics")
     for number, job_id, data in session.execute(query.order_by(EventRow.number)):
         seen = max(seen, number)
-        if job_id in jobs and "train_loss" in data:
+        if job_id in jobs and data and "train_loss" in data:
             jobs[job_id]["points"].append([data["step"], data["train_loss"]])
     for job in jobs.values():
         points = job["points"]
@@ -184,7 +187,9 @@ def _percentiles(seconds: list[float]) -> dict[str, float] | None:
 def routes(dashboard: Dashboard) -> APIRouter:
     """The page, which anybody may have, and its data, which needs a key where there are keys."""
     router = APIRouter()
-    page = package_files(__package__).joinpath("dashboard.html").read_text(encoding="utf-8")
+    page = (
+        package_files("flexllm_jax.server").joinpath("dashboard.html").read_text(encoding="utf-8")
+    )
     headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
 
     @router.get("/dashboard")

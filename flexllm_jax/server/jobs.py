@@ -13,6 +13,7 @@ import io
 import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,18 @@ from sqlalchemy.orm import Session
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
-from flexllm_jax.server.database import CheckpointRow, Database, EventRow, JobRow, now
+from flexllm_jax.server.database import CheckpointRow, Database, JobRow, now
 from flexllm_jax.server.engine_client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.files import UNFINISHED, FileStore
+from flexllm_jax.server.job_records import (
+    JobRecords,
+    find_job,
+    losses_of,
+    tell,
+    tell_row,
+    tell_rows,
+)
 from flexllm_jax.server.jobs_schema import CreateJob, random_seed
 from flexllm_jax.server.metrics import ServerMetrics
 from flexllm_jax.server.models import ModelRegistry, ServedAdapter
@@ -35,7 +44,6 @@ log = logging.getLogger(__name__)
 
 ENDED = ("succeeded", "failed", "cancelled")
 _ENGINE_LOSSES = 3  # engines that may end while a job runs, before it is held to be the reason
-_SHOWN_ERRORS = 20  # rows of a file, in events
 
 
 class JobManager:
@@ -59,8 +67,7 @@ class JobManager:
         self._states: asyncio.Queue[JobState] = asyncio.Queue()
         self._known: dict[str, JobState] = {}  # what the engine last said of a job
         self._in_engine: set[str] = set()
-        self._resumed: set[str] = set()  # jobs of which it is told that they went on
-        self._validations: dict[str, int] = {}  # step of the last validation told, by job
+        self._records = JobRecords(config, models)
         self._scheduling = asyncio.Lock()
         self.closing = False
         self.version = 0  # counts events
@@ -115,8 +122,8 @@ class JobManager:
                 return False
             session.add(job)
             session.flush()
-            _tell(session, job.id, f"Created fine-tuning job: {job.id}")
-            _tell(session, job.id, f"Validating training file: {job.training_file}")
+            tell(session, job.id, f"Created fine-tuning job: {job.id}")
+            tell(session, job.id, f"Validating training file: {job.training_file}")
             return True
 
         if not await self._database.run(insert):
@@ -127,7 +134,7 @@ class JobManager:
 
     async def find(self, job_id: str) -> JobRow:
         """A job by its id; ApiError 404."""
-        job = await self._database.run(lambda s: _get(s, job_id))
+        job = await self._database.run(lambda s: find_job(s, job_id))
         if job is None:
             raise ApiError(404, f"no such fine-tuning job: {job_id!r}")
         return job
@@ -164,7 +171,7 @@ class JobManager:
 
     async def _move(self, job_id: str, allowed: tuple[str, ...], status: str, text: str) -> None:
         def move(session: Session) -> str:
-            job = _get(session, job_id)
+            job = find_job(session, job_id)
             if job is None:
                 raise ApiError(404, f"no such fine-tuning job: {job_id!r}")
             if job.status not in allowed:
@@ -174,7 +181,7 @@ class JobManager:
             job.status = status
             if status in ENDED:
                 job.finished_at = now()
-            _tell(session, job_id, text)
+            tell(session, job_id, text)
             return job.status
 
         await self._database.run(move)
@@ -222,13 +229,13 @@ class JobManager:
             tree["init_adapter"] = adapter.path
 
         def queue(session: Session) -> None:
-            row = _get(session, job_id)
+            row = find_job(session, job_id)
             if row is None or row.status != "validating_files":
                 return
             for kind, dataset in loaded.items():
-                _tell_rows(session, job_id, kind, dataset)
+                tell_rows(session, job_id, kind, dataset)
             row.config, row.hyperparameters, row.status = tree, shown, "queued"
-            _tell(session, job_id, "Files validated, moving job to queued state")
+            tell(session, job_id, "Files validated, moving job to queued state")
 
         await self._database.run(queue)
         await self._told()
@@ -244,8 +251,8 @@ class JobManager:
                     bad = [(n, r.reason) for n, r in rows if isinstance(r, BadRow)]
                 except DatasetError:
                     continue  # the error that failed the job says it
-                for line, reason in bad[:_SHOWN_ERRORS]:
-                    _tell_row(session, job_id, kind, line, reason)
+                for line, reason in bad[:20]:
+                    tell_row(session, job_id, kind, line, reason)
 
         await self._database.run(tell)
 
@@ -271,12 +278,12 @@ class JobManager:
         """Give a job to the engine; False when it cannot take one now."""
 
         def mark(session: Session) -> dict[str, Any] | None:
-            job = _get(session, job_id)
+            job = find_job(session, job_id)
             if job is None or job.status not in ("queued", "running"):
                 return None
             if job.status == "queued":
                 job.status = "running"
-                _tell(session, job_id, "Fine-tuning job started")
+                tell(session, job_id, "Fine-tuning job started")
             return job.config
 
         config = await self._database.run(mark)
@@ -309,12 +316,12 @@ class JobManager:
 
     async def _fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
         def fail(session: Session) -> None:
-            job = _get(session, job_id)
+            job = find_job(session, job_id)
             if job is None or job.status in ENDED:
                 return
             job.status, job.finished_at = "failed", now()
             job.error = {"code": code, "message": message, "param": param}
-            _tell(session, job_id, f"The job failed: {message}", level="error")
+            tell(session, job_id, f"The job failed: {message}", level="error")
 
         await self._database.run(fail)
         await self._told()
@@ -324,8 +331,7 @@ class JobManager:
     def _engine_ready(self) -> None:
         self._in_engine.clear()
         self._known.clear()
-        self._resumed.clear()
-        self._validations.clear()
+        self._records.forget()
         self._spawn(self._schedule())
 
     async def _engine_lost(self) -> None:
@@ -336,14 +342,12 @@ class JobManager:
             query = select(JobRow).where(JobRow.id.in_(lost), JobRow.status == "running")
             for job in session.scalars(query):
                 job.engine_losses += 1
-                _tell(
-                    session, job.id, "The engine ended; going on from the last checkpoint", "warn"
-                )
+                tell(session, job.id, "The engine ended; going on from the last checkpoint", "warn")
                 if job.engine_losses >= _ENGINE_LOSSES:
                     text = f"the engine ended {job.engine_losses} times while this job ran"
                     job.status, job.finished_at = "failed", now()
                     job.error = {"code": "server_error", "message": text, "param": None}
-                    _tell(session, job.id, f"The job failed: {text}", level="error")
+                    tell(session, job.id, f"The job failed: {text}", level="error")
 
         await self._database.run(note)
         await self._told()
@@ -361,7 +365,8 @@ class JobManager:
         while True:
             state = await self._states.get()
             try:
-                adapters = await self._database.run(lambda s, state=state: self._note(s, state))
+                note = partial(self._records.note, state=state)
+                adapters = await self._database.run(note)
                 for adapter in adapters:
                     self._models.adapters[adapter.name] = adapter
                 if state.status in ENDED and state.name in self._in_engine:
@@ -372,77 +377,6 @@ class JobManager:
                 log.exception("the state of %s could not be written down", state.name)
             finally:
                 self._states.task_done()
-
-    def _note(self, session: Session, state: JobState) -> list[ServedAdapter]:
-        """In a transaction: what is new of a job. Returns the adapters that can be served now."""
-        job = _get(session, state.name)
-        if job is None or job.status in ("failed", "cancelled"):
-            return []
-        if job.status == "succeeded":  # its last checkpoint comes after its end
-            validation = dict(state.validation_losses)
-            notes = [
-                self._note_checkpoint(session, job, step, validation) for step in state.checkpoints
-            ]
-            return [adapter for noted in notes for adapter in noted]
-        if state.resumed_from and job.id not in self._resumed:
-            self._resumed.add(job.id)
-            _tell(session, job.id, f"Resumed from step {state.resumed_from}")
-        total = job.total_steps = state.total_steps
-        validation = dict(state.validation_losses)
-        for index, loss in enumerate(state.losses):
-            step = state.losses_from + index + 1
-            if step <= min(state.resumed_from, job.step):
-                continue  # told by the engine that took it
-            text = f"Step {step}/{total}: training loss={loss:.4f}"
-            data = {"step": step, "total_steps": total, "train_loss": loss}
-            _tell(session, job.id, text, type="metrics", data=data)
-        told = self._validations.get(job.id, state.resumed_from)
-        for step, loss in state.validation_losses:
-            if step > told:
-                text = f"Step {step}/{total}: validation loss={loss:.4f}"
-                data = {"step": step, "total_steps": total, "valid_loss": loss}
-                _tell(session, job.id, text, type="metrics", data=data)
-                self._validations[job.id] = step
-        job.step = state.step
-        adapters = []
-        for step in state.checkpoints:
-            adapters += self._note_checkpoint(session, job, step, validation)
-        for text in state.messages:
-            known = select(EventRow.number).where(
-                EventRow.job_id == job.id, EventRow.message == text
-            )
-            if session.scalars(known).first() is None:
-                _tell(session, job.id, text, level="warn")
-        if state.status == "succeeded":
-            job.status, job.finished_at, job.trained_tokens = "succeeded", now(), state.tokens
-            name, path = self._name(job), str(self._folder(job.id) / "adapter")
-            job.fine_tuned_model, job.adapter_path = name, path
-            adapters.append(ServedAdapter(name, job.id, path))
-            _tell(session, job.id, f"New fine-tuned model created: {name}")
-            _tell(session, job.id, "The job has successfully completed")
-        elif state.status == "failed":
-            job.status, job.finished_at = "failed", now()
-            job.error = {"code": "training_failed", "message": state.reason, "param": None}
-            _tell(session, job.id, f"The job failed: {state.reason}", level="error")
-        return adapters
-
-    def _note_checkpoint(
-        self, session: Session, job: JobRow, step: int, validation: dict[int, float]
-    ) -> list[ServedAdapter]:
-        known = select(CheckpointRow).where(
-            CheckpointRow.job_id == job.id, CheckpointRow.step == step
-        )
-        if session.scalars(known).first() is not None:
-            return []
-        name = f"{self._name(job)}:ckpt-step-{step}"
-        path = str(self._folder(job.id) / "adapters" / f"step-{step}")
-        losses = losses_of(session, job.id)
-        metrics = {"step": step, "train_loss": losses.get(step)}
-        if step in validation:
-            metrics["valid_loss"] = validation[step]
-        session.add(CheckpointRow(job_id=job.id, step=step, name=name, path=path, metrics=metrics))
-        _tell(session, job.id, f"Checkpoint created at step {step} with Snapshot ID: {name}")
-        return [ServedAdapter(name, f"{job.id}.step-{step}", path)]
 
     async def _finish(self, state: JobState) -> None:
         """After a job's end: its metrics as a file, and the next job."""
@@ -462,20 +396,11 @@ class JobManager:
         await self._files.add(file_id, "step_metrics.csv", "fine-tune-results", len(data))
 
         def note(session: Session) -> None:
-            job = _get(session, job_id)
+            job = find_job(session, job_id)
             if job is not None:
                 job.result_files = [file_id]
 
         await self._database.run(note)
-
-    def _name(self, job: JobRow) -> str:
-        """The finetuned model's name, as OpenAI makes them."""
-        suffix = job.request.get("suffix") or ""
-        short = job.id.removeprefix("ftjob-")
-        return f"ft:{self._models.base}:{self._config.server.organization}:{suffix}:{short}"
-
-    def _folder(self, job_id: str) -> Path:
-        return self._config.output_dir / job_id
 
     def _serve_finished(self, session: Session) -> None:
         """At the start: every adapter that jobs have made can be asked for."""
@@ -520,52 +445,5 @@ class JobManager:
             log.error("a job's task failed", exc_info=error)
 
 
-def losses_of(session: Session, job_id: str) -> dict[int, float]:
-    """Training loss by step; of a step taken twice, the last."""
-    query = (
-        select(EventRow.data)
-        .where(EventRow.job_id == job_id, EventRow.type == "metrics")
-        .order_by(EventRow.number)
-    )
-    rows = [data for data in session.scalars(query) if data and "train_loss" in data]
-    return {data["step"]: data["train_loss"] for data in rows}
-
-
-def _get(session: Session, job_id: str) -> JobRow | None:
-    return session.scalars(select(JobRow).where(JobRow.id == job_id)).first()
-
-
 def _summary(state: JobState) -> tuple:
     return state.status, state.step, len(state.messages), len(state.checkpoints)
-
-
-def _tell(
-    session: Session,
-    job_id: str,
-    message: str,
-    level: str = "info",
-    type: str = "message",
-    data: dict[str, Any] | None = None,
-) -> None:
-    """Add an event."""
-    session.add(EventRow(job_id=job_id, message=message, level=level, type=type, data=data))
-
-
-def _tell_rows(session: Session, job_id: str, kind: str, dataset: Dataset) -> None:
-    """Add events on what a file holds, and on the first rows that cannot be used."""
-    _tell(
-        session,
-        job_id,
-        f"The {kind} file has {dataset.rows} {dataset.format} rows and {dataset.tokens} tokens "
-        f"({dataset.trained_tokens} trained); {dataset.truncated} rows are truncated, "
-        f"{len(dataset.skipped)} cannot be used",
-    )
-    for row in dataset.skipped[:_SHOWN_ERRORS]:
-        _tell_row(session, job_id, kind, row.line, row.reason)
-
-
-def _tell_row(session: Session, job_id: str, kind: str, line: int, reason: str) -> None:
-    """Add an event on a row that cannot be used."""
-    text = f"{kind} file, line {line}: {reason}"
-    data = {"line": line, "reason": reason, "file": kind}
-    _tell(session, job_id, text, level="warn", data=data)
