@@ -92,7 +92,7 @@ def sample_greedy(
 ) -> tuple[Int[Array, " R"], Int[Array, " Q"]]:
     """The most likely token of each row, also put in `last_tokens` (donated) for the next step to
     read."""
-    tokens = jnp.argmax(decoder.logits(params, hidden), axis=-1).astype(jnp.int32)
+    tokens = decoder.most_likely(params, hidden)
     return tokens, last_tokens.at[packed[0]].set(tokens, mode="drop")
 
 

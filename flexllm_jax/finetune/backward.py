@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, optional_activations
 from flexllm_jax.peft.bypass import Bypass
@@ -160,8 +161,9 @@ def loss_unit(
             jnp.zeros((window, d_model), jnp.float32),
         ),
     )
+    maximum, total, expected = join_softmax(maximum, total, expected, decoder.axes)
     counts = rows.label >= 0
-    target = head[jnp.maximum(rows.label, 0)].astype(jnp.float32)
+    target = rows_of(head, jnp.maximum(rows.label, 0), decoder.axes).astype(jnp.float32)
     target_logit = jnp.sum(hidden.astype(jnp.float32) * target, axis=-1)
     logprob = jnp.where(counts, target_logit - maximum - jnp.log(total), 0.0)
     d_hidden = jnp.where(counts[:, None], expected / total[:, None] - target, 0.0)

@@ -24,26 +24,26 @@ JOINS = {
 
 
 def model(**changes) -> ModelConfig:
-    fields = dict(
-        architecture="LlamaForCausalLM",
-        vocab_size=1024,
-        d_model=64,
-        num_layers=2,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=8,
-        d_ff=128,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        rope_scaling=None,
-        attention_bias=False,
-        output_bias=False,
-        qk_norm=False,
-        tie_embeddings=False,
-        max_position_embeddings=128,
-        eos_token_ids=(1,),
-        bos_token_id=0,
-    )
+    fields = {
+        "architecture": "LlamaForCausalLM",
+        "vocab_size": 1024,
+        "d_model": 64,
+        "num_layers": 2,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "d_ff": 128,
+        "norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "output_bias": False,
+        "qk_norm": False,
+        "tie_embeddings": False,
+        "max_position_embeddings": 128,
+        "eos_token_ids": (1,),
+        "bos_token_id": 0,
+    }
     return ModelConfig(**(fields | changes))
 
 
