@@ -18,6 +18,7 @@ from typing import NoReturn
 import transformers
 from rich import get_console
 
+from flexllm_jax.compile.parallel import ParallelError
 from flexllm_jax.config import Config, ConfigError, Root, Section, describe, load_config
 from flexllm_jax.engine.cache import CacheError
 from flexllm_jax.finetune.checkpoint import CheckpointError
@@ -33,6 +34,7 @@ USER_ERRORS = (
     ConfigError,
     DatasetError,
     ModelConfigError,
+    ParallelError,
     WeightsError,
 )
 INTERRUPTED = 130

@@ -65,14 +65,12 @@ class ModelSection(Section):
 class ParallelSection(Section):
     """How the model is spread over devices."""
 
-    tp: Int = Field(default=1, description="Tensor parallel devices. Only 1 is supported now.")
-
-    @field_validator("tp")
-    @classmethod
-    def _one_device(cls, tp: int) -> int:
-        if tp != 1:
-            raise ValueError(f"got {tp}; tensor parallelism is not supported yet, set it to 1")
-        return tp
+    tp: Int = Field(
+        default=1,
+        ge=1,
+        description="Tensor parallel devices. Divides the model's attention heads, feed-forward "
+        "width and vocabulary; key-value heads are replicated when there are fewer.",
+    )
 
 
 class CacheSection(Section):

@@ -42,7 +42,7 @@ def kept_bytes(hf_config: dict[str, Any], bypass: BypassSection, tokens: int) ->
     fields = {k: v for k, v in hf_config.items() if k not in ("architectures", "model_type")}
     config = AutoConfig.for_model(hf_config["model_type"], **fields, use_cache=False)
     config._attn_implementation = "counted"
-    modules = list(bypass.target_modules)
+    modules: list[str] = list(bypass.target_modules)
     adapter = {
         "lora": peft.LoraConfig(r=bypass.r, lora_dropout=0.0, target_modules=modules),
         "ia3": peft.IA3Config(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src import monitoring
@@ -19,12 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @dataclass(frozen=True)
 class Program:
     """A function to compile: its abstract arguments (pytrees of ShapeDtypeStruct) and which of them
-    it may overwrite."""
+    it may overwrite. `results` says how what it returns is sharded, for `Placement.distribute`."""
 
     name: str
     function: Callable
     arguments: tuple
     donated: tuple[int, ...] = ()
+    results: Any = None
 
 
 def token_buckets(largest: int, smallest: int = 8, ratio: int = 4) -> tuple[int, ...]:

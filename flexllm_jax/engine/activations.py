@@ -45,14 +45,14 @@ def _traced(model: ModelConfig, dtype: jnp.dtype, bank: BankShape, slots: int) -
 
 def with_saved(sizes: EngineSizes, names: tuple[str, ...]) -> EngineSizes:
     """The sizes with these taps saved."""
-    taps = Decoder(sizes.model, sizes.dtype).taps()
+    taps = sizes.decoder.taps()
     if unknown := set(names) - set(taps):
         raise ConfigError(
             f"finetune.saved names {', '.join(sorted(unknown))}, which this model does not "
             f"have: use auto, all, inputs or some of {', '.join(taps)}"
         )
     ordered = tuple(name for name in taps if name in names)
-    return replace(sizes, columns=saved_columns(Decoder(sizes.model, sizes.dtype), ordered))
+    return replace(sizes, columns=saved_columns(sizes.decoder, ordered))
 
 
 def choose_saved(config: Config, sizes: EngineSizes, available: float) -> EngineSizes:
@@ -74,12 +74,12 @@ def choose_saved(config: Config, sizes: EngineSizes, available: float) -> Engine
         return with_saved(sizes, make_plan(graph, inf).saved)
     smallest = with_saved(sizes, ())
     pages = config.cache.num_pages or sizes.wanted_pages
-    weights = abstract_parameters(sizes.model, sizes.dtype)
-    taken = (weights, sizes.bank_arrays, smallest.finetune_arrays, smallest.pending_arrays)
+    taken = (sizes.parameters, sizes.bank_arrays, smallest.finetune_arrays, smallest.pending_arrays)
     left = available - tree_bytes(taken)
     spare = left - pages * tree_bytes(sizes.pages(1))
     budget = spare if config.cache.num_pages else max(spare, _AUTO_SHARE * left)
-    return with_saved(sizes, make_plan(graph, budget / sizes.model.num_layers).saved)
+    devices = sizes.placement.plan.mesh.tp if sizes.placement else 1
+    return with_saved(sizes, make_plan(graph, budget * devices / sizes.model.num_layers).saved)
 
 
 def describe_saved(sizes: EngineSizes) -> Iterator[str]:

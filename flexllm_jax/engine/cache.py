@@ -30,8 +30,12 @@ def page_shapes(
 
 
 def tree_bytes(tree) -> int:
-    """Bytes of all arrays (or shapes) of a pytree."""
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+    """Bytes of all arrays (or shapes) of a pytree on one device."""
+
+    def elements(x: Any) -> int:
+        return math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
+
+    return sum(elements(x) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def device_memory(device: Any) -> int:

@@ -10,12 +10,14 @@ from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from flexllm_jax.compile.buckets import Program, token_buckets
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.batch import BatchShape
 from flexllm_jax.engine.cache import page_shapes
+from flexllm_jax.engine.placement import ALL, Placement
 from flexllm_jax.engine.step import forward_step
 from flexllm_jax.finetune.backward import (
     flow_shapes,
@@ -42,6 +44,7 @@ from kernels_pallas.backend import Backend
 # Most packed finetuning sequences whose tokens one step's forward may hold.
 FINETUNE_SEQUENCES = 32
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
+_WHOLE = PartitionSpec()  # results that every device has
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class EngineSizes:
 
     rows: most running requests. slots: tokens of the microbatches in work. window: tokens of a
     backward unit. buckets: token slots of the forward programs. columns: where a saved activation
-    lies in its row (`finetune.backward.saved_columns`).
+    lies in its row (`finetune.backward.saved_columns`), on one device. placement: where arrays lie
+    when the model is split over devices; None: whole, on one.
     """
 
     model: ModelConfig
@@ -64,14 +68,29 @@ class EngineSizes:
     buckets: tuple[int, ...]
     bank: BankShape
     columns: dict[str, slice]
+    placement: Placement | None = None
 
     @classmethod
-    def from_config(cls, config: Config, model: ModelConfig, backend: Backend) -> "EngineSizes":
+    def from_config(
+        cls,
+        config: Config,
+        model: ModelConfig,
+        backend: Backend,
+        placement: Placement | None = None,
+    ) -> "EngineSizes":
         """What the configuration asks for, but for `finetune.saved`, of which
-        `engine.activations.choose_saved` takes care: these are the sizes of `inputs`."""
+        `engine.activations.choose_saved` takes care: these are the sizes of `inputs`.
+
+        ValueError for what the model or its placement does not have."""
+        dtype = jnp.dtype(config.model.dtype)
+        bank = bank_shape(config)
+        if placement and bank.has_head:
+            raise ValueError(
+                "adapters.target_modules: lm_head cannot have LoRA with parallel.tp > 1; drop it"
+            )
         return cls(
             model=model,
-            dtype=jnp.dtype(config.model.dtype),
+            dtype=dtype,
             backend=backend,
             max_model_len=model.context_length(config.model.max_model_len),
             page_size=config.cache.page_size,
@@ -80,16 +99,25 @@ class EngineSizes:
             window=config.finetune.window,
             buckets=config.compile.token_buckets
             or token_buckets(config.scheduler.max_tokens_per_step),
-            bank=BankShape(
-                rows=config.adapters.slots - 1,
-                rank=config.adapters.max_rank,
-                modules=tuple(TARGET_MODULES[name] for name in config.adapters.target_modules),
-                kinds=config.adapters.kinds,
-                bottleneck=config.adapters.max_bottleneck,
-                prefix=config.adapters.max_prefix,
+            bank=bank,
+            columns=saved_columns(
+                Decoder(placement.local if placement else model, dtype), ("attended",)
             ),
-            columns=saved_columns(Decoder(model, jnp.dtype(config.model.dtype)), ("attended",)),
+            placement=placement,
         )
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model's functions, as programs use them: over one device's part of the model."""
+        if self.placement:
+            return Decoder(self.placement.local, self.dtype, ALL)
+        return Decoder(self.model, self.dtype)
+
+    @cached_property
+    def parameters(self) -> dict:
+        """The frozen parameters."""
+        abstract = abstract_parameters(self.model, self.dtype)
+        return self.placement.parameters(abstract) if self.placement else abstract
 
     @property
     def pages_per_sequence(self) -> int:
@@ -118,31 +146,38 @@ class EngineSizes:
     @cached_property
     def bank_arrays(self) -> dict:
         """The adapter bank: {"weights", "scales"}, lists by layer."""
+        weights = weight_shapes(self.model, self.bank, self.bank.rows, self.dtype)
+        if self.placement:
+            weights = self.placement.adapters(weights, rows=True)
         return {
-            "weights": weight_shapes(self.model, self.bank, self.bank.rows, self.dtype),
+            "weights": weights,
             "scales": scale_shapes(self.model, self.bank, self.bank.rows),
         }
 
     @cached_property
     def bank_row(self) -> tuple[list, list]:
         """One adapter's float32 weights and scales in the bank's padded shapes."""
-        return (
-            weight_shapes(self.model, self.bank, None, jnp.float32),
-            scale_shapes(self.model, self.bank, None),
-        )
+        weights = weight_shapes(self.model, self.bank, None, jnp.float32)
+        if self.placement:
+            weights = self.placement.adapters(weights, rows=False)
+        return weights, scale_shapes(self.model, self.bank, None)
 
     @cached_property
     def job_state(self) -> dict:
         """A finetuning job's state on the device."""
-        return job_state_shapes(self.bank_row[0])
+        state = job_state_shapes(self.bank_row[0])
+        return self.placement.job_state(state) if self.placement else state
 
     @cached_property
     def finetune_arrays(self) -> dict:
         """The buffers of the microbatches in work: {"saved": by layer, "flow"}."""
-        return {
-            "saved": saved_shapes(self.model, self.dtype, self.slots, self.columns),
-            "flow": flow_shapes(self.model, self.dtype, self.slots),
-        }
+        model = self.decoder.config
+        saved = saved_shapes(model, self.dtype, self.slots, self.columns)
+        flow = flow_shapes(model, self.dtype, self.slots)
+        if self.placement:
+            saved = self.placement.own(saved)
+            flow |= self.placement.own({name: flow[name] for name in ("dk", "dv")})
+        return {"saved": saved, "flow": flow}
 
     @cached_property
     def pending_arrays(self) -> dict:
@@ -163,7 +198,20 @@ class EngineSizes:
 
     def pages(self, num_pages: int) -> list:
         """The KV pages of all layers."""
-        return page_shapes(self.model, self.dtype, num_pages, self.page_size)
+        pages = page_shapes(self.model, self.dtype, num_pages, self.page_size)
+        return self.placement.pages(pages) if self.placement else pages
+
+
+def bank_shape(config: Config) -> BankShape:
+    """The size of the adapter bank that the configuration asks for."""
+    return BankShape(
+        rows=config.adapters.slots - 1,
+        rank=config.adapters.max_rank,
+        modules=tuple(TARGET_MODULES[name] for name in config.adapters.target_modules),
+        kinds=config.adapters.kinds,
+        bottleneck=config.adapters.max_bottleneck,
+        prefix=config.adapters.max_prefix,
+    )
 
 
 def head_parameters(params: dict) -> dict:
@@ -173,17 +221,17 @@ def head_parameters(params: dict) -> dict:
 
 def list_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     """Every program of an engine with that many KV pages."""
-    return [
+    programs = [
         *_forward_programs(sizes, num_pages),
         *_sampling_programs(sizes),
         *_adapter_programs(sizes),
         *_finetuning_programs(sizes, num_pages),
     ]
+    return [sizes.placement.distribute(p) for p in programs] if sizes.placement else programs
 
 
 def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
-    decoder = Decoder(sizes.model, sizes.dtype)
-    params, pages = abstract_parameters(sizes.model, sizes.dtype), sizes.pages(num_pages)
+    decoder, params, pages = sizes.decoder, sizes.parameters, sizes.pages(num_pages)
     last_tokens = sizes.request_arrays["last_tokens"]
     variants = {
         "base": (None, None),
@@ -194,13 +242,15 @@ def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend)
         for variant, (bank, finetune) in variants.items():
             arguments = (params, bank, pages, finetune, last_tokens, _ints(shape.size))
-            programs.append(Program(f"forward/{variant}/{bucket}", forward, arguments, (2, 3)))
+            results = (pages, finetune, _WHOLE, _WHOLE)
+            programs.append(
+                Program(f"forward/{variant}/{bucket}", forward, arguments, (2, 3), results)
+            )
     return programs
 
 
 def _sampling_programs(sizes: EngineSizes) -> list[Program]:
-    decoder = Decoder(sizes.model, sizes.dtype)
-    head = head_parameters(abstract_parameters(sizes.model, sizes.dtype))
+    decoder, head = sizes.decoder, head_parameters(sizes.parameters)
     last_tokens, history = (sizes.request_arrays[name] for name in ("last_tokens", "history"))
     bank = None
     if sizes.bank.has_head:
@@ -211,7 +261,12 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
 
     prompt_logprobs = partial(sampler.prompt_logprobs, decoder)
     programs = [
-        Program(f"prompt_logprobs/{n}", prompt_logprobs, (head, bank, hidden(n), _ints(2, n)))
+        Program(
+            f"prompt_logprobs/{n}",
+            prompt_logprobs,
+            (head, bank, hidden(n), _ints(2, n)),
+            results=_WHOLE,
+        )
         for n in sizes.buckets
     ]
     for rows in sorted({shape.samples for shape in sizes.batch_shapes.values()}):
@@ -221,27 +276,27 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
         )
         arguments = (head, bank, hidden(rows), last_tokens)
         programs += [
-            Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (3,)),
-            Program(f"sample/full/{rows}", full, (*arguments, history, packed), (3, 4)),
+            Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (3,), _WHOLE),
+            Program(f"sample/full/{rows}", full, (*arguments, history, packed), (3, 4), _WHOLE),
         ]
     counts = _ints(sizes.model.vocab_size)
     prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)
     written = (history, _INT, counts, prompt)
-    return [*programs, Program("write_history", sampler.write_history, written, (0,))]
+    return [*programs, Program("write_history", sampler.write_history, written, (0,), _WHOLE)]
 
 
 def _adapter_programs(sizes: EngineSizes) -> list[Program]:
-    weights, scales = sizes.bank_arrays["weights"], sizes.bank_arrays["scales"]
+    weights, scales = bank = sizes.bank_arrays["weights"], sizes.bank_arrays["scales"]
+    row = sizes.bank_row
     return [
-        Program("write_row", write_row, (weights, scales, _INT, *sizes.bank_row), (0, 1)),
-        Program("read_row", read_row, (weights, _INT)),
-        Program("copy_row", copy_row, (weights, scales, _INT, _INT), (0, 1)),
+        Program("write_row", write_row, (*bank, _INT, *row), (0, 1), bank),
+        Program("read_row", read_row, (weights, _INT), results=row[0]),
+        Program("copy_row", copy_row, (weights, scales, _INT, _INT), (0, 1), bank),
     ]
 
 
 def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
-    decoder, window = Decoder(sizes.model, sizes.dtype), sizes.window
-    params = abstract_parameters(sizes.model, sizes.dtype)
+    decoder, window, params = sizes.decoder, sizes.window, sizes.parameters
     finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
     flow, weights = finetune["flow"], sizes.bank_arrays["weights"]
     table = _ints(4, sizes.slots)
@@ -253,6 +308,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     if sizes.bank.has_head:
         head_adapter = {"weights": state["master"][-1], "scales": {"head": _floats(1)}}
         pending_loss["gradients"] = pending["gradients"][-1]
+    kept = {k: state[k] for k in ("master", "optimizer")}
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     return [
         Program(
@@ -260,23 +316,28 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             _marked(partial(loss_unit, decoder, window)),
             (head_parameters(params), head_adapter, flow, pending_loss, table, _INT),
             (2, 3),
+            (flow, _WHOLE, _WHOLE),
         ),
         Program(
             "layer_unit",
             _marked(partial(layer_unit, decoder, window, sizes.columns, sizes.backend)),
             (*one_layer, flow, pending["gradients"][0], table, _INT),
             (4, 5),
+            (flow, pending["gradients"][0], _WHOLE),
         ),
-        Program("begin_backward", _begin_backward, (flow, pending), (0, 1)),
-        Program("clear", _clear, (finetune,), (0,)),
-        Program("commit", commit, (pending["gradients"], pending["totals"], state), (2,)),
-        Program("copy_totals", _copy, (pending["totals"],)),
-        Program("copy_state", _copy, ({k: state[k] for k in ("master", "optimizer")},)),
+        Program(
+            "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)
+        ),
+        Program("clear", _clear, (finetune,), (0,), finetune),
+        Program("commit", commit, (pending["gradients"], pending["totals"], state), (2,), state),
+        Program("copy_totals", _copy, (pending["totals"],), results=_WHOLE),
+        Program("copy_state", _copy, (kept,), results=kept),
         Program(
             "optimizer_step",
-            optimizer_step,
+            partial(optimizer_step, sizes.placement),
             (weights, state, _INT, _floats(len(HYPERPARAMETERS))),
             (0, 1),
+            (weights, state, _WHOLE),
         ),
     ]
 

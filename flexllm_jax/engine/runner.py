@@ -5,25 +5,32 @@ Every method dispatches a program and returns at once; arrays stay on the device
 from one program to the next. Nothing here waits for a result or compiles one after `__init__`.
 """
 
+import logging
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from flexllm_jax.compile.buckets import CompilationCounter, compile_programs, use_persistent_cache
+from flexllm_jax.compile.parallel import Mesh, plan_parallel
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import device_memory, plan_memory, tree_bytes
-from flexllm_jax.engine.programs import EngineSizes, head_parameters, list_programs
+from flexllm_jax.engine.placement import Placement
+from flexllm_jax.engine.programs import EngineSizes, bank_shape, head_parameters, list_programs
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import load_parameters
 from kernels_pallas.backend import select_backend
 
+log = logging.getLogger(__name__)
+
 
 class Runner:
-    """Arrays and programs of one model on one device; `sizes` says how large they are."""
+    """Arrays and programs of one model on one device, or split over several; `sizes` says how large
+    they are and where they lie."""
 
     def __init__(self, config: Config, *, progress: bool = True):
         use_persistent_cache(config.compile.cache_dir)
@@ -31,9 +38,15 @@ class Runner:
         self.device = jax.devices()[0]
         backend = select_backend(config.kernels, self.device)
         available = int(device_memory(self.device) * config.cache.memory_fraction)
-        sizes = EngineSizes.from_config(config, self.model, backend)
+        placement = _placement(config, self.model)
+        sizes = EngineSizes.from_config(config, self.model, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
-        self.params = load_parameters(config.model.path, self.model, sizes.dtype, self.device)
+        self.params = load_parameters(
+            config.model.path,
+            self.model,
+            self.sizes.dtype,
+            self._shardings(self.sizes.parameters) if placement else self.device,
+        )
         self._allocate(config, available)
         started = time.monotonic()
         self.programs = compile_programs(
@@ -65,9 +78,30 @@ class Runner:
 
     def zeros(self, shapes):
         """Arrays of zeros on the device, without compiling anything."""
-        return jax.tree.map(
-            lambda s: jax.device_put(np.zeros(s.shape, s.dtype), self.device), shapes
-        )
+        if not self.sizes.placement:
+            return jax.tree.map(
+                lambda s: jax.device_put(np.zeros(s.shape, s.dtype), self.device), shapes
+            )
+
+        def part(sharding: Any, s: Any) -> jax.Array:
+            return jax.make_array_from_callback(
+                s.shape, sharding, lambda _: np.zeros(sharding.shard_shape(s.shape), s.dtype)
+            )
+
+        return jax.tree.map(part, self._shardings(shapes), shapes)
+
+    def put(self, tree, like=None):
+        """Arrays of the host on the device; sharded as `like` (a tree of shapes), or the same on
+        every device."""
+        placement = self.sizes.placement
+        if not placement:
+            return jax.device_put(tree, self.device)
+        return jax.device_put(tree, self._shardings(like) if like else placement.replicated)
+
+    def _shardings(self, shapes):
+        placement = self.sizes.placement
+        assert placement is not None
+        return jax.tree.map(lambda s: s.sharding or placement.replicated, shapes)
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -208,3 +242,21 @@ class Runner:
     def copy_state(self, state: dict) -> dict:
         """A copy of the parts of a job's state that a checkpoint keeps."""
         return self.programs["copy_state"]({k: state[k] for k in ("master", "optimizer")})
+
+
+def _placement(config: Config, model: ModelConfig) -> Placement | None:
+    """How the model is split over devices; None for one. ParallelError when it cannot be."""
+    if config.parallel.tp == 1:
+        return None
+    mesh, bank = Mesh.of(model, config.parallel.tp), bank_shape(config)
+    plan = plan_parallel(
+        model,
+        mesh,
+        tuple(bank.sites(model)),
+        rank=bank.rank,
+        bottleneck=bank.bottleneck,
+        tokens=config.scheduler.max_tokens_per_step,
+        itemsize=np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize,
+    )
+    log.info("%s", plan.describe())
+    return Placement.on(jax.devices(), model, plan)

@@ -102,8 +102,7 @@ def sample_greedy(
 ) -> tuple[Int[Array, " R"], Int[Array, " Q"]]:
     """The most likely token of each row, also put in `last_tokens` (donated) for the next step to
     read. Arguments as in `sample_full`."""
-    bypass = _head_bypass(bank, packed[1])
-    tokens = jnp.argmax(decoder.logits(params, hidden, bypass), axis=-1).astype(jnp.int32)
+    tokens = decoder.most_likely(params, hidden, _head_bypass(bank, packed[1]))
     return tokens, last_tokens.at[packed[0]].set(tokens, mode="drop")
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
@@ -187,8 +188,11 @@ def loss_unit(
             [jnp.zeros(x.shape, jnp.float32) for x in inputs],
         ),
     )
+    maximum, total, expected = join_softmax(maximum, total, expected, decoder.axes)
     counts, label = rows.label >= 0, jnp.maximum(rows.label, 0)
-    targets = [head[label].astype(jnp.float32)] + ([lora["b"][:, label].T] if lora else [])
+    targets = [rows_of(head, label, decoder.axes).astype(jnp.float32)]
+    if lora:
+        targets.append(lora["b"][:, label].T)
     target_logit = sum(
         jnp.sum(x.astype(jnp.float32) * target, axis=-1)
         for x, target in zip(inputs, targets, strict=True)

@@ -7,7 +7,7 @@ zeros alone. Hyperparameters are inputs of the program, so one program serves ev
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,22 @@ def hyperparameters(config: OptimizerConfig, step: int, total_steps: int) -> lis
     ]
 
 
+class Reduction(Protocol):
+    """How gradients and norms are completed when weights are split over devices."""
+
+    def sum_gradients(self, gradients: list) -> list:
+        """Gradients whose summands lie on several devices, summed."""
+        ...
+
+    def norm(self, weights: list) -> jax.Array:
+        """Norm of all weights (or gradients) together."""
+        ...
+
+
 def _adamw(values: Any) -> optax.GradientTransformation:
-    *adam, max_norm = values
-    keywords = dict(zip(HYPERPARAMETERS, adam, strict=False))
-    return optax.chain(optax.clip_by_global_norm(max_norm), optax.adamw(**keywords))
+    """AdamW; clipping comes before, as its norm may have to be summed over devices."""
+    keywords = dict(zip(HYPERPARAMETERS, values[:-1], strict=False))
+    return optax.chain(optax.identity(), optax.adamw(**keywords))
 
 
 def job_state_shapes(master: list) -> dict:
@@ -84,12 +96,17 @@ def commit(gradients: list, totals: jax.Array, state: dict) -> dict:
 
 
 def optimizer_step(
-    weights: list, state: dict, bank_row: Int[Array, ""], values: Float[Array, " 6"]
+    reduction: Reduction | None,
+    weights: list,
+    state: dict,
+    bank_row: Int[Array, ""],
+    values: Float[Array, " 6"],
 ) -> tuple[list, dict, dict]:
     """One update of one job from its accumulated gradient, which is divided by its number of
     labels.
 
     Args:
+        reduction: of weights that are split over devices, static.
         weights: the bank, per layer: module -> {"a": [A, ...], "b": [A, ...]}; donated.
         state: the job's (`job_state_shapes`); donated.
         bank_row: the job's row of the bank.
@@ -102,11 +119,19 @@ def optimizer_step(
         the metrics and stops the job.
     """
     loss, labels = state["totals"]
-    mean = jax.tree.map(lambda g: g / jnp.maximum(labels, 1.0), state["gradients"])
-    norm = optax.global_norm(mean)
-    updates, optimizer = _adamw(values).update(mean, state["optimizer"], state["master"])
-    updated = {"master": optax.apply_updates(state["master"], updates), "optimizer": optimizer}
-    weight_norm = optax.global_norm(updated["master"])
+    norm_of = reduction.norm if reduction else optax.global_norm
+    gradients = state["gradients"]
+    if reduction:
+        gradients = reduction.sum_gradients(gradients)
+    mean = jax.tree.map(lambda g: g / jnp.maximum(labels, 1.0), gradients)
+    norm, max_norm = norm_of(mean), values[-1]
+    clipped = jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), mean)
+    updates, optimizer = _adamw(values).update(clipped, state["optimizer"], state["master"])
+    updated: dict[str, Any] = {
+        "master": optax.apply_updates(state["master"], updates),
+        "optimizer": optimizer,
+    }
+    weight_norm = norm_of(updated["master"])
     sound = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(weight_norm)
     kept = jax.tree.map(
         lambda new, old: jnp.where(sound, new, old),

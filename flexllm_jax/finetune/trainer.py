@@ -84,8 +84,9 @@ class Trainer:
             job.restore(checkpoint.step, checkpoint.info)
             kept = checkpoint.arrays
         runner.write_adapter(job.slot, kept["master"], scales)
-        job.scales = jax.device_put(jax.tree.map(lambda s: s.reshape(1), scales), runner.device)
-        job.state |= jax.device_put(kept, runner.device)
+        job.scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
+        shapes = runner.sizes.job_state
+        job.state |= runner.put(kept, like={name: shapes[name] for name in kept})
         self.jobs[job.name] = job
         self._scheduler.add_job(job.name, job.config.weight, job.config.priority)
         if job.complete:
@@ -140,7 +141,7 @@ class Trainer:
         own_slots = slice(forward.slot, forward.slot + len(packed.token))
         starts = forward.slot + packed.sequence_start
         table[:, own_slots] = (packed.label, packed.position, kv_slot, starts)
-        on_device = jax.device_put(table, runner.device)
+        on_device = runner.put(table)
         begun = MicrobatchInWork(packed, forward.slot, forward.pages, kv_slot, on_device)
         self.in_work[microbatch_id] = begun
         return begun

@@ -4,8 +4,8 @@ A layer is two functions with attention between them, because attention reads pa
 program owns, and because token-level finetuning differentiates the two halves apart. The same code
 runs forward and backward:
 
-- `bypass(x, outputs)` adds what an adapter contributes to the outputs, by name, of the projections
-  that read `x`;
+- `bypass(x, outputs, join)` adds what an adapter contributes to the outputs, by name, of the
+  projections that read `x`; `join` makes them whole where the model is split over devices;
 - `tap(name, value)` sees the activations that the backward may want: the forward records them, the
   backward puts the recorded ones in their place, so that whatever was needed only to compute them
   disappears.
@@ -22,6 +22,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.models.collectives import (
+    Axes,
+    argmax_columns,
+    gather_columns,
+    rows_of,
+    share_input,
+    sum_outputs,
+)
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles, rotate
 from flexllm_jax.peft.bypass import BypassFunction, no_bypass
@@ -36,16 +44,20 @@ def no_tap(name: str, value: jax.Array) -> jax.Array:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and a gated feed-forward network, each after a norm and with a residual."""
+    """Attention and a gated feed-forward network, each after a norm and with a residual.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype):
+    With `axes` it is what one device has of a layer split over them: two all-reduces forward (after
+    o and down) and two backward (of the gradients of the inputs of q, k, v and of gate, up).
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, axes: Axes = ()):
         c = config
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.input_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
         self.q = Linear(c.d_model, q_size, dtype, c.attention_bias)
         self.k = Linear(c.d_model, kv_size, dtype, c.attention_bias)
         self.v = Linear(c.d_model, kv_size, dtype, c.attention_bias)
-        self.o = Linear(q_size, c.d_model, dtype, c.output_bias)
+        self.o = Linear(q_size, c.d_model, dtype, c.output_bias, axes)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
@@ -53,7 +65,7 @@ class DecoderLayer(nnx.Module):
         self.gate = Linear(c.d_model, c.d_ff, dtype)
         self.up = Linear(c.d_model, c.d_ff, dtype)
         self.down = Linear(c.d_ff, c.d_model, dtype)
-        self.qk_norm, self.head_dim = c.qk_norm, c.head_dim
+        self.qk_norm, self.head_dim, self.axes = c.qk_norm, c.head_dim, axes
 
     def attention_inputs(
         self,
@@ -63,7 +75,7 @@ class DecoderLayer(nnx.Module):
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
         """Queries, keys and values of the layer's input, rotated."""
-        h = self.input_norm(x)
+        h = share_input(self.input_norm(x), self.axes)
         heads = (x.shape[0], -1, self.head_dim)
         outputs = bypass(h, {"q": self.q(h), "k": self.k(h), "v": self.v(h)})
         q, k = tap("query", outputs["q"]).reshape(heads), outputs["k"]
@@ -80,24 +92,32 @@ class DecoderLayer(nnx.Module):
         tap: Tap = no_tap,
     ) -> Float[Array, "T D"]:
         """The layer's output, from its input and what attention returned."""
+
+        def join(y: jax.Array) -> jax.Array:
+            return sum_outputs(y, self.axes)
+
         attended = attended.reshape(x.shape[0], -1)
-        x = tap("residual", x + bypass(attended, {"o": self.o(attended)})["o"])
-        h = self.post_norm(x)
+        x = tap("residual", x + bypass(attended, {"o": self.o(attended)}, join)["o"])
+        h = share_input(self.post_norm(x), self.axes)
         outputs = bypass(h, {"gate": self.gate(h), "up": self.up(h)})
         inner = jax.nn.silu(tap("gate", outputs["gate"])) * tap("up", outputs["up"])
-        return x + bypass(inner, {"down": self.down(inner)})["down"]
+        return x + bypass(inner, {"down": self.down(inner)}, join)["down"]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The decoder's functions over plain parameter pytrees (the layout of `hf_weights`)."""
+    """The decoder's functions over plain parameter pytrees (the layout of `hf_weights`).
+
+    With `axes`, over one device's part of them; `config` is then what that device has.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
+    axes: Axes = ()
 
     def layer(self, params: dict) -> DecoderLayer:
         """A layer's module holding these parameters; call it while tracing."""
-        return nnx.merge(_layer_graph(self.config, self.dtype), params)
+        return nnx.merge(_layer_graph(self.config, self.dtype, self.axes), params)
 
     def taps(self) -> dict[str, int]:
         """Name and width of each array of a layer that the forward may save for the backward:
@@ -120,7 +140,7 @@ class Decoder:
 
     def embed(self, params: dict, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Token embeddings."""
-        return params["embed"]["weight"][tokens]
+        return rows_of(params["embed"]["weight"], tokens, self.axes)
 
     def angles(self, positions: Int[Array, " T"]) -> Angles:
         """Rotary angles of the positions."""
@@ -138,14 +158,25 @@ class Decoder:
         self, params: dict, x: Float[Array, "T D"], bypass: BypassFunction = no_bypass
     ) -> Float[Array, "T V"]:
         """Float32 logits of last-layer outputs; the bypass is that of "head"."""
+        return gather_columns(self._own_logits(params, x, bypass), self.axes)
+
+    def most_likely(
+        self, params: dict, x: Float[Array, "T D"], bypass: BypassFunction = no_bypass
+    ) -> Int[Array, " T"]:
+        """The token with the largest logit, the first of equals."""
+        return argmax_columns(self._own_logits(params, x, bypass), self.axes).astype(jnp.int32)
+
+    def _own_logits(
+        self, params: dict, x: Float[Array, "T D"], bypass: BypassFunction
+    ) -> jax.Array:
         h = self.final_norm(params, x)
         logits = jnp.einsum("td,vd->tv", h, self.head(params), preferred_element_type=jnp.float32)
         return bypass(h, {"head": logits})["head"]
 
 
 @cache
-def _layer_graph(config: ModelConfig, dtype: jnp.dtype) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, dtype)))[0]
+def _layer_graph(config: ModelConfig, dtype: jnp.dtype, axes: Axes) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, dtype, axes)))[0]
 
 
 @cache

@@ -11,22 +11,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.models.collectives import Axes
 from flexllm_jax.models.config import ModelConfig
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel (+ bias)."""
+    """y = x @ kernel (+ bias); a summand of it when d_in is split over mesh axes."""
 
-    def __init__(self, d_in: int, d_out: int, dtype: jnp.dtype, bias: bool = False):
+    def __init__(
+        self, d_in: int, d_out: int, dtype: jnp.dtype, bias: bool = False, axes: Axes = ()
+    ):
         self.kernel = nnx.Param(jnp.zeros((d_in, d_out), dtype))
         if bias:
             self.bias = nnx.Param(jnp.zeros((d_out,), dtype))
-        self.has_bias = bias
+        self.has_bias, self.axes = bias, axes
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
         """Apply the projection; the dtype is x's."""
         y = x @ self.kernel[...]
-        return y + self.bias[...] if self.has_bias else y
+        if not self.has_bias:
+            return y
+        bias = self.bias[...]
+        if self.axes:  # of the summands, one has the bias
+            bias = jnp.where(jax.lax.axis_index(self.axes) == 0, bias, 0)
+        return y + bias
 
 
 class RMSNorm(nnx.Module):

@@ -1,11 +1,13 @@
 """The interface of every PEFT method: a bypass network beside frozen projections, Y = f_B(X) +
 f_A(X) (FlexLLM, section 4).
 
-The decoder calls `bypass(x, outputs)` once for all projections that read the same input: x [T,
-d_in], and by name (q, k, v, o, gate, up or down) each projection's output [T, d_out]. It goes on
-with the outputs that it gets back. Attention has a bypass too, `attend`, as it is no part of the
-decoder's layers. Everything is a pure function of arrays, so it runs, and is differentiated, inside
-the step programs.
+The decoder calls `bypass(x, outputs, join)` once for all projections that read the same input: x
+[T, d_in], and by name (q, k, v, o, gate, up or down) each projection's output [T, d_out]. It goes
+on with the outputs that it gets back. Of a projection that is split over devices the output is a
+summand, and `join` the all-reduce that makes it whole: LoRA adds to the summand, and so joins the
+base model's all-reduce; a bottleneck reads the whole. Attention has a bypass too, `attend`, as it
+is no part of the decoder's layers. Everything is a pure function of arrays, so it runs, and is
+differentiated, inside the step programs.
 """
 
 from collections.abc import Callable
@@ -21,12 +23,18 @@ from flexllm_jax.peft.lora import lora
 from flexllm_jax.peft.outputs import Outputs
 from kernels_pallas.backend import XLA, Backend
 
-BypassFunction = Callable[[jax.Array, Outputs], Outputs]
+Join = Callable[[jax.Array], jax.Array]
+BypassFunction = Callable[..., Outputs]
 
 
-def no_bypass(x: jax.Array, outputs: Outputs) -> Outputs:
+def whole_already(output: jax.Array) -> jax.Array:
+    """Nothing to join."""
+    return output
+
+
+def no_bypass(x: jax.Array, outputs: Outputs, join: Join = whole_already) -> Outputs:
     """The base model alone."""
-    return outputs
+    return {name: join(output) for name, output in outputs.items()}
 
 
 @dataclass(frozen=True)
@@ -44,10 +52,11 @@ class Bypass:
     adapter: Int[Array, " T"]
     backend: Backend = XLA
 
-    def __call__(self, x: jax.Array, outputs: Outputs) -> Outputs:
+    def __call__(self, x: jax.Array, outputs: Outputs, join: Join = whole_already) -> Outputs:
         """The projections' outputs with what the adapters make of them."""
         outputs = lora(self.weights, self.scales, self.adapter, x, outputs, self.backend)
         outputs = ia3(self.weights, self.scales, self.adapter, outputs)
+        outputs = {name: join(output) for name, output in outputs.items()}
         return bottleneck(self.weights, self.scales, self.adapter, outputs, self.backend)
 
     def attend(

@@ -1,0 +1,208 @@
+"""Where the engine's arrays lie when the model is sharded, and its programs as SPMD programs.
+
+Programs are written for what one device holds (`Placement.local`, the model with its share of heads
+and of the feed-forward width) and run under `shard_map`, so every collective in them is one of
+`models.collectives` or of the optimizer. Arrays are described whole, with their shardings. A sum
+that is left to the optimizer step (pre-reduce: the gradient of a weight that each device uses on
+its own part) is an array with all devices' summands, one after the other in its first dimension.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flexllm_jax.compile.buckets import Program
+from flexllm_jax.compile.parallel import ParallelError, ParallelPlan, WeightPlan
+from flexllm_jax.models.config import ModelConfig
+
+KV, REPLICAS = "tp_kv", "tp_replicas"
+ALL = (KV, REPLICAS)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The shardings of a model and its bypasses over the devices of `mesh`."""
+
+    model: ModelConfig
+    plan: ParallelPlan
+    mesh: jax.sharding.Mesh
+
+    @classmethod
+    def on(cls, devices: list, model: ModelConfig, plan: ParallelPlan) -> "Placement":
+        """Over the first devices. ParallelError when there are too few."""
+        m = plan.mesh
+        if len(devices) < m.tp:
+            raise ParallelError(
+                f"parallel.tp={m.tp} needs {m.tp} devices and JAX sees {len(devices)}: lower it "
+                f"(on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={m.tp} makes more)"
+            )
+        grid = np.array(devices[: m.tp]).reshape(m.kv, m.replicas)
+        return cls(model, plan, jax.sharding.Mesh(grid, ALL))
+
+    @cached_property
+    def local(self) -> ModelConfig:
+        """The model as one device computes it."""
+        m = self.plan.mesh
+        return replace(
+            self.model,
+            num_heads=self.model.num_heads // m.tp,
+            num_kv_heads=self.model.num_kv_heads // m.kv,
+            d_ff=self.model.d_ff // m.tp,
+        )
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The same everywhere."""
+        return NamedSharding(self.mesh, P())
+
+    def _placed(self, array: Any, spec: P) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    def parameters(self, abstract: dict) -> dict:
+        """The parameters with their shardings: vocabularies by rows, projections by heads or inner
+        columns, o and down by the rows that read those."""
+
+        def spec(path: tuple) -> P:
+            names = [getattr(key, "key", None) for key in path]
+            module, kind = names[-2], names[-1]
+            if module in ("embed", "head"):
+                return P(ALL, None)
+            columns = {"q": ALL, "k": KV, "v": KV, "gate": ALL, "up": ALL}.get(module)
+            if columns is not None:
+                return P(None, columns) if kind == "kernel" else P(columns)
+            if module in ("o", "down") and kind == "kernel":
+                return P(ALL, None)
+            return P()
+
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self._placed(leaf, spec(path)), abstract
+        )
+
+    def pages(self, pages: list) -> list:
+        """KV pages [P, B, K, H], by heads."""
+        return jax.tree.map(lambda leaf: self._placed(leaf, P(None, None, KV)), pages)
+
+    def own(self, arrays: Any) -> Any:
+        """Arrays [S, X, ...] described as one device holds them, each with its own columns."""
+        tp = self.plan.mesh.tp
+
+        def whole(leaf: Any) -> jax.ShapeDtypeStruct:
+            shape = (leaf.shape[0], tp * leaf.shape[1], *leaf.shape[2:])
+            return self._placed(jax.ShapeDtypeStruct(shape, leaf.dtype), P(None, ALL))
+
+        return jax.tree.map(whole, arrays)
+
+    # -- bypasses ---------------------------------------------------------------------------------
+
+    def adapters(self, weights: list, rows: bool) -> list:
+        """Bypass weights by layer, with a leading dimension of rows or not."""
+        return self._by_weight(
+            weights, lambda plan, leaf: self._placed(leaf, _spec(plan, leaf.ndim - rows, rows))
+        )
+
+    def gradients(self, master: list) -> list:
+        """Gradients of such weights, those that are pre-reduce with every device's summand."""
+
+        def summands(plan: WeightPlan, leaf: Any) -> jax.ShapeDtypeStruct:
+            spec = list(_spec(plan, leaf.ndim, False))
+            if not plan.summed:
+                return self._placed(leaf, P(*spec))
+            over = _summed_over(plan)
+            spec[0] = (*_names(spec[0]), *over)
+            copies = math.prod(self.mesh.shape[name] for name in over)
+            shape = (leaf.shape[0] * copies, *leaf.shape[1:])
+            return self._placed(jax.ShapeDtypeStruct(shape, leaf.dtype), P(*spec))
+
+        return self._by_weight(master, summands)
+
+    def job_state(self, state: dict) -> dict:
+        """A job's state: the optimizer's moments lie where the weights do."""
+        master = self.adapters(state["master"], rows=False)
+        layout = jax.tree.structure(master)
+        optimizer = jax.tree.map(
+            lambda node: master if jax.tree.structure(node) == layout else node,
+            state["optimizer"],
+            is_leaf=lambda node: jax.tree.structure(node) == layout,
+        )
+        return state | {
+            "master": master,
+            "optimizer": optimizer,
+            "gradients": self.gradients(master),
+        }
+
+    def _by_weight(self, layers: list, place: Any) -> list:
+        return [
+            {
+                site: {
+                    name: place(self.plan.weights[site][name], leaf) for name, leaf in own.items()
+                }
+                for site, own in layer.items()
+            }
+            for layer in layers
+        ]
+
+    # -- inside programs --------------------------------------------------------------------------
+
+    def sum_gradients(self, gradients: list) -> list:
+        """The sums of the gradients that are pre-reduce."""
+        return self._by_weight(
+            gradients,
+            lambda plan, leaf: lax.psum(leaf, _summed_over(plan)) if plan.summed else leaf,
+        )
+
+    def norm(self, weights: list) -> jax.Array:
+        """Norm of all weights (or like arrays) together."""
+        squares: dict[tuple[str, ...], Any] = {}
+
+        def add(plan: WeightPlan, leaf: jax.Array) -> None:
+            over = () if plan.dimension is None else (KV,) if plan.kv_only else ALL
+            squares[over] = squares.get(over, 0.0) + jnp.sum(leaf * leaf)
+
+        self._by_weight(weights, add)
+        return jnp.sqrt(sum(lax.psum(s, over) if over else s for over, s in squares.items()))
+
+    def distribute(self, program: Program) -> Program:
+        """The program of one device as one of all."""
+
+        def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+            spec = P() if leaf.sharding is None else leaf.sharding.spec
+            return self._placed(leaf, spec)
+
+        def spec(leaf: Any) -> P:
+            return leaf if isinstance(leaf, P) else placed(leaf).sharding.spec
+
+        arguments = jax.tree.map(placed, program.arguments)
+        function = jax.shard_map(
+            program.function,
+            mesh=self.mesh,
+            in_specs=jax.tree.map(spec, arguments),
+            out_specs=jax.tree.map(spec, program.results),
+            check_vma=False,  # the derivatives of `models.collectives` are written out
+        )
+        return replace(program, function=function, arguments=arguments)
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
+def _spec(plan: WeightPlan, ndim: int, lead: bool) -> P:
+    """Spec of a weight of `ndim` dimensions, after a whole leading one or not."""
+    spec: list = [None] * ndim
+    if plan.dimension is not None:
+        spec[plan.dimension] = KV if plan.kv_only else ALL
+    return P(*([None] if lead else []), *spec)
+
+
+def _summed_over(plan: WeightPlan) -> tuple[str, ...]:
+    """The axes over which a weight is the same and its gradient pre-reduce."""
+    return (REPLICAS,) if plan.kv_only else ALL

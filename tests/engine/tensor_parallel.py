@@ -1,0 +1,163 @@
+"""Runs one model on 1, 2, ... forced host devices and writes what it said and learnt.
+
+A program of its own, as the number of host devices is fixed when JAX starts:
+`python -m tests.engine.tensor_parallel MODEL ADAPTER ROWS OUTPUT_DIR TP [TP ...]`
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+)
+
+import jax
+import numpy as np
+
+from flexllm_jax import LLM, SamplingParams
+from tests.engines import SEVEN, job_config, random_prompts, start_engine
+
+KINDS = {
+    "lora": {"type": "lora", "r": 4, "alpha": 8.0, "target_modules": list(SEVEN)},
+    "ia3": {"type": "ia3"},
+    "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
+    "prefix": {"type": "prefix", "num_virtual_tokens": 3},
+}
+
+
+def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
+    """Summed gradients and totals of every microbatch of a job's only step, whole."""
+    runner, trainer = llm.engine.runner, llm.engine.trainer
+    seen, finish = [], trainer.finish_microbatch
+
+    def spy(microbatch):
+        shapes = runner.sizes.job_state["master"]
+        seen.append(
+            (
+                jax.tree.map(whole, runner.pending["gradients"], shapes),
+                np.array(runner.pending["totals"]),
+            )
+        )
+        return finish(microbatch)
+
+    trainer.finish_microbatch = spy
+    futures = [
+        f
+        for prompt in random_prompts([5, 31, 18])
+        for f in llm.submit(prompt, SamplingParams(max_tokens=30, temperature=1.0))
+    ]
+    done = llm.finetune(job_config("step", rows, steps=1, batch_tokens=400, seed=3, **job)).wait(
+        300
+    )
+    for future in futures:
+        future.result(60)
+    trainer.finish_microbatch = finish
+    assert done.status == "succeeded", done.reason
+    flat = {}
+    for i, (one, totals) in enumerate(seen):
+        flat[f"{i}/totals"] = totals
+        for path, leaf in jax.tree_util.tree_leaves_with_path(one):
+            flat[f"{i}{jax.tree_util.keystr(path)}"] = leaf
+    return flat
+
+
+def whole(array: jax.Array, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A gradient from its summands: the devices' with the same part of the weight, in turn."""
+    if array.shape == shape.shape:
+        return np.asarray(array)
+    total = np.zeros(shape.shape, np.float32)
+    (d,) = [i for i in range(array.ndim) if array.shape[i] != shape.shape[i]]
+    assert d == 0
+    # Where each device's part belongs follows from the weight's own sharding.
+    own = shape.sharding.devices_indices_map(shape.shape)
+    for shard in array.addressable_shards:
+        total[own[shard.device]] += np.asarray(shard.data)
+    if all(index == own[shard.device] for index in own.values()):  # replicated: each a summand
+        return total
+    return total
+
+
+def buffers(llm: LLM) -> list:
+    runner = llm.engine.runner
+    arrays = jax.tree.leaves((runner.params, runner.pages, runner.finetune["saved"], runner.bank))
+    return sorted(
+        (shard.data.shape, shard.data.unsafe_buffer_pointer())
+        for array in arrays
+        for shard in array.addressable_shards
+    )
+
+
+def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
+    """Everything with one number of devices."""
+    llm = start_engine(
+        model,
+        out / f"runs{tp}",
+        parallel={"tp": tp},
+        adapter_bank={
+            "slots": 6,
+            "max_rank": 8,
+            "kinds": list(KINDS),
+            "max_bottleneck": 4,
+            "max_prefix": 4,
+        },
+    )
+    llm.load_adapter("served", adapter)
+    prompts = random_prompts([1, 9, 33, 60])
+    greedy = SamplingParams(max_tokens=20, ignore_eos=True)
+    full = SamplingParams(
+        max_tokens=12,
+        temperature=0.8,
+        top_p=0.9,
+        seed=5,
+        logprobs=3,
+        prompt_logprobs=2,
+        repetition_penalty=1.1,
+        ignore_eos=True,
+    )
+    said = {
+        "greedy": [o.token_ids for o in llm.generate(prompts, greedy)],
+        "adapter": [o.token_ids for o in llm.generate(prompts, greedy, adapter="served")],
+        "sampled": [o.token_ids for o in llm.generate(prompts, full)],
+    }
+    outputs = llm.generate(prompts, full, adapter="served")
+    said["logprobs"] = [
+        sorted(p.values()) for o in outputs for p in (*o.logprobs, *o.prompt_logprobs[1:])
+    ]
+    before = llm._loop.call(lambda: buffers(llm))
+    arrays = {}
+    for kind, peft in KINDS.items():
+        job = {"peft": peft}
+        if kind == "lora":
+            job["init_adapter"] = adapter
+        for name, leaf in gradients(llm, job, rows).items():
+            arrays[f"{kind}{name}"] = leaf
+        llm.unload_adapter("step")
+    job = llm.finetune(
+        job_config(
+            "mine",
+            rows,
+            steps=4,
+            batch_tokens=300,
+            peft=KINDS["lora"],
+            optimizer={"lr": 1e-2, "clip": 0.5},
+        )
+    ).wait(300)
+    assert job.status == "succeeded", job.reason
+    said["losses"] = job.losses
+    said["trained"] = [o.token_ids for o in llm.generate(prompts, greedy, adapter="mine")]
+    llm.export_adapter("mine", out / f"adapter{tp}")
+    llm.export_merged("mine", out / f"merged{tp}")
+    said["moved"] = len(set(before) - set(llm._loop.call(lambda: buffers(llm))))
+    said["recompiles"] = llm.engine.runner.compilations.count
+    llm.close()
+    np.savez(out / f"gradients{tp}.npz", **arrays)
+    (out / f"said{tp}.json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    model, adapter, rows, out = map(Path, sys.argv[1:5])
+    for tp in map(int, sys.argv[5:]):
+        run(model, adapter, rows, out, tp)
