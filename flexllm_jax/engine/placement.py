@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexllm_jax.compile.buckets import Program
-from flexllm_jax.compile.parallel import Mesh, ParallelError, ParallelPlan, WeightPlan
+from flexllm_jax.compile.parallel import ParallelError, ParallelPlan, WeightPlan
 from flexllm_jax.models.config import ModelConfig
 
 KV, REPLICAS = "tp_kv", "tp_replicas"

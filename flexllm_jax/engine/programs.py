@@ -277,9 +277,7 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
         arguments = (head, hidden(rows), last_tokens)
         programs += [
             Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (2,), _WHOLE),
-            Program(
-                f"sample/full/{rows}", full, (*arguments, history, packed), (2, 3), _WHOLE
-            ),
+            Program(f"sample/full/{rows}", full, (*arguments, history, packed), (2, 3), _WHOLE),
         ]
     counts = _ints(sizes.model.vocab_size)
     prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)

@@ -36,7 +36,7 @@ class Runner:
         self.model = ModelConfig.from_hf(config.model.path)
         self.device = jax.devices()[0]
         backend = select_backend(config.kernels, self.device)
-        placement = _placement(config, self.model)
+        placement = plan_placement(config, self.model)
         self.sizes = EngineSizes.from_config(config, self.model, backend, placement)
         self.params = load_parameters(
             config.model.path,
@@ -222,7 +222,7 @@ class Runner:
         return self.programs["copy_state"]({k: state[k] for k in ("master", "optimizer")})
 
 
-def _placement(config: Config, model: ModelConfig) -> Placement | None:
+def plan_placement(config: Config, model: ModelConfig) -> Placement | None:
     """How the model is split over devices; None for one. ParallelError when it cannot be."""
     if config.parallel.tp == 1:
         return None

@@ -30,7 +30,9 @@ def _sum_outputs(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.psum(x, axes)
 
 
-_sum_outputs.defvjp(lambda x, axes: (lax.psum(x, axes), None), lambda axes, _, gradient: (gradient,))
+_sum_outputs.defvjp(
+    lambda x, axes: (lax.psum(x, axes), None), lambda axes, _, gradient: (gradient,)
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -5,9 +5,9 @@ The decoder calls `bypass(x, outputs, join)` once for all projections that read 
 [T, d_in], and by name (q, k, v, o, gate, up or down) each projection's output [T, d_out]. It goes
 on with the outputs that it gets back. Of a projection that is split over devices the output is a
 summand, and `join` the all-reduce that makes it whole: LoRA adds to the summand, and so joins the
-base model's all-reduce; a bottleneck reads the whole. Attention has a bypass too, `attend`, as it is no part of the
-decoder's layers. Everything is a pure function of arrays, so it runs, and is differentiated, inside
-the step programs.
+base model's all-reduce; a bottleneck reads the whole. Attention has a bypass too, `attend`, as it
+is no part of the decoder's layers. Everything is a pure function of arrays, so it runs, and is
+differentiated, inside the step programs.
 """
 
 from collections.abc import Callable

@@ -9,10 +9,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-)
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    )
 
 import jax
 import numpy as np
@@ -49,7 +50,9 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
         for prompt in random_prompts([5, 31, 18])
         for f in llm.submit(prompt, SamplingParams(max_tokens=30, temperature=1.0))
     ]
-    done = llm.finetune(job_config("step", rows, steps=1, batch_tokens=400, seed=3, **job)).wait(300)
+    done = llm.finetune(job_config("step", rows, steps=1, batch_tokens=400, seed=3, **job)).wait(
+        300
+    )
     for future in futures:
         future.result(60)
     trainer.finish_microbatch = finish
@@ -67,14 +70,9 @@ def whole(array: jax.Array, shape: jax.ShapeDtypeStruct) -> np.ndarray:
     if array.shape == shape.shape:
         return np.asarray(array)
     total = np.zeros(shape.shape, np.float32)
-    (d,) = [i for i in range(array.ndim) if array.shape[i] != shape.shape[i]]
-    assert d == 0
-    # Where each device's part belongs follows from the weight's own sharding.
-    own = shape.sharding.devices_indices_map(shape.shape)
+    part = shape.sharding.devices_indices_map(shape.shape)
     for shard in array.addressable_shards:
-        total[own[shard.device]] += np.asarray(shard.data)
-    if all(index == own[shard.device] for index in own.values()):  # replicated: each a summand
-        return total
+        total[part[shard.device]] += np.asarray(shard.data)
     return total
 
 
@@ -94,15 +92,27 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
         model,
         out / f"runs{tp}",
         parallel={"tp": tp},
-        adapter_bank={"slots": 6, "max_rank": 8, "kinds": list(KINDS), "max_bottleneck": 4,
-                      "max_prefix": 4},
+        compile={"token_buckets": [48]},
+        adapter_bank={
+            "slots": 6,
+            "max_rank": 8,
+            "kinds": list(KINDS),
+            "max_bottleneck": 4,
+            "max_prefix": 4,
+        },
     )
     llm.load_adapter("served", adapter)
     prompts = random_prompts([1, 9, 33, 60])
     greedy = SamplingParams(max_tokens=20, ignore_eos=True)
     full = SamplingParams(
-        max_tokens=12, temperature=0.8, top_p=0.9, seed=5, logprobs=3, prompt_logprobs=2,
-        repetition_penalty=1.1, ignore_eos=True,
+        max_tokens=12,
+        temperature=0.8,
+        top_p=0.9,
+        seed=5,
+        logprobs=3,
+        prompt_logprobs=2,
+        repetition_penalty=1.1,
+        ignore_eos=True,
     )
     said = {
         "greedy": [o.token_ids for o in llm.generate(prompts, greedy)],
@@ -122,8 +132,16 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
         for name, leaf in gradients(llm, job, rows).items():
             arrays[f"{kind}{name}"] = leaf
         llm.unload_adapter("step")
-    job = llm.finetune(job_config("mine", rows, steps=4, batch_tokens=300, peft=KINDS["lora"],
-                                  optimizer={"lr": 1e-2, "clip": 0.5})).wait(300)
+    job = llm.finetune(
+        job_config(
+            "mine",
+            rows,
+            steps=4,
+            batch_tokens=300,
+            peft=KINDS["lora"],
+            optimizer={"lr": 1e-2, "clip": 0.5},
+        )
+    ).wait(300)
     assert job.status == "succeeded", job.reason
     said["losses"] = job.losses
     said["trained"] = [o.token_ids for o in llm.generate(prompts, greedy, adapter="mine")]
