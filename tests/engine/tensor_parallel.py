@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -114,14 +115,17 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
         repetition_penalty=1.1,
         ignore_eos=True,
     )
-    said = {
+    said: dict[str, Any] = {
         "greedy": [o.token_ids for o in llm.generate(prompts, greedy)],
         "adapter": [o.token_ids for o in llm.generate(prompts, greedy, adapter="served")],
         "sampled": [o.token_ids for o in llm.generate(prompts, full)],
     }
     outputs = llm.generate(prompts, full, adapter="served")
     said["logprobs"] = [
-        sorted(p.values()) for o in outputs for p in (*o.logprobs, *o.prompt_logprobs[1:])
+        sorted(position.values())
+        for output in outputs
+        for position in [*(output.logprobs or []), *(output.prompt_logprobs or [])]
+        if position is not None
     ]
     before = llm._loop.call(lambda: buffers(llm))
     arrays = {}
