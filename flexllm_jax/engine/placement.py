@@ -72,7 +72,7 @@ class Placement:
         columns, o and down by the rows that read those."""
 
         def spec(path: tuple) -> P:
-            names = [getattr(key, "key", None) for key in path]
+            names = [str(getattr(key, "key", "")) for key in path]
             module, kind = names[-2], names[-1]
             if module in ("embed", "head"):
                 return P(ALL, None)
@@ -159,7 +159,7 @@ class Placement:
             lambda plan, leaf: lax.psum(leaf, _summed_over(plan)) if plan.summed else leaf,
         )
 
-    def norm(self, weights: list) -> jax.Array:
+    def norm(self, weights: Any) -> jax.Array:
         """Norm of all weights (or like arrays) together."""
         squares: dict[tuple[str, ...], Any] = {}
 

@@ -38,7 +38,7 @@ class Runner:
         self.device = jax.devices()[0]
         backend = select_backend(config.kernels, self.device)
         available = int(device_memory(self.device) * config.cache.memory_fraction)
-        placement = _placement(config, self.model)
+        placement = plan_placement(config, self.model)
         sizes = EngineSizes.from_config(config, self.model, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
         self.params = load_parameters(
@@ -244,7 +244,7 @@ class Runner:
         return self.programs["copy_state"]({k: state[k] for k in ("master", "optimizer")})
 
 
-def _placement(config: Config, model: ModelConfig) -> Placement | None:
+def plan_placement(config: Config, model: ModelConfig) -> Placement | None:
     """How the model is split over devices; None for one. ParallelError when it cannot be."""
     if config.parallel.tp == 1:
         return None

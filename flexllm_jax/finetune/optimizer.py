@@ -57,7 +57,7 @@ class Reduction(Protocol):
         """Gradients whose summands lie on several devices, summed."""
         ...
 
-    def norm(self, weights: list) -> jax.Array:
+    def norm(self, weights: Any) -> jax.Array:
         """Norm of all weights (or gradients) together."""
         ...
 

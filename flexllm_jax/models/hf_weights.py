@@ -197,12 +197,18 @@ def _load(file: Path, tensor: _Tensor, dtype: DTypeLike, sharding: Sharding | No
     if tensor.transposed and isinstance(sharding, NamedSharding):
         spec = (*sharding.spec, None, None)[:2]
         source = NamedSharding(sharding.mesh, PartitionSpec(*spec[::-1]))
-    array = jax.device_put(_read(file, tensor), source)
+    if isinstance(source, NamedSharding):  # every device its part, one after the other
+        array = jax.make_array_from_callback(
+            tensor.stored_shape, source, lambda part: _read(file, tensor, part)
+        )
+    else:
+        array = jax.device_put(_read(file, tensor), source)
     # Waiting leaves no second transfer in flight, whose source would stay in host memory.
     return _convert(tensor.transposed, jnp.dtype(dtype), sharding)(array).block_until_ready()
 
 
-def _read(file: Path, tensor: _Tensor) -> np.ndarray:
+def _read(file: Path, tensor: _Tensor, part: Any = None) -> np.ndarray:
+    """A stored tensor, or the part of it that a tuple of slices names."""
     # Opened for each tensor anew: a mapping kept open keeps the pages read in this process.
     with _open(file) as checkpoint:
         try:
@@ -218,6 +224,8 @@ def _read(file: Path, tensor: _Tensor) -> np.ndarray:
                     f"{file}: tensor {tensor.name} has dtype {kind}; use an unquantized checkpoint "
                     "(BF16, F16, F32)"
                 )
+            if part is not None:
+                return checkpoint.get_slice(tensor.name)[part]
             return checkpoint.get_tensor(tensor.name)
         except SafetensorError as error:
             raise WeightsError(f"{file}: tensor {tensor.name} cannot be read: {error}") from None

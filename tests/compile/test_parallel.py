@@ -64,7 +64,7 @@ def whole_of(held: list[np.ndarray], state: State) -> np.ndarray:
     if state is State.PARTITIONED:
         return np.concatenate(held, axis=1)
     if state is State.PRE_REDUCE:
-        return sum(held)
+        return np.sum(held, axis=0)
     if state is State.REPLICATED:
         assert all(np.allclose(held[0], other) for other in held)
     return held[0]

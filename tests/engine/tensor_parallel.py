@@ -8,11 +8,13 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-)
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    )
 
 import jax
 import numpy as np
@@ -69,14 +71,9 @@ def whole(array: jax.Array, shape: jax.ShapeDtypeStruct) -> np.ndarray:
     if array.shape == shape.shape:
         return np.asarray(array)
     total = np.zeros(shape.shape, np.float32)
-    (d,) = [i for i in range(array.ndim) if array.shape[i] != shape.shape[i]]
-    assert d == 0
-    # Where each device's part belongs follows from the weight's own sharding.
-    own = shape.sharding.devices_indices_map(shape.shape)
+    part = shape.sharding.devices_indices_map(shape.shape)
     for shard in array.addressable_shards:
-        total[own[shard.device]] += np.asarray(shard.data)
-    if all(index == own[shard.device] for index in own.values()):  # replicated: each a summand
-        return total
+        total[part[shard.device]] += np.asarray(shard.data)
     return total
 
 
@@ -96,6 +93,7 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
         model,
         out / f"runs{tp}",
         parallel={"tp": tp},
+        compile={"token_buckets": [48]},
         adapter_bank={
             "slots": 6,
             "max_rank": 8,
@@ -117,14 +115,17 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
         repetition_penalty=1.1,
         ignore_eos=True,
     )
-    said = {
+    said: dict[str, Any] = {
         "greedy": [o.token_ids for o in llm.generate(prompts, greedy)],
         "adapter": [o.token_ids for o in llm.generate(prompts, greedy, adapter="served")],
         "sampled": [o.token_ids for o in llm.generate(prompts, full)],
     }
     outputs = llm.generate(prompts, full, adapter="served")
     said["logprobs"] = [
-        sorted(p.values()) for o in outputs for p in (*o.logprobs, *o.prompt_logprobs[1:])
+        sorted(position.values())
+        for output in outputs
+        for position in [*(output.logprobs or []), *(output.prompt_logprobs or [])]
+        if position is not None
     ]
     before = llm._loop.call(lambda: buffers(llm))
     arrays = {}

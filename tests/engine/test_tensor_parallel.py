@@ -1,0 +1,120 @@
+"""The engine split over 2, 4 and 8 devices says and learns what it does on one.
+
+The model has biases, norms on queries and keys, and 2 key-value heads: on 4 and 8 devices they are
+replicated. Gradients on one device are compared with PEFT's elsewhere.
+"""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.checkpoints import make_llama, make_qwen3, save_tokenizer
+from tests.engine.tensor_parallel import KINDS
+from tests.engines import (
+    letter_rows,
+    load_with_adapter,
+    random_prompts,
+    reference_greedy,
+    save_random_adapter,
+    start_engine,
+    write_rows,
+)
+
+DEVICES = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What was said and learnt, by number of devices."""
+    folder = tmp_path_factory.mktemp("tp")
+    options = {"num_heads": 8, "num_kv_heads": 2, "attention_bias": True}
+    model = save_tokenizer(make_qwen3(folder / "model", vocab=272, **options))
+    adapter = save_random_adapter(model, folder / "adapter")
+    rows = write_rows(folder / "rows.jsonl", letter_rows(16))
+    arguments = [str(path) for path in (model, adapter, rows, folder)] + [str(n) for n in DEVICES]
+    command = [sys.executable, "-m", "tests.engine.tensor_parallel", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return SimpleNamespace(
+        folder=folder,
+        model=model,
+        adapter=adapter,
+        said={n: json.loads((folder / f"said{n}.json").read_text()) for n in DEVICES},
+        gradients={n: np.load(folder / f"gradients{n}.npz") for n in DEVICES},
+    )
+
+
+@pytest.fixture(params=DEVICES[1:])
+def tp(request):
+    return request.param
+
+
+def test_one_device_says_what_transformers_and_peft_do(runs):
+    prompts = random_prompts([1, 9, 33, 60])
+    reference = AutoModelForCausalLM.from_pretrained(runs.model, dtype=torch.float32).eval()
+    adapted = load_with_adapter(runs.model, runs.adapter)
+    for i, prompt in enumerate(prompts):
+        assert runs.said[1]["greedy"][i] == reference_greedy(reference, prompt, 20)
+        assert runs.said[1]["adapter"][i] == reference_greedy(adapted, prompt, 20)
+
+
+@pytest.mark.parametrize("what", ["greedy", "adapter", "sampled", "trained"])
+def test_same_tokens(runs, tp, what):
+    assert runs.said[tp][what] == runs.said[1][what]
+
+
+def test_same_logprobs(runs, tp):
+    for own, expected in zip(runs.said[tp]["logprobs"], runs.said[1]["logprobs"], strict=True):
+        assert own == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_gradients(runs, tp, kind):
+    def of(devices: int) -> dict[str, np.ndarray]:
+        found = runs.gradients[devices]
+        return {name: found[name] for name in found.files if name.startswith(kind)}
+
+    own, expected = of(tp), of(1)
+    assert own.keys() == expected.keys()
+    trained = 0
+    for name, gradient in expected.items():
+        size = np.linalg.norm(gradient)
+        assert np.linalg.norm(own[name] - gradient) <= 1e-5 * size, name
+        trained += size > 0
+    assert trained > 4
+
+
+def test_same_losses(runs, tp):
+    assert runs.said[tp]["losses"] == pytest.approx(runs.said[1]["losses"], rel=1e-5)
+
+
+def test_nothing_compiles_or_moves_after_the_start(runs, tp):
+    assert runs.said[tp]["recompiles"] == 0
+    assert runs.said[tp]["moved"] == 0
+
+
+def test_exports_are_whole(runs, tp):
+    for name in (f"adapter{tp}/adapter_model", f"merged{tp}/model"):
+        own = load_file(runs.folder / f"{name}.safetensors")
+        expected = load_file(runs.folder / f"{name.replace(str(tp), '1')}.safetensors")
+        assert own.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(own[key], tensor, atol=2e-4, rtol=1e-3)
+    adapted = load_with_adapter(runs.model, runs.folder / f"adapter{tp}")
+    for prompt, said in zip(random_prompts([1, 9, 33, 60]), runs.said[tp]["trained"], strict=True):
+        assert reference_greedy(adapted, prompt, 20) == said
+
+
+def test_what_cannot_be_split_is_refused_in_one_line(tmp_path):
+    path = save_tokenizer(make_llama(tmp_path / "model", vocab=272, num_heads=4))
+    for tp, message in ((3, "num_heads=4"), (2, "needs 2 devices and JAX sees 1")):
+        with pytest.raises(ValueError, match=message) as error:
+            start_engine(path, tmp_path / "runs", parallel={"tp": tp})
+        assert "\n" not in str(error.value)
