@@ -56,16 +56,17 @@ class EngineRefused(ValueError):
 
 
 class Generation:
-    """Outputs asked for together. Iterating yields (index, output) until all have ended."""
+    """Outputs asked for together. Iterating yields (index, when it came, output) until all have
+    ended."""
 
     def __init__(self, client: EngineClient, first_id: int, count: int):
         self._client, self._first_id = client, first_id
         self._unfinished = set(range(first_id, first_id + count))
-        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[float, Output]] = asyncio.Queue()
 
     def put(self, output: Output) -> None:
         """Called with every output of its requests."""
-        self._queue.put_nowait(output)
+        self._queue.put_nowait((time.monotonic(), output))
 
     def drop(self, index: int) -> None:
         """Nothing more of this output is wanted."""
@@ -79,15 +80,15 @@ class Generation:
         self._client.forget(sorted(self._unfinished), cancel=True)
         self._unfinished.clear()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, float, Output]]:
         while self._unfinished:
-            output = await self._queue.get()
+            at, output = await self._queue.get()
             if output.request_id not in self._unfinished:
                 continue  # dropped while this was on its way
             if output.finish_reason or output.error:
                 self._unfinished.discard(output.request_id)
                 self._client.forget([output.request_id], cancel=False)
-            yield output.request_id - self._first_id, output
+            yield output.request_id - self._first_id, at, output
 
 
 class EngineClient:
