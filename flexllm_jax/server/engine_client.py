@@ -7,6 +7,7 @@ error; when it ends without being told to, another is started in its place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -118,17 +119,17 @@ class EngineClient:
         self._next_request_id, self._call_ids = 0, itertools.count()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Event)
-        self._stopping = False
+        self._stop_asked = asyncio.Event()
 
     # -- the process ------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Keep an engine running until `stop`, or until it turns out that none can be started."""
         wait_s = 1.0
-        while not self._stopping:
+        while not self._stop_asked.is_set():
             began = time.monotonic()
             status = await self._run_once()
-            if self._stopping:
+            if self._stop_asked.is_set():
                 break
             if status == BAD_INPUT or (self.info is None and self.restarts == 0):
                 self.exit_status = status or 1
@@ -138,7 +139,8 @@ class EngineClient:
                 callback()
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S) if time.monotonic() - began < 60 else 1.0
             self.restarts += 1
-            await asyncio.sleep(wait_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_asked.wait(), wait_s)
         self.state = "stopped"
 
     async def _run_once(self) -> int:
@@ -189,7 +191,7 @@ class EngineClient:
 
     async def stop(self, timeout_s: float) -> bool:
         """End the engine; whether it ended by itself within `timeout_s`."""
-        self._stopping = True
+        self._stop_asked.set()
         process = self._process
         if process is None:
             return True

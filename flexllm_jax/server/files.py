@@ -81,7 +81,7 @@ class FileStore:
             part.rename(self.path(file_id))
         finally:
             part.unlink(missing_ok=True)
-        name = upload.filename or "upload"
+        name = (upload.filename or "upload").encode("utf-8", "replace").decode()
         file = File(id=file_id, filename=name, purpose=purpose, bytes=size)
         await self.database.run(lambda s: s.add(file))
         return file

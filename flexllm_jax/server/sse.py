@@ -53,7 +53,8 @@ class EventStream(Response):
             await send(start)
             async for chunk in self._events:
                 part = {"type": "http.response.body", "body": chunk, "more_body": True}
-                await asyncio.wait_for(send(part), _SLOWEST_READER_S)
+                async with asyncio.timeout(_SLOWEST_READER_S):
+                    await send(part)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:

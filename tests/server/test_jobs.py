@@ -291,3 +291,9 @@ def test_a_job_that_makes_no_sense_is_refused(client, trained, fields, says):
         )
     assert error.value.status_code in (400, 404)
     assert says in error.value.message
+
+
+def test_text_that_is_none_is_refused(server):
+    body = b'{"model": "tiny", "training_file": "x", "metadata": {"a": "\\ud800"}}'
+    status, _, answer = server.post("/v1/fine_tuning/jobs", body)
+    assert status == 400 and "surrogate" in answer
