@@ -7,6 +7,7 @@ engine's thread only for the last step. ValueError, in one line, is the caller's
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
 from flexllm_jax.server.protocol import JobState
+
+_FORGOTTEN_AFTER_S = 60.0  # a job's end: its last checkpoint is written by then
 
 
 class EngineCalls:
@@ -112,10 +115,17 @@ class EngineCalls:
         save_adapter(adapter, model, base, folder)
         self._checkpoints.setdefault(job.name, []).append(step)
 
+    def _forget(self, job: FinetuneJob) -> None:
+        """In the engine's thread: an ended job holds its data, and is told of all the time."""
+        if self._engine.trainer.jobs.get(job.name) is job:
+            del self._engine.trainer.jobs[job.name]
+
     def job_states(self) -> list[JobState]:
         """How all jobs are; of losses, those since the last call."""
         states = []
         for job in list(self._engine.trainer.jobs.values()):
+            if job.finished_at and time.monotonic() - job.finished_at > _FORGOTTEN_AFTER_S:
+                self._loop.post(partial(self._forget, job))
             told, losses = self._losses_told.get(job.name, 0), list(job.losses)
             self._losses_told[job.name] = len(losses)
             paused = job.running and job.paused

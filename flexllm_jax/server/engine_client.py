@@ -7,6 +7,7 @@ error; when it ends without being told to, another is started in its place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -56,16 +57,17 @@ class EngineRefused(ValueError):
 
 
 class Generation:
-    """Outputs asked for together. Iterating yields (index, output) until all have ended."""
+    """Outputs asked for together. Iterating yields (index, when it came, output) until all have
+    ended."""
 
     def __init__(self, client: EngineClient, first_id: int, count: int):
         self._client, self._first_id = client, first_id
         self._unfinished = set(range(first_id, first_id + count))
-        self._queue: asyncio.Queue[Output] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[float, Output]] = asyncio.Queue()
 
     def put(self, output: Output) -> None:
         """Called with every output of its requests."""
-        self._queue.put_nowait(output)
+        self._queue.put_nowait((time.monotonic(), output))
 
     def drop(self, index: int) -> None:
         """Nothing more of this output is wanted."""
@@ -79,15 +81,15 @@ class Generation:
         self._client.forget(sorted(self._unfinished), cancel=True)
         self._unfinished.clear()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Output]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, float, Output]]:
         while self._unfinished:
-            output = await self._queue.get()
+            at, output = await self._queue.get()
             if output.request_id not in self._unfinished:
                 continue  # dropped while this was on its way
             if output.finish_reason or output.error:
                 self._unfinished.discard(output.request_id)
                 self._client.forget([output.request_id], cancel=False)
-            yield output.request_id - self._first_id, output
+            yield output.request_id - self._first_id, at, output
 
 
 class EngineClient:
@@ -117,17 +119,17 @@ class EngineClient:
         self._next_request_id, self._call_ids = 0, itertools.count()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Event)
-        self._stopping = False
+        self._stop_asked = asyncio.Event()
 
     # -- the process ------------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Keep an engine running until `stop`, or until it turns out that none can be started."""
         wait_s = 1.0
-        while not self._stopping:
+        while not self._stop_asked.is_set():
             began = time.monotonic()
             status = await self._run_once()
-            if self._stopping:
+            if self._stop_asked.is_set():
                 break
             if status == BAD_INPUT or (self.info is None and self.restarts == 0):
                 self.exit_status = status or 1
@@ -137,7 +139,8 @@ class EngineClient:
                 callback()
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S) if time.monotonic() - began < 60 else 1.0
             self.restarts += 1
-            await asyncio.sleep(wait_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_asked.wait(), wait_s)
         self.state = "stopped"
 
     async def _run_once(self) -> int:
@@ -188,7 +191,7 @@ class EngineClient:
 
     async def stop(self, timeout_s: float) -> bool:
         """End the engine; whether it ended by itself within `timeout_s`."""
-        self._stopping = True
+        self._stop_asked.set()
         process = self._process
         if process is None:
             return True

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -118,8 +118,7 @@ class EngineProcess:
     def _take(self, command: Command) -> None:
         match command:
             case Submit(requests):
-                future = self.loop.post(lambda: self._submit(requests))
-                future.add_done_callback(lambda f: self._report_failure(f, requests))
+                self.loop.post(lambda: self._submit(requests))
             case Cancel(request_ids):
                 self.loop.post(lambda: self._cancel(request_ids))
             case Call():
@@ -132,12 +131,12 @@ class EngineProcess:
     def _submit(self, requests: Sequence[Generate]) -> None:
         adapter, path = requests[0].adapter, requests[0].adapter_path  # a message is about one
         if adapter and path and not self._calls.is_loaded(adapter):
-            waiting = self._loading.setdefault(adapter, [])
-            waiting += requests
-            if len(waiting) == len(requests):
+            if adapter not in self._loading:
+                self._loading[adapter] = []
                 self._workers.submit(self._load, adapter, path)
-            return
-        self._add(requests)
+            self._loading[adapter] += requests
+        else:
+            self._add(requests)
 
     def _load(self, adapter: str, path: str) -> None:
         """In a worker: load an adapter; then what waited for it is queued, or refused."""
@@ -145,40 +144,32 @@ class EngineProcess:
             self._calls.load_adapter(adapter, path)
         except Exception as error:
             invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
-
-            def go_on() -> None:
-                waiting = self._loading.pop(adapter)
-                refused = [Output(r.request_id, [], error=text, invalid=invalid) for r in waiting]
-                self._events.put(Outputs(refused))
+            self.loop.post(lambda: self._refuse(self._loading.pop(adapter), text, invalid))
         else:
+            self.loop.post(lambda: self._add(self._loading.pop(adapter)))
 
-            def go_on() -> None:
-                self._add(self._loading.pop(adapter))
-
-        self.loop.post(go_on)
+    def _refuse(self, requests: Sequence[Generate], error: str, invalid: bool) -> None:
+        outputs = [Output(r.request_id, [], error=error, invalid=invalid) for r in requests]
+        self._events.put(Outputs(outputs))
 
     def _add(self, requests: Sequence[Generate]) -> None:
+        try:
+            self._queue(requests)
+        except Exception as error:
+            log.exception("requests were not queued")
+            self._refuse(requests, repr(error), invalid=False)
+
+    def _queue(self, requests: Sequence[Generate]) -> None:
         new = [
             NewRequest(tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class)
             for r in requests
         ]
-        refused = []
         for request, future in zip(requests, self.loop.add(new), strict=True):
             if future.done() and (error := future.exception()):
-                output = Output(request.request_id, [], error=str(error), invalid=True)
-                refused.append(output)
+                self._refuse([request], str(error), invalid=True)
             else:
                 self._active[future.state.request_id] = (request.request_id, future)
                 self._futures[request.request_id] = future
-        if refused:
-            self._events.put(Outputs(refused))
-
-    def _report_failure(self, future: Future, requests: Sequence[Generate]) -> None:
-        if error := future.exception():
-            log.error("requests were not queued", exc_info=error)
-            self._events.put(
-                Outputs([Output(r.request_id, [], error=repr(error)) for r in requests])
-            )
 
     def _cancel(self, request_ids: Sequence[int]) -> None:
         for waiting in self._loading.values():

@@ -52,7 +52,7 @@ class FileStore:
         """Keep an upload; ApiError 413 when it or all files together become too large."""
         used = await self.database.run(lambda s: s.scalar(select(func.sum(File.bytes)))) or 0
         limit = min(self.section.max_upload_bytes, self.section.max_storage_bytes - used)
-        file_id = f"file-{uuid.uuid4().hex}"
+        file_id = new_file_id()
         part = self.folder / f"{file_id}.part"
 
         def copy() -> int:
@@ -81,13 +81,15 @@ class FileStore:
             part.rename(self.path(file_id))
         finally:
             part.unlink(missing_ok=True)
-        return await self.add(file_id, upload.filename or "upload", purpose, size)
-
-    async def add(self, file_id: str, filename: str, purpose: str, size: int) -> File:
-        """Know a file whose bytes are in place."""
-        file = File(id=file_id, filename=filename, purpose=purpose, bytes=size)
+        name = (upload.filename or "upload").encode("utf-8", "replace").decode()
+        file = File(id=file_id, filename=name, purpose=purpose, bytes=size)
         await self.database.run(lambda s: s.add(file))
         return file
+
+
+def new_file_id() -> str:
+    """An id that no other file has."""
+    return f"file-{uuid.uuid4().hex}"
 
 
 def describe(file: File) -> dict[str, Any]:

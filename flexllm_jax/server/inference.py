@@ -69,19 +69,19 @@ class Answer:
         }
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        async for index, output in self._generation:
+        async for index, at, output in self._generation:
             if output.error:
                 self._metrics[index].end("error")
                 raise ApiError(400 if output.invalid else 503, output.error)
             for position, token in enumerate(output.token_ids):
-                yield self._take(index, token, output, position)
+                yield self._take(index, at, token, output, position)
                 if self._detokenizers[index].stopped:
                     break
 
-    def _take(self, index: int, token: int, output: Output, position: int) -> Delta:
+    def _take(self, index: int, at: float, token: int, output: Output, position: int) -> Delta:
         detokenizer = self._detokenizers[index]
         self.output_tokens[index] += 1
-        self._metrics[index].token(output.queued_s)
+        self._metrics[index].token(at, output.queued_s)
         last = position == len(output.token_ids) - 1
         reason = output.finish_reason if last else None
         # The engine stops at stop tokens only, whose text is no part of the answer.

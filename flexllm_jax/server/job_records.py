@@ -5,6 +5,8 @@ All functions run inside of a transaction.
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset
-from flexllm_jax.server.database import CheckpointRow, EventRow, JobRow, now
+from flexllm_jax.server.database import CheckpointRow, EventRow, File, JobRow, now
+from flexllm_jax.server.files import FileStore, new_file_id
 from flexllm_jax.server.models import ModelRegistry, ServedAdapter
 from flexllm_jax.server.protocol import JobState
 
@@ -24,8 +27,8 @@ class JobRecords:
     """Writes down what an engine says of jobs. `forget` when another engine starts: it says again
     what it took over."""
 
-    def __init__(self, config: Config, models: ModelRegistry):
-        self._config, self._models = config, models
+    def __init__(self, config: Config, models: ModelRegistry, files: FileStore):
+        self._config, self._models, self._files = config, models, files
         self._resumed: set[str] = set()  # jobs of which it is told that they went on
         self._validations: dict[str, int] = {}  # step of the last validation told, by job
 
@@ -78,6 +81,7 @@ class JobRecords:
             job.status, job.finished_at, job.trained_tokens = "succeeded", now(), state.tokens
             name, path = self._name(job), str(self._folder(job.id) / "adapter")
             job.fine_tuned_model, job.adapter_path = name, path
+            job.result_files = [self._write_losses(session, job.id)]
             adapters.append(ServedAdapter(name, job.id, path))
             tell(session, job.id, f"New fine-tuned model created: {name}")
             tell(session, job.id, "The job has successfully completed")
@@ -104,6 +108,18 @@ class JobRecords:
         session.add(CheckpointRow(job_id=job.id, step=step, name=name, path=path, metrics=metrics))
         tell(session, job.id, f"Checkpoint created at step {step} with Snapshot ID: {name}")
         return [ServedAdapter(name, f"{job.id}.step-{step}", path)]
+
+    def _write_losses(self, session: Session, job_id: str) -> str:
+        """Keep a job's losses as a CSV file; returns its id."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["step", "train_loss"])
+        writer.writerows(sorted(losses_of(session, job_id).items()))
+        file_id, data = new_file_id(), text.getvalue().encode()
+        self._files.path(file_id).write_bytes(data)
+        purpose = "fine-tune-results"
+        session.add(File(id=file_id, filename="step_metrics.csv", purpose=purpose, bytes=len(data)))
+        return file_id
 
     def _name(self, job: JobRow) -> str:
         """The finetuned model's name, as OpenAI makes them."""

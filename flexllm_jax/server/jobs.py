@@ -8,8 +8,6 @@ validating_files, queued, running, paused, succeeded, failed, cancelled.
 from __future__ import annotations
 
 import asyncio
-import csv
-import io
 import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,6 @@ from flexllm_jax.server.files import UNFINISHED, FileStore
 from flexllm_jax.server.job_records import (
     JobRecords,
     find_job,
-    losses_of,
     tell,
     tell_row,
     tell_rows,
@@ -67,7 +64,7 @@ class JobManager:
         self._states: asyncio.Queue[JobState] = asyncio.Queue()
         self._known: dict[str, JobState] = {}  # what the engine last said of a job
         self._in_engine: set[str] = set()
-        self._records = JobRecords(config, models)
+        self._records = JobRecords(config, models, files)
         self._scheduling = asyncio.Lock()
         self.closing = False
         self.version = 0  # counts events
@@ -148,7 +145,7 @@ class JobManager:
         await self._move(job_id, UNFINISHED, "cancelled", "The job was cancelled.")
         if job_id in self._in_engine:
             await self._ask("cancel_job", job_id)
-        await self._schedule()
+        self._spawn(self._schedule())
         return await self.find(job_id)
 
     async def pause(self, job_id: str) -> JobRow:
@@ -156,7 +153,7 @@ class JobManager:
         await self._move(job_id, ("queued", "running"), "paused", "The job was paused.")
         if job_id in self._in_engine:
             await self._ask("pause_job", job_id)
-        await self._schedule()
+        self._spawn(self._schedule())
         return await self.find(job_id)
 
     async def resume(self, job_id: str) -> JobRow:
@@ -166,7 +163,7 @@ class JobManager:
         await self._move(job_id, ("paused",), status, "The job was resumed.")
         if in_engine:
             await self._ask("resume_job", job_id)
-        await self._schedule()
+        self._spawn(self._schedule())
         return await self.find(job_id)
 
     async def _move(self, job_id: str, allowed: tuple[str, ...], status: str, text: str) -> None:
@@ -191,8 +188,9 @@ class JobManager:
         """What the engine is told of a job; without an engine the database alone says it."""
         try:
             await self._engine.call(method, name=job_id)
-        except EngineUnavailable:
-            log.info("%s of %s waits for the engine", method, job_id)
+        except (EngineUnavailable, EngineRefused) as error:
+            # It is not in the engine, or not yet: `_start` looks at the status when it is.
+            log.info("%s of %s: %s", method, job_id, error)
 
     # -- validation -------------------------------------------------------------------------------
 
@@ -371,36 +369,12 @@ class JobManager:
                     self._models.adapters[adapter.name] = adapter
                 if state.status in ENDED and state.name in self._in_engine:
                     self._in_engine.discard(state.name)
-                    self._spawn(self._finish(state))
+                    self._spawn(self._schedule())
                 await self._told()
             except Exception:
                 log.exception("the state of %s could not be written down", state.name)
             finally:
                 self._states.task_done()
-
-    async def _finish(self, state: JobState) -> None:
-        """After a job's end: its metrics as a file, and the next job."""
-        if state.status == "succeeded":
-            await self._write_results(state.name)
-        await self._schedule()
-
-    async def _write_results(self, job_id: str) -> None:
-        losses = await self._database.run(lambda s: losses_of(s, job_id))
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["step", "train_loss"])
-        writer.writerows(sorted(losses.items()))
-        file_id = f"file-{uuid.uuid4().hex}"
-        data = text.getvalue().encode()
-        self._files.path(file_id).write_bytes(data)
-        await self._files.add(file_id, "step_metrics.csv", "fine-tune-results", len(data))
-
-        def note(session: Session) -> None:
-            job = find_job(session, job_id)
-            if job is not None:
-                job.result_files = [file_id]
-
-        await self._database.run(note)
 
     def _serve_finished(self, session: Session) -> None:
         """At the start: every adapter that jobs have made can be asked for."""

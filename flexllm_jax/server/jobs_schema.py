@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from flexllm_jax.config import Config
 from flexllm_jax.config_schema import ALL_MODULES, TargetModule
@@ -15,6 +15,17 @@ AUTO_EPOCHS = 3
 AUTO_BATCH_TOKENS = 4096
 BASE_LEARNING_RATE = 2e-4
 Auto = Literal["auto"]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class _Part(BaseModel):
@@ -45,16 +56,16 @@ class Method(_Part):
 class CreateJob(_Part):
     """POST /v1/fine_tuning/jobs. From `learning_rate` on, fields are ours (`extra_body`)."""
 
-    model: str
-    training_file: str
-    validation_file: str | None = None
+    model: Text
+    training_file: Text
+    validation_file: Text | None = None
     suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = (
         None
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: (
         Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
             Field(max_length=16),
         ]
         | None

@@ -216,7 +216,8 @@ class Batch:
 
 
 class RequestMetrics:
-    """One output from its arrival to its end. Times are those at which the client is served."""
+    """One output from its arrival to its end. Times are those of this process, and do not count how
+    fast the client reads."""
 
     def __init__(
         self, batch: Batch, arrival: float, prompt_tokens: int, adapter: str | None, slo: str
@@ -229,9 +230,9 @@ class RequestMetrics:
         self._ended = False
         self._metrics.move_adapter(adapter, None, "waiting")
 
-    def token(self, queued_s: float | None) -> None:
-        """A token has come; the first one says how long the request was queued."""
-        metrics, now = self._metrics, time.monotonic()
+    def token(self, now: float, queued_s: float | None) -> None:
+        """A token came at `now`; the first one says how long the request was queued."""
+        metrics = self._metrics
         model = metrics._model
         if not self._tokens:
             self._first_at = now

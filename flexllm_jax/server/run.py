@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import time
@@ -69,6 +70,8 @@ def check(config: Config) -> None:
 def run(config: Config) -> int:
     """Serve until a signal; returns the exit status."""
     check(config)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every client is an open file
     if config.server.log_format == "json":
         use_json()
     listener = listen(config)

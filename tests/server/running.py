@@ -50,7 +50,7 @@ class RunningServer:
     """The process, its address, and what it printed."""
 
     def __init__(self, config: dict[str, Any]):
-        output = Path(config["output_dir"])
+        self.output_dir = output = Path(config["output_dir"])
         output.mkdir(parents=True, exist_ok=True)
         path = output / "config.yaml"
         path.write_text(json.dumps(config))  # JSON is YAML

@@ -141,7 +141,7 @@ def test_an_adapter_answers_by_its_name(client, adapter, llama, tokenizer):
 
 
 def test_models_are_listed(client, adapter):
-    assert [model.id for model in client.models.list()] == ["tiny", "random"]
+    assert [model.id for model in client.models.list()][:2] == ["tiny", "random"]
     described = client.models.retrieve("random").model_dump()
     assert (described["parent"], described["root"]) == ("tiny", str(adapter))
     with pytest.raises(openai.NotFoundError) as error:

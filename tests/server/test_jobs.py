@@ -3,6 +3,9 @@
 import io
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -59,6 +62,42 @@ def test_files_are_kept_listed_read_and_deleted(client):
 @pytest.mark.parametrize("file_id", ["file-absent", "..%2f..%2fserver.sqlite", "..", "a/b"])
 def test_only_files_that_exist_are_shown(server, file_id):
     assert server.get(f"/v1/files/{file_id}/content", KEY)[0] == 404
+
+
+def test_bad_uploads_are_refused_and_leave_nothing(server, client):
+    def files():
+        return sorted(Path(server.output_dir, "server", "files").iterdir())
+
+    before = files()
+    large = ("rows.jsonl", b"x" * 200_001)
+    with pytest.raises(openai.APIStatusError, match="larger than") as error:
+        client.files.create(file=large, purpose="fine-tune")
+    assert error.value.status_code == 413
+    with pytest.raises(openai.BadRequestError, match="is empty"):
+        client.files.create(file=("rows.jsonl", b""), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        client.files.create(file=rows_file(), purpose="assistants")
+    form = "multipart/form-data; boundary=x"
+    for body, kind in (
+        (b"not a form", form),
+        (b"--x\r\nnonsense", form),
+        (b"{}", "application/json"),
+    ):
+        status, _, answer = server.post("/v1/files", body, **{"Content-Type": kind})
+        assert status == 400, answer
+        assert json.loads(answer)["error"]["message"]
+    assert files() == before
+
+
+def test_many_uploads_at_once(client):
+    _, data = rows_file(count=200)
+    with ThreadPoolExecutor(60) as pool:
+        ask = partial(client.files.create, purpose="fine-tune")
+        files = list(pool.map(lambda i: ask(file=(f"{i}.jsonl", data)), range(120)))
+    assert len({file.id for file in files}) == 120
+    assert {client.files.content(file.id).read() for file in files[:3]} == {data}
+    for file in files:
+        client.files.delete(file.id)
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +291,9 @@ def test_a_job_that_makes_no_sense_is_refused(client, trained, fields, says):
         )
     assert error.value.status_code in (400, 404)
     assert says in error.value.message
+
+
+def test_text_that_is_none_is_refused(server):
+    body = b'{"model": "tiny", "training_file": "x", "metadata": {"a": "\\ud800"}}'
+    status, _, answer = server.post("/v1/fine_tuning/jobs", body)
+    assert status == 400 and "surrogate" in answer
