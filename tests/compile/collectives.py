@@ -6,6 +6,7 @@ A program of its own, as the number of host devices is fixed when JAX starts:
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ import jax
 
 from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.config import build_config
+from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.programs import EngineSizes, list_programs
 from flexllm_jax.engine.runner import plan_placement
@@ -49,6 +51,7 @@ def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
     )
     model = replace(ModelConfig.from_hf(path), num_layers=layers)
     sizes = EngineSizes.from_config(config, model, XLA, plan_placement(config, model))
+    sizes = choose_saved(config, sizes, math.inf)
     assert set(sizes.bank.modules) == {"q", "k", "v", "o", "gate", "up", "down"}
     wanted = [p for p in list_programs(sizes, 8) if p.name in PROGRAMS]
     compiled = compile_programs(wanted, progress=False)
