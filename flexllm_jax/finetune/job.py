@@ -235,7 +235,7 @@ class FinetuneJob:
         self.stream.restore(info["stream"])
         self._position = self.stream.state()
         self.step = self.dispatched = self._batches_out = self.resumed_from = step
-        self.earlier_tokens = int(info["tokens"])
+        self.earlier_tokens = int(info.get("tokens", 0))  # older checkpoints do not say
         self.losses = list(info["losses"])
         self.gradient_norms = list(info["gradient_norms"])
         self.validation_losses = [(int(s), float(v)) for s, v in info["validation_losses"]]
