@@ -369,7 +369,14 @@ class LLM:
     def export_merged(self, name: str, out_dir: str | Path) -> None:
         """Write the base model with a served adapter merged in, as a Hugging Face checkpoint."""
         adapter, runner = self._read(name), self.engine.runner
-        save_merged(runner.params, adapter, runner.model, self.config.model.path, out_dir)
+        save_merged(
+            runner.params,
+            adapter,
+            runner.model,
+            self.config.model.path,
+            out_dir,
+            read=lambda array: self._loop.call(runner.to_host, array),
+        )
 
     def _read(self, name: str) -> Adapter:
         return self._loop.call(self.engine.read_adapter, name)

@@ -21,6 +21,7 @@ from flexllm_jax.cli import (
     shows_progress,
 )
 from flexllm_jax.config import ConfigError
+from flexllm_jax.engine.processes import follow
 from flexllm_jax.progress import ProgressDisplay
 from flexllm_jax.replay import encode_prompt
 from flexllm_jax.run import Inputs, Run, prepare
@@ -73,6 +74,8 @@ def main() -> int:
     config = read_config(arguments)
     if config.workload is None:
         raise ConfigError("workload: required field is missing; add it, or run scripts/finetune.py")
+    if config.parallel.process_id:
+        return follow(config)
     check_output_dir(config.output_dir)
     inputs = prepare(config)
     questions = encode_questions(arguments.ask, inputs)

@@ -20,6 +20,7 @@ from flexllm_jax.cli import (
     shows_progress,
 )
 from flexllm_jax.config import ConfigError
+from flexllm_jax.engine.processes import follow
 from flexllm_jax.progress import ProgressDisplay
 from flexllm_jax.run import Run, prepare
 from flexllm_jax.summary import conclude
@@ -32,6 +33,8 @@ def main() -> int:
         raise ConfigError("finetune.jobs: there is no job; add one")
     finetune = config.finetune.model_copy(update={"idle_step_ms": math.inf})
     config = config.model_copy(update={"finetune": finetune, "workload": None})
+    if config.parallel.process_id:
+        return follow(config)
     check_output_dir(config.output_dir)
     inputs = prepare(config)
     console = get_console()

@@ -3,6 +3,7 @@ and what transformers and PEFT say about the same models."""
 
 import json
 import signal
+import socket
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,13 @@ def start_engine(path: Path, output_dir: Path, **changes: Any) -> LLM:
     for name, value in changes.items():
         fields[name] = fields.get(name, {}) | value if isinstance(value, dict) else value
     return LLM(path, progress=False, **fields)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def random_prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:

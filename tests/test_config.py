@@ -158,6 +158,30 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
         ({"model": {"path": "m", "dtype": "int8"}}, ["model.dtype: got 'int8'", "'bfloat16'"]),
         ({"model": "m"}, ["model: got 'm'", "dictionary"]),
         ({"model": {"path": "m"}, "parallel": {"tp": 0}}, ["parallel.tp", "got 0"]),
+        *(
+            ({"model": {"path": "m"}, "parallel": parallel}, parts)
+            for parallel, parts in (
+                ({"process_id": 1}, ["parallel", "need num_processes of 2 or more"]),
+                ({"tp": 2, "num_processes": 2}, ["num_processes=2 needs coordinator_address"]),
+                (
+                    {"tp": 2, "num_processes": 2, "coordinator_address": "host"},
+                    ["parallel.coordinator_address: got 'host'"],
+                ),
+                (
+                    {"tp": 3, "num_processes": 2, "coordinator_address": "host:1"},
+                    ["tp=3 must be a multiple of num_processes=2"],
+                ),
+                (
+                    {
+                        "tp": 2,
+                        "num_processes": 2,
+                        "process_id": 2,
+                        "coordinator_address": "host:1",
+                    },
+                    ["process_id=2 must be below num_processes=2"],
+                ),
+            )
+        ),
         (
             {"model": {"path": "m"}, "cache": {"page_size": 0}},
             ["page_size: got 0", "greater"],

@@ -21,9 +21,9 @@ from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
 from flexllm_jax.engine.activations import describe_saved
 from flexllm_jax.engine.plan_batch import PlannedBatch, PromptTargets, StepBuilder
+from flexllm_jax.engine.processes import make_runner
 from flexllm_jax.engine.programs import FINETUNE_SEQUENCES
 from flexllm_jax.engine.request import RequestState, top_logprobs
-from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.trainer import Trainer
@@ -93,7 +93,7 @@ class Engine:
     def __init__(self, config: Config, tokenizer: Any, *, progress: bool = True):
         self.config, self.tokenizer = config, tokenizer
         started = time.monotonic()
-        self.runner = runner = Runner(config, progress=progress)
+        self.runner = runner = make_runner(config, progress=progress)
         log.info("%s", runner.memory.describe())
         if config.finetune.jobs or config.finetune.saved != "inputs":
             log.info("%s", "\n".join(describe_saved(runner.sizes)))
@@ -425,6 +425,6 @@ class Engine:
             self._postprocess(self._in_flight.popleft())
         self._settle()
         self.trainer.stop()
-        self.runner.compilations.close()
+        self.runner.close()
         if self._plan_log:
             self._plan_log.close()

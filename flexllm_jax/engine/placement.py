@@ -25,6 +25,7 @@ from flexllm_jax.models.config import ModelConfig
 
 KV, REPLICAS = "tp_kv", "tp_replicas"
 ALL = (KV, REPLICAS)
+GATHERED = "gathered"  # results that every device gets whole
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,9 @@ class Placement:
             return leaf if isinstance(leaf, P) else placed(leaf).sharding.spec
 
         arguments = jax.tree.map(placed, program.arguments)
+        if program.results is GATHERED:
+            gather = jax.jit(program.function, out_shardings=self.replicated)
+            return replace(program, function=gather, arguments=arguments)
         function = jax.shard_map(
             program.function,
             mesh=self.mesh,

@@ -153,7 +153,7 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
     table = np.zeros((4, sizes.slots), np.int32)
     table[1], table[2] = positions, positions % (runner.num_pages * sizes.page_size)
     table = runner.put(table)
-    weights = runner.zeros(sizes.job_state["master"])
+    weights = runner.new_job_state({})["master"]
     scales = [{m: np.ones(1, np.float32) for m in layer} for layer in weights]
 
     def layer_units(count: int, start: int) -> Callable[[], object]:

@@ -17,7 +17,7 @@ from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.batch import BatchShape
 from flexllm_jax.engine.cache import page_shapes
-from flexllm_jax.engine.placement import ALL, Placement
+from flexllm_jax.engine.placement import ALL, GATHERED, Placement
 from flexllm_jax.engine.step import forward_step
 from flexllm_jax.finetune.backward import (
     flow_shapes,
@@ -290,7 +290,7 @@ def _adapter_programs(sizes: EngineSizes) -> list[Program]:
     row = sizes.bank_row
     return [
         Program("write_row", write_row, (*bank, _INT, *row), (0, 1), bank),
-        Program("read_row", read_row, (weights, _INT), results=row[0]),
+        Program("read_row", read_row, (weights, _INT), results=GATHERED),
         Program("copy_row", copy_row, (weights, scales, _INT, _INT), (0, 1), bank),
     ]
 
@@ -331,7 +331,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         Program("clear", _clear, (finetune,), (0,), finetune),
         Program("commit", commit, (pending["gradients"], pending["totals"], state), (2,), state),
         Program("copy_totals", _copy, (pending["totals"],), results=_WHOLE),
-        Program("copy_state", _copy, (kept,), results=kept),
+        Program("copy_state", _copy, (kept,), results=GATHERED),
         Program(
             "optimizer_step",
             partial(optimizer_step, sizes.placement),

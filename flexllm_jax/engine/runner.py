@@ -5,12 +5,14 @@ Every method dispatches a program and returns at once; arrays stay on the device
 from one program to the next. Nothing here waits for a result or compiles one after `__init__`.
 """
 
+import itertools
 import logging
 import time
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Float, Int
 
 from flexllm_jax.compile.buckets import CompilationCounter, compile_programs, use_persistent_cache
@@ -35,9 +37,9 @@ class Runner:
     def __init__(self, config: Config, *, progress: bool = True):
         use_persistent_cache(config.compile.cache_dir)
         self.model = ModelConfig.from_hf(config.model.path)
-        self.device = jax.devices()[0]
+        self.device = jax.local_devices()[0]
         backend = select_backend(config.kernels, self.device)
-        available = int(device_memory(self.device) * config.cache.memory_fraction)
+        available = least_of_all(device_memory(self.device)) * config.cache.memory_fraction
         placement = plan_placement(config, self.model)
         sizes = EngineSizes.from_config(config, self.model, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
@@ -47,7 +49,7 @@ class Runner:
             self.sizes.dtype,
             self._shardings(self.sizes.parameters) if placement else self.device,
         )
-        self._allocate(config, available)
+        self._allocate(config, int(available))
         started = time.monotonic()
         self.programs = compile_programs(
             list_programs(self.sizes, self.num_pages), progress=progress
@@ -69,14 +71,14 @@ class Runner:
             fixed_pages=config.cache.num_pages,
         )
         self.num_pages = self.memory.num_pages
-        self.bank = self.zeros(sizes.bank_arrays)
-        self.finetune = self.zeros(sizes.finetune_arrays)
-        self.pending = self.zeros(sizes.pending_arrays)
-        self.pages = self.zeros(sizes.pages(self.num_pages))
-        self.last_tokens = self.zeros(sizes.request_arrays["last_tokens"])
-        self.history = self.zeros(sizes.request_arrays["history"])
+        self.bank = self._zeros(sizes.bank_arrays)
+        self.finetune = self._zeros(sizes.finetune_arrays)
+        self.pending = self._zeros(sizes.pending_arrays)
+        self.pages = self._zeros(sizes.pages(self.num_pages))
+        self.last_tokens = self._zeros(sizes.request_arrays["last_tokens"])
+        self.history = self._zeros(sizes.request_arrays["history"])
 
-    def zeros(self, shapes):
+    def _zeros(self, shapes):
         """Arrays of zeros on the device, without compiling anything."""
         if not self.sizes.placement:
             return jax.tree.map(
@@ -90,18 +92,27 @@ class Runner:
 
         return jax.tree.map(part, self._shardings(shapes), shapes)
 
-    def put(self, tree, like=None):
-        """Arrays of the host on the device; sharded as `like` (a tree of shapes), or the same on
+    def _put(self, tree, shapes):
+        """Arrays of the host on the device, sharded as `shapes` are; without those, the same on
         every device."""
         placement = self.sizes.placement
         if not placement:
             return jax.device_put(tree, self.device)
-        return jax.device_put(tree, self._shardings(like) if like else placement.replicated)
+        shardings = self._shardings(shapes or tree)
+        return jax.tree.map(
+            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            tree,
+            shardings,
+        )
+
+    def put(self, tree):
+        """Arrays of the host on every device."""
+        return self._put(tree, None)
 
     def _shardings(self, shapes):
         placement = self.sizes.placement
         assert placement is not None
-        return jax.tree.map(lambda s: s.sharding or placement.replicated, shapes)
+        return jax.tree.map(lambda s: getattr(s, "sharding", None) or placement.replicated, shapes)
 
     # -- a step -----------------------------------------------------------------------------------
 
@@ -153,6 +164,7 @@ class Runner:
 
     def write_adapter(self, slot: int, values: list, scales: list) -> None:
         """Load an adapter (`bank.to_rows`) in a slot."""
+        values = self._put(values, self.sizes.bank_row[0])
         self.bank["weights"], self.bank["scales"] = self.programs["write_row"](
             self.bank["weights"], self.bank["scales"], np.int32(slot - 1), values, scales
         )
@@ -167,7 +179,20 @@ class Runner:
         """A slot's weights on the host, float32; waits for the device."""
         return jax.device_get(self.programs["read_row"](self.bank["weights"], np.int32(slot - 1)))
 
+    def to_host(self, array: jax.Array) -> np.ndarray:
+        """An array on the host, whole, however it is sharded; waits for the device."""
+        placement = self.sizes.placement
+        if placement and not (array.is_fully_addressable or array.is_fully_replicated):
+            array = jax.jit(lambda x: x, out_shardings=placement.replicated)(array)
+        return np.asarray(array)
+
     # -- finetuning -------------------------------------------------------------------------------
+
+    def new_job_state(self, kept: dict) -> dict:
+        """A job's state: the parts in `kept`, from the host, and zeros for the others."""
+        shapes = self.sizes.job_state
+        others = {name: shape for name, shape in shapes.items() if name not in kept}
+        return self._zeros(others) | self._put(kept, {name: shapes[name] for name in kept})
 
     def begin_backward(self) -> None:
         """Forget what a microbatch that did not finish its backward has accumulated."""
@@ -240,8 +265,20 @@ class Runner:
         return state, metrics
 
     def copy_state(self, state: dict) -> dict:
-        """A copy of the parts of a job's state that a checkpoint keeps."""
+        """A copy, whole on every device, of the parts of a job's state that a checkpoint
+        keeps."""
         return self.programs["copy_state"]({k: state[k] for k in ("master", "optimizer")})
+
+    def close(self) -> None:
+        """Nothing is called any more."""
+        self.compilations.close()
+
+
+def least_of_all(count: int) -> int:
+    """The smallest of the processes' numbers, to 2**20."""
+    if jax.process_count() == 1:
+        return count
+    return int(process_allgather(np.int32(count >> 20)).min()) << 20
 
 
 def plan_placement(config: Config, model: ModelConfig) -> Placement | None:
@@ -259,4 +296,7 @@ def plan_placement(config: Config, model: ModelConfig) -> Placement | None:
         itemsize=np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize,
     )
     log.info("%s", plan.describe())
-    return Placement.on(jax.devices(), model, plan)
+    by_process = itertools.groupby(jax.devices(), key=lambda device: device.process_index)
+    each = config.parallel.tp // config.parallel.num_processes
+    devices = [device for _, own in by_process for device in itertools.islice(own, each)]
+    return Placement.on(devices, model, plan)

@@ -58,7 +58,12 @@ class JobCheckpoints:
             raise CheckpointError(f"keep is {keep}: at least 1 checkpoint has to be kept")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        # Of the processes of an engine the first alone has checkpoints: it waits for no other.
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+        )
+        self._orbax = ocp.Checkpointer(handler, multiprocessing_options=alone)
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""

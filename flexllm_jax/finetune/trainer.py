@@ -77,16 +77,16 @@ class Trainer:
         job.started_at = time.monotonic()
         runner = self._runner
         values, scales = to_rows(job.adapter, runner.model, runner.sizes.bank, job.name)
-        job.state = runner.zeros(runner.sizes.job_state)
-        kept = {"master": values, "optimizer": jax.tree.map(np.asarray, job.state["optimizer"])}
+        moments = runner.sizes.job_state["optimizer"]
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), moments)
+        kept = {"master": values, "optimizer": zeros}
         checkpoint = self._checkpoints(job).restore_latest(kept) if job.config.resume else None
         if checkpoint is not None:
             job.restore(checkpoint.step, checkpoint.info)
             kept = checkpoint.arrays
         runner.write_adapter(job.slot, kept["master"], scales)
         job.scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
-        shapes = runner.sizes.job_state
-        job.state |= runner.put(kept, like={name: shapes[name] for name in kept})
+        job.state = runner.new_job_state(kept)
         self.jobs[job.name] = job
         self._scheduler.add_job(job.name, job.config.weight, job.config.priority)
         if job.complete:
@@ -248,7 +248,7 @@ class Trainer:
 
     def export(self, job: FinetuneJob, out_dir: Path) -> Path:
         """Write the job's adapter as it is now; waits for the device."""
-        master = jax.tree.map(np.asarray, job.state["master"])
+        master = jax.tree.map(np.asarray, self._runner.copy_state(job.state)["master"])
         adapter = from_row(master, job.peft, job.shapes)
         save_adapter(adapter, self._runner.model, self._config.model.path, out_dir)
         return out_dir

@@ -258,14 +258,15 @@ def save_parameters(
     out_dir: str | Path,
     *,
     edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None = None,
+    read: Callable[[jax.Array], np.ndarray] = np.asarray,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a Hugging Face checkpoint: the weights, and the config and tokenizer of `source_dir`.
 
     `edit_kernel(layer, module, kernel [in, out])` is applied to each projection on the host, just
     before it is written: an edited model is never in memory as a whole, and no device memory is
-    used. Weights keep their dtype. `out_dir` appears only once it is complete; it must not exist
-    or be empty, else WeightsError.
+    used. `read` brings an array to the host. Weights keep their dtype. `out_dir` appears only once
+    it is complete; it must not exist or be empty, else WeightsError.
     """
     source, out = Path(source_dir), Path(out_dir)
     if not (source / "config.json").is_file():
@@ -286,7 +287,10 @@ def save_parameters(
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     names = [_SINGLE] if count == 1 else names
     for file, shard in zip(names, shards, strict=True):
-        arrays = {tensor.name: _stored(params, tensor, edit_kernel) for tensor in shard}
+        arrays = {
+            tensor.name: _stored(read(_leaf(params, tensor.path)), tensor, edit_kernel)
+            for tensor in shard
+        }
         save_file(arrays, partial / file, metadata={"format": "pt"})
     if count > 1:
         total = sum(_leaf(params, tensor.path).nbytes for shard in shards for tensor in shard)
@@ -318,11 +322,10 @@ def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[_Tens
 
 
 def _stored(
-    params: Any,
+    array: np.ndarray,
     tensor: _Tensor,
     edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None,
 ) -> np.ndarray:
-    array = np.asarray(_leaf(params, tensor.path))
     if edit_kernel is not None and tensor.transposed:
         _, layer, module, _ = tensor.path
         array = edit_kernel(int(layer), str(module), array)

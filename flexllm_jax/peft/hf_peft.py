@@ -10,11 +10,12 @@ name.
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -209,11 +210,13 @@ def save_merged(
     model_config: ModelConfig,
     base_model_path: str | Path,
     out_dir: str | Path,
+    *,
+    read: Callable[[jax.Array], np.ndarray] = np.asarray,
 ) -> None:
     """Write a Hugging Face checkpoint with the adapter merged, kernel by kernel on the host.
 
-    `params` is untouched and may be in use meanwhile. Same errors as `save_parameters`, and
-    AdapterError for an adapter that is not LoRA.
+    `params` is untouched and may be in use meanwhile; `read` brings one to the host. Same errors as
+    `save_parameters`, and AdapterError for an adapter that is not LoRA.
     """
     check_mergeable(adapter)
     save_parameters(
@@ -222,6 +225,7 @@ def save_merged(
         base_model_path,
         out_dir,
         edit_kernel=partial(merge_kernel, adapter),
+        read=read,
     )
 
 

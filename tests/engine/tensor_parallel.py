@@ -1,7 +1,8 @@
-"""Runs one model on 1, 2, ... forced host devices and writes what it said and learnt.
+"""Runs one model on forced host devices and writes what it said and learnt.
 
-A program of its own, as the number of host devices is fixed when JAX starts:
-`python -m tests.engine.tensor_parallel MODEL ADAPTER ROWS OUTPUT_DIR TP [TP ...]`
+A program of its own, as the number of host devices is fixed when JAX starts. For each PARALLEL, a
+section of the configuration as JSON, an engine runs in turn:
+`python -m tests.engine.tensor_parallel MODEL ADAPTER ROWS OUTPUT_DIR PARALLEL [PARALLEL ...]`
 """
 
 import json
@@ -31,21 +32,19 @@ KINDS = {
 
 
 def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
-    """Summed gradients and totals of every microbatch of a job's only step, whole."""
-    runner, trainer = llm.engine.runner, llm.engine.trainer
-    seen, finish = [], trainer.finish_microbatch
+    """Gradients and totals, whole, after every microbatch of a job's only step."""
+    runner = llm.engine.runner
+    seen, commit = [], runner.commit
 
-    def spy(microbatch):
-        shapes = runner.sizes.job_state["master"]
-        seen.append(
-            (
-                jax.tree.map(whole, runner.pending["gradients"], shapes),
-                np.array(runner.pending["totals"]),
-            )
-        )
-        return finish(microbatch)
+    def spy(state):
+        state = commit(state)
+        gradients, shapes = state["gradients"], runner.sizes.job_state["master"]
+        on_host = jax.tree.map(runner.to_host, gradients)
+        whole = jax.tree.map(add_summands, on_host, jax.tree.map(shardings, gradients), shapes)
+        seen.append((whole, np.array(state["totals"])))
+        return state
 
-    trainer.finish_microbatch = spy
+    runner.commit = spy
     futures = [
         f
         for prompt in random_prompts([5, 31, 18])
@@ -56,7 +55,7 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
     )
     for future in futures:
         future.result(60)
-    trainer.finish_microbatch = finish
+    runner.commit = commit
     assert done.status == "succeeded", done.reason
     flat = {}
     for i, (one, totals) in enumerate(seen):
@@ -66,14 +65,20 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
     return flat
 
 
-def whole(array: jax.Array, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+def shardings(array: jax.Array) -> jax.sharding.Sharding:
+    return array.sharding
+
+
+def add_summands(
+    array: np.ndarray, sharding: jax.sharding.Sharding, shape: jax.ShapeDtypeStruct
+) -> np.ndarray:
     """A gradient from its summands: the devices' with the same part of the weight, in turn."""
     if array.shape == shape.shape:
-        return np.asarray(array)
+        return array
     total = np.zeros(shape.shape, np.float32)
     part = shape.sharding.devices_indices_map(shape.shape)
-    for shard in array.addressable_shards:
-        total[part[shard.device]] += np.asarray(shard.data)
+    for device, summand in sharding.devices_indices_map(array.shape).items():
+        total[part[device]] += array[summand]
     return total
 
 
@@ -87,12 +92,24 @@ def buffers(llm: LLM) -> list:
     )
 
 
-def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
-    """Everything with one number of devices."""
+def name_of(parallel: dict) -> str:
+    """Number of devices, and of processes if there are several."""
+    processes = parallel.get("num_processes", 1)
+    return f"{parallel['tp']}" if processes == 1 else f"{parallel['tp']}p{processes}"
+
+
+def trained_kinds(name: str) -> list[str]:
+    """The kinds of adapters a run of that name trains: between processes every step is slow."""
+    return ["lora"] if "p" in name else list(KINDS)
+
+
+def run(model: Path, adapter: Path, rows: Path, out: Path, parallel: dict) -> None:
+    """Everything, on one layout of devices."""
+    name = name_of(parallel)
     llm = start_engine(
         model,
-        out / f"runs{tp}",
-        parallel={"tp": tp},
+        out / f"runs{name}",
+        parallel=parallel,
         compile={"token_buckets": [48]},
         adapter_bank={
             "slots": 6,
@@ -129,12 +146,13 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
     ]
     before = llm._loop.call(lambda: buffers(llm))
     arrays = {}
-    for kind, peft in KINDS.items():
+    for kind in trained_kinds(name):
+        peft = KINDS[kind]
         job = {"peft": peft}
         if kind == "lora":
             job["init_adapter"] = adapter
-        for name, leaf in gradients(llm, job, rows).items():
-            arrays[f"{kind}{name}"] = leaf
+        for where, leaf in gradients(llm, job, rows).items():
+            arrays[f"{kind}{where}"] = leaf
         llm.unload_adapter("step")
     job = llm.finetune(
         job_config(
@@ -149,16 +167,16 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, tp: int) -> None:
     assert job.status == "succeeded", job.reason
     said["losses"] = job.losses
     said["trained"] = [o.token_ids for o in llm.generate(prompts, greedy, adapter="mine")]
-    llm.export_adapter("mine", out / f"adapter{tp}")
-    llm.export_merged("mine", out / f"merged{tp}")
-    said["moved"] = len(set(before) - set(llm._loop.call(lambda: buffers(llm))))
     said["recompiles"] = llm.engine.runner.compilations.count
+    llm.export_adapter("mine", out / f"adapter{name}")
+    llm.export_merged("mine", out / f"merged{name}")
+    said["moved"] = len(set(before) - set(llm._loop.call(lambda: buffers(llm))))
     llm.close()
-    np.savez(out / f"gradients{tp}.npz", **arrays)
-    (out / f"said{tp}.json").write_text(json.dumps(said))
+    np.savez(out / f"gradients{name}.npz", **arrays)
+    (out / f"said{name}.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
     model, adapter, rows, out = map(Path, sys.argv[1:5])
-    for tp in map(int, sys.argv[5:]):
-        run(model, adapter, rows, out, tp)
+    for parallel in map(json.loads, sys.argv[5:]):
+        run(model, adapter, rows, out, parallel)

@@ -1,4 +1,4 @@
-"""The engine split over 2 and 8 devices says and learns what it does on one.
+"""The engine split over 2 and 8 devices, and over 2 processes, says and learns what it does on one.
 
 The model has biases, norms on queries and keys, and 2 key-value heads: on 8 devices they are
 replicated. Gradients on one device are compared with PEFT's elsewhere. FLEXLLM_TP_DEVICES=1,2,4,8
@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import make_llama, make_qwen3, save_tokenizer
-from tests.engine.tensor_parallel import KINDS
+from tests.engine.tensor_parallel import trained_kinds
 from tests.engines import (
+    free_port,
     letter_rows,
     load_with_adapter,
     random_prompts,
@@ -29,31 +30,43 @@ from tests.engines import (
     write_rows,
 )
 
-DEVICES = tuple(map(int, os.environ.get("FLEXLLM_TP_DEVICES", "1,2,8").split(",")))
+DEVICES = tuple(os.environ.get("FLEXLLM_TP_DEVICES", "1,2,8").split(","))
+LAYOUTS = (*DEVICES, "2p2")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What was said and learnt, by number of devices."""
+    """What was said and learnt, by layout: number of devices, and of processes after a p."""
     folder = tmp_path_factory.mktemp("tp")
     options = {"num_heads": 8, "num_kv_heads": 2, "attention_bias": True}
     model = save_tokenizer(make_qwen3(folder / "model", vocab=272, **options))
     adapter = save_random_adapter(model, folder / "adapter")
     rows = write_rows(folder / "rows.jsonl", letter_rows(16))
-    arguments = [str(path) for path in (model, adapter, rows, folder)] + [str(n) for n in DEVICES]
-    command = [sys.executable, "-m", "tests.engine.tensor_parallel", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def start(*parallel: dict) -> subprocess.Popen[str]:
+        sections = [json.dumps(section) for section in parallel]
+        paths = [str(path) for path in (model, adapter, rows, folder)]
+        command = [sys.executable, "-m", "tests.engine.tensor_parallel", *paths, *sections]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def wait(*processes: subprocess.Popen[str]) -> None:
+        for process in processes:
+            _, errors = process.communicate(timeout=600)
+            assert process.returncode == 0, errors[-3000:]
+
+    wait(start(*({"tp": int(n)} for n in DEVICES)))
+    both = {"tp": 2, "num_processes": 2, "coordinator_address": f"127.0.0.1:{free_port()}"}
+    wait(start(both | {"process_id": 0}), start(both | {"process_id": 1}))
     return SimpleNamespace(
         folder=folder,
         model=model,
         adapter=adapter,
-        said={n: json.loads((folder / f"said{n}.json").read_text()) for n in DEVICES},
-        gradients={n: np.load(folder / f"gradients{n}.npz") for n in DEVICES},
+        said={n: json.loads((folder / f"said{n}.json").read_text()) for n in LAYOUTS},
+        gradients={n: np.load(folder / f"gradients{n}.npz") for n in LAYOUTS},
     )
 
 
-@pytest.fixture(params=DEVICES[1:])
+@pytest.fixture(params=LAYOUTS[1:])
 def tp(request):
     return request.param
 
@@ -63,27 +76,29 @@ def test_one_device_says_what_transformers_and_peft_do(runs):
     reference = AutoModelForCausalLM.from_pretrained(runs.model, dtype=torch.float32).eval()
     adapted = load_with_adapter(runs.model, runs.adapter)
     for i, prompt in enumerate(prompts):
-        assert runs.said[1]["greedy"][i] == reference_greedy(reference, prompt, 20)
-        assert runs.said[1]["adapter"][i] == reference_greedy(adapted, prompt, 20)
+        assert runs.said["1"]["greedy"][i] == reference_greedy(reference, prompt, 20)
+        assert runs.said["1"]["adapter"][i] == reference_greedy(adapted, prompt, 20)
 
 
 @pytest.mark.parametrize("what", ["greedy", "adapter", "sampled", "trained"])
 def test_same_tokens(runs, tp, what):
-    assert runs.said[tp][what] == runs.said[1][what]
+    assert runs.said[tp][what] == runs.said["1"][what]
 
 
 def test_same_logprobs(runs, tp):
-    for own, expected in zip(runs.said[tp]["logprobs"], runs.said[1]["logprobs"], strict=True):
+    for own, expected in zip(runs.said[tp]["logprobs"], runs.said["1"]["logprobs"], strict=True):
         assert own == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("tp", "kind"), [(name, kind) for name in LAYOUTS[1:] for kind in trained_kinds(name)]
+)
 def test_same_gradients(runs, tp, kind):
-    def of(devices: int) -> dict[str, np.ndarray]:
-        found = runs.gradients[devices]
+    def of(layout: str) -> dict[str, np.ndarray]:
+        found = runs.gradients[layout]
         return {name: found[name] for name in found.files if name.startswith(kind)}
 
-    own, expected = of(tp), of(1)
+    own, expected = of(tp), of("1")
     assert own.keys() == expected.keys()
     trained = 0
     for name, gradient in expected.items():
@@ -94,7 +109,7 @@ def test_same_gradients(runs, tp, kind):
 
 
 def test_same_losses(runs, tp):
-    assert runs.said[tp]["losses"] == pytest.approx(runs.said[1]["losses"], rel=1e-5)
+    assert runs.said[tp]["losses"] == pytest.approx(runs.said["1"]["losses"], rel=1e-5)
 
 
 def test_nothing_compiles_or_moves_after_the_start(runs, tp):
@@ -105,7 +120,7 @@ def test_nothing_compiles_or_moves_after_the_start(runs, tp):
 def test_exports_are_whole(runs, tp):
     for name in (f"adapter{tp}/adapter_model", f"merged{tp}/model"):
         own = load_file(runs.folder / f"{name}.safetensors")
-        expected = load_file(runs.folder / f"{name.replace(str(tp), '1')}.safetensors")
+        expected = load_file(runs.folder / f"{name.replace(tp, '1')}.safetensors")
         assert own.keys() == expected.keys()
         for key, tensor in expected.items():
             torch.testing.assert_close(own[key], tensor, atol=2e-4, rtol=1e-3)
