@@ -60,7 +60,7 @@ class InferenceQueue:
             slo=slo,
             priority=(request.arrival + slo.patience_s, next(self._arrivals)),
             tokens=list(request.prompt),
-            to_sample=request.max_tokens,
+            end=len(request.prompt) + request.max_tokens - 1,
             due=request.arrival + slo.ttft_s,
             tpot_s=slo.tpot_s,
             has_adapter=request.cache_salt is not None,
@@ -73,21 +73,19 @@ class InferenceQueue:
         # The only loop of a plan over all running sequences: it is what the plan's time goes to.
         sequences: list[Sequence] = []
         positions: list[int] = []
-        keys, earliest, least_s, adapters = 0, math.inf, math.inf, False
+        earliest, least_s, adapters = math.inf, math.inf, False
         page_size = self.pool.page_size
         for sequence in tuple(self.running):
             position = sequence.computed
-            if position < sequence.prefill_end or not sequence.to_sample or sequence.row is None:
-                continue  # in its prefill; or drained; or preempted for a more urgent one just now
+            if not sequence.prefill_end <= position < sequence.end:
+                continue  # in its prefill, or preempted for a more urgent one just now; or drained
             full = not position % page_size and position >= len(sequence.pages) * page_size
             if full and not self._grow(sequence, sequences):
                 continue
             sequences.append(sequence)
             positions.append(position)
-            sequence.computed = position = position + 1
+            sequence.computed = position + 1
             sequence.in_flight += 1
-            sequence.to_sample -= 1
-            keys += position
             due, tpot_s = sequence.due, sequence.tpot_s
             if due < earliest:
                 earliest = due
@@ -96,6 +94,7 @@ class InferenceQueue:
             sequence.due = due + tpot_s
             if sequence.has_adapter:
                 adapters = True
+        keys = sum(positions) + len(positions)
         return Decode(sequences, positions, keys, earliest, least_s, adapters)
 
     def plan_prefill(self, room: int) -> tuple[list[Chunk], bool]:
@@ -143,7 +142,7 @@ class InferenceQueue:
         sequences = decode.sequences
         if self.waiting or len(sequences) != len(self.running):
             return 0
-        count = min((s.to_sample for s in sequences), default=1 << 30)
+        count = min((s.end - s.computed for s in sequences), default=1 << 30)
         if count <= 0 or any(s.status is not Status.RUNNING for s in sequences):
             return 0
         pages = len(sequences) * (1 + count // self.pool.page_size)
@@ -155,7 +154,6 @@ class InferenceQueue:
         page_size, tokens = self.pool.page_size, [0] * count
         for sequence in decode.sequences:
             sequence.computed += count
-            sequence.to_sample -= count
             sequence.tokens += tokens
             sequence.output += tokens
             sequence.last_token_at = now
@@ -163,7 +161,7 @@ class InferenceQueue:
             missing = -(-sequence.computed // page_size) - len(sequence.pages)
             if missing > 0:
                 sequence.pages += self.pool.allocate(missing) or []
-        finished = [sequence for sequence in decode.sequences if not sequence.to_sample]
+        finished = [sequence for sequence in decode.sequences if sequence.computed == sequence.end]
         for sequence in finished:
             self.finish(sequence, "length")
         return finished
@@ -213,7 +211,7 @@ class InferenceQueue:
             taken = set(planned)
             victim = max(
                 (other for other in self.running if other not in taken),
-                key=lambda other: (not other.to_sample, other.priority),
+                key=lambda other: (other.computed == other.end, other.priority),
             )
             self._preempt(victim)
             if victim is sequence:

@@ -83,7 +83,8 @@ class Sequence:
     tokens         prompt + output, the tokens whose values the host knows
     computed       positions whose KV is written by the steps dispatched so far
     in_flight      samples dispatched and not read back yet
-    to_sample      samples not dispatched yet; at 0 nothing is left to plan
+    end            positions to compute in all: those of all tokens but the last, which is sampled
+                   from the one before; with as many computed nothing is left to plan
     prefill_end    length of the prefill, fixed at admission (after a preemption it covers output)
     pages          KV pages in order of position; page i holds positions [i*size, (i+1)*size)
     row            index in [0, max_sequences), stable while RUNNING, else None
@@ -98,7 +99,7 @@ class Sequence:
     slo: Slo
     priority: tuple[float, int]
     tokens: list[int]
-    to_sample: int
+    end: int
     due: float
     tpot_s: float
     has_adapter: bool
@@ -130,7 +131,6 @@ class Sequence:
         self.computed += length
         if samples:
             self.in_flight += 1
-            self.to_sample -= 1
             self.due = math.inf if self.first_token_at is None else self.due + self.tpot_s
 
     def append(self, token: int, now: float) -> None:
