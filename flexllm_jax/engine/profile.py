@@ -91,7 +91,8 @@ def cold_model(runner: Runner) -> LatencyModel:
         sizes.dtype.itemsize,
     )
     device = find_device(runner.device.device_kind)
-    return roofline(device, spec, sizes.buckets, sizes.window, rank=sizes.bank.rank)
+    devices = sizes.placement.plan.mesh.tp if sizes.placement else 1
+    return roofline(device, spec, sizes.buckets, sizes.window, tp=devices, rank=sizes.bank.rank)
 
 
 def measure(runner: Runner, *, progress: bool) -> LatencyModel:

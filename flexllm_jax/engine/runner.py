@@ -29,6 +29,22 @@ from kernels_pallas.backend import select_backend
 
 log = logging.getLogger(__name__)
 
+# Those without a size in their name.
+_PROGRAMS = (
+    "write_history",
+    "write_row",
+    "copy_row",
+    "read_row",
+    "begin_backward",
+    "clear",
+    "loss_unit",
+    "layer_unit",
+    "commit",
+    "copy_totals",
+    "optimizer_step",
+    "copy_state",
+)
+
 
 class Runner:
     """Arrays and programs of one model on one device, or split over several; `sizes` says how large
@@ -54,8 +70,25 @@ class Runner:
         self.programs = compile_programs(
             list_programs(self.sizes, self.num_pages), progress=progress
         )
+        self._check_lattice()
         self.compile_s = time.monotonic() - started
         self.compilations = CompilationCounter()
+
+    def _check_lattice(self) -> None:
+        """RuntimeError for a program that a step can ask for and that was not compiled: later it
+        would be missing in the middle of a service."""
+        shapes = self.sizes.batch_shapes
+        wanted = {
+            *(f"forward/{variant}/{n}" for variant in ("base", "adapters") for n in shapes),
+            *(f"sample/{kind}/{s.samples}" for kind in ("greedy", "full") for s in shapes.values()),
+            *(f"prompt_logprobs/{n}" for n in shapes),
+            *_PROGRAMS,
+        }
+        if missing := sorted(wanted - self.programs.keys()):
+            raise RuntimeError(
+                f"the engine cannot start without the programs {', '.join(missing)}: "
+                f"engine.programs.list_programs does not list them for buckets {tuple(shapes)}"
+            )
 
     # -- arrays -----------------------------------------------------------------------------------
 

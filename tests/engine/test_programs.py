@@ -9,12 +9,13 @@ import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.compile.buckets import compile_programs
+from flexllm_jax.engine import runner as runner_module
 from flexllm_jax.engine.programs import list_programs
 from flexllm_jax.finetune.backward import saved_columns
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
-from tests.engines import job_config, letter_rows, random_prompts, write_rows
+from tests.engines import job_config, letter_rows, random_prompts, start_engine, write_rows
 
 
 def size(*trees):
@@ -103,3 +104,13 @@ def test_buffers_stay_at_their_address_while_serving_and_training(llm, tmp_path)
     before = llm._loop.call(addresses)
     serve_and_train()
     assert llm._loop.call(addresses) == before
+
+
+@pytest.mark.parametrize("name", ["forward/adapters/48", "sample/full/6", "layer_unit"])
+def test_a_program_that_is_not_listed_is_an_error_at_the_start(llama, tmp_path, monkeypatch, name):
+    def without(sizes, num_pages):
+        return [program for program in list_programs(sizes, num_pages) if program.name != name]
+
+    monkeypatch.setattr(runner_module, "list_programs", without)
+    with pytest.raises(RuntimeError, match=f"without the programs {name}:"):
+        start_engine(llama, tmp_path)
