@@ -1,19 +1,24 @@
-"""Two processes run one engine from the scripts; one is lost, and the job goes on from there."""
+"""Two processes run one engine from the scripts: a job goes on when one of them is lost, and a
+server serves."""
 
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexllm_jax.engine.processes import LOST
 from tests.checkpoints import make_llama, save_tokenizer
-from tests.engines import free_port
+from tests.engines import free_port, random_prompts, reference_greedy
 from tests.scripts.workspace import Workspace, make_workspace
+from tests.server.running import SERVE, RunningServer, make_config
 
 STEPS = 60
 
@@ -91,3 +96,25 @@ def test_processes_that_do_not_agree_are_told_the_field(workspace: Workspace) ->
     for process in start(workspace, "finetune.py", "--set", "finetune.window=16"):
         status, output = end(process)
         assert status == 2 and re.search(r"finetune\.window .*differs", output), output
+
+
+def test_a_server_of_two_processes(llama: Path, tmp_path: Path) -> None:
+    section = {
+        "tp": 2,
+        "num_processes": 2,
+        "coordinator_address": f"127.0.0.1:{free_port()}",
+    }
+    config = make_config(llama, tmp_path, parallel=section)
+    with RunningServer(config) as server:
+        command = [sys.executable, str(SERVE), "--config", str(tmp_path / "config.yaml")]
+        follower = subprocess.Popen([*command, "--set", "parallel.process_id=1"])
+        server.wait_ready(300)
+        prompt = random_prompts([20])[0]
+        answer = server.client().completions.create(
+            model="tiny", prompt=prompt, max_tokens=10, temperature=0
+        )
+        assert server.stop() == 0, server.output
+    assert follower.wait(60) == 0
+    reference = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    tokens = reference_greedy(reference, prompt, 10)
+    assert answer.choices[0].text == AutoTokenizer.from_pretrained(llama).decode(tokens)
