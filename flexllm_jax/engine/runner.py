@@ -8,6 +8,8 @@ from one program to the next. Nothing here waits for a result or compiles one af
 import itertools
 import logging
 import time
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -216,7 +218,7 @@ class Runner:
         """An array on the host, whole, however it is sharded; waits for the device."""
         placement = self.sizes.placement
         if placement and not (array.is_fully_addressable or array.is_fully_replicated):
-            array = jax.jit(lambda x: x, out_shardings=placement.replicated)(array)
+            array = _gather(placement.replicated)(array)
         return np.asarray(array)
 
     # -- finetuning -------------------------------------------------------------------------------
@@ -305,6 +307,11 @@ class Runner:
     def close(self) -> None:
         """Nothing is called any more."""
         self.compilations.close()
+
+
+@cache
+def _gather(everywhere: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=everywhere)
 
 
 def least_of_all(count: int) -> int:
