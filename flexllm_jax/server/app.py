@@ -28,6 +28,7 @@ from flexllm_jax.server.inference_schema import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    dump_tools,
 )
 from flexllm_jax.server.jobs import JobManager
 from flexllm_jax.server.logs import AccessLog
@@ -134,7 +135,9 @@ def _add_inference(app: FastAPI, server: Server) -> None:
         limit = server.config.server.max_body_bytes  # tokens; what the body allows
         if body.messages is not None:
             generation = body.add_generation_prompt
-            text = await codec.render(body.messages, add_generation_prompt=generation)
+            text = await codec.render(
+                body.messages, dump_tools(body.tools), add_generation_prompt=generation
+            )
         else:
             text = body.prompt or ""
         special = body.add_special_tokens

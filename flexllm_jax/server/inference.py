@@ -130,6 +130,8 @@ class Inference:
         max_tokens: int,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        *,
+        skip_special_tokens: bool = True,
     ) -> Answer:
         """Admit a request and start it. ApiError: it is wrong, or has to wait."""
         arrival = time.monotonic()
@@ -163,7 +165,12 @@ class Inference:
         return Answer(
             prompts,
             generation,
-            [Detokenizer(self.codec, stops, params.min_tokens) for _ in range(outputs)],
+            [
+                Detokenizer(
+                    self.codec, stops, params.min_tokens, skip_special_tokens=skip_special_tokens
+                )
+                for _ in range(outputs)
+            ],
             [
                 RequestMetrics(batch, arrival, len(prompts[i // n]), name, slo)
                 for i in range(outputs)

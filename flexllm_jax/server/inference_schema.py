@@ -16,7 +16,6 @@ Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
-Nothing = Annotated[None, Field(description="Not supported.")]
 
 
 class Body(BaseModel):
@@ -110,10 +109,26 @@ class CompletionRequest(InferenceRequest):
     add_special_tokens: bool | None = True
 
 
-class ResponseFormat(BaseModel):
-    """How the answer is to look."""
+class ToolFunction(Body):
+    """A function that the model may call; what else it says reaches the chat template."""
 
-    type: Literal["text"] = "text"
+    model_config = ConfigDict(extra="allow")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,256}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """A tool of a chat request."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    function: ToolFunction
+
+
+def dump_tools(tools: list[Tool] | None) -> list[dict[str, Any]]:
+    """Tools as they were given."""
+    return [tool.model_dump(exclude_unset=True) for tool in tools or ()]
 
 
 class ChatCompletionRequest(InferenceRequest):
@@ -125,8 +140,11 @@ class ChatCompletionRequest(InferenceRequest):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
+    functions: list[Any] | None = None
+    function_call: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -136,6 +154,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False

@@ -16,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from flexllm_jax.finetune.data.chat import UnusableRow, chat_messages
 from flexllm_jax.server.errors import ApiError
+from flexllm_jax.server.tool_calls import Format, find_format
 
 _LONG_TEXT = 4000  # characters; tokenizing them takes about a millisecond
 
@@ -56,6 +57,21 @@ class TextCodec:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
         return run() if len(text) < _LONG_TEXT else await asyncio.to_thread(run)
+
+    def is_special(self, text: str) -> bool:
+        """Whether `text` is a token that detokenizers leave out."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return any(token.special and token.content == text for token in added)
+
+    def tool_format(self) -> Format | None:
+        """How this model's chat template asks for tool calls; ApiError when it knows no tools."""
+        template = self.tokenizer.chat_template
+        if template:
+            template = self.tokenizer.get_chat_template(tools=[{}])
+        if not template or "tools" not in template:
+            message = "tools: this model's chat template has no place for them; leave them out"
+            raise ApiError(400, message, param="tools")
+        return find_format(template)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
@@ -105,10 +121,18 @@ class Detokenizer:
     `text` is what is known of it; a stop string is looked for after more than `min_tokens` tokens.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), min_tokens: int = 0):
+    def __init__(
+        self,
+        codec: TextCodec,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        skip_special_tokens: bool = True,
+    ):
         self._backend, self._stop, self._min_tokens = codec.backend, stop, min_tokens
         self._longest = max(map(len, stop), default=0)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip_special = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._tokens: list[int] = []
         self._sent = 0
         self.text = ""
@@ -133,7 +157,7 @@ class Detokenizer:
     def take(self, *, final: bool) -> str:
         """Text that was not taken yet and will not change; at the end, all of it."""
         if final and not self.stopped:
-            whole = self._backend.decode(self._tokens, skip_special_tokens=True)
+            whole = self._backend.decode(self._tokens, skip_special_tokens=self._skip_special)
             if len(whole) > len(self.text) and whole.startswith(self.text):
                 self._append(whole[len(self.text) :])  # bytes that never became a character
         end = len(self.text) if final or self.stopped else len(self.text) - self._undecided()
