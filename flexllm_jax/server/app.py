@@ -155,6 +155,10 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, client: Known) -> Response:
+        known = server.engine.info.vocab_size if server.engine.info else len(codec.tokenizer)
+        if outside := [token for token in body.tokens if token >= known]:
+            message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"
+            raise ApiError(400, message, param="tokens")
         return sse.json_response({"prompt": codec.decode(body.tokens)})
 
     @app.get("/tokenizer_info")

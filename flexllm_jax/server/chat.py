@@ -14,7 +14,11 @@ from flexllm_jax.server import sse
 from flexllm_jax.server.access import Client
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.inference import Answer, Delta, Inference
-from flexllm_jax.server.inference_schema import ChatCompletionRequest, dump_tools
+from flexllm_jax.server.inference_schema import (
+    ChatCompletionRequest,
+    dump_tools,
+    refuse_unsupported,
+)
 from flexllm_jax.server.text import TextCodec
 from flexllm_jax.server.tool_calls import (
     START,
@@ -58,7 +62,8 @@ class _Chat:
 
         def entry(token: int, value: float) -> dict[str, Any]:
             text = self.codec.token_text(token)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            data = list(self.codec.token_bytes(token))
+            return {"token": text, "logprob": value, "bytes": data}
 
         ranked = sorted(delta.logprobs.items(), key=lambda item: -item[1])
         top = [entry(*item) for item in ranked[: self.body.top_logprobs or 0]]
@@ -78,7 +83,7 @@ async def chat(
     prompt = await codec.encode(text, limit, add_special_tokens=False)
     max_tokens = body.max_completion_tokens
     max_tokens = body.max_tokens if max_tokens is None else max_tokens
-    max_tokens = max(1, limit - len(prompt)) if max_tokens is None else max_tokens
+    max_tokens = inference.room(prompt) if max_tokens is None else max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     skip_special = form is None or not codec.is_special(START)
     answer = inference.open(
@@ -94,18 +99,14 @@ async def chat(
 
 
 def _refuse_unsupported(body: ChatCompletionRequest) -> None:
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
+    refuse_unsupported(body)
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        kind = body.response_format.get("type")
         message = f"response_format.type: got {kind!r}; only text is supported"
         raise ApiError(400, message, param="response_format")
-    for name, value in (("functions", body.functions), ("function_call", body.function_call)):
-        if value:
-            raise ApiError(400, f"{name}: is not supported; use tools", param=name)
     if body.tool_choice not in (None, "none", "auto"):
         message = f"tool_choice: got {body.tool_choice!r}; only none and auto are supported"
         raise ApiError(400, message, param="tool_choice")
-    if body.logit_bias:
-        raise ApiError(400, "logit_bias: is not supported; leave it out", param="logit_bias")
     if body.top_logprobs is not None and not body.logprobs:
         message = "top_logprobs: needs logprobs=true; set it or leave this out"
         raise ApiError(400, message, param="top_logprobs")
@@ -117,11 +118,12 @@ async def _whole(conversation: _Chat) -> Response:
     texts, reasons = [""] * count, [""] * count
     calls: list[list[CallDelta]] = [[] for _ in range(count)]
     reported: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    stops: list[str | int | None] = [None] * count
     async for delta in answer:
         parsed, reason = conversation.take(delta)
         texts[delta.index] += parsed.text
         calls[delta.index] += parsed.calls
-        reasons[delta.index] = reason or ""
+        reasons[delta.index], stops[delta.index] = reason or "", delta.stop_reason
         if report := conversation.logprobs(delta):
             reported[delta.index].append(report)
     choices = [
@@ -130,6 +132,7 @@ async def _whole(conversation: _Chat) -> Response:
             "message": _message(texts[i], calls[i]),
             "logprobs": {"content": reported[i]} if conversation.body.logprobs else None,
             "finish_reason": reasons[i],
+            "stop_reason": stops[i],
         }
         for i in range(count)
     ]
@@ -175,6 +178,7 @@ async def _stream(conversation: _Chat) -> AsyncGenerator[bytes]:
                 "delta": _delta(parsed, conversation.may_call),
                 "logprobs": None if report is None else {"content": [report]},
                 "finish_reason": reason,
+                "stop_reason": delta.stop_reason,
             }
             yield chunk(delta.index, own, usage)
         if options and options.include_usage:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
@@ -153,7 +153,7 @@ def routes(store: FileStore) -> APIRouter:
         client: Known,
         after: After = None,
         limit: Limit = 10_000,
-        order: str = "desc",
+        order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> Response:
         def read(session: Session) -> list[dict[str, Any]]:

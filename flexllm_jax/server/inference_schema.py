@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.server.errors import ApiError
 
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
@@ -31,9 +32,25 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = False
 
 
-class InferenceRequest(Body):
-    """What completions and chat completions have in common."""
+# With the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("logit_bias", "functions"), (None, {}, [])),
+    **dict.fromkeys(("function_call", "suffix"), (None, "", "none")),
+    **dict.fromkeys(("modalities",), (None, ["text"])),
+    # vLLM's
+    **dict.fromkeys(("structured_outputs", "allowed_token_ids", "bad_words"), (None, {}, [])),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "prompt_embeds"), (None,)),
+    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (None, False)),
+    "skip_special_tokens": (None, True),
+}
 
+
+class InferenceRequest(Body):
+    """What completions and chat completions have in common. Extra fields are kept, to be refused if
+    they mean something."""
+
+    model_config = ConfigDict(extra="allow")
     model: str
     temperature: float | None = 1.0
     top_p: float | None = 1.0
@@ -44,7 +61,6 @@ class InferenceRequest(Body):
     frequency_penalty: float | None = 0.0
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, float] | None = None
     user: str | None = None
     # vLLM's
     top_k: Int32 | None = 0
@@ -89,6 +105,13 @@ class InferenceRequest(Body):
         )
 
 
+def refuse_unsupported(body: InferenceRequest) -> None:
+    """ApiError 400 for fields of OpenAI and vLLM that would change the answer, and cannot here."""
+    for name, value in (body.model_extra or {}).items():
+        if name in _UNSUPPORTED and value not in _UNSUPPORTED[name]:
+            raise ApiError(400, f"{name}: is not supported; leave it out", param=name)
+
+
 class CompletionRequest(InferenceRequest):
     """POST /v1/completions."""
 
@@ -105,7 +128,6 @@ class CompletionRequest(InferenceRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = False
     best_of: Count | None = None
-    suffix: str | None = None
     add_special_tokens: bool | None = True
 
 
@@ -143,8 +165,6 @@ class ChatCompletionRequest(InferenceRequest):
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
-    functions: list[Any] | None = None
-    function_call: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

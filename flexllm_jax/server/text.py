@@ -8,6 +8,7 @@ are not complete and text that may become a stop string are held until they are 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,18 @@ from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.tool_calls import Format, find_format
 
 _LONG_TEXT = 4000  # characters; tokenizing them takes about a millisecond
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_letters() -> dict[str, int]:
+    """Byte-level tokenizers write every byte as a letter: printable ones of Latin-1 as themselves,
+    the others in order from U+0100 on (GPT-2's `bytes_to_unicode`)."""
+    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_letters()
 
 
 class TextCodec:
@@ -30,9 +43,23 @@ class TextCodec:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.longest_token = max(map(len, vocabulary))
         self.token_text = lru_cache(maxsize=100_000)(self._token_text)
+        self.token_bytes = lru_cache(maxsize=100_000)(self._token_bytes)
+        decoder = self.backend.decoder
+        kinds = decoder.__getstate__().decode() if decoder else ""  # its JSON
+        self._byte_level, self._byte_fallback = '"ByteLevel"' in kinds, '"ByteFallback"' in kinds
 
     def _token_text(self, token: int) -> str:
         return self.backend.decode([token], skip_special_tokens=False)
+
+    def _token_bytes(self, token: int) -> bytes:
+        """The bytes of a token, which may be a part of a character."""
+        name = self.backend.id_to_token(token) or ""
+        is_added = token in self.backend.get_added_tokens_decoder()
+        if self._byte_level and not is_added and all(letter in _BYTES for letter in name):
+            return bytes(_BYTES[letter] for letter in name)
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(name)):
+            return bytes([int(match[1], 16)])
+        return self.token_text(token).encode()
 
     async def encode(
         self, text: str, max_tokens: int, *, add_special_tokens: bool = True
@@ -136,7 +163,7 @@ class Detokenizer:
         self._tokens: list[int] = []
         self._sent = 0
         self.text = ""
-        self.stopped = False
+        self.stop: str | None = None  # the stop string that ended it
 
     def push(self, token: int) -> bool:
         """Take in a token; whether a stop string ends the output here."""
@@ -146,13 +173,19 @@ class Detokenizer:
             self._append(piece)
         return self.stopped
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the output."""
+        return self.stop is not None
+
     def _append(self, piece: str) -> None:
         searched = max(0, len(self.text) - self._longest + 1)
         self.text += piece
         if self._stop and len(self._tokens) > self._min_tokens:
-            found = [at for s in self._stop if (at := self.text.find(s, searched)) >= 0]
+            found = [(at, s) for s in self._stop if (at := self.text.find(s, searched)) >= 0]
             if found:
-                self.text, self.stopped = self.text[: min(found)], True
+                at, self.stop = min(found)
+                self.text = self.text[:at]
 
     def take(self, *, final: bool) -> str:
         """Text that was not taken yet and will not change; at the end, all of it."""
