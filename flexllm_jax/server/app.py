@@ -118,11 +118,11 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     async def models(client: Known) -> Response:
-        return sse.json_response({"object": "list", "data": server.models.describe_all()})
+        return sse.json_response({"object": "list", "data": server.models.describe_all(client)})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, client: Known) -> Response:
-        return sse.json_response(server.models.describe(name))
+        return sse.json_response(server.models.describe(name, client))
 
     @app.delete("/v1/models/{name:path}")
     async def delete_model(name: str, client: Known) -> Response:

@@ -146,7 +146,7 @@ class Inference:
     ) -> Answer:
         """Admit a request and start it. ApiError: it is wrong, or has to wait."""
         arrival = time.monotonic()
-        adapter = self.models.resolve(body.model)
+        adapter = self.models.resolve(body.model, client)
         slo = body.slo or "standard"
         if slo not in self._slo_classes:
             raise ApiError(
