@@ -32,6 +32,7 @@ from flexllm_jax.server.protocol import Stats, Step
 
 _PERIOD_S = 1.0
 _WINDOW_S = 5.0  # over which tokens per second are counted
+_HISTORY = 120  # periods of tokens per second, for a viewer that comes
 _SHOWN_JOBS = 30
 _SHOWN_ADAPTERS = 100  # those on the device first
 _SHOWN_POINTS = 300  # of a loss curve, at first
@@ -62,6 +63,8 @@ class Dashboard:
         self._config, self._engine, self._models = config, engine, models
         self._metrics, self._database, self.jobs = metrics, database, jobs
         self._steps: deque[tuple[float, Step]] = deque()
+        self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
+        self._next_sample = 0.0
         engine.on_stats.append(self._take)
 
     def _take(self, stats: Stats) -> None:
@@ -69,6 +72,9 @@ class Dashboard:
         self._steps.extend((now, step) for step in stats.steps)
         while self._steps and self._steps[0][0] < now - _WINDOW_S:
             self._steps.popleft()
+        if now >= self._next_sample:
+            self._next_sample = now + _PERIOD_S
+            self._history.append(self._tokens_per_s())
 
     def _tokens_per_s(self) -> dict[str, float]:
         since = time.monotonic() - _WINDOW_S
@@ -133,6 +139,7 @@ class Dashboard:
     async def snapshots(self, client: Client) -> AsyncGenerator[bytes]:
         """Snapshots for one viewer, as events, until the server stops."""
         seen, version = 0, -1
+        history: list[dict[str, float]] | None = list(self._history)
         jobs: list[dict[str, Any]] = []
 
         def read(session: Session) -> tuple[list[dict[str, Any]], int]:
@@ -142,7 +149,10 @@ class Dashboard:
             if version != self.jobs.version:
                 version = self.jobs.version
                 jobs, seen = await self._database.run(read)
-            yield sse.event(self.snapshot(jobs, client))
+            snapshot = self.snapshot(jobs, client)
+            if history is not None:
+                snapshot["history"], history = history, None
+            yield sse.event(snapshot)
             for job in jobs:
                 job["points"] = []  # they are told once
             await asyncio.sleep(_PERIOD_S)

@@ -17,6 +17,15 @@ from flexllm_jax.server.protocol import Stats, Step
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ATTAINMENT_WINDOW = 1000
+JOB_STATES = (
+    "validating_files",
+    "queued",
+    "running",
+    "paused",
+    "succeeded",
+    "failed",
+    "cancelled",
+)
 _COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -170,9 +179,8 @@ class ServerMetrics:
 
     def count_jobs(self, states: Mapping[str, int]) -> None:
         """Take in how many jobs there are of each state."""
-        self.finetune_jobs.clear()
-        for state, count in states.items():
-            self.finetune_jobs.labels(state).set(count)
+        for state in JOB_STATES:
+            self.finetune_jobs.labels(state).set(states.get(state, 0))
 
     # -- from requests ----------------------------------------------------------------------------
 
