@@ -33,6 +33,7 @@ NAMES = [
     "flexllm:step_seconds_bucket",
     "flexllm:step_prediction_error_ratio_bucket",
     "flexllm:adapter_version",
+    "flexllm:engine_cpu_seconds_total",
     "flexllm:xla_recompiles_total",
 ]
 
