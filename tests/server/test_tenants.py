@@ -31,7 +31,8 @@ def job(server, client):
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id, extra_body=extra)
 
     def ended():
-        return client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
+        jobs = client.fine_tuning.jobs  # its last checkpoint may come after its end
+        return jobs.retrieve(job.id).status == "succeeded" and jobs.checkpoints.list(job.id).data
 
     server.wait(ended)
     return client.fine_tuning.jobs.retrieve(job.id)
