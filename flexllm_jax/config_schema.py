@@ -561,6 +561,9 @@ class ApiKey(Section):
     tokens_per_minute: Int | None = Field(
         default=None, ge=1, description="Prompt and output tokens per minute. null: no limit."
     )
+    admin: bool = Field(
+        default=False, description="Whether it sees the files, jobs and adapters of every key."
+    )
 
 
 class ServerSection(Section):

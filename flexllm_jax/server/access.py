@@ -1,5 +1,8 @@
 """Who may use the server, and how much: API keys, limits of each, and limits of all together.
 
+Files, jobs and adapters belong to the key that made them. Where there are several keys, each sees
+its own, and what belongs to nobody: preloaded adapters, and what was made without keys.
+
 A limit refuses early (status 429 with Retry-After): what is admitted fits in memory and is served.
 """
 
@@ -15,6 +18,8 @@ from typing import Annotated
 
 import yaml
 from fastapi import Depends, Request
+from sqlalchemy import ColumnElement, or_, true
+from sqlalchemy.orm import InstrumentedAttribute
 
 from flexllm_jax.config import ConfigError, build_config
 from flexllm_jax.config_schema import ApiKey, ServerSection
@@ -31,12 +36,22 @@ class Client:
     name: str
     max_in_flight: int | None = None
     tokens_per_minute: int | None = None
+    owner: str | None = None  # what it makes belongs to; None: to nobody
+    sees_all: bool = True
     in_flight: int = 0
     tokens: float = field(init=False)
     filled_at: float = field(default_factory=time.monotonic)
 
     def __post_init__(self):
         self.tokens = float(self.tokens_per_minute or 0)
+
+    def may_see(self, owner: str | None) -> bool:
+        """Whether what belongs to `owner` is there for it."""
+        return self.sees_all or owner is None or owner == self.owner
+
+    def visible(self, column: InstrumentedAttribute[str | None]) -> ColumnElement[bool]:
+        """`may_see` in a query, of a table's owners."""
+        return true() if self.sees_all else or_(column.is_(None), column == self.owner)
 
     def refill(self, now: float) -> None:
         """Add what has come since the last time."""
@@ -53,8 +68,18 @@ class ApiKeys:
         if section.api_keys_file is not None:
             keys += _read_keys(section)
         self._everybody = None if keys else Client("everybody")
+        alone = len(keys) == 1
         self._clients = [
-            (_digest(key.key), Client(key.name, key.requests_in_flight, key.tokens_per_minute))
+            (
+                _digest(key.key),
+                Client(
+                    key.name,
+                    key.requests_in_flight,
+                    key.tokens_per_minute,
+                    owner=key.name,
+                    sees_all=alone or key.admin,
+                ),
+            )
             for key in keys
         ]
 

@@ -78,12 +78,14 @@ def routes(allowed: tuple[Path, ...], engine: EngineClient, models: ModelRegistr
     async def load(body: LoadAdapter, client: Known) -> Response:
         name, folder = body.lora_name, find_folder(body.lora_path, allowed)
         known = models.adapters.get(name)
-        if name == models.base or (known and not known.engine_name.startswith(_PREFIX)):
+        is_loaded = known and known.engine_name.startswith(_PREFIX) and client.may_see(known.owner)
+        if name == models.base or (known and not is_loaded):
             raise ApiError(400, f"lora_name: {name!r} is another model's", param="lora_name")
         if known and not body.load_inplace:
             message = f"the adapter {name!r} is loaded already; load_inplace replaces it"
             raise ApiError(400, message, param="lora_name")
-        adapter = ServedAdapter(name, _PREFIX + name, str(folder))
+        owner = known.owner if known else client.owner
+        adapter = ServedAdapter(name, _PREFIX + name, str(folder), owner=owner)
         try:
             await engine.call("load_adapter", name=adapter.engine_name, path=adapter.path)
         except EngineRefused as error:
@@ -97,7 +99,8 @@ def routes(allowed: tuple[Path, ...], engine: EngineClient, models: ModelRegistr
     async def unload(body: UnloadAdapter, client: Known) -> Response:
         name = body.lora_name
         adapter = models.adapters.get(name)
-        if adapter is None or not adapter.engine_name.startswith(_PREFIX):
+        is_loaded = adapter and adapter.engine_name.startswith(_PREFIX)
+        if adapter is None or not is_loaded or not client.may_see(adapter.owner):
             raise ApiError(404, f"no adapter {name!r} was loaded", param="lora_name")
         del models.adapters[name]
         with contextlib.suppress(EngineUnavailable):  # one that starts later does not know it

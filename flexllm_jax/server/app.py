@@ -28,6 +28,7 @@ from flexllm_jax.server.inference_schema import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    dump_tools,
 )
 from flexllm_jax.server.jobs import JobManager
 from flexllm_jax.server.logs import AccessLog
@@ -117,11 +118,11 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models")
     async def models(client: Known) -> Response:
-        return sse.json_response({"object": "list", "data": server.models.describe_all()})
+        return sse.json_response({"object": "list", "data": server.models.describe_all(client)})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, client: Known) -> Response:
-        return sse.json_response(server.models.describe(name))
+        return sse.json_response(server.models.describe(name, client))
 
     @app.delete("/v1/models/{name:path}")
     async def delete_model(name: str, client: Known) -> Response:
@@ -134,7 +135,9 @@ def _add_inference(app: FastAPI, server: Server) -> None:
         limit = server.config.server.max_body_bytes  # tokens; what the body allows
         if body.messages is not None:
             generation = body.add_generation_prompt
-            text = await codec.render(body.messages, add_generation_prompt=generation)
+            text = await codec.render(
+                body.messages, dump_tools(body.tools), add_generation_prompt=generation
+            )
         else:
             text = body.prompt or ""
         special = body.add_special_tokens
@@ -152,6 +155,10 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, client: Known) -> Response:
+        known = server.engine.info.vocab_size if server.engine.info else len(codec.tokenizer)
+        if outside := [token for token in body.tokens if token >= known]:
+            message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"
+            raise ApiError(400, message, param="tokens")
         return sse.json_response({"prompt": codec.decode(body.tokens)})
 
     @app.get("/tokenizer_info")

@@ -14,17 +14,46 @@ from flexllm_jax.server import sse
 from flexllm_jax.server.access import Client
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.inference import Answer, Delta, Inference
-from flexllm_jax.server.inference_schema import ChatCompletionRequest
+from flexllm_jax.server.inference_schema import (
+    ChatCompletionRequest,
+    dump_tools,
+    refuse_unsupported,
+)
 from flexllm_jax.server.text import TextCodec
+from flexllm_jax.server.tool_calls import (
+    START,
+    CallDelta,
+    Format,
+    Parsed,
+    ToolCallParser,
+    join_calls,
+)
 
 
 class _Chat:
-    """A request being answered."""
+    """A request being answered. `form`: how the model writes tool calls, if it was given tools."""
 
-    def __init__(self, body: ChatCompletionRequest, answer: Answer, codec: TextCodec):
+    def __init__(
+        self, body: ChatCompletionRequest, answer: Answer, codec: TextCodec, form: Format | None
+    ):
         self.body, self.answer, self.codec = body, answer, codec
+        self.may_call = form is not None
+        names = [tool.function.name for tool in body.tools or ()]
+        parallel = body.parallel_tool_calls is not False
+        self._parsers = [
+            ToolCallParser(form, names, parallel=parallel) if form else None
+            for _ in answer.output_tokens
+        ]
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self.head["model"] = body.model
+
+    def take(self, delta: Delta) -> tuple[Parsed, str | None]:
+        """The text and calls that a token adds, and the finish reason."""
+        parser, reason = self._parsers[delta.index], delta.finish_reason
+        if parser is None:
+            return Parsed(delta.text, []), reason
+        parsed = parser.push(delta.text, final=reason is not None)
+        return parsed, "tool_calls" if reason == "stop" and parser.count else reason
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
         """The log-probabilities of a token, as OpenAI shows them; None when not asked for."""
@@ -33,7 +62,8 @@ class _Chat:
 
         def entry(token: int, value: float) -> dict[str, Any]:
             text = self.codec.token_text(token)
-            return {"token": text, "logprob": value, "bytes": list(text.encode())}
+            data = list(self.codec.token_bytes(token))
+            return {"token": text, "logprob": value, "bytes": data}
 
         ranked = sorted(delta.logprobs.items(), key=lambda item: -item[1])
         top = [entry(*item) for item in ranked[: self.body.top_logprobs or 0]]
@@ -46,15 +76,20 @@ async def chat(
     """Answer a chat request, at once or as a stream."""
     _refuse_unsupported(body)
     limit, codec = inference.max_model_len(), inference.codec
-    tools = None if body.tool_choice == "none" else body.tools
+    tools, form = None, None
+    if body.tools and body.tool_choice != "none":
+        form, tools = codec.tool_format(), dump_tools(body.tools)
     text = await codec.render(body.messages, tools, body.chat_template_kwargs)
     prompt = await codec.encode(text, limit, add_special_tokens=False)
     max_tokens = body.max_completion_tokens
     max_tokens = body.max_tokens if max_tokens is None else max_tokens
-    max_tokens = max(1, limit - len(prompt)) if max_tokens is None else max_tokens
+    max_tokens = inference.room(prompt) if max_tokens is None else max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    answer = inference.open(client, body, [prompt], max_tokens, logprobs)
-    conversation = _Chat(body, answer, codec)
+    skip_special = form is None or not codec.is_special(START)
+    answer = inference.open(
+        client, body, [prompt], max_tokens, logprobs, skip_special_tokens=skip_special
+    )
+    conversation = _Chat(body, answer, codec, form)
     if body.stream:
         return sse.EventStream(_stream(conversation), answer.close)
     try:
@@ -64,15 +99,14 @@ async def chat(
 
 
 def _refuse_unsupported(body: ChatCompletionRequest) -> None:
-    kind = (body.response_format or {}).get("type", "text")
-    if kind != "text":
+    refuse_unsupported(body)
+    if body.response_format is not None and body.response_format.get("type") != "text":
+        kind = body.response_format.get("type")
         message = f"response_format.type: got {kind!r}; only text is supported"
         raise ApiError(400, message, param="response_format")
     if body.tool_choice not in (None, "none", "auto"):
         message = f"tool_choice: got {body.tool_choice!r}; only none and auto are supported"
         raise ApiError(400, message, param="tool_choice")
-    if body.logit_bias:
-        raise ApiError(400, "logit_bias: is not supported; leave it out", param="logit_bias")
     if body.top_logprobs is not None and not body.logprobs:
         message = "top_logprobs: needs logprobs=true; set it or leave this out"
         raise ApiError(400, message, param="top_logprobs")
@@ -82,23 +116,43 @@ async def _whole(conversation: _Chat) -> Response:
     answer = conversation.answer
     count = len(answer.output_tokens)
     texts, reasons = [""] * count, [""] * count
+    calls: list[list[CallDelta]] = [[] for _ in range(count)]
     reported: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    stops: list[str | int | None] = [None] * count
     async for delta in answer:
-        texts[delta.index] += delta.text
-        reasons[delta.index] = delta.finish_reason or ""
+        parsed, reason = conversation.take(delta)
+        texts[delta.index] += parsed.text
+        calls[delta.index] += parsed.calls
+        reasons[delta.index], stops[delta.index] = reason or "", delta.stop_reason
         if report := conversation.logprobs(delta):
             reported[delta.index].append(report)
     choices = [
         {
             "index": i,
-            "message": {"role": "assistant", "content": texts[i], "refusal": None},
+            "message": _message(texts[i], calls[i]),
             "logprobs": {"content": reported[i]} if conversation.body.logprobs else None,
             "finish_reason": reasons[i],
+            "stop_reason": stops[i],
         }
         for i in range(count)
     ]
     head = {**conversation.head, "object": "chat.completion"}
     return sse.json_response({**head, "choices": choices, "usage": answer.usage})
+
+
+def _message(text: str, calls: list[CallDelta]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message |= {"content": text or None, "tool_calls": join_calls(calls)}
+    return message
+
+
+def _delta(parsed: Parsed, may_call: bool) -> dict[str, Any]:
+    """What a chunk adds; nothing while it is not known what a text becomes."""
+    delta: dict[str, Any] = {} if may_call and not parsed.text else {"content": parsed.text}
+    if parsed.calls:
+        delta["tool_calls"] = [call.describe() for call in parsed.calls]
+    return delta
 
 
 async def _stream(conversation: _Chat) -> AsyncGenerator[bytes]:
@@ -119,10 +173,12 @@ async def _stream(conversation: _Chat) -> AsyncGenerator[bytes]:
                 own = {"delta": role, "logprobs": None, "finish_reason": None}
                 yield chunk(delta.index, own, usage)
             report = conversation.logprobs(delta)
+            parsed, reason = conversation.take(delta)
             own = {
-                "delta": {"content": delta.text},
+                "delta": _delta(parsed, conversation.may_call),
                 "logprobs": None if report is None else {"content": [report]},
-                "finish_reason": delta.finish_reason,
+                "finish_reason": reason,
+                "stop_reason": delta.stop_reason,
             }
             yield chunk(delta.index, own, usage)
         if options and options.include_usage:

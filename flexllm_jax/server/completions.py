@@ -15,7 +15,7 @@ from flexllm_jax.server import sse
 from flexllm_jax.server.access import Client
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.inference import Answer, Delta, Inference, Logprobs
-from flexllm_jax.server.inference_schema import CompletionRequest
+from flexllm_jax.server.inference_schema import CompletionRequest, refuse_unsupported
 from flexllm_jax.server.text import TextCodec
 
 
@@ -27,6 +27,7 @@ class _Choice:
     count: int | None  # alternatives to report; None: no log-probabilities
     text: str = ""
     finish_reason: str | None = None
+    stop_reason: str | int | None = None
     tokens: list[str] = field(default_factory=list)
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
@@ -89,9 +90,9 @@ class _Completion:
                 for token, logprobs in zip(prompt, delta.prompt_logprobs or [], strict=True):
                     choice.add_token(token, logprobs)
         self._begun[delta.index] = True
-        choice.finish_reason = delta.finish_reason
+        choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
         if self.only_echo:
-            choice.finish_reason = "length"
+            choice.finish_reason, choice.stop_reason = "length", None
             self.answer.output_tokens[delta.index] = 0
         else:
             text += delta.text
@@ -108,7 +109,7 @@ class _Completion:
             "text": text,
             "logprobs": choice.take_logprobs(),
             "finish_reason": choice.finish_reason,
-            "stop_reason": None,
+            "stop_reason": choice.stop_reason,
         }
 
 
@@ -122,9 +123,7 @@ async def complete(
         raise ApiError(
             400, "max_tokens: got 0; must be at least 1 without echo", param="max_tokens"
         )
-    for name, value in (("suffix", body.suffix), ("logit_bias", body.logit_bias)):
-        if value:
-            raise ApiError(400, f"{name}: is not supported; leave it out", param=name)
+    refuse_unsupported(body)
     if body.best_of not in (None, body.n or 1):
         raise ApiError(400, f"best_of: got {body.best_of}; must equal n", param="best_of")
     answer = inference.open(

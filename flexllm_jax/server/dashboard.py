@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
 from flexllm_jax.server import sse
-from flexllm_jax.server.access import Known
+from flexllm_jax.server.access import Client, Known
 from flexllm_jax.server.database import Database, EventRow, JobRow
 from flexllm_jax.server.engine_client import EngineClient
 from flexllm_jax.server.jobs import JobManager
@@ -32,6 +32,7 @@ from flexllm_jax.server.protocol import Stats, Step
 
 _PERIOD_S = 1.0
 _WINDOW_S = 5.0  # over which tokens per second are counted
+_HISTORY = 120  # periods of tokens per second, for a viewer that comes
 _SHOWN_JOBS = 30
 _SHOWN_ADAPTERS = 100  # those on the device first
 _SHOWN_POINTS = 300  # of a loss curve, at first
@@ -62,6 +63,8 @@ class Dashboard:
         self._config, self._engine, self._models = config, engine, models
         self._metrics, self._database, self.jobs = metrics, database, jobs
         self._steps: deque[tuple[float, Step]] = deque()
+        self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
+        self._next_sample = 0.0
         engine.on_stats.append(self._take)
 
     def _take(self, stats: Stats) -> None:
@@ -69,6 +72,9 @@ class Dashboard:
         self._steps.extend((now, step) for step in stats.steps)
         while self._steps and self._steps[0][0] < now - _WINDOW_S:
             self._steps.popleft()
+        if now >= self._next_sample:
+            self._next_sample = now + _PERIOD_S
+            self._history.append(self._tokens_per_s())
 
     def _tokens_per_s(self) -> dict[str, float]:
         since = time.monotonic() - _WINDOW_S
@@ -97,12 +103,12 @@ class Dashboard:
             )
         return shown
 
-    def snapshot(self, jobs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Everything on the page; `jobs` come from the database."""
+    def snapshot(self, jobs: list[dict[str, Any]], client: Client) -> dict[str, Any]:
+        """Everything on the page that a client may see; `jobs` come from the database."""
         stats, engine = self._engine.stats, self._engine
         on_device = {a.name: a for a in stats.adapters} if stats else {}
         adapters = []
-        newest = list(self._models.adapters.values())[::-1]
+        newest = [a for a in self._models.adapters.values() if client.may_see(a.owner)][::-1]
         newest.sort(key=lambda adapter: adapter.engine_name not in on_device)
         for adapter in newest[:_SHOWN_ADAPTERS]:
             loaded = on_device.get(adapter.engine_name)
@@ -130,27 +136,32 @@ class Dashboard:
             "adapters": adapters,
         }
 
-    async def snapshots(self) -> AsyncGenerator[bytes]:
+    async def snapshots(self, client: Client) -> AsyncGenerator[bytes]:
         """Snapshots for one viewer, as events, until the server stops."""
         seen, version = 0, -1
+        history: list[dict[str, float]] | None = list(self._history)
         jobs: list[dict[str, Any]] = []
 
         def read(session: Session) -> tuple[list[dict[str, Any]], int]:
-            return _read_jobs(session, seen)
+            return _read_jobs(session, seen, client)
 
         while not self.jobs.closing:
             if version != self.jobs.version:
                 version = self.jobs.version
                 jobs, seen = await self._database.run(read)
-            yield sse.event(self.snapshot(jobs))
+            snapshot = self.snapshot(jobs, client)
+            if history is not None:
+                snapshot["history"], history = history, None
+            yield sse.event(snapshot)
             for job in jobs:
                 job["points"] = []  # they are told once
             await asyncio.sleep(_PERIOD_S)
 
 
-def _read_jobs(session: Session, seen: int) -> tuple[list[dict[str, Any]], int]:
+def _read_jobs(session: Session, seen: int, client: Client) -> tuple[list[dict[str, Any]], int]:
     """The newest jobs with the points of their loss curves after event `seen`; the last event."""
-    rows = list(session.scalars(select(JobRow).order_by(JobRow.number.desc()).limit(_SHOWN_JOBS)))
+    newest = select(JobRow).where(client.visible(JobRow.owner)).order_by(JobRow.number.desc())
+    rows = list(session.scalars(newest.limit(_SHOWN_JOBS)))
     jobs = {
         row.id: {
             "id": row.id,
@@ -198,6 +209,6 @@ def routes(dashboard: Dashboard) -> APIRouter:
 
     @router.get("/dashboard/events")
     async def events(client: Known) -> Response:
-        return sse.EventStream(dashboard.snapshots())
+        return sse.EventStream(dashboard.snapshots(client))
 
     return router

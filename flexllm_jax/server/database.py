@@ -11,8 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from sqlalchemy import JSON, ForeignKey, String, Text, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy import DDL, JSON, ForeignKey, String, Text, create_engine, event, inspect
+from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
@@ -39,10 +39,12 @@ class File(Base):
     purpose: Mapped[str] = mapped_column(String(32))
     bytes: Mapped[int]
     created_at: Mapped[int] = mapped_column(default=now)
+    owner: Mapped[str | None] = mapped_column(Text)  # name of the key that made it; None: nobody
 
 
 class JobRow(Base):
-    """A finetuning job. `config`: its FinetuneConfig, once its files are validated."""
+    """A finetuning job. `config`: its FinetuneConfig, once its files are validated. `owner`: as a
+    file's."""
 
     __tablename__ = "jobs"
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -64,6 +66,7 @@ class JobRow(Base):
     engine_losses: Mapped[int] = mapped_column(default=0)  # engines that ended while it ran
     created_at: Mapped[int] = mapped_column(default=now)
     finished_at: Mapped[int | None]
+    owner: Mapped[str | None] = mapped_column(Text)
 
 
 class EventRow(Base):
@@ -93,8 +96,8 @@ class CheckpointRow(Base):
 
 
 class Database:
-    """The database at an SQLAlchemy URL; tables are made if they are missing. ConfigError when it
-    cannot be used."""
+    """The database at an SQLAlchemy URL; tables are made if they are missing, and so are columns
+    that came later. ConfigError when it cannot be used."""
 
     def __init__(self, url: str):
         try:
@@ -102,6 +105,7 @@ class Database:
             if make_url(url).get_backend_name() == "sqlite":
                 event.listen(engine, "connect", _set_up_sqlite)
             Base.metadata.create_all(engine)
+            _add_columns(engine)
         except (SQLAlchemyError, ImportError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"server.database: cannot be used: {reason}") from None
@@ -123,6 +127,20 @@ class Database:
         """Finish what is under way."""
         self._thread.shutdown(wait=True)
         self._engine.dispose()
+
+
+def _add_columns(engine: Engine) -> None:
+    """Add columns that an earlier version's tables lack; those that came later may all be null."""
+    inspector = inspect(engine)
+    for table in Base.metadata.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                kind = column.type.compile(engine.dialect)
+                with engine.begin() as connection:
+                    connection.execute(
+                        DDL(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}")
+                    )
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:

@@ -66,6 +66,7 @@ class EngineProcess:
         self._commands.set_hwm(0)
         self._commands.connect(commands)
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._sender_cpu_s = 0.0
         self._sender = threading.Thread(target=self._send, args=(context, events), name="events")
         self._sender.start()
         self.stopping = threading.Event()
@@ -83,6 +84,7 @@ class EngineProcess:
         self._calls = EngineCalls(config, self.engine, self.loop, tokenizer)
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="call")
         self._last_step = self._last_idle = time.monotonic()
+        self._step_cpu_s = 0.0
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit status."""
@@ -204,6 +206,7 @@ class EngineProcess:
                 del self._active[state.request_id], self._futures[request_id]
         if outputs:
             self._events.put(Outputs(outputs))
+        self._step_cpu_s = time.thread_time()
 
     # -- everything else --------------------------------------------------------------------------
 
@@ -254,6 +257,8 @@ class EngineProcess:
                 for p in list(engine.directory.current.values())
             ],
             jobs=self._calls.job_states(),
+            step_cpu_s=self._step_cpu_s,
+            message_cpu_s=time.thread_time() + self._sender_cpu_s,
         )
 
     def _send(self, context: zmq.Context, address: str) -> None:
@@ -264,6 +269,7 @@ class EngineProcess:
         encoder = msgspec.msgpack.Encoder()
         while (event := self._events.get()) is not None:
             socket.send(encoder.encode(event))
+            self._sender_cpu_s = time.thread_time()
         socket.close(linger=2000)
 
     def _finish_sending(self) -> None:

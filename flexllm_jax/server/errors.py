@@ -72,6 +72,9 @@ def install(app: FastAPI) -> None:
         where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
         # A field that may be of several types is reported once for each: name the field itself.
         name = where[0] if where else None
+        if isinstance(first.get("input"), bytes):
+            message = "the body is taken for no JSON: send Content-Type: application/json"
+            return ApiError(400, message).response()
         given = repr(first.get("input"))
         given = given if len(given) <= 80 else given[:77] + "..."
         message = first["msg"].removeprefix("Value error, ")

@@ -6,7 +6,7 @@ import asyncio
 import os
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
@@ -17,7 +17,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from flexllm_jax.config_schema import ServerSection
 from flexllm_jax.server import sse
-from flexllm_jax.server.access import Known
+from flexllm_jax.server.access import Client, Known
 from flexllm_jax.server.database import Database, File, JobRow
 from flexllm_jax.server.errors import ApiError
 
@@ -41,14 +41,14 @@ class FileStore:
         """Where the bytes of a file lie; only for ids that are in the database."""
         return self.folder / file_id
 
-    async def find(self, file_id: str, param: str | None = None) -> File:
-        """A file by its id; ApiError 404."""
+    async def find(self, file_id: str, client: Client, param: str | None = None) -> File:
+        """A file by its id; ApiError 404 where it is not the client's, too."""
         file = await self.database.run(lambda s: s.get(File, file_id))
-        if file is None:
+        if file is None or not client.may_see(file.owner):
             raise ApiError(404 if param is None else 400, f"no such file: {file_id!r}", param=param)
         return file
 
-    async def save(self, upload: UploadFile, purpose: str) -> File:
+    async def save(self, upload: UploadFile, purpose: str, owner: str | None) -> File:
         """Keep an upload; ApiError 413 when it or all files together become too large."""
         used = await self.database.run(lambda s: s.scalar(select(func.sum(File.bytes)))) or 0
         limit = min(self.section.max_upload_bytes, self.section.max_storage_bytes - used)
@@ -82,7 +82,7 @@ class FileStore:
         finally:
             part.unlink(missing_ok=True)
         name = (upload.filename or "upload").encode("utf-8", "replace").decode()
-        file = File(id=file_id, filename=name, purpose=purpose, bytes=size)
+        file = File(id=file_id, filename=name, purpose=purpose, bytes=size, owner=owner)
         await self.database.run(lambda s: s.add(file))
         return file
 
@@ -143,7 +143,7 @@ def routes(store: FileStore) -> APIRouter:
                 if purpose not in PURPOSES:
                     message = f"purpose: got {purpose!r}; must be one of {PURPOSES}"
                     raise ApiError(400, message, param="purpose")
-                saved = await store.save(file, str(purpose))
+                saved = await store.save(file, str(purpose), client.owner)
             finally:
                 await form.close()
         return sse.json_response(describe(saved))
@@ -153,11 +153,11 @@ def routes(store: FileStore) -> APIRouter:
         client: Known,
         after: After = None,
         limit: Limit = 10_000,
-        order: str = "desc",
+        order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> Response:
         def read(session: Session) -> list[dict[str, Any]]:
-            query = select(File)
+            query = select(File).where(client.visible(File.owner))
             if purpose is not None:
                 query = query.where(File.purpose == purpose)
             sign = 1 if order == "asc" else -1
@@ -170,16 +170,16 @@ def routes(store: FileStore) -> APIRouter:
 
     @router.get("/v1/files/{file_id}")
     async def show(file_id: str, client: Known) -> Response:
-        return sse.json_response(describe(await store.find(file_id)))
+        return sse.json_response(describe(await store.find(file_id, client)))
 
     @router.get("/v1/files/{file_id}/content")
     async def content(file_id: str, client: Known) -> Response:
-        file = await store.find(file_id)
+        file = await store.find(file_id, client)
         return FileResponse(store.path(file.id), media_type="application/octet-stream")
 
     @router.delete("/v1/files/{file_id}")
     async def delete(file_id: str, client: Known) -> Response:
-        file = await store.find(file_id)
+        file = await store.find(file_id, client)
 
         def forget(session: Session) -> str | None:
             used = (JobRow.training_file == file_id) | (JobRow.validation_file == file_id)

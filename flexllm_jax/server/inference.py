@@ -33,6 +33,7 @@ class Delta:
     logprobs: Logprobs | None
     prompt_logprobs: list[Logprobs | None] | None
     finish_reason: str | None
+    stop_reason: str | int | None  # the stop string or the one of stop_token_ids that ended it
 
 
 class Answer:
@@ -47,8 +48,9 @@ class Answer:
         generation: Generation,
         detokenizers: list[Detokenizer],
         metrics: list[RequestMetrics],
+        stop_ids: Sequence[int],
     ):
-        self.prompts = prompts
+        self.prompts, self._stop_ids = prompts, stop_ids
         self.output_tokens = [0] * len(detokenizers)
         self._generation, self._detokenizers, self._metrics = generation, detokenizers, metrics
 
@@ -90,6 +92,7 @@ class Answer:
             self._generation.drop(index)
         if reason:
             self._metrics[index].end(reason)
+        stopped_by = token if reason == "stop" and token in self._stop_ids else detokenizer.stop
         return Delta(
             index,
             token,
@@ -97,6 +100,7 @@ class Answer:
             output.logprobs[position] if output.logprobs else None,
             output.prompt_logprobs if position == 0 else None,
             reason,
+            stopped_by,
         )
 
 
@@ -122,6 +126,13 @@ class Inference:
             raise not_ready(self.engine)
         return self.engine.info.max_model_len
 
+    def room(self, prompt: list[int]) -> int:
+        """Most tokens that an answer to `prompt` may have, at least 1."""
+        limit, info = self.max_model_len(), self.engine.info
+        if info is not None:
+            limit = min(limit, info.num_pages * info.page_size + 1)  # the last has no KV
+        return max(1, limit - len(prompt))
+
     def open(
         self,
         client: Client,
@@ -130,10 +141,12 @@ class Inference:
         max_tokens: int,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        *,
+        skip_special_tokens: bool = True,
     ) -> Answer:
         """Admit a request and start it. ApiError: it is wrong, or has to wait."""
         arrival = time.monotonic()
-        adapter = self.models.resolve(body.model)
+        adapter = self.models.resolve(body.model, client)
         slo = body.slo or "standard"
         if slo not in self._slo_classes:
             raise ApiError(
@@ -163,11 +176,17 @@ class Inference:
         return Answer(
             prompts,
             generation,
-            [Detokenizer(self.codec, stops, params.min_tokens) for _ in range(outputs)],
+            [
+                Detokenizer(
+                    self.codec, stops, params.min_tokens, skip_special_tokens=skip_special_tokens
+                )
+                for _ in range(outputs)
+            ],
             [
                 RequestMetrics(batch, arrival, len(prompts[i // n]), name, slo)
                 for i in range(outputs)
             ],
+            params.stop_token_ids,
         )
 
     def _check_size(self, prompt: list[int], params: SamplingParams) -> None:

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.server.errors import ApiError
 
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
-Nothing = Annotated[None, Field(description="Not supported.")]
 
 
 class Body(BaseModel):
@@ -32,9 +32,25 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = False
 
 
-class InferenceRequest(Body):
-    """What completions and chat completions have in common."""
+# With the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("logit_bias", "functions"), (None, {}, [])),
+    **dict.fromkeys(("function_call", "suffix"), (None, "", "none")),
+    **dict.fromkeys(("modalities",), (None, ["text"])),
+    # vLLM's
+    **dict.fromkeys(("structured_outputs", "allowed_token_ids", "bad_words"), (None, {}, [])),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
+    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "prompt_embeds"), (None,)),
+    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (None, False)),
+    "skip_special_tokens": (None, True),
+}
 
+
+class InferenceRequest(Body):
+    """What completions and chat completions have in common. Extra fields are kept, to be refused if
+    they mean something."""
+
+    model_config = ConfigDict(extra="allow")
     model: str
     temperature: float | None = 1.0
     top_p: float | None = 1.0
@@ -45,7 +61,6 @@ class InferenceRequest(Body):
     frequency_penalty: float | None = 0.0
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, float] | None = None
     user: str | None = None
     # vLLM's
     top_k: Int32 | None = 0
@@ -90,6 +105,13 @@ class InferenceRequest(Body):
         )
 
 
+def refuse_unsupported(body: InferenceRequest) -> None:
+    """ApiError 400 for fields of OpenAI and vLLM that would change the answer, and cannot here."""
+    for name, value in (body.model_extra or {}).items():
+        if name in _UNSUPPORTED and value not in _UNSUPPORTED[name]:
+            raise ApiError(400, f"{name}: is not supported; leave it out", param=name)
+
+
 class CompletionRequest(InferenceRequest):
     """POST /v1/completions."""
 
@@ -106,14 +128,29 @@ class CompletionRequest(InferenceRequest):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = False
     best_of: Count | None = None
-    suffix: str | None = None
     add_special_tokens: bool | None = True
 
 
-class ResponseFormat(BaseModel):
-    """How the answer is to look."""
+class ToolFunction(Body):
+    """A function that the model may call; what else it says reaches the chat template."""
 
-    type: Literal["text"] = "text"
+    model_config = ConfigDict(extra="allow")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,256}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """A tool of a chat request."""
+
+    model_config = ConfigDict(extra="allow")
+    type: Literal["function"]
+    function: ToolFunction
+
+
+def dump_tools(tools: list[Tool] | None) -> list[dict[str, Any]]:
+    """Tools as they were given."""
+    return [tool.model_dump(exclude_unset=True) for tool in tools or ()]
 
 
 class ChatCompletionRequest(InferenceRequest):
@@ -125,8 +162,9 @@ class ChatCompletionRequest(InferenceRequest):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = True
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -136,6 +174,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False

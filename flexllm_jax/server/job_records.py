@@ -81,8 +81,8 @@ class JobRecords:
             job.status, job.finished_at, job.trained_tokens = "succeeded", now(), state.tokens
             name, path = self._name(job), str(self._folder(job.id) / "adapter")
             job.fine_tuned_model, job.adapter_path = name, path
-            job.result_files = [self._write_losses(session, job.id)]
-            adapters.append(ServedAdapter(name, job.id, path))
+            job.result_files = [self._write_losses(session, job)]
+            adapters.append(ServedAdapter(name, job.id, path, owner=job.owner))
             tell(session, job.id, f"New fine-tuned model created: {name}")
             tell(session, job.id, "The job has successfully completed")
         elif state.status == "failed":
@@ -107,18 +107,19 @@ class JobRecords:
             metrics["valid_loss"] = validation[step]
         session.add(CheckpointRow(job_id=job.id, step=step, name=name, path=path, metrics=metrics))
         tell(session, job.id, f"Checkpoint created at step {step} with Snapshot ID: {name}")
-        return [ServedAdapter(name, f"{job.id}.step-{step}", path)]
+        return [ServedAdapter(name, f"{job.id}.step-{step}", path, owner=job.owner)]
 
-    def _write_losses(self, session: Session, job_id: str) -> str:
+    def _write_losses(self, session: Session, job: JobRow) -> str:
         """Keep a job's losses as a CSV file; returns its id."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", "train_loss"])
-        writer.writerows(sorted(losses_of(session, job_id).items()))
+        writer.writerows(sorted(losses_of(session, job.id).items()))
         file_id, data = new_file_id(), text.getvalue().encode()
         self._files.path(file_id).write_bytes(data)
-        purpose = "fine-tune-results"
-        session.add(File(id=file_id, filename="step_metrics.csv", purpose=purpose, bytes=len(data)))
+        file = File(id=file_id, filename="step_metrics.csv", purpose="fine-tune-results")
+        file.bytes, file.owner = len(data), job.owner
+        session.add(file)
         return file_id
 
     def _name(self, job: JobRow) -> str:

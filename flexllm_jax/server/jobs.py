@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
+from flexllm_jax.server.access import Client
 from flexllm_jax.server.database import CheckpointRow, Database, JobRow, now
 from flexllm_jax.server.engine_client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.errors import ApiError
@@ -92,13 +93,13 @@ class JobManager:
         self._validation.shutdown(wait=False, cancel_futures=True)
         self._database.close()
 
-    async def create(self, body: CreateJob) -> JobRow:
+    async def create(self, body: CreateJob, client: Client) -> JobRow:
         """Take a job in; its files are validated next. ApiError 400, 404 or 429."""
         body.check(self._config)
-        self._models.resolve(body.model)
-        await self._files.find(body.training_file, "training_file")
+        self._models.resolve(body.model, client)
+        await self._files.find(body.training_file, client, "training_file")
         if body.validation_file is not None:
-            await self._files.find(body.validation_file, "validation_file")
+            await self._files.find(body.validation_file, client, "validation_file")
         job = JobRow(
             id=f"ftjob-{uuid.uuid4().hex[:24]}",
             status="validating_files",
@@ -110,6 +111,7 @@ class JobManager:
             hyperparameters=body.chosen.model_dump(),
             training_file=body.training_file,
             validation_file=body.validation_file,
+            owner=client.owner,
         )
         limit = self._config.server.max_queued_jobs
 
@@ -129,10 +131,10 @@ class JobManager:
         self._spawn(self._validate(job.id))
         return job
 
-    async def find(self, job_id: str) -> JobRow:
-        """A job by its id; ApiError 404."""
+    async def find(self, job_id: str, client: Client | None = None) -> JobRow:
+        """A job by its id; ApiError 404 where it is not the client's, too."""
         job = await self._database.run(lambda s: find_job(s, job_id))
-        if job is None:
+        if job is None or (client is not None and not client.may_see(job.owner)):
             raise ApiError(404, f"no such fine-tuning job: {job_id!r}")
         return job
 
@@ -380,15 +382,25 @@ class JobManager:
         """At the start: every adapter that jobs have made can be asked for."""
         for job in session.scalars(select(JobRow).where(JobRow.status == "succeeded")):
             assert job.fine_tuned_model and job.adapter_path
-            self._serve(job.fine_tuned_model, job.id, job.adapter_path, job.finished_at)
-        for row in session.scalars(select(CheckpointRow)):
-            self._serve(row.name, f"{row.job_id}.step-{row.step}", row.path, row.created_at)
+            self._serve(
+                ServedAdapter(
+                    job.fine_tuned_model,
+                    job.id,
+                    job.adapter_path,
+                    job.finished_at or now(),
+                    job.owner,
+                )
+            )
+        query = select(CheckpointRow, JobRow.owner).join(JobRow, JobRow.id == CheckpointRow.job_id)
+        for row, owner in session.execute(query.order_by(CheckpointRow.number)):
+            name = f"{row.job_id}.step-{row.step}"
+            self._serve(ServedAdapter(row.name, name, row.path, row.created_at, owner))
 
-    def _serve(self, name: str, engine_name: str, path: str, created: int | None) -> None:
-        if Path(path, "adapter_config.json").is_file():
-            self._models.adapters[name] = ServedAdapter(name, engine_name, path, created or now())
+    def _serve(self, adapter: ServedAdapter) -> None:
+        if Path(adapter.path, "adapter_config.json").is_file():
+            self._models.adapters[adapter.name] = adapter
         else:
-            log.warning("adapter %s is gone from %s", name, path)
+            log.warning("adapter %s is gone from %s", adapter.name, adapter.path)
 
     # -- small things -----------------------------------------------------------------------------
 

@@ -85,12 +85,13 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
 
     @router.post("/v1/fine_tuning/jobs")
     async def create(body: CreateJob, client: Known) -> Response:
-        return show(await jobs.create(body))
+        return show(await jobs.create(body, client))
 
     @router.get("/v1/fine_tuning/jobs")
     async def list_jobs(client: Known, after: After = None, limit: _Limit = 20) -> Response:
         def read(session: Session) -> list[dict[str, Any]]:
-            query = select(JobRow).order_by(JobRow.number.desc())
+            query = select(JobRow).where(client.visible(JobRow.owner))
+            query = query.order_by(JobRow.number.desc())
             if after is not None:
                 first = select(JobRow.number).where(JobRow.id == after).scalar_subquery()
                 query = query.where(JobRow.number < first)
@@ -100,25 +101,28 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
 
     @router.get("/v1/fine_tuning/jobs/{job_id}")
     async def retrieve(job_id: str, client: Known) -> Response:
-        return show(await jobs.find(job_id))
+        return show(await jobs.find(job_id, client))
 
     @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
     async def cancel(job_id: str, client: Known) -> Response:
+        await jobs.find(job_id, client)
         return show(await jobs.cancel(job_id))
 
     @router.post("/v1/fine_tuning/jobs/{job_id}/pause")
     async def pause(job_id: str, client: Known) -> Response:
+        await jobs.find(job_id, client)
         return show(await jobs.pause(job_id))
 
     @router.post("/v1/fine_tuning/jobs/{job_id}/resume")
     async def resume(job_id: str, client: Known) -> Response:
+        await jobs.find(job_id, client)
         return show(await jobs.resume(job_id))
 
     @router.get("/v1/fine_tuning/jobs/{job_id}/events")
     async def events(
         job_id: str, client: Known, after: After = None, limit: _Limit = 20, stream: bool = False
     ) -> Response:
-        await jobs.find(job_id)
+        await jobs.find(job_id, client)
         if stream:
             return sse.EventStream(_stream_events(database, jobs, job_id))
 
@@ -135,7 +139,7 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
     async def checkpoints(
         job_id: str, client: Known, after: After = None, limit: _Limit = 10
     ) -> Response:
-        await jobs.find(job_id)
+        await jobs.find(job_id, client)
 
         def read(session: Session) -> list[dict[str, Any]]:
             query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)

@@ -17,6 +17,15 @@ from flexllm_jax.server.protocol import Stats, Step
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ATTAINMENT_WINDOW = 1000
+JOB_STATES = (
+    "validating_files",
+    "queued",
+    "running",
+    "paused",
+    "succeeded",
+    "failed",
+    "cancelled",
+)
 _COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -110,6 +119,11 @@ class ServerMetrics:
             "|predicted - measured| / measured of steps.",
             (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5),
         )
+        self.engine_cpu = counter(
+            "flexllm:engine_cpu_seconds",
+            "CPU time of the engine's threads: for steps, and for messages to the HTTP process.",
+            "thread",
+        )
         self.adapter_version = gauge(
             "flexllm:adapter_version", "Version of a served adapter.", "adapter"
         )
@@ -117,7 +131,7 @@ class ServerMetrics:
         self._met = {name: deque(maxlen=_ATTAINMENT_WINDOW) for name in self._slos}
         self.recent: deque[Latencies] = deque(maxlen=_ATTAINMENT_WINDOW)
         self._adapters: dict[str, Counts[str]] = {"running": Counts(), "waiting": Counts()}
-        self._totals: dict[Any, int] = {}  # of the engine that runs now
+        self._totals: dict[Any, float] = {}  # of the engine that runs now
         for reason in ("stop", "length", "abort", "error"):
             self.success.labels(model_name, reason)
 
@@ -144,6 +158,8 @@ class ServerMetrics:
         self._add(self.prefix_queries.labels(model), "queries", stats.prefix_queries)
         self._add(self.prefix_hits.labels(model), "hits", stats.prefix_hits)
         self._add(self.recompiles, "recompiles", stats.recompiles)
+        for thread, seconds in (("step", stats.step_cpu_s), ("messages", stats.message_cpu_s)):
+            self._add(self.engine_cpu.labels(thread), thread, seconds)
         for step in stats.steps:
             if tokens := step.decode_tokens + step.prefill_tokens:
                 self.step_tokens.labels(model).observe(tokens)
@@ -164,15 +180,14 @@ class ServerMetrics:
         names = (",".join(sorted(self._adapters[key])) for key in ("running", "waiting"))
         self.lora_info.labels(str(self._slots - 1), *names).set_to_current_time()
 
-    def _add(self, counter: Counter, key: Any, total: int) -> None:
+    def _add(self, counter: Counter, key: Any, total: float) -> None:
         counter.inc(max(0, total - self._totals.get(key, 0)))
         self._totals[key] = total
 
     def count_jobs(self, states: Mapping[str, int]) -> None:
         """Take in how many jobs there are of each state."""
-        self.finetune_jobs.clear()
-        for state, count in states.items():
-            self.finetune_jobs.labels(state).set(count)
+        for state in JOB_STATES:
+            self.finetune_jobs.labels(state).set(states.get(state, 0))
 
     # -- from requests ----------------------------------------------------------------------------
 

@@ -7,17 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexllm_jax.config import Config
+from flexllm_jax.server.access import Client
 from flexllm_jax.server.errors import ApiError
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter: the name clients use, the engine's, and the folder it comes from."""
+    """An adapter: the name clients use, the engine's, and the folder it comes from. `owner`: the
+    key whose it is; None: everybody's."""
 
     name: str
     engine_name: str
     path: str
     created: int = field(default_factory=lambda: int(time.time()))
+    owner: str | None = None
 
 
 class ModelRegistry:
@@ -33,12 +36,12 @@ class ModelRegistry:
             a.name: ServedAdapter(a.name, a.name, str(a.path)) for a in config.adapters.preload
         }
 
-    def resolve(self, name: str) -> ServedAdapter | None:
+    def resolve(self, name: str, client: Client) -> ServedAdapter | None:
         """The adapter that a request's `model` means; None: the base model."""
         if name == self.base:
             return None
         adapter = self.adapters.get(name)
-        if adapter is None:
+        if adapter is None or not client.may_see(adapter.owner):
             raise self.unknown(name)
         return adapter
 
@@ -48,17 +51,17 @@ class ModelRegistry:
         message = f"the model {shown!r} does not exist; GET /v1/models lists those that do"
         return ApiError(404, message, param="model", code="model_not_found")
 
-    def describe(self, name: str) -> dict[str, Any]:
+    def describe(self, name: str, client: Client) -> dict[str, Any]:
         """A model as /v1/models tells it, with vLLM's `root` and `parent`."""
-        if name == self.base:
+        adapter = self.resolve(name, client)
+        if adapter is None:
             own = {"created": self.created, "root": self.root, "parent": None}
             own["max_model_len"] = self.max_model_len
-        elif adapter := self.adapters.get(name):
-            own = {"created": adapter.created, "root": adapter.path, "parent": self.base}
         else:
-            raise self.unknown(name)
+            own = {"created": adapter.created, "root": adapter.path, "parent": self.base}
         return {"id": name, "object": "model", "owned_by": "flexllm_jax", **own}
 
-    def describe_all(self) -> list[dict[str, Any]]:
+    def describe_all(self, client: Client) -> list[dict[str, Any]]:
         """The base model first."""
-        return [self.describe(name) for name in (self.base, *self.adapters)]
+        names = [a.name for a in self.adapters.values() if client.may_see(a.owner)]
+        return [self.describe(name, client) for name in (self.base, *names)]

@@ -160,7 +160,9 @@ class JobState(msgspec.Struct, frozen=True, array_like=True):
 
 class Stats(Message, frozen=True):
     """How the engine is, sent several times a second. `idle`: it has nothing to do; `quiet_s`:
-    seconds since its last step; `steps`: those since the last message."""
+    seconds since its last step; `steps`: those since the last message. CPU time, seconds since the
+    start: `step_cpu_s` of the thread that plans and dispatches steps and tells their tokens,
+    `message_cpu_s` of those that talk to the HTTP process."""
 
     idle: bool
     quiet_s: float
@@ -174,6 +176,8 @@ class Stats(Message, frozen=True):
     steps: list[Step]
     adapters: list[AdapterState]
     jobs: list[JobState]
+    step_cpu_s: float = 0.0
+    message_cpu_s: float = 0.0
 
 
 Event = Ready | Outputs | Reply | Stats

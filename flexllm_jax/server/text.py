@@ -8,6 +8,7 @@ are not complete and text that may become a stop string are held until they are 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,8 +17,21 @@ from tokenizers.decoders import DecodeStream
 
 from flexllm_jax.finetune.data.chat import UnusableRow, chat_messages
 from flexllm_jax.server.errors import ApiError
+from flexllm_jax.server.tool_calls import Format, find_format
 
 _LONG_TEXT = 4000  # characters; tokenizing them takes about a millisecond
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_letters() -> dict[str, int]:
+    """Byte-level tokenizers write every byte as a letter: printable ones of Latin-1 as themselves,
+    the others in order from U+0100 on (GPT-2's `bytes_to_unicode`)."""
+    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_letters()
 
 
 class TextCodec:
@@ -29,9 +43,23 @@ class TextCodec:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.longest_token = max(map(len, vocabulary))
         self.token_text = lru_cache(maxsize=100_000)(self._token_text)
+        self.token_bytes = lru_cache(maxsize=100_000)(self._token_bytes)
+        decoder = self.backend.decoder
+        kinds = decoder.__getstate__().decode() if decoder else ""  # its JSON
+        self._byte_level, self._byte_fallback = '"ByteLevel"' in kinds, '"ByteFallback"' in kinds
 
     def _token_text(self, token: int) -> str:
         return self.backend.decode([token], skip_special_tokens=False)
+
+    def _token_bytes(self, token: int) -> bytes:
+        """The bytes of a token, which may be a part of a character."""
+        name = self.backend.id_to_token(token) or ""
+        is_added = token in self.backend.get_added_tokens_decoder()
+        if self._byte_level and not is_added and all(letter in _BYTES for letter in name):
+            return bytes(_BYTES[letter] for letter in name)
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(name)):
+            return bytes([int(match[1], 16)])
+        return self.token_text(token).encode()
 
     async def encode(
         self, text: str, max_tokens: int, *, add_special_tokens: bool = True
@@ -56,6 +84,21 @@ class TextCodec:
             return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
         return run() if len(text) < _LONG_TEXT else await asyncio.to_thread(run)
+
+    def is_special(self, text: str) -> bool:
+        """Whether `text` is a token that detokenizers leave out."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return any(token.special and token.content == text for token in added)
+
+    def tool_format(self) -> Format | None:
+        """How this model's chat template asks for tool calls; ApiError when it knows no tools."""
+        template = self.tokenizer.chat_template
+        if template:
+            template = self.tokenizer.get_chat_template(tools=[{}])
+        if not template or "tools" not in template:
+            message = "tools: this model's chat template has no place for them; leave them out"
+            raise ApiError(400, message, param="tools")
+        return find_format(template)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
@@ -105,14 +148,22 @@ class Detokenizer:
     `text` is what is known of it; a stop string is looked for after more than `min_tokens` tokens.
     """
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str] = (), min_tokens: int = 0):
+    def __init__(
+        self,
+        codec: TextCodec,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        skip_special_tokens: bool = True,
+    ):
         self._backend, self._stop, self._min_tokens = codec.backend, stop, min_tokens
         self._longest = max(map(len, stop), default=0)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip_special = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._tokens: list[int] = []
         self._sent = 0
         self.text = ""
-        self.stopped = False
+        self.stop: str | None = None  # the stop string that ended it
 
     def push(self, token: int) -> bool:
         """Take in a token; whether a stop string ends the output here."""
@@ -122,18 +173,24 @@ class Detokenizer:
             self._append(piece)
         return self.stopped
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the output."""
+        return self.stop is not None
+
     def _append(self, piece: str) -> None:
         searched = max(0, len(self.text) - self._longest + 1)
         self.text += piece
         if self._stop and len(self._tokens) > self._min_tokens:
-            found = [at for s in self._stop if (at := self.text.find(s, searched)) >= 0]
+            found = [(at, s) for s in self._stop if (at := self.text.find(s, searched)) >= 0]
             if found:
-                self.text, self.stopped = self.text[: min(found)], True
+                at, self.stop = min(found)
+                self.text = self.text[:at]
 
     def take(self, *, final: bool) -> str:
         """Text that was not taken yet and will not change; at the end, all of it."""
         if final and not self.stopped:
-            whole = self._backend.decode(self._tokens, skip_special_tokens=True)
+            whole = self._backend.decode(self._tokens, skip_special_tokens=self._skip_special)
             if len(whole) > len(self.text) and whole.startswith(self.text):
                 self._append(whole[len(self.text) :])  # bytes that never became a character
         end = len(self.text) if final or self.stopped else len(self.text) - self._undecided()

@@ -5,7 +5,7 @@ import json
 import openai
 import pytest
 
-from tests.server.running import LIMITED_KEY
+from tests.server.running import KEY, LIMITED_KEY
 
 GOOD = {"model": "tiny", "prompt": "abc", "max_tokens": 2}
 BAD = {
@@ -21,6 +21,8 @@ BAD = {
     "min_tokens": (3, "min_tokens"),
     "best_of": (3, "best_of"),
     "logit_bias": ({"1": 2.0}, "logit_bias"),
+    "guided_json": ({"type": "object"}, "guided_json"),
+    "suffix": ("after", "suffix"),
     "stop_token_ids": ([-1], "stop_token_ids"),
     "repetition_penalty": (0, "repetition_penalty"),
 }
@@ -62,6 +64,25 @@ def test_bodies_that_make_no_sense(server, body, says):
     assert status == 400, answer
     message = json.loads(answer)["error"]["message"]
     assert says in message
+
+
+def test_what_asks_for_nothing_is_let_through(server):
+    nothing = {"logit_bias": {}, "suffix": None, "guided_json": None, "skip_special_tokens": True}
+    status, _, body = server.post("/v1/completions", json.dumps(GOOD | nothing).encode())
+    assert status == 200, body
+
+
+def test_other_bad_requests(server):
+    def refused(path, body, **headers):
+        status, _, answer = server.post(path, body, **headers)
+        assert status == 400
+        return json.loads(answer)["error"]["message"]
+
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # curl's, unless it is told
+    said = refused("/v1/completions", json.dumps(GOOD).encode(), **form)
+    assert "Content-Type: application/json" in said
+    assert "ids 0 to 271" in refused("/detokenize", b'{"tokens": [272]}')
+    assert server.get("/v1/files?order=sideways", KEY)[0] == 400
 
 
 def test_a_prompt_of_megabytes_is_refused(server):

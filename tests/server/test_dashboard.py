@@ -6,6 +6,7 @@ Chromium is playwright's own (`playwright install chromium`), the system's, or F
 import os
 import re
 import shutil
+import threading
 
 import pytest
 
@@ -54,15 +55,23 @@ def test_a_job_is_seen_paused_and_cancelled(server, client, page, tmp_path):
     )
     row = page.locator(f'tr[data-job="{job.id}"]')
     expect(row.locator(".status")).to_have_text("running", timeout=20_000)
-    client.completions.create(model="tiny", prompt="a" * 40, max_tokens=60)
-    expect(row.locator("polyline")).to_have_count(1)
-    expect(row.locator(".steps")).to_have_text(re.compile(r"^[1-9]\d* / 5000"))
-    expect(page.locator("#tokens")).to_have_text(re.compile(r"^[1-9]"))
-    expect(page.locator("#pages")).to_have_text(re.compile(r"^[1-9]\d* / 48$"))
-    expect(page.locator("#classes tr").first).to_contain_text("% of")
-    page.wait_for_timeout(3000)
-    page.screenshot(path=os.environ.get("FLEXLLM_SCREENSHOT", str(tmp_path / "dashboard.png")))
+    shown = threading.Event()
 
+    def ask():
+        while not shown.is_set():
+            client.completions.create(model="tiny", prompt="a" * 40, max_tokens=60)
+
+    traffic = threading.Thread(target=ask)
+    traffic.start()
+    try:
+        _check_numbers(page, row)
+    finally:
+        shown.set()
+        traffic.join()
+    page.screenshot(path=os.environ.get("FLEXLLM_SCREENSHOT", str(tmp_path / "dashboard.png")))
+    page.set_viewport_size({"width": 400, "height": 900})  # a phone: nothing is wider than it
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    assert row.get_by_role("button", name="pause").bounding_box()["x"] < 320
     row.get_by_role("button", name="pause").click()
     expect(row.locator(".status")).to_have_text("paused")
     assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
@@ -74,3 +83,14 @@ def test_a_job_is_seen_paused_and_cancelled(server, client, page, tmp_path):
     expect(row.get_by_role("button")).to_have_count(0)
     assert not errors
     assert all(url.startswith(server.url) for url in requests), requests
+
+
+def _check_numbers(page, row):
+    expect = sync_api.expect
+    expect(row.locator("polyline")).to_have_count(1)
+    expect(page.locator("#chart polyline")).to_have_count(6)  # three lines, three of the grid
+    expect(page.locator("#top")).to_have_text(re.compile(r"^[1-9][\d,]*$"))  # of its axis
+    expect(row.locator(".steps")).to_have_text(re.compile(r"^[1-9]\d* / 5000"))
+    expect(page.locator("#tokens")).to_have_text(re.compile(r"^[1-9]"))
+    expect(page.locator("#pages")).to_have_text(re.compile(r"^[1-9]\d* / 48$"))
+    expect(page.locator("#classes tr").first).to_contain_text("% of")

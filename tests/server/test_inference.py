@@ -127,7 +127,7 @@ def test_a_stop_string_ends_the_output_before_it(client, stream):
     answer = client.completions.create(**ask, stop=["never said", stop], stream=stream)
     choices = [c for part in (answer if stream else [answer]) for c in part.choices]
     assert "".join(c.text for c in choices) == whole[: whole.index(stop)]
-    assert choices[-1].finish_reason == "stop"
+    assert (choices[-1].finish_reason, choices[-1].stop_reason) == ("stop", stop)
 
 
 def test_an_adapter_answers_by_its_name(client, adapter, llama, tokenizer):
@@ -171,11 +171,21 @@ def test_chat_goes_through_the_template(client, tokenizer, llama_reference):
     assert answer.usage.prompt_tokens == len(prompt)
     logprobs = reference_logprobs(llama_reference, prompt + expected)[len(prompt) - 1 :]
     assert len(choice.logprobs.content) == 9
+    data = bytes(byte for entry in choice.logprobs.content for byte in entry.bytes)
+    assert data.decode(errors="replace") == choice.message.content
     for i, entry in enumerate(choice.logprobs.content):
         assert entry.token == tokenizer.decode([expected[i]])
+        assert len(entry.bytes) == 1  # of the token itself, be it half a character
         assert entry.logprob == pytest.approx(logprobs[i, expected[i]], abs=1e-4)
         assert len(entry.top_logprobs) == 2
         assert entry.top_logprobs[0].logprob == entry.logprob  # greedy: its own is the best
+
+
+def test_a_stop_token_is_named(client, llama_reference):
+    token = reference_greedy(llama_reference, PROMPTS[0], 6)[5]
+    ask = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 20, "temperature": 0}
+    choice = client.completions.create(**ask, extra_body={"stop_token_ids": [token]}).choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", token)
 
 
 def test_chat_streams_a_role_then_a_chunk_for_every_token(client):

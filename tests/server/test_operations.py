@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,10 +28,12 @@ NAMES = [
     "vllm:e2e_request_latency_seconds_bucket",
     "vllm:request_queue_time_seconds_bucket",
     "vllm:lora_requests_info",
+    "flexllm:finetune_jobs",
     "flexllm:slo_attainment_ratio",
     "flexllm:step_seconds_bucket",
     "flexllm:step_prediction_error_ratio_bucket",
     "flexllm:adapter_version",
+    "flexllm:engine_cpu_seconds_total",
     "flexllm:xla_recompiles_total",
 ]
 
@@ -68,6 +71,33 @@ def test_metrics_count_what_happened(server, client):
     assert value(server, "flexllm:step_seconds_count", kind="inference") > 20
     assert 0 < value(server, "flexllm:slo_attainment_ratio", slo="standard") <= 1
     assert value(server, "flexllm:xla_recompiles_total") == 0
+
+
+def test_metrics_show_the_load_while_it_lasts(server, client):
+    """Twice as many long outputs as there is room for."""
+    ask = {"model": "random", "prompt": PROMPT, "max_tokens": 130, "n": 12}
+    preempted = value(server, "vllm:num_preemptions_total")
+    seen = []
+
+    def ended():
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        seen.append([value(server, "vllm:" + name) for name in names])
+        names = [s.labels for s in samples(server) if s.name == "vllm:lora_requests_info"]
+        seen[-1] += [labels[k] for labels in names for k in labels if k.endswith("_adapters")]
+        return answer.done() and seen[-1][:3] == [0, 0, 0]
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(
+            client.completions.create, **ask, extra_body={"ignore_eos": True, "seed": 1}
+        )
+        server.wait(ended)
+        assert answer.result().usage.completion_tokens == 12 * 130
+    running, waiting, usage = (max(row[i] for row in seen) for i in range(3))
+    assert 1 <= running <= 6 and waiting >= 1 and 0.5 < usage <= 1
+    assert {"random"} == {name for row in seen for name in row[3:]} - {""}
+    assert value(server, "vllm:num_preemptions_total") > preempted
+    states = {s.labels["state"] for s in samples(server) if s.name == "flexllm:finetune_jobs"}
+    assert {"queued", "running", "paused", "succeeded", "failed", "cancelled"} <= states
 
 
 def test_a_class_of_service_has_its_own_attainment(server, client):

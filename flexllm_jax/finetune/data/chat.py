@@ -9,6 +9,7 @@ each exactly as served.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ Message = Mapping[str, Any]
 
 
 def chat_messages(row: Mapping[str, Any], field: str = "messages") -> list[dict[str, Any]]:
-    """The OpenAI-style messages of a row, checked; text parts are joined."""
+    """The OpenAI-style messages of a row, checked; text parts are joined, calls' arguments read."""
     messages = row.get(field)
     if not isinstance(messages, list) or not messages:
         raise UnusableRow(f"`{field}` must be a list of messages, not {_short(messages)}")
@@ -65,6 +66,8 @@ def chat_messages(row: Mapping[str, Any], field: str = "messages") -> list[dict[
         if not isinstance(content, str):
             raise UnusableRow(f"{where}.content must be text, not {_short(content)}")
         checked.append({**message, "content": content})
+        if calls := message.get("tool_calls"):
+            checked[-1]["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
     return checked
 
 
@@ -137,6 +140,28 @@ def _render(
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UnusableRow(f"the chat template refuses the conversation: {reason}") from None
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls with arguments as objects, as templates expect them; OpenAI sends them as JSON."""
+    if not isinstance(calls, list):
+        raise UnusableRow(f"{where} must be a list, not {_short(calls)}")
+    checked = []
+    for index, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UnusableRow(f"{where}[{index}] must have `function` with `name` and `arguments`")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        if not isinstance(arguments, dict):
+            text = _short(function["arguments"])
+            raise UnusableRow(f"{where}[{index}].function.arguments must be an object, not {text}")
+        checked.append({**call, "function": {**function, "arguments": arguments}})
+    return checked
 
 
 def _join_parts(parts: list[Any], where: str) -> str:
