@@ -107,15 +107,15 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     await server.jobs.start()
-    engine = asyncio.create_task(server.engine.run())
-    engine.add_done_callback(lambda _: setattr(http, "should_exit", True))
+    engines = asyncio.create_task(server.engines.run())
+    engines.add_done_callback(lambda _: setattr(http, "should_exit", True))
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     await http.serve(sockets=[listener])
     left = section.grace_s if stop_by is None else stop_by - time.monotonic()
-    clean = await server.engine.stop(max(1.0, left - 0.5))
-    await engine
+    clean = await server.engines.stop(max(1.0, left - 0.5))
+    await engines
     await server.jobs.close()
-    if server.engine.exit_status is not None:
-        return server.engine.exit_status
+    if server.engines.exit_status is not None:
+        return server.engines.exit_status
     return 0 if clean else 1
