@@ -287,7 +287,7 @@ def _queued_s(state: RequestState) -> float | None:
     return None if state.started_at is None else max(0.0, state.started_at - state.arrival)
 
 
-def _lock(folder: Path) -> IO[str]:
+def lock_folder(folder: Path) -> IO[str]:
     """Wait until no other engine uses `folder`: two would write each other's checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "engine.lock").open("w")
@@ -319,7 +319,7 @@ def main() -> int:
 
     threading.Thread(target=watch_parent, name="parent", daemon=True).start()
     try:
-        with _lock(config.output_dir):
+        with lock_folder(config.output_dir):
             process = EngineProcess(config, commands, events)
             signal.signal(signal.SIGTERM, lambda *_: process.stopping.set())
             return process.run()

@@ -49,13 +49,13 @@ def make_config(model: Path, output_dir: Path, **changes: Any) -> dict[str, Any]
 class RunningServer:
     """The process, its address, and what it printed."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], script: Path = SERVE):
         self.output_dir = output = Path(config["output_dir"])
         output.mkdir(parents=True, exist_ok=True)
         path = output / "config.yaml"
         path.write_text(json.dumps(config))  # JSON is YAML
         self.process = subprocess.Popen(
-            [sys.executable, str(SERVE), "--config", str(path)],
+            [sys.executable, str(script), "--config", str(path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,0 +1,26 @@
+"""Serve a model with several engines behind one endpoint, on Ray: scripts/serve.py, replicated.
+
+Starts a Ray cluster on this machine, or joins the one at `ray.address`. Stops on Ctrl-C or SIGTERM,
+as scripts/serve.py does.
+"""
+
+from __future__ import annotations
+
+from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script
+
+
+def main() -> int:
+    """Serve; returns the exit status."""
+    config = read_config(make_parser(__doc__).parse_args())
+    check_output_dir(config.output_dir)
+    try:
+        from flexllm_jax.server.ray_serve import run
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"serve_ray.py: {error.name} is not installed: pip install 'flexllm_jax[ray]'"
+        ) from None
+    return run(config)
+
+
+if __name__ == "__main__":
+    run_script(main)
