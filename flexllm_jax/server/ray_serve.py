@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
@@ -193,8 +192,6 @@ def run(config: Config) -> int:
 
 def _start_ray(config: Config) -> None:
     section = config.ray
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # engines are what the machine is for
     options: dict[str, Any] = {"address": section.address}
     if section.address is None:
         options = {

@@ -129,8 +129,8 @@ def test_an_adapter_trained_by_one_engine_is_served_by_both(server, client, rows
         tokens = reference_greedy(reference, PROMPT, 10)
         text = AutoTokenizer.from_pretrained(chat_llama).decode(tokens, skip_special_tokens=True)
         assert ask(client, model) == [text] * AT_ONCE
-        holders = by_engine(server, f'flexllm:adapter_version{{adapter="{engine_name}"')
-        assert holders.keys() == {"0", "1"}
+        version = f'flexllm:adapter_version{{adapter="{engine_name}"'
+        server.wait(lambda version=version: by_engine(server, version).keys() == {"0", "1"})
         texts.append(text)
     assert texts[0] != texts[1]
 
