@@ -10,7 +10,6 @@ import os
 
 from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script
 
-
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",  # lines of several engines may well look alike

@@ -5,6 +5,8 @@ over the sockets that an engine on this machine has too, here over TCP. They are
 with a key made for each engine, which reaches it through Ray: nobody else can connect.
 """
 
+# pyright: reportMissingImports=false
+# Ray is an extra.
 from __future__ import annotations
 
 import asyncio
@@ -13,7 +15,6 @@ from typing import Any
 
 import ray
 import zmq
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from flexllm_jax.cli import USER_ERRORS, quiet_libraries
@@ -56,7 +57,7 @@ class RayEngine:
         self._resources = {"num_cpus": num_cpus, "num_gpus": num_gpus}
         self._addresses: list[str] = []
         self._key = b""
-        self._actor: ActorHandle | None = None
+        self._actor: Any = None  # a handle, while there is one
 
     def bind(self, sending: zmq.Socket, receiving: zmq.Socket) -> None:
         """Bind the sockets to addresses that the next engine can reach."""
@@ -66,7 +67,7 @@ class RayEngine:
             socket.curve_server = True
             socket.curve_secretkey = secret
             socket.bind(f"tcp://{ray.util.get_node_ip_address()}:*")
-            self._addresses.append(socket.last_endpoint.decode())
+            self._addresses.append(socket.getsockopt_string(zmq.LAST_ENDPOINT))
 
     async def run(self, config: Config) -> int:
         """Start an engine that connects to them; returns its exit status when it has ended."""

@@ -8,6 +8,8 @@ paused where it runs, a request goes where its adapter is. Adapters and checkpoi
 `output_dir`, which all machines of the cluster must see under the same path.
 """
 
+# pyright: reportMissingImports=false
+# Ray is an extra.
 from __future__ import annotations
 
 import asyncio
@@ -32,7 +34,7 @@ from flexllm_jax.cli import quiet_libraries
 from flexllm_jax.config import Config, ConfigError, build_config
 from flexllm_jax.server.app import Server
 from flexllm_jax.server.engine_client import EngineClient
-from flexllm_jax.server.engine_process import lock_folder
+from flexllm_jax.server.engine_process import BAD_INPUT, lock_folder
 from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.logs import use_json
 from flexllm_jax.server.ray_engine import RayEngine
@@ -42,6 +44,7 @@ log = logging.getLogger(__name__)
 
 APP = "flexllm"
 _UNLIMITED = 1_000_000  # requests; the app itself admits and refuses
+_ANSWER_S = 20.0  # until a deployment is held to be gone
 
 
 class Ingress:
@@ -177,15 +180,14 @@ def run(config: Config) -> int:
         _check_resources(config)
         options = {"host": host, "port": port, "keep_alive_timeout_s": 75}
         quiet = {"enable_access_log": False, "log_level": "WARNING"}
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
         handle = serve.run(application(config), name=APP, route_prefix="/")
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         try:
-            return _watch(handle, stopping)
+            return _watch(handle, stopping, config.server.grace_s)
         finally:
             serve.delete(APP)
-            if config.ray.address is None:
-                serve.shutdown()
     finally:
         ray.shutdown()
 
@@ -232,19 +234,20 @@ def _stop(stopping: threading.Event) -> None:
     stopping.set()
 
 
-def _watch(handle: DeploymentHandle, stopping: threading.Event) -> int:
+def _watch(handle: DeploymentHandle, stopping: threading.Event, grace_s: float) -> int:
     """Wait for a signal, or for engines that cannot be started; returns the exit status."""
     while not stopping.wait(0.5):
         try:
-            ended = handle.ended.remote().result(timeout_s=60)
+            ended = handle.ended.remote().result(timeout_s=_ANSWER_S)
         except (RayError, RayServeException, TimeoutError) as error:
             log.error("the server does not answer: %s", " ".join(str(error).split()))
             continue  # Ray Serve starts another
         if ended is not None:
             status, failure = ended
-            raise_or_return = failure or "the engines could not be started"
-            if status == 2:
-                raise ConfigError(raise_or_return)
-            log.error("%s", raise_or_return)
+            reason = failure or "an engine could not be started"
+            if status == BAD_INPUT:
+                raise ConfigError(reason)
+            log.error("%s", reason)
             return status
-    return 0 if handle.stop.remote().result() else 1
+    clean = handle.stop.remote().result(timeout_s=grace_s + _ANSWER_S)
+    return 0 if clean else 1
