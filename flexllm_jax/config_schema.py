@@ -603,7 +603,7 @@ class ServerSection(Section):
         default=16 * 2**30, ge=1024, description="All uploaded files together, bytes."
     )
     max_running_jobs: Int = Field(
-        default=2, ge=1, description="Finetuning jobs trained side by side; others are queued."
+        default=2, ge=1, description="Jobs that an engine trains side by side; others are queued."
     )
     max_queued_jobs: Int = Field(
         default=100, ge=1, description="Jobs that are not done; beyond it, status 429."

@@ -272,7 +272,7 @@ class EngineClient:
                 for take in self.on_stats:
                     take(self, event)
             case Ready():
-                self.info, self.state = event, "ready"
+                self.info, self.state, self._stats_at = event, "ready", time.monotonic()
                 log.info(
                     "engine %s ready after %.1f s, process %d on %s",
                     *(self.name, event.startup_s, event.pid, event.node),

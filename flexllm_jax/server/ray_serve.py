@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -163,7 +164,7 @@ def _absolute(tree: Any) -> Any:
 def run(config: Config) -> int:
     """Start or join a cluster, serve until a signal; returns the exit status."""
     check(config)
-    if config.log.plans:
+    if config.log.plans and config.ray.replicas > 1:
         raise ConfigError(
             "log.plans: engines would write one plans.jsonl together; set it to false"
         )
@@ -202,8 +203,11 @@ def _start_ray(config: Config) -> None:
             "object_store_memory": section.object_store_bytes,
         }
     try:
+        if section.address is not None and section.address != "auto":
+            host, _, port = section.address.rpartition(":")
+            socket.create_connection((host, int(port)), _ANSWER_S).close()  # Ray tries for minutes
         ray.init(**options, namespace=APP, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"ray.address: {section.address} cannot be joined ({' '.join(str(error).split())}): "
             f"start a cluster with `ray start --head`, or set it to null"
