@@ -66,7 +66,9 @@ class RunningServer:
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._listening.wait(300) and self.url, self.output
+        if not (self._listening.wait(300) and self.url):
+            self.process.kill()
+            raise AssertionError(self.output)
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -182,8 +182,6 @@ def test_a_stuck_engine_fails_the_health_check_and_gets_no_requests(server, clie
 @pytest.mark.parametrize(
     ("field", "says"),
     [
-        ("model.path=absent", "model.path: "),
-        ("ray.replicas=0", "ray.replicas: "),
         ("server.api_keys_file=absent.yaml", "server.api_keys_file: absent.yaml cannot be read"),
         ("ray.address=localhost:1", "ray.address: localhost:1 cannot be joined"),
         ("ray.address=nowhere", "ray.address: nowhere cannot be joined"),
