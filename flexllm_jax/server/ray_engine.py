@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import zmq
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from flexllm_jax.cli import USER_ERRORS, quiet_libraries
 from flexllm_jax.config import Config, build_config
@@ -58,6 +58,7 @@ class RayEngine:
         self._addresses: list[str] = []
         self._key = b""
         self._actor: Any = None  # a handle, while there is one
+        self._killed = False
 
     def bind(self, sending: zmq.Socket, receiving: zmq.Socket) -> None:
         """Bind the sockets to addresses that the next engine can reach."""
@@ -71,7 +72,10 @@ class RayEngine:
 
     async def run(self, config: Config) -> int:
         """Start an engine that connects to them; returns its exit status when it has ended."""
-        await self._free_name()
+        self._killed = False
+        if not await self._free_name():
+            self.failure = f"{self._name} of an earlier server does not end: see `ray list actors`"
+            return 1
         actor = self._actor = (
             ray.remote(EngineActor)
             .options(
@@ -86,26 +90,25 @@ class RayEngine:
             status, self.failure = await actor.run.remote(
                 config.model_dump(mode="json"), *self._addresses, self._key
             )
-        except RayActorError as error:
-            log.error("%s: %s", self._name, " ".join(str(error).split()))
-            return 1
-        except RayTaskError as error:
-            log.error("%s failed: %s", self._name, error)
-            self.failure = f"{self._name} could not be started: {error.cause!r}"
+        except RayError as error:  # the actor has died, or what it runs has failed
+            if not self._killed:
+                log.error("%s: %s", self._name, error)
+                self.failure = f"{self._name}: {type(error).__name__}; the log tells more"
             return 1
         finally:
             self.kill()
             self._actor = None
         return status
 
-    async def _free_name(self) -> None:
+    async def _free_name(self) -> bool:
+        """Whether no other actor has the name any more."""
         for _ in range(int(_FREED_S / 0.1)):
             try:
                 ray.kill(ray.get_actor(self._name, self._namespace))
             except ValueError:  # there is none
-                return
+                return True
             await asyncio.sleep(0.1)
-        raise RuntimeError(f"{self._name} of an earlier server does not end: see `ray list actors`")
+        return False
 
     def terminate(self) -> None:
         """End an engine that does not serve yet."""
@@ -113,5 +116,6 @@ class RayEngine:
 
     def kill(self) -> None:
         """End the engine at once."""
+        self._killed = True
         if self._actor is not None:
             ray.kill(self._actor)

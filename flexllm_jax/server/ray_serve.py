@@ -210,7 +210,8 @@ def _start_ray(config: Config) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"ray.address: {section.address} cannot be joined ({' '.join(str(error).split())}): "
-            f"start a cluster with `ray start --head`, or set it to null"
+            f"start a cluster with `ray start --head`, give its token in RAY_AUTH_TOKEN if it wants "
+            f"one, or set it to null"
         ) from None
 
 
