@@ -76,6 +76,8 @@ class RayEngine:
         if not await self._free_name():
             self.failure = f"{self._name} of an earlier server does not end: see `ray list actors`"
             return 1
+        if self._killed:
+            return 1
         actor = self._actor = (
             ray.remote(EngineActor)
             .options(

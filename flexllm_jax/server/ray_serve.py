@@ -164,6 +164,11 @@ def _absolute(tree: Any) -> Any:
 def run(config: Config) -> int:
     """Start or join a cluster, serve until a signal; returns the exit status."""
     check(config)
+    if config.parallel.num_processes > 1:
+        raise ConfigError(
+            f"parallel.num_processes: got {config.parallel.num_processes}; on Ray an engine is one "
+            f"process with parallel.tp devices of one machine: set it to 1"
+        )
     if config.log.plans and config.ray.replicas > 1:
         raise ConfigError(
             "log.plans: engines would write one plans.jsonl together; set it to false"
@@ -210,8 +215,8 @@ def _start_ray(config: Config) -> None:
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"ray.address: {section.address} cannot be joined ({' '.join(str(error).split())}): "
-            f"start a cluster with `ray start --head`, give its token in RAY_AUTH_TOKEN if it wants "
-            f"one, or set it to null"
+            f"start a cluster with `ray start --head`, give its token in RAY_AUTH_TOKEN if it wants"
+            f" one, or set it to null"
         ) from None
 
 
