@@ -39,6 +39,7 @@ def server(chat_llama, tmp_path_factory):
     )
     with RunningServer(config, SERVE_RAY) as running:
         running.wait(lambda: running.metric("flexllm:engine_up") == 2, SLOW_S)
+        running.wait(lambda: all(f"engine {i} ready" in running.output for i in "01"))
         yield running
         assert running.stop() == 0, running.output
 
@@ -161,7 +162,7 @@ def test_a_job_outlives_its_engine(server, client, rows):
     np.testing.assert_allclose(list(told[0].values()), list(told[1].values()), rtol=1e-3)
 
     server.wait(lambda: server.metric("flexllm:engine_up") == 2, SLOW_S)
-    assert pid_of(server, lost) != pid
+    server.wait(lambda: pid_of(server, lost) != pid)  # the log comes a little later
     before = by_engine(server, "vllm:iteration_tokens_total_sum")[lost]
     ask(client, "tiny")
     server.wait(lambda: by_engine(server, "vllm:iteration_tokens_total_sum")[lost] > before)
