@@ -606,7 +606,7 @@ class ServerSection(Section):
         default=16 * 2**30, ge=1024, description="All uploaded files together, bytes."
     )
     max_running_jobs: Int = Field(
-        default=2, ge=1, description="Finetuning jobs trained side by side; others are queued."
+        default=2, ge=1, description="Jobs that an engine trains side by side; others are queued."
     )
     max_queued_jobs: Int = Field(
         default=100, ge=1, description="Jobs that are not done; beyond it, status 429."
@@ -641,6 +641,31 @@ class ServerSection(Section):
         return keys
 
 
+class RaySection(Section):
+    """Engines behind one endpoint, on Ray: scripts/serve_ray.py."""
+
+    replicas: Int = Field(default=1, ge=1, description="Engines, each with devices of its own.")
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Ray cluster to join: `auto`, or host:port of its head. Its machines share "
+        "model.path and output_dir. null: starts a cluster on this machine.",
+    )
+    cpus_per_replica: Float = Field(
+        default=1.0, ge=0, description="CPU cores that Ray reserves for an engine."
+    )
+    gpus_per_replica: Float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs that Ray gives an engine. null: parallel.tp where the cluster has GPUs.",
+    )
+    object_store_bytes: Int = Field(
+        default=128 * 2**20,
+        ge=80 * 2**20,
+        description="Shared memory of a cluster that is started here.",
+    )
+
+
 class LogSection(Section):
     """What is written down besides the report."""
 
@@ -668,6 +693,7 @@ class Config(Section):
     finetune: FinetuneSection = Field(default_factory=FinetuneSection, description="Finetuning.")
     workload: WorkloadSection | None = Field(default=None, description="Requests to replay.")
     server: ServerSection = Field(default_factory=ServerSection, description="HTTP server.")
+    ray: RaySection = Field(default_factory=RaySection, description="Replicas.")
     log: LogSection = Field(default_factory=LogSection, description="Logs.")
     output_dir: Path = Field(
         default=Path("runs/default"), description="Folder for reports, checkpoints and adapters."

@@ -92,7 +92,7 @@ class Target:
 
 async def measure(target: Target, name: str, bodies: list[dict]) -> Load:
     """Send all bodies at once."""
-    threads = (f'{_CPU}{{thread="step"}}', f'{_CPU}{{thread="messages"}}')
+    threads = tuple(_CPU + f'{{engine="0",thread="{each}"}}' for each in ("step", "messages"))
     names = (_STEPS + "_count", _STEPS + "_sum", _TOKENS, *threads)
     before, started = [target.metric(each) for each in names], time.monotonic()
     results = await asyncio.gather(*(target.ask(body) for body in bodies))

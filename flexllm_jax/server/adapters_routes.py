@@ -15,7 +15,8 @@ from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexllm_jax.server.access import Known
-from flexllm_jax.server.engine_client import EngineClient, EngineRefused, EngineUnavailable
+from flexllm_jax.server.engine_client import EngineRefused, EngineUnavailable
+from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.inference import not_ready
 from flexllm_jax.server.models import ModelRegistry, ServedAdapter
@@ -68,7 +69,7 @@ def _is_inside(path: Path, roots: list[Path]) -> bool:
     return any(path.is_relative_to(root) for root in roots)
 
 
-def routes(allowed: tuple[Path, ...], engine: EngineClient, models: ModelRegistry) -> APIRouter:
+def routes(allowed: tuple[Path, ...], engines: Engines, models: ModelRegistry) -> APIRouter:
     """The routes; without `allowed` folders there are none."""
     router = APIRouter()
     if not allowed:
@@ -87,11 +88,11 @@ def routes(allowed: tuple[Path, ...], engine: EngineClient, models: ModelRegistr
         owner = known.owner if known else client.owner
         adapter = ServedAdapter(name, _PREFIX + name, str(folder), owner=owner)
         try:
-            await engine.call("load_adapter", name=adapter.engine_name, path=adapter.path)
+            await engines.load_adapter(adapter.engine_name, adapter.path)
         except EngineRefused as error:
             raise ApiError(400, str(error), param="lora_path") from None
         except EngineUnavailable:
-            raise not_ready(engine) from None
+            raise not_ready(engines) from None
         models.adapters[name] = adapter
         return PlainTextResponse(f"Success: LoRA adapter {name!r} added successfully.")
 
@@ -104,7 +105,7 @@ def routes(allowed: tuple[Path, ...], engine: EngineClient, models: ModelRegistr
             raise ApiError(404, f"no adapter {name!r} was loaded", param="lora_name")
         del models.adapters[name]
         with contextlib.suppress(EngineUnavailable):  # one that starts later does not know it
-            await engine.call("unload_adapter", name=adapter.engine_name)
+            await engines.unload_adapter(adapter.engine_name)
         return PlainTextResponse(f"Success: LoRA adapter {name!r} removed successfully.")
 
     return router

@@ -20,6 +20,7 @@ from flexllm_jax.server.completions import complete
 from flexllm_jax.server.dashboard import Dashboard
 from flexllm_jax.server.database import Database
 from flexllm_jax.server.engine_client import EngineClient
+from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.files import FileStore
 from flexllm_jax.server.inference import Inference
@@ -42,19 +43,20 @@ _DISCARDED_BYTES = 64 * 2**20  # of a body that is too large, so that its sender
 class Server:
     """What the routes share. Raises ConfigError for what cannot be used."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, engines: Engines | None = None):
         self.config = config
         self.keys = ApiKeys(config.server)
         self.codec = TextCodec(load_tokenizer(config.model.path))
         self.models = ModelRegistry(config)
         self.metrics = ServerMetrics(config, self.models.base)
         self.admission = Admission(config.server)
-        self.engine = EngineClient(config)
+        self.engines = engines or Engines([EngineClient(config)])
         self.inference = Inference(
-            config, self.engine, self.codec, self.models, self.admission, self.metrics
+            config, self.engines, self.codec, self.models, self.admission, self.metrics
         )
-        self.engine.on_ready.append(self._engine_started)
-        self.engine.on_stats.append(self.metrics.take)
+        self.engines.on_ready.append(self._engine_started)
+        self.engines.on_stats.append(self.metrics.take)
+        self.engines.on_lost.append(self.metrics.engine_lost)
         folder = config.output_dir.absolute() / "server"
         folder.mkdir(parents=True, exist_ok=True)
         url = config.server.database or f"sqlite:///{folder / 'server.sqlite'}"
@@ -64,13 +66,13 @@ class Server:
             config,
             self.database,
             self.files,
-            self.engine,
+            self.engines,
             self.models,
             self.metrics,
             load_tokenizer(config.model.path),  # one of its own, for the thread that validates
         )
         self.dashboard = Dashboard(
-            config, self.engine, self.models, self.metrics, self.database, self.jobs
+            config, self.engines, self.models, self.metrics, self.database, self.jobs
         )
         self.app = _make_app(self)
 
@@ -78,10 +80,10 @@ class Server:
         """Admit nothing more."""
         self.admission.draining = self.jobs.closing = True
 
-    def _engine_started(self) -> None:
-        assert self.engine.info is not None
-        self.models.max_model_len = self.engine.info.max_model_len
-        self.metrics.engine_started()
+    def _engine_started(self, engine: EngineClient) -> None:
+        assert engine.info is not None
+        self.models.max_model_len = engine.info.max_model_len
+        self.metrics.engine_started(engine)
 
 
 def _make_app(server: Server) -> FastAPI:
@@ -97,7 +99,7 @@ def _make_app(server: Server) -> FastAPI:
     _add_status(app, server)
     app.include_router(files.routes(server.files))
     allowed = server.config.server.adapter_dirs
-    app.include_router(adapters_routes.routes(allowed, server.engine, server.models))
+    app.include_router(adapters_routes.routes(allowed, server.engines, server.models))
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     return app
@@ -155,7 +157,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, client: Known) -> Response:
-        known = server.engine.info.vocab_size if server.engine.info else len(codec.tokenizer)
+        known = server.engines.info.vocab_size if server.engines.info else len(codec.tokenizer)
         if outside := [token for token in body.tokens if token >= known]:
             message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"
             raise ApiError(400, message, param="tokens")
@@ -181,7 +183,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def health() -> Response:
         problem = "the server is shutting down" if server.admission.draining else None
-        problem = problem or server.engine.problem()
+        problem = problem or server.engines.problem()
         if problem:
             raise ApiError(503, problem, retry_after_s=5)
         return sse.json_response({"status": "ok"})

@@ -25,6 +25,7 @@ from flexllm_jax.server import sse
 from flexllm_jax.server.access import Client, Known
 from flexllm_jax.server.database import Database, EventRow, JobRow
 from flexllm_jax.server.engine_client import EngineClient
+from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.jobs import JobManager
 from flexllm_jax.server.metrics import ServerMetrics
 from flexllm_jax.server.models import ModelRegistry
@@ -54,20 +55,20 @@ class Dashboard:
     def __init__(
         self,
         config: Config,
-        engine: EngineClient,
+        engines: Engines,
         models: ModelRegistry,
         metrics: ServerMetrics,
         database: Database,
         jobs: JobManager,
     ):
-        self._config, self._engine, self._models = config, engine, models
+        self._config, self._engines, self._models = config, engines, models
         self._metrics, self._database, self.jobs = metrics, database, jobs
         self._steps: deque[tuple[float, Step]] = deque()
         self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
         self._next_sample = 0.0
-        engine.on_stats.append(self._take)
+        engines.on_stats.append(self._take)
 
-    def _take(self, stats: Stats) -> None:
+    def _take(self, engine: EngineClient, stats: Stats) -> None:
         now = time.monotonic()
         self._steps.extend((now, step) for step in stats.steps)
         while self._steps and self._steps[0][0] < now - _WINDOW_S:
@@ -105,18 +106,21 @@ class Dashboard:
 
     def snapshot(self, jobs: list[dict[str, Any]], client: Client) -> dict[str, Any]:
         """Everything on the page that a client may see; `jobs` come from the database."""
-        stats, engine = self._engine.stats, self._engine
-        on_device = {a.name: a for a in stats.adapters} if stats else {}
+        stats = [engine.stats for engine in self._engines.members if engine.stats]
+        versions: dict[str, int] = {}
+        users: dict[str, int] = {}
+        for loaded in (adapter for each in stats for adapter in each.adapters):
+            versions[loaded.name] = max(versions.get(loaded.name, 0), loaded.version)
+            users[loaded.name] = users.get(loaded.name, 0) + loaded.users
         adapters = []
         newest = [a for a in self._models.adapters.values() if client.may_see(a.owner)][::-1]
-        newest.sort(key=lambda adapter: adapter.engine_name not in on_device)
+        newest.sort(key=lambda adapter: adapter.engine_name not in versions)
         for adapter in newest[:_SHOWN_ADAPTERS]:
-            loaded = on_device.get(adapter.engine_name)
             adapters.append(
                 {
                     "name": adapter.name,
-                    "version": loaded.version if loaded else None,
-                    "users": loaded.users if loaded else 0,
+                    "version": versions.get(adapter.engine_name),
+                    "users": users.get(adapter.engine_name, 0),
                 }
             )
         for job in jobs:
@@ -125,13 +129,13 @@ class Dashboard:
             job["eta_s"] = known.eta_s if known else None
         return {
             "model": self._models.base,
-            "problem": engine.problem(),
+            "problem": self._engines.problem(),
             "tokens_per_s": self._tokens_per_s(),
             "classes": self._classes(),
-            "pages_used": stats.pages_used if stats else 0,
-            "num_pages": stats.num_pages if stats else 0,
-            "running": stats.num_running if stats else 0,
-            "waiting": stats.num_waiting if stats else 0,
+            "pages_used": sum(each.pages_used for each in stats),
+            "num_pages": sum(each.num_pages for each in stats),
+            "running": sum(each.num_running for each in stats),
+            "waiting": sum(each.num_waiting for each in stats),
             "jobs": jobs,
             "adapters": adapters,
         }

@@ -1,4 +1,4 @@
-"""The engine process as the HTTP process sees it: started, watched, started again, asked.
+"""An engine process as the HTTP process sees it: started, watched, started again, asked.
 
 Everything runs in one asyncio loop. What was asked of an engine that ends is answered with an
 error; when it ends without being told to, another is started in its place.
@@ -9,15 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 import zmq
@@ -26,6 +21,7 @@ import zmq.asyncio
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.server.engine_process import BAD_INPUT
+from flexllm_jax.server.local_engine import LocalEngine
 from flexllm_jax.server.models import ServedAdapter
 from flexllm_jax.server.protocol import (
     Call,
@@ -54,6 +50,33 @@ class EngineUnavailable(Exception):
 
 class EngineRefused(ValueError):
     """A call the engine cannot carry out; one line that says why."""
+
+
+class EngineHost(Protocol):
+    """Where an engine runs: a way to start one at a time, and to know of its end.
+
+    `failure` says in one line why an engine could not start, where it did not say so itself on
+    stderr. `shares_clock`: its time.monotonic is that of this process.
+    """
+
+    shares_clock: bool
+    failure: str | None
+
+    def bind(self, sending: zmq.Socket, receiving: zmq.Socket) -> None:
+        """Bind the sockets to addresses that the next engine can reach."""
+        ...
+
+    async def run(self, config: Config) -> int:
+        """Start an engine that connects to them; returns its exit status when it has ended."""
+        ...
+
+    def terminate(self) -> None:
+        """End an engine that does not serve yet."""
+        ...
+
+    def kill(self) -> None:
+        """End the engine at once."""
+        ...
 
 
 class Generation:
@@ -93,27 +116,27 @@ class Generation:
 
 
 class EngineClient:
-    """Starts the engine process with `config`, keeps it running, and talks to it.
+    """Starts an engine process with `config`, keeps it running, and talks to it.
 
     `state` is "starting" until the engine serves, "ready", or "stopped". The callbacks are called
     in the loop: `on_ready` each time an engine has started, `on_stats` with its statistics,
-    `on_lost` when one has ended unasked.
+    `on_lost` when one has ended unasked. `name` tells the engines of a server apart.
     """
 
-    def __init__(self, config: Config):
-        self._config = config
+    def __init__(self, config: Config, name: str = "0", host: EngineHost | None = None):
+        self._config, self.name, self._host = config, name, host or LocalEngine()
         self.state: Literal["starting", "ready", "stopped"] = "starting"
         self.info: Ready | None = None
         self.stats: Stats | None = None
         self.restarts = 0
         self.exit_status: int | None = None  # of an engine that could not start at all
-        self.on_ready: list[Callable[[], None]] = []
-        self.on_stats: list[Callable[[Stats], None]] = []
-        self.on_lost: list[Callable[[], None]] = []
+        self.on_ready: list[Callable[[EngineClient], None]] = []
+        self.on_stats: list[Callable[[EngineClient, Stats], None]] = []
+        self.on_lost: list[Callable[[EngineClient], None]] = []
         self._stats_at = time.monotonic()
         self._context = zmq.asyncio.Context()
         self._commands: zmq.asyncio.Socket | None = None
-        self._process: asyncio.subprocess.Process | None = None
+        self._ended: asyncio.Task[int] | None = None  # of the engine that runs now
         self._generations: dict[int, Generation] = {}
         self._replies: dict[int, asyncio.Future] = {}
         self._next_request_id, self._call_ids = 0, itertools.count()
@@ -134,9 +157,9 @@ class EngineClient:
             if status == BAD_INPUT or (self.info is None and self.restarts == 0):
                 self.exit_status = status or 1
                 break
-            log.error("the engine process ended with status %s; starting another", status)
-            for callback in self.on_lost:
-                callback()
+            log.error("engine %s ended with status %s; starting another", self.name, status)
+            for lost in self.on_lost:
+                lost(self)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S) if time.monotonic() - began < 60 else 1.0
             self.restarts += 1
             with contextlib.suppress(TimeoutError):
@@ -146,38 +169,27 @@ class EngineClient:
     async def _run_once(self) -> int:
         """Run one engine process to its end; returns its exit status."""
         self.state, self.stats, self._stats_at = "starting", None, time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix="flexllm-"))  # readable by this user alone
-        commands, events = (f"ipc://{folder}/{name}" for name in ("commands", "events"))
         sending, receiving = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         try:
-            for socket, address in ((sending, commands), (receiving, events)):
+            for socket in (sending, receiving):
                 socket.set_hwm(0)
-                socket.bind(address)
+            self._host.bind(sending, receiving)
             self._commands = sending
-            module = "flexllm_jax.server.engine_process"
-            self._process = process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", module, commands, events),
-                stdin=asyncio.subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for this process, which tells the engine
-            )
-            assert process.stdin is not None
-            config = json.dumps(self._config.model_dump(mode="json"))
-            process.stdin.write(config.encode() + b"\n")  # and stays open: its end ends the engine
+            self._ended = asyncio.create_task(self._host.run(self._config))
             reader = asyncio.create_task(self._receive(receiving))
-            status = await process.wait()
+            status = await asyncio.shield(self._ended)
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
             while await receiving.poll(100):
                 self._take(self._decoder.decode(await receiving.recv()))
             return status
         finally:
-            self._commands = self._process = None
+            self._commands = self._ended = None
             if self.state == "ready":
                 self.state = "starting"
             self._fail_all()
             sending.close(linger=0)
             receiving.close(linger=0)
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _fail_all(self) -> None:
         message = "the engine process has ended"
@@ -192,21 +204,31 @@ class EngineClient:
     async def stop(self, timeout_s: float) -> bool:
         """End the engine; whether it ended by itself within `timeout_s`."""
         self._stop_asked.set()
-        process = self._process
-        if process is None:
+        ended = self._ended
+        if ended is None:
             return True
         if self.state == "ready":
             self._send(Stop())
         else:
-            process.terminate()
+            self._host.terminate()
         try:
-            await asyncio.wait_for(process.wait(), timeout_s)
+            await asyncio.wait_for(asyncio.shield(ended), timeout_s)
         except TimeoutError:
-            log.error("the engine did not stop within %.0f s and is killed", timeout_s)
-            process.kill()
-            await process.wait()
+            log.error("engine %s did not stop within %.0f s and is killed", self.name, timeout_s)
+            self._host.kill()
+            await ended
             return False
         return True
+
+    @property
+    def failure(self) -> str | None:
+        """Why no engine could be started, where the engine did not say so on stderr."""
+        return self._host.failure
+
+    @property
+    def in_flight(self) -> int:
+        """Outputs that have been asked for and have not ended."""
+        return len(self._generations)
 
     def problem(self) -> str | None:
         """Why the engine is not healthy, or None."""
@@ -247,13 +269,16 @@ class EngineClient:
                     future.set_exception((EngineRefused if invalid else RuntimeError)(error))
             case Stats():
                 self.stats, self._stats_at = event, time.monotonic()
-                for callback in self.on_stats:
-                    callback(event)
+                for take in self.on_stats:
+                    take(self, event)
             case Ready():
-                self.info, self.state = event, "ready"
-                log.info("engine ready after %.1f s", event.startup_s)
+                self.info, self.state, self._stats_at = event, "ready", time.monotonic()
+                log.info(
+                    "engine %s ready after %.1f s, process %d on %s",
+                    *(self.name, event.startup_s, event.pid, event.node),
+                )
                 for ready in self.on_ready:
-                    ready()
+                    ready(self)
 
     def _send(self, command: Command) -> None:
         if self._commands is None or self.state != "ready":
@@ -282,7 +307,7 @@ class EngineClient:
             for i in range(count)
         ]
         generation = Generation(self, first_id, count)
-        self._send(Submit(requests))
+        self._send(Submit(requests, None if self._host.shares_clock else time.monotonic()))
         for request in requests:
             self._generations[request.request_id] = generation
         return generation

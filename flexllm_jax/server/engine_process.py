@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -58,10 +59,14 @@ BAD_INPUT = 2  # exit status: the configuration, or a file it names, cannot be u
 
 
 class EngineProcess:
-    """Answers commands from `commands`, and sends events to `events` (ZeroMQ addresses)."""
+    """Answers commands from `commands`, and sends events to `events` (ZeroMQ addresses). With a
+    `server_key` they are encrypted, and only who knows the key can connect."""
 
-    def __init__(self, config: Config, commands: str, events: str):
+    def __init__(self, config: Config, commands: str, events: str, server_key: bytes | None = None):
         context = zmq.Context()
+        if server_key is not None:  # options of a context are those of its sockets
+            context.curve_serverkey = server_key
+            context.curve_publickey, context.curve_secretkey = zmq.curve_keypair()
         self._commands = context.socket(zmq.PULL)
         self._commands.set_hwm(0)
         self._commands.connect(commands)
@@ -98,6 +103,8 @@ class EngineProcess:
                 page_size=runner.sizes.page_size,
                 adapter_slots=config.adapters.slots,
                 startup_s=self.engine.startup_s,
+                pid=os.getpid(),
+                node=socket.gethostname(),
             )
         )
         decoder = msgspec.msgpack.Decoder(Command)
@@ -119,7 +126,12 @@ class EngineProcess:
 
     def _take(self, command: Command) -> None:
         match command:
-            case Submit(requests):
+            case Submit(requests, sent):
+                if sent is not None:
+                    shift = time.monotonic() - sent
+                    requests = [
+                        msgspec.structs.replace(r, arrival=r.arrival + shift) for r in requests
+                    ]
                 self.loop.post(lambda: self._submit(requests))
             case Cancel(request_ids):
                 self.loop.post(lambda: self._cancel(request_ids))
@@ -263,14 +275,14 @@ class EngineProcess:
 
     def _send(self, context: zmq.Context, address: str) -> None:
         """The thread that sends events, in order."""
-        socket = context.socket(zmq.PUSH)
-        socket.set_hwm(0)
-        socket.connect(address)
+        sender = context.socket(zmq.PUSH)
+        sender.set_hwm(0)
+        sender.connect(address)
         encoder = msgspec.msgpack.Encoder()
         while (event := self._events.get()) is not None:
-            socket.send(encoder.encode(event))
+            sender.send(encoder.encode(event))
             self._sender_cpu_s = time.thread_time()
-        socket.close(linger=2000)
+        sender.close(linger=2000)
 
     def _finish_sending(self) -> None:
         self._events.put(None)
@@ -281,7 +293,7 @@ def _queued_s(state: RequestState) -> float | None:
     return None if state.started_at is None else max(0.0, state.started_at - state.arrival)
 
 
-def _lock(folder: Path) -> IO[str]:
+def lock_folder(folder: Path) -> IO[str]:
     """Wait until no other engine uses `folder`: two would write each other's checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "engine.lock").open("w")
@@ -313,7 +325,7 @@ def main() -> int:
 
     threading.Thread(target=watch_parent, name="parent", daemon=True).start()
     try:
-        with _lock(config.output_dir):
+        with lock_folder(config.output_dir):
             process = EngineProcess(config, commands, events)
             signal.signal(signal.SIGTERM, lambda *_: process.stopping.set())
             return process.run()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.server.access import Admission, Client
-from flexllm_jax.server.engine_client import EngineClient, EngineUnavailable, Generation
+from flexllm_jax.server.engine_client import EngineUnavailable, Generation
+from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.inference_schema import InferenceRequest
 from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
@@ -110,25 +111,25 @@ class Inference:
     def __init__(
         self,
         config: Config,
-        engine: EngineClient,
+        engines: Engines,
         codec: TextCodec,
         models: ModelRegistry,
         admission: Admission,
         metrics: ServerMetrics,
     ):
-        self.engine, self.codec, self.models = engine, codec, models
+        self.engines, self.codec, self.models = engines, codec, models
         self._admission, self._metrics = admission, metrics
         self._slo_classes = ["standard", *config.scheduler.slo_classes]
 
     def max_model_len(self) -> int:
         """Longest prompt plus output; ApiError 503 while there is no engine to tell."""
-        if self.engine.info is None:
-            raise not_ready(self.engine)
-        return self.engine.info.max_model_len
+        if self.engines.info is None:
+            raise not_ready(self.engines)
+        return self.engines.info.max_model_len
 
     def room(self, prompt: list[int]) -> int:
         """Most tokens that an answer to `prompt` may have, at least 1."""
-        limit, info = self.max_model_len(), self.engine.info
+        limit, info = self.max_model_len(), self.engines.info
         if info is not None:
             limit = min(limit, info.num_pages * info.page_size + 1)  # the last has no KV
         return max(1, limit - len(prompt))
@@ -163,10 +164,10 @@ class Inference:
         tokens = n * sum(map(len, prompts))
         admitted = self._admission.admit(client, outputs, tokens, outputs * max_tokens)
         try:
-            generation = self.engine.generate(prompts, params, n, adapter, slo, arrival)
+            generation = self.engines.generate(prompts, params, n, adapter, slo, arrival)
         except EngineUnavailable:
             admitted.close(0)
-            raise not_ready(self.engine) from None
+            raise not_ready(self.engines) from None
         except BaseException:
             admitted.close(0)
             raise
@@ -190,9 +191,9 @@ class Inference:
         )
 
     def _check_size(self, prompt: list[int], params: SamplingParams) -> None:
-        info = self.engine.info
+        info = self.engines.info
         if info is None:
-            raise not_ready(self.engine)
+            raise not_ready(self.engines)
         if not prompt:
             raise ApiError(400, "prompt: it has no tokens; give at least one", param="prompt")
         total = len(prompt) + params.max_tokens
@@ -222,6 +223,6 @@ class Inference:
             )
 
 
-def not_ready(engine: EngineClient) -> ApiError:
+def not_ready(engines: Engines) -> ApiError:
     """The answer while no engine serves."""
-    return ApiError(503, f"the engine is {engine.state}; try again", retry_after_s=5)
+    return ApiError(503, f"the engine is {engines.state}; try again", retry_after_s=5)

@@ -24,18 +24,18 @@ _SHOWN_ROWS = 20  # of a file's bad ones, in events
 
 
 class JobRecords:
-    """Writes down what an engine says of jobs. `forget` when another engine starts: it says again
-    what it took over."""
+    """Writes down what engines say of jobs. `forget` a job whose engine is lost: another one says
+    again what it took over."""
 
     def __init__(self, config: Config, models: ModelRegistry, files: FileStore):
         self._config, self._models, self._files = config, models, files
         self._resumed: set[str] = set()  # jobs of which it is told that they went on
         self._validations: dict[str, int] = {}  # step of the last validation told, by job
 
-    def forget(self) -> None:
-        """Another engine tells from here on."""
-        self._resumed.clear()
-        self._validations.clear()
+    def forget(self, job_id: str) -> None:
+        """Another engine tells of this job from here on."""
+        self._resumed.discard(job_id)
+        self._validations.pop(job_id, None)
 
     def note(self, session: Session, state: JobState) -> list[ServedAdapter]:
         """In a transaction: what is new of a job. Returns the adapters that can be served now."""

@@ -1,8 +1,9 @@
 """Finetuning jobs from creation to a served adapter, whatever happens to either process.
 
-The database says what a job is; the engine only runs those it is given. A job that runs when the
-engine is lost is given to the next one, which goes on from its newest checkpoint. Statuses:
-validating_files, queued, running, paused, succeeded, failed, cancelled.
+The database says what a job is; an engine only runs those it is given, and of several the one with
+the fewest jobs gets the next. A job whose engine is lost is given to another one, or to the next
+that starts, which goes on from its newest checkpoint. Statuses: validating_files, queued, running,
+paused, succeeded, failed, cancelled.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flexllm_jax.finetune.data.rows import BadRow, read_rows
 from flexllm_jax.server.access import Client
 from flexllm_jax.server.database import CheckpointRow, Database, JobRow, now
 from flexllm_jax.server.engine_client import EngineClient, EngineRefused, EngineUnavailable
+from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.files import UNFINISHED, FileStore
 from flexllm_jax.server.job_records import (
@@ -52,27 +54,27 @@ class JobManager:
         config: Config,
         database: Database,
         files: FileStore,
-        engine: EngineClient,
+        engines: Engines,
         models: ModelRegistry,
         metrics: ServerMetrics,
         tokenizer: Any,
     ):
         self._config, self._database, self._files = config, database, files
-        self._engine, self._models, self._metrics = engine, models, metrics
+        self._engines, self._models, self._metrics = engines, models, metrics
         self._tokenizer = tokenizer  # used by the validation's thread alone
         self._validation = ThreadPoolExecutor(1, thread_name_prefix="validation")
         self._tasks: set[asyncio.Task] = set()
         self._states: asyncio.Queue[JobState] = asyncio.Queue()
-        self._known: dict[str, JobState] = {}  # what the engine last said of a job
-        self._in_engine: set[str] = set()
+        self._known: dict[str, JobState] = {}  # what its engine last said of a job
+        self._in_engine: dict[str, EngineClient] = {}  # which engine a job was given to
         self._records = JobRecords(config, models, files)
         self._scheduling = asyncio.Lock()
         self.closing = False
         self.version = 0  # counts events
         self.changed = asyncio.Condition()  # notified after every event
-        engine.on_ready.append(self._engine_ready)
-        engine.on_lost.append(lambda: self._spawn(self._engine_lost()))
-        engine.on_stats.append(self._take)
+        engines.on_ready.append(lambda _: self._spawn(self._schedule()))
+        engines.on_lost.append(lambda engine: self._spawn(self._engine_lost(engine)))
+        engines.on_stats.append(self._take)
         database.run_now(self._serve_finished)
 
     # -- the way in -------------------------------------------------------------------------------
@@ -145,16 +147,14 @@ class JobManager:
     async def cancel(self, job_id: str) -> JobRow:
         """Stop a job for good."""
         await self._move(job_id, UNFINISHED, "cancelled", "The job was cancelled.")
-        if job_id in self._in_engine:
-            await self._ask("cancel_job", job_id)
+        await self._ask("cancel_job", job_id)
         self._spawn(self._schedule())
         return await self.find(job_id)
 
     async def pause(self, job_id: str) -> JobRow:
         """Let a job wait, from the engine's next step on."""
         await self._move(job_id, ("queued", "running"), "paused", "The job was paused.")
-        if job_id in self._in_engine:
-            await self._ask("pause_job", job_id)
+        await self._ask("pause_job", job_id)
         self._spawn(self._schedule())
         return await self.find(job_id)
 
@@ -163,8 +163,7 @@ class JobManager:
         in_engine = job_id in self._in_engine
         status = "running" if in_engine else "queued"
         await self._move(job_id, ("paused",), status, "The job was resumed.")
-        if in_engine:
-            await self._ask("resume_job", job_id)
+        await self._ask("resume_job", job_id)
         self._spawn(self._schedule())
         return await self.find(job_id)
 
@@ -188,8 +187,11 @@ class JobManager:
 
     async def _ask(self, method: str, job_id: str) -> None:
         """What the engine is told of a job; without an engine the database alone says it."""
+        engine = self._in_engine.get(job_id)
+        if engine is None:
+            return
         try:
-            await self._engine.call(method, name=job_id)
+            await engine.call(method, name=job_id)
         except (EngineUnavailable, EngineRefused) as error:
             # It is not in the engine, or not yet: `_start` looks at the status when it is.
             log.info("%s of %s: %s", method, job_id, error)
@@ -263,19 +265,22 @@ class JobManager:
     # -- the queue --------------------------------------------------------------------------------
 
     async def _schedule(self) -> None:
-        """Give the engine as many jobs as may run: first those that ran before it was lost."""
+        """Give the engines as many jobs as may run: first those whose engine was lost."""
         async with self._scheduling:
-            while self._engine.state == "ready" and not self.closing:
+            while not self.closing:
                 running = await self._ids("running")
+                given = [self._in_engine.get(job_id) for job_id in running]
+                loads = [(given.count(engine), engine) for engine in self._engines.usable()]
+                count, engine = min(loads, key=lambda load: load[0], default=(0, None))
+                if engine is None or count >= self._config.server.max_running_jobs:
+                    return
                 lost = [job_id for job_id in running if job_id not in self._in_engine]
-                queued = await self._ids("queued")
-                free = self._config.server.max_running_jobs - len(running)
-                waiting = lost or (queued if free > 0 else [])
-                if not waiting or not await self._start(waiting[0]):
+                waiting = lost or await self._ids("queued")
+                if not waiting or not await self._start(waiting[0], engine):
                     return
 
-    async def _start(self, job_id: str) -> bool:
-        """Give a job to the engine; False when it cannot take one now."""
+    async def _start(self, job_id: str, engine: EngineClient) -> bool:
+        """Give a job to an engine; False when it cannot take one now."""
 
         def mark(session: Session) -> dict[str, Any] | None:
             job = find_job(session, job_id)
@@ -284,27 +289,29 @@ class JobManager:
             if job.status == "queued":
                 job.status = "running"
                 tell(session, job_id, "Fine-tuning job started")
+            if job.config is not None and len(self._engines.members) > 1:
+                tell(session, job_id, f"Given to engine {engine.name}")
             return job.config
 
         config = await self._database.run(mark)
         await self._told()
         if config is None:
             return True
-        self._in_engine.add(job_id)
+        self._in_engine[job_id] = engine
         try:
-            await self._engine.call("start_job", config=config)
+            await engine.call("start_job", config=config)
         except EngineUnavailable:
-            self._in_engine.discard(job_id)
-            return False  # the next engine gets it
+            self._in_engine.pop(job_id, None)
+            return False  # `_engine_lost` and the next engine schedule again
         except EngineRefused as error:
-            self._in_engine.discard(job_id)
+            self._in_engine.pop(job_id, None)
             if "no free slot" in str(error):  # all adapters are in use at this moment
                 asyncio.get_running_loop().call_later(1, lambda: self._spawn(self._schedule()))
                 return False
             await self._fail(job_id, "invalid_request", str(error))
             return True
         except RuntimeError as error:
-            self._in_engine.discard(job_id)
+            self._in_engine.pop(job_id, None)
             await self._fail(job_id, "server_error", str(error))
             return True
         status = (await self.find(job_id)).status  # it may have changed meanwhile
@@ -326,17 +333,16 @@ class JobManager:
         await self._database.run(fail)
         await self._told()
 
-    # -- the engine -------------------------------------------------------------------------------
+    # -- the engines ------------------------------------------------------------------------------
 
-    def _engine_ready(self) -> None:
-        self._in_engine.clear()
-        self._known.clear()
-        self._records.forget()
-        self._spawn(self._schedule())
-
-    async def _engine_lost(self) -> None:
+    async def _engine_lost(self, engine: EngineClient) -> None:
         """Note which jobs ran: one that ends engines again and again is not given to another."""
-        lost, self._in_engine = self._in_engine, set()
+        await self._states.join()  # what the engine said before its end counts
+        lost = [job_id for job_id, holder in self._in_engine.items() if holder is engine]
+        for job_id in lost:
+            del self._in_engine[job_id]
+            self._known.pop(job_id, None)
+            self._records.forget(job_id)
 
         def note(session: Session) -> None:
             query = select(JobRow).where(JobRow.id.in_(lost), JobRow.status == "running")
@@ -351,8 +357,9 @@ class JobManager:
 
         await self._database.run(note)
         await self._told()
+        await self._schedule()
 
-    def _take(self, stats: Stats) -> None:
+    def _take(self, engine: EngineClient, stats: Stats) -> None:
         """Keep the states that say something new, for `_follow`."""
         for state in stats.jobs:
             before = self._known.get(state.name)
@@ -370,7 +377,7 @@ class JobManager:
                 for adapter in adapters:
                     self._models.adapters[adapter.name] = adapter
                 if state.status in ENDED and state.name in self._in_engine:
-                    self._in_engine.discard(state.name)
+                    del self._in_engine[state.name]
                     self._spawn(self._schedule())
                 await self._told()
             except Exception:

@@ -1,4 +1,7 @@
-"""Prometheus metrics: vLLM's names for inference, ours for finetuning and steps."""
+"""Prometheus metrics: vLLM's names for inference, ours for finetuning and steps.
+
+What an engine tells is labelled with its number, as in vLLM; what is known of requests is not.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from flexllm_jax.config import Config
 from flexllm_jax.server.access import Admitted
+from flexllm_jax.server.engine_client import EngineClient
 from flexllm_jax.server.protocol import Stats, Step
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
@@ -57,24 +61,25 @@ class ServerMetrics:
         def histogram(name: str, text: str, buckets: tuple, *labels: str) -> Histogram:
             return Histogram(name, text, labels, registry=registry, buckets=buckets)
 
-        model = "model_name"
-        self.running = gauge("vllm:num_requests_running", "Requests being computed.", model)
-        self.waiting = gauge("vllm:num_requests_waiting", "Requests waiting.", model)
-        self.kv_usage = gauge("vllm:kv_cache_usage_perc", "KV pages in use; 1 is all.", model)
+        model, engine = "model_name", "engine"
+        own = (model, engine)
+        self.running = gauge("vllm:num_requests_running", "Requests being computed.", *own)
+        self.waiting = gauge("vllm:num_requests_waiting", "Requests waiting.", *own)
+        self.kv_usage = gauge("vllm:kv_cache_usage_perc", "KV pages in use; 1 is all.", *own)
         self.prefix_queries = counter(
-            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", model
+            "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", *own
         )
         self.prefix_hits = counter(
-            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", model
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", *own
         )
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens processed.", model)
         self.output_tokens = counter("vllm:generation_tokens", "Tokens generated.", model)
         self.success = counter(
             "vllm:request_success", "Requests that ended.", model, "finished_reason"
         )
-        self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages.", model)
+        self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages.", *own)
         self.step_tokens = histogram(
-            "vllm:iteration_tokens_total", "Inference tokens of a step.", _COUNTS, model
+            "vllm:iteration_tokens_total", "Inference tokens of a step.", _COUNTS, *own
         )
         self.ttft = histogram(
             "vllm:time_to_first_token_seconds", "Arrival to first token.", _SLOW, model
@@ -112,26 +117,33 @@ class ServerMetrics:
             "slo",
         )
         self.step_seconds = histogram(
-            "flexllm:step_seconds", "A step on the device, by what it held.", _FAST, "kind"
+            "flexllm:step_seconds", "A step on the device, by what it held.", _FAST, "kind", engine
         )
         self.prediction_error = histogram(
             "flexllm:step_prediction_error_ratio",
             "|predicted - measured| / measured of steps.",
             (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5),
+            engine,
         )
         self.engine_cpu = counter(
             "flexllm:engine_cpu_seconds",
             "CPU time of the engine's threads: for steps, and for messages to the HTTP process.",
             "thread",
+            engine,
         )
         self.adapter_version = gauge(
-            "flexllm:adapter_version", "Version of a served adapter.", "adapter"
+            "flexllm:adapter_version", "Version of a served adapter.", "adapter", engine
         )
-        self.recompiles = counter("flexllm:xla_recompiles", "Programs compiled while serving.")
+        self.engine_jobs = gauge("flexllm:engine_jobs", "Jobs that an engine trains.", engine)
+        self.engine_up = gauge("flexllm:engine_up", "1: the engine serves; 0: not now.", engine)
+        self.recompiles = counter(
+            "flexllm:xla_recompiles", "Programs compiled while serving.", engine
+        )
         self._met = {name: deque(maxlen=_ATTAINMENT_WINDOW) for name in self._slos}
         self.recent: deque[Latencies] = deque(maxlen=_ATTAINMENT_WINDOW)
         self._adapters: dict[str, Counts[str]] = {"running": Counts(), "waiting": Counts()}
-        self._totals: dict[Any, float] = {}  # of the engine that runs now
+        self._totals: dict[str, dict[Any, float]] = {}  # by engine: of the one that runs now
+        self._versions: dict[str, dict[str, int]] = {}  # by engine: of its adapters
         for reason in ("stop", "length", "abort", "error"):
             self.success.labels(model_name, reason)
 
@@ -145,44 +157,53 @@ class ServerMetrics:
 
     # -- from the engine --------------------------------------------------------------------------
 
-    def engine_started(self) -> None:
+    def engine_started(self, engine: EngineClient) -> None:
         """The engine's own counts start from 0."""
-        self._totals.clear()
+        self._totals[engine.name] = {}
+        self.engine_up.labels(engine.name).set(1)
 
-    def take(self, stats: Stats) -> None:
-        """Take in the engine's statistics."""
-        model = self._model
-        self.running.labels(model).set(stats.num_running)
-        self.waiting.labels(model).set(stats.num_waiting)
-        self.kv_usage.labels(model).set(stats.pages_used / stats.num_pages)
-        self._add(self.prefix_queries.labels(model), "queries", stats.prefix_queries)
-        self._add(self.prefix_hits.labels(model), "hits", stats.prefix_hits)
-        self._add(self.recompiles, "recompiles", stats.recompiles)
+    def engine_lost(self, engine: EngineClient) -> None:
+        """Nothing runs in an engine that has ended."""
+        self.engine_up.labels(engine.name).set(0)
+        self.engine_jobs.labels(engine.name).set(0)
+        self._versions.pop(engine.name, None)
+        for each in (self.running, self.waiting, self.kv_usage):
+            each.labels(self._model, engine.name).set(0)
+
+    def take(self, engine: EngineClient, stats: Stats) -> None:
+        """Take in an engine's statistics."""
+        name, totals = engine.name, self._totals.setdefault(engine.name, {})
+        own = (self._model, name)
+        self.running.labels(*own).set(stats.num_running)
+        self.waiting.labels(*own).set(stats.num_waiting)
+        self.kv_usage.labels(*own).set(stats.pages_used / stats.num_pages)
+        _add(self.prefix_queries.labels(*own), totals, "queries", stats.prefix_queries)
+        _add(self.prefix_hits.labels(*own), totals, "hits", stats.prefix_hits)
+        _add(self.recompiles.labels(name), totals, "recompiles", stats.recompiles)
         for thread, seconds in (("step", stats.step_cpu_s), ("messages", stats.message_cpu_s)):
-            self._add(self.engine_cpu.labels(thread), thread, seconds)
+            _add(self.engine_cpu.labels(thread, name), totals, thread, seconds)
+        self.engine_jobs.labels(name).set(sum(job.status == "running" for job in stats.jobs))
         for step in stats.steps:
             if tokens := step.decode_tokens + step.prefill_tokens:
-                self.step_tokens.labels(model).observe(tokens)
-            self.preemptions.labels(model).inc(step.preempted)
-            self.step_seconds.labels(step_kind(step)).observe(step.measured_s)
+                self.step_tokens.labels(*own).observe(tokens)
+            self.preemptions.labels(*own).inc(step.preempted)
+            self.step_seconds.labels(step_kind(step), name).observe(step.measured_s)
             error = abs(step.predicted_s - step.measured_s) / max(step.measured_s, 1e-9)
-            self.prediction_error.observe(error)
+            self.prediction_error.labels(name).observe(error)
         for job in stats.jobs:
             for phase, tokens in (("forward", job.forwarded), ("backward", job.backwarded)):
                 counter = self.finetune_tokens.labels(job.name, phase)
-                self._add(counter, (job.name, phase), tokens)
+                _add(counter, totals, (job.name, phase), tokens)
             if job.losses:
                 self.finetune_loss.labels(job.name).set(job.losses[-1])
+        self._versions[name] = {adapter.name: adapter.version for adapter in stats.adapters}
         self.adapter_version.clear()
-        for adapter in stats.adapters:
-            self.adapter_version.labels(adapter.name).set(adapter.version)
+        for holder, versions in self._versions.items():
+            for adapter, version in versions.items():
+                self.adapter_version.labels(adapter, holder).set(version)
         self.lora_info.clear()
         names = (",".join(sorted(self._adapters[key])) for key in ("running", "waiting"))
         self.lora_info.labels(str(self._slots - 1), *names).set_to_current_time()
-
-    def _add(self, counter: Counter, key: Any, total: float) -> None:
-        counter.inc(max(0, total - self._totals.get(key, 0)))
-        self._totals[key] = total
 
     def count_jobs(self, states: Mapping[str, int]) -> None:
         """Take in how many jobs there are of each state."""
@@ -283,6 +304,11 @@ class RequestMetrics:
         elif reason == "error":
             metrics.note_slo(self._slo, False, time.monotonic() - self._arrival, None)
         self._batch.end(self._tokens)
+
+
+def _add(counter: Counter, totals: dict[Any, float], key: Any, total: float) -> None:
+    counter.inc(max(0, total - totals.get(key, 0)))
+    totals[key] = total
 
 
 def step_kind(step: Step) -> str:

@@ -2,7 +2,8 @@
 
 Commands go one way and events the other, each over a PUSH/PULL pair of its own, so neither side
 ever waits for the other. Requests are numbered by the HTTP process; every output sequence is a
-request. Times are time.monotonic, which the processes of one machine share.
+request. Times are time.monotonic, which the processes of one machine share; to an engine on
+another machine a `Submit` says when it was sent.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Generate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Submit(Message, frozen=True):
-    """Requests to queue at once."""
+    """Requests to queue at once. `sent`: when, for an engine with another clock."""
 
     requests: list[Generate]
+    sent: float | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -76,6 +78,8 @@ class Ready(Message, frozen=True):
     page_size: int
     adapter_slots: int
     startup_s: float
+    pid: int
+    node: str
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

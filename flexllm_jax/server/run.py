@@ -23,7 +23,7 @@ from flexllm_jax.server.logs import use_json
 
 log = logging.getLogger(__name__)
 
-_FOR_REQUESTS = 0.6  # of the grace time; the rest is for the engine's end
+FOR_REQUESTS = 0.6  # of the grace time; the rest is for the engine's end
 
 
 class _HttpServer(uvicorn.Server):
@@ -70,6 +70,11 @@ def check(config: Config) -> None:
 def run(config: Config) -> int:
     """Serve until a signal; returns the exit status."""
     check(config)
+    if config.ray.replicas > 1:
+        raise ConfigError(
+            f"ray.replicas: got {config.ray.replicas}; this starts one engine: use "
+            f"scripts/serve_ray.py or set it to 1"
+        )
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every client is an open file
     if config.server.log_format == "json":
@@ -88,7 +93,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
             access_log=False,
             server_header=False,
             timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, int(section.grace_s * _FOR_REQUESTS)),
+            timeout_graceful_shutdown=max(1, int(section.grace_s * FOR_REQUESTS)),
         )
     )
     stop_by: float | None = None
@@ -107,15 +112,15 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     await server.jobs.start()
-    engine = asyncio.create_task(server.engine.run())
-    engine.add_done_callback(lambda _: setattr(http, "should_exit", True))
+    engines = asyncio.create_task(server.engines.run())
+    engines.add_done_callback(lambda _: setattr(http, "should_exit", True))
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     await http.serve(sockets=[listener])
     left = section.grace_s if stop_by is None else stop_by - time.monotonic()
-    clean = await server.engine.stop(max(1.0, left - 0.5))
-    await engine
+    clean = await server.engines.stop(max(1.0, left - 0.5))
+    await engines
     await server.jobs.close()
-    if server.engine.exit_status is not None:
-        return server.engine.exit_status
+    if server.engines.exit_status is not None:
+        return server.engines.exit_status
     return 0 if clean else 1

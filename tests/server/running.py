@@ -56,13 +56,13 @@ def make_config(model: Path, output_dir: Path, **changes: Any) -> dict[str, Any]
 class RunningServer:
     """The process, its address, and what it printed."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], script: Path = SERVE):
         self.output_dir = output = Path(config["output_dir"])
         output.mkdir(parents=True, exist_ok=True)
         path = output / "config.yaml"
         path.write_text(json.dumps(config))  # JSON is YAML
         self.process = subprocess.Popen(
-            [sys.executable, str(SERVE), "--config", str(path)],
+            [sys.executable, str(script), "--config", str(path)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -73,7 +73,9 @@ class RunningServer:
         self._listening = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._listening.wait(120) and self.url, self.output
+        if not (self._listening.wait(300) and self.url):
+            self.process.kill()
+            raise AssertionError(self.output)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
