@@ -1,9 +1,9 @@
 """Load a server for minutes while finetuning jobs train: is a request lost, does anything leak?
 
 Starts scripts/serve.py with the given configuration on a free port, two jobs over its API, and many
-clients that stream one completion after the other; a few go away amid a stream. Every request has
-to end in a finish or in an HTTP error; one that is refused (429, 503) is sent again after
-Retry-After. Writes report.json and report.png. The exit status is 1 when something was lost, failed
+clients that stream one completion after the other; a few go away amid a stream, and half-way a
+thousand files are uploaded at once. Every request has to end in a finish or in an HTTP error; one
+that is refused (429, 503) is sent again after Retry-After. Writes report.json and report.png. The exit status is 1 when something was lost, failed
 or leaked. More clients than the device can serve leave no time for finetuning unless
 `finetune.floor` sets some aside.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -155,14 +156,17 @@ class Load:
     leaving: float
     prompt_tokens: tuple[int, int]
     output_tokens: tuple[int, int]
+    files: int
     began: float = field(default_factory=time.monotonic)
     requests: list[Request] = field(default_factory=list)
-    refusals: int = 0
+    uploads: list[str] = field(default_factory=list)
+    uploads_s: float = 0.0
     in_flight: int = 0
 
     async def run(self) -> None:
         """All clients, until the time is over and their last requests have ended."""
-        await asyncio.gather(*(self._client(seed) for seed in range(self.clients)))
+        clients = (self._client(seed) for seed in range(self.clients))
+        await asyncio.gather(self._upload_all(), *clients)
 
     async def _client(self, seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -182,10 +186,46 @@ class Load:
             }
             leaves_after = int(random.integers(wanted)) if random.random() < self.leaving else None
             while (pause_s := await self._ask(body, leaves_after)) is not None:
-                self.refusals += 1
                 if time.monotonic() + pause_s >= end:
                     break
                 await asyncio.sleep(pause_s)
+
+    async def _post(
+        self, path: str, kind: str, data: bytes
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        address = self.url.removeprefix("http://")
+        host, port = address.rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
+        head += f"Content-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        return reader, writer
+
+    async def _upload(self, number: int) -> str:
+        """Upload a small file; its id, or else what went wrong."""
+        field = '--x\r\nContent-Disposition: form-data; name="'
+        form = f'{field}purpose"\r\n\r\nfine-tune\r\n'
+        form += f'{field}file"; filename="{number}.jsonl"\r\n\r\n'
+        form += '{"prompt": "a", "completion": "b"}\n' * 100 + "\r\n--x--\r\n"
+        writer = None
+        try:
+            kind = "multipart/form-data; boundary=x"
+            reader, writer = await self._post("/v1/files", kind, form.encode())
+            status, _ = await _head(reader)
+            answer = await asyncio.wait_for(reader.read(), _LONGEST_S)
+            return json.loads(answer)["id"] if status == 200 else f"{status}: {answer.decode()}"
+        except (OSError, EOFError, TimeoutError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            if writer is not None:
+                writer.close()
+
+    async def _upload_all(self) -> None:
+        """Amid the load, all uploads at once."""
+        await asyncio.sleep(self.seconds / 2)
+        began = time.monotonic()
+        self.uploads = await asyncio.gather(*(self._upload(i) for i in range(self.files)))
+        self.uploads_s = time.monotonic() - began
 
     async def _ask(self, body: dict[str, Any], leaves_after: int | None) -> float | None:
         """Send a request and read its stream; seconds to wait if it is refused."""
@@ -193,18 +233,9 @@ class Load:
         self.in_flight += 1
         pause_s, writer = None, None
         try:
-            address = self.url.removeprefix("http://")
-            host, port = address.rsplit(":", 1)
-            reader, writer = await asyncio.open_connection(host, int(port))
             data = json.dumps(body).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
-            head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-            writer.write(head.encode() + data)
-            status = int((await _line(reader)).split()[1])
-            headers = {}
-            while line := (await _line(reader)).strip():
-                name, _, value = line.decode().partition(":")
-                headers[name.lower()] = value.strip()
+            reader, writer = await self._post("/v1/completions", "application/json", data)
+            status, headers = await _head(reader)
             if status == 200:
                 await self._read(reader, request, body["max_tokens"], leaves_after)
             elif "retry-after" in headers:
@@ -253,6 +284,16 @@ class Load:
         request.outcome, request.ttft_s = "finished", first - began
         if request.tokens > 1:
             request.tpot_s = (last - first) / (request.tokens - 1)
+
+
+async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Status and headers of an answer."""
+    status = int((await _line(reader)).split()[1])
+    headers = {}
+    while line := (await _line(reader)).strip():
+        name, _, value = line.decode().partition(":")
+        headers[name.lower()] = value.strip()
+    return status, headers
 
 
 async def _line(reader: asyncio.StreamReader) -> bytes:
@@ -340,6 +381,9 @@ def make_report(
     problems = [
         f"{counts[outcome]} requests {outcome}" for outcome in ("failed", "lost") if counts[outcome]
     ]
+    kept = {file for file in load.uploads if file.startswith("file-")}
+    if len(kept) < load.files:
+        problems.append(f"{load.files - len(kept)} of {load.files} uploads failed")
     if after.kv_usage > before.kv_usage:
         problems.append(f"{after.kv_usage:.1%} of the KV pages are still in use")
     for process in ("http", "engine"):
@@ -362,7 +406,10 @@ def make_report(
             "sent": len(load.requests),
             **{name: counts[name] for name in _OUTCOMES},
         },
-        "why": Counter(r.why for r in load.requests if r.why).most_common(10),
+        "uploads": {"kept": len(kept), "seconds": load.uploads_s},
+        "why": Counter(
+            [r.why for r in load.requests if r.why] + [u for u in load.uploads if u not in kept]
+        ).most_common(10),
         "output_tokens_per_s": sum(r.tokens for r in load.requests) / wall_s,
         "finetune_tokens_per_s": trained[-1] / load.seconds,
         "ttft_ms": percentiles(ttft),
@@ -424,7 +471,7 @@ def show(report: dict[str, Any]) -> None:
         table.add_row(name, *shown)
     console = get_console()
     console.print(table)
-    for name in ("requests", "ttft_ms", "tpot_ms", "attainment"):
+    for name in ("requests", "uploads", "ttft_ms", "tpot_ms", "attainment"):
         values = report[name] or {}
         parts = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
         console.print(f"{name}: {', '.join(parts)}", highlight=False)
@@ -442,6 +489,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--jobs", type=int, default=2, help="finetuning jobs (default: 2)")
     parser.add_argument("--training-file", type=Path, default=Path("runs/demo-world/train.jsonl"))
+    parser.add_argument("--uploads", type=int, default=1000, help="files sent at once, half-way")
     parser.add_argument("--leaving", type=float, default=0.05, help="share that goes amid a stream")
     for name, limits in (("prompt", (8, 96)), ("output", (8, 64))):
         parser.add_argument(f"--{name}-tokens", type=int, nargs=2, default=limits)
@@ -454,6 +502,8 @@ def main() -> int:
     except ModuleNotFoundError:
         raise SystemExit("load_server.py: openai is not installed: pip install openai") from None
     arguments.out.mkdir(parents=True, exist_ok=True)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every client is an open file
     server = RunningServer(arguments, arguments.out)
     try:
         api = OpenAI(base_url=server.url + "/v1", api_key="none")
@@ -466,6 +516,7 @@ def main() -> int:
             arguments.leaving,
             arguments.prompt_tokens,
             arguments.output_tokens,
+            arguments.uploads,
         )
         rows = api.files.create(file=arguments.training_file, purpose="fine-tune")
         api.completions.create(model=model, prompt="a", max_tokens=4)
@@ -480,6 +531,9 @@ def main() -> int:
         samples = asyncio.run(measure(server, load))
         for job in jobs:
             api.fine_tuning.jobs.cancel(job.id)
+        for file in load.uploads:
+            if file.startswith("file-"):
+                api.files.delete(file)
         api.close()
         after = settled(server, load.began, before.kv_usage)
     finally:
