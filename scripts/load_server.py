@@ -3,9 +3,9 @@
 Starts scripts/serve.py with the given configuration on a free port, two jobs over its API, and many
 clients that stream one completion after the other; a few go away amid a stream, and half-way a
 thousand files are uploaded at once. Every request has to end in a finish or in an HTTP error; one
-that is refused (429, 503) is sent again after Retry-After. Writes report.json and report.png. The exit status is 1 when something was lost, failed
-or leaked. More clients than the device can serve leave no time for finetuning unless
-`finetune.floor` sets some aside.
+that is refused (429, 503) is sent again after Retry-After. Writes report.json and report.png. The
+exit status is 1 when something was lost, failed or leaked. More clients than the device can serve
+leave no time for finetuning unless `finetune.floor` sets some aside.
 """
 
 from __future__ import annotations
