@@ -121,14 +121,19 @@ class RunningServer:
         def metric(name: str) -> float:
             return sum(float(v) for k, v in lines if k == name or k.startswith(name + "{"))
 
+        def open_files(pid: int) -> int:
+            return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
         return Sample(
-            time.monotonic() - began,
-            *(_resident(pid) for pid in (self.pid, self.engine_pid)),
-            *(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in (self.pid, self.engine_pid)),
-            metric("vllm:kv_cache_usage_perc"),
-            metric("vllm:num_requests_running"),
-            metric("vllm:num_requests_waiting"),
-            metric("flexllm:finetune_tokens_total"),
+            at=time.monotonic() - began,
+            http_rss=_resident(self.pid),
+            engine_rss=_resident(self.engine_pid),
+            http_fds=open_files(self.pid),
+            engine_fds=open_files(self.engine_pid),
+            kv_usage=metric("vllm:kv_cache_usage_perc"),
+            running=metric("vllm:num_requests_running"),
+            waiting=metric("vllm:num_requests_waiting"),
+            finetune_tokens=metric("flexllm:finetune_tokens_total"),
         )
 
     def stop(self) -> int:

@@ -1,4 +1,4 @@
-"""aiperf, unmodified: a short load of streaming chats, of which it and the server count the same."""
+"""aiperf, unmodified: of a short load of streaming chats it counts what the server counts."""
 
 import json
 import os
