@@ -1,7 +1,7 @@
 """Load a server for minutes while finetuning jobs train: is a request lost, does anything leak?
 
 Starts scripts/serve.py with the given configuration on a free port, two jobs over its API, and many
-clients that stream one completion after the other; a few go away amid a stream, and half-way a
+clients that stream one completion after the other; a few go away amid a stream, and at first a
 thousand files are uploaded at once. Every request has to end in a finish or in an HTTP error; one
 that is refused (429, 503) is sent again after Retry-After. Writes report.json and report.png. The
 exit status is 1 when something was lost, failed or leaked. More clients than the device can serve
@@ -226,8 +226,7 @@ class Load:
                 writer.close()
 
     async def _upload_all(self) -> None:
-        """Amid the load, all uploads at once."""
-        await asyncio.sleep(self.seconds / 2)
+        """All at once."""
         began = time.monotonic()
         self.uploads = await asyncio.gather(*(self._upload(i) for i in range(self.files)))
         self.uploads_s = time.monotonic() - began
@@ -494,7 +493,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--jobs", type=int, default=2, help="finetuning jobs (default: 2)")
     parser.add_argument("--training-file", type=Path, default=Path("runs/demo-world/train.jsonl"))
-    parser.add_argument("--uploads", type=int, default=1000, help="files sent at once, half-way")
+    parser.add_argument("--uploads", type=int, default=1000, help="files sent at once, at first")
     parser.add_argument("--leaving", type=float, default=0.05, help="share that goes amid a stream")
     for name, limits in (("prompt", (8, 96)), ("output", (8, 64))):
         parser.add_argument(f"--{name}-tokens", type=int, nargs=2, default=limits)

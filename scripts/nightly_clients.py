@@ -80,7 +80,7 @@ def _clients(url: str, model: str, tokenizer: Path, out: Path) -> list[Client]:
         output_artifact_dir=out / "aiperf",
     )
     # What depends on more than a request's form may be refused: a model's length, a file's content.
-    fuzzed = words(exclude_checks="positive_data_acceptance", max_examples=100, warnings="off")
+    fuzzed = words(exclude_checks="positive_data_acceptance", max_examples=30, warnings="off")
     return [
         Client(
             "vllm",
