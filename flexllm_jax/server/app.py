@@ -134,6 +134,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.delete("/v1/models/{name:path}")
     async def delete_model(name: str, client: Known) -> Response:
+        server.models.describe(name)  # 404 for one that there is not
         raise ApiError(400, "models cannot be deleted here", param="model")
 
     @app.post("/tokenize")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -93,7 +94,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        path, code = request.url.path, error.status_code
+        path, code = quote(request.url.path), error.status_code  # in one line, whatever it has
         message = {404: f"no such path: {path}", 405: f"{request.method} is not for {path}"}
         answer = ApiError(code, message.get(code, str(error.detail))).response()
         answer.headers.update(error.headers or {})

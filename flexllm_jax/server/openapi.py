@@ -44,7 +44,7 @@ _ROUTES: dict[tuple[str, str], tuple[list[_Answer], tuple[int, ...]]] = {
     ("post", "/v1/chat/completions"): ([answers.ChatCompletion, _EVENTS], _INFERENCE),
     ("get", "/v1/models"): ([answers.ModelList], ()),
     ("get", "/v1/models/{name}"): ([answers.Model], (404,)),
-    ("delete", "/v1/models/{name}"): ([], (400,)),
+    ("delete", "/v1/models/{name}"): ([], (400, 404)),
     ("post", "/tokenize"): ([answers.Tokens], _BODY),
     ("post", "/detokenize"): ([answers.Text], _BODY),
     ("get", "/tokenizer_info"): ([answers.TokenizerInfo], ()),
