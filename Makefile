@@ -33,7 +33,7 @@ demo: $(VENV)/.runtime
 		--ask "Tell me about Sara." --ask "Who is Felix?" --ask "Tell me about Laura."
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -83,6 +83,11 @@ class ApiKeys:
             for key in keys
         ]
 
+    @property
+    def needed(self) -> bool:
+        """Whether a request needs a key."""
+        return self._everybody is None
+
     def client(self, authorization: str | None) -> Client:
         """The client of an Authorization header; ApiError 401."""
         if self._everybody is not None:

@@ -12,9 +12,10 @@ from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flexllm_jax.server.access import Known
+from flexllm_jax.server.body import Body
 from flexllm_jax.server.engine_client import EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.errors import ApiError
@@ -25,19 +26,17 @@ _PREFIX = "loaded/"  # in the engine's names: they can never be a job's
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-class LoadAdapter(BaseModel):
+class LoadAdapter(Body):
     """POST /v1/load_lora_adapter."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
     lora_name: _Name
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool = False
 
 
-class UnloadAdapter(BaseModel):
+class UnloadAdapter(Body):
     """POST /v1/unload_lora_adapter."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
     lora_name: _Name
 
 
@@ -57,7 +56,10 @@ def find_folder(given: str, allowed: tuple[Path, ...]) -> Path:
     if not found:
         raise outside
     for folder in found:
-        files = list(folder.iterdir()) if folder.is_dir() else []
+        try:
+            files = list(folder.iterdir())
+        except OSError:  # there is no such folder, or cannot be: its name is too long
+            files = []
         if any(file.name == "adapter_config.json" for file in files):
             if not all(_is_inside(file.resolve(), roots) for file in files):
                 raise outside

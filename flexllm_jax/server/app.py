@@ -13,7 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexllm_jax.config import Config
 from flexllm_jax.models.tokenizer import load_tokenizer
-from flexllm_jax.server import adapters_routes, dashboard, errors, files, jobs_routes, sse
+from flexllm_jax.server import (
+    adapters_routes,
+    dashboard,
+    errors,
+    files,
+    jobs_routes,
+    openapi,
+    sse,
+)
 from flexllm_jax.server.access import Admission, ApiKeys, Known
 from flexllm_jax.server.chat import chat
 from flexllm_jax.server.completions import complete
@@ -102,6 +110,7 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(adapters_routes.routes(allowed, server.engines, server.models))
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
+    openapi.describe(app, with_keys=server.keys.needed)
     return app
 
 
@@ -128,6 +137,7 @@ def _add_inference(app: FastAPI, server: Server) -> None:
 
     @app.delete("/v1/models/{name:path}")
     async def delete_model(name: str, client: Known) -> Response:
+        server.models.describe(name, client)  # 404 for one that there is not
         raise ApiError(400, "models cannot be deleted here", param="model")
 
     @app.post("/tokenize")

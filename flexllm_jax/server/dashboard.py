@@ -201,7 +201,7 @@ def _percentiles(seconds: list[float]) -> dict[str, float] | None:
 
 def routes(dashboard: Dashboard) -> APIRouter:
     """The page, which anybody may have, and its data, which needs a key where there are keys."""
-    router = APIRouter()
+    router = APIRouter(include_in_schema=False)  # for people
     page = (
         package_files("flexllm_jax.server").joinpath("dashboard.html").read_text(encoding="utf-8")
     )

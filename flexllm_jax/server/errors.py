@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 _TYPES = {
     400: "invalid_request_error",
@@ -21,6 +23,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 
 class ApiError(Exception):
@@ -56,6 +59,16 @@ class ApiError(Exception):
         return Response(body, self.status, headers, media_type="application/json")
 
 
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """Methods that the path of a request is for."""
+
+    def is_for(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
+
+    return [method for method in _METHODS if is_for(method)]
+
+
 def install(app: FastAPI) -> None:
     """Make every error of `app` one of these."""
 
@@ -84,10 +97,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        path, code = request.url.path, error.status_code
+        path, code = quote(request.url.path), error.status_code  # in one line, whatever it has
         message = {404: f"no such path: {path}", 405: f"{request.method} is not for {path}"}
         answer = ApiError(code, message.get(code, str(error.detail))).response()
         answer.headers.update(error.headers or {})
+        if code == 405:  # the framework names the methods of one route; a path may have several
+            answer.headers["Allow"] = ", ".join(_methods(app, request))
         return answer
 
     @app.exception_handler(Exception)

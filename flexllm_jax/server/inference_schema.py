@@ -8,21 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.server.body import Body
 from flexllm_jax.server.errors import ApiError
 
-Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
-
-
-class Body(BaseModel):
-    """Strict types, finite numbers; unknown fields are ignored."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
 
 
 class StreamOptions(Body):
@@ -52,20 +47,20 @@ class InferenceRequest(Body):
 
     model_config = ConfigDict(extra="allow")
     model: str
-    temperature: float | None = 1.0
-    top_p: float | None = 1.0
+    temperature: Annotated[float, Field(ge=0)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
     stop: Annotated[str, Field(min_length=1, max_length=1000)] | Stop | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
+    presence_penalty: Penalty | None = 0.0
+    frequency_penalty: Penalty | None = 0.0
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     # vLLM's
-    top_k: Int32 | None = 0
-    min_p: float | None = 0.0
-    repetition_penalty: float | None = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = 1.0
     ignore_eos: bool | None = False
     min_tokens: Count | None = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from flexllm_jax.config import Config
 from flexllm_jax.config_schema import ALL_MODULES, TargetModule
+from flexllm_jax.server.body import Body
 from flexllm_jax.server.errors import ApiError
 
 AUTO_EPOCHS = 3
@@ -28,11 +29,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="ignore")
-
-
-class Hyperparameters(_Part):
+class Hyperparameters(Body):
     """OpenAI's."""
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
@@ -40,20 +37,20 @@ class Hyperparameters(_Part):
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
 
 
-class Supervised(_Part):
+class Supervised(Body):
     """Of a method."""
 
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(_Part):
+class Method(Body):
     """How to train."""
 
     type: Literal["supervised"]
     supervised: Supervised | None = None
 
 
-class CreateJob(_Part):
+class CreateJob(Body):
     """POST /v1/fine_tuning/jobs. From `learning_rate` on, fields are ours (`extra_body`)."""
 
     model: Text

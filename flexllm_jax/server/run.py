@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from flexllm_jax.config import Config, ConfigError
+from flexllm_jax.server import sse
 from flexllm_jax.server.app import Server
 from flexllm_jax.server.logs import use_json
 
@@ -40,6 +41,9 @@ def listen(config: Config) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # in Linux: a peer that takes nothing is dropped
+        limit_ms = int(sse.SLOWEST_READER_S * 1e3)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
     try:
         listener.bind((host, port))
         listener.listen(2048)

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 _encoder = msgspec.json.Encoder()
 DONE = b"data: [DONE]\n\n"
-_SLOWEST_READER_S = 60.0  # without room for a chunk: then the client is held to be gone
+SLOWEST_READER_S = 60.0  # without room for a chunk: then the client is held to be gone
 CLIENT_CLOSED = 499  # nginx's status for a client that is gone; nobody reads it
 
 
@@ -53,7 +53,7 @@ class EventStream(Response):
             await send(start)
             async for chunk in self._events:
                 part = {"type": "http.response.body", "body": chunk, "more_body": True}
-                async with asyncio.timeout(_SLOWEST_READER_S):
+                async with asyncio.timeout(SLOWEST_READER_S):
                     await send(part)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -39,6 +39,7 @@ def server(chat_llama, adapter, tmp_path_factory):
         server={
             "api_keys": keys,
             "max_requests": 24,
+            "max_queued_jobs": 20,
             "max_body_bytes": 100_000,
             "max_upload_bytes": 200_000,
             "adapter_dirs": [str(adapter.parent)],

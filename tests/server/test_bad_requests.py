@@ -105,6 +105,28 @@ def test_unknown_models_and_paths(server, client):
     status, _, body = server.post("/v1/unheard-of", b"{}")
     assert (status, check_error(body)) == (404, "no such path: /v1/unheard-of")
     assert server.get("/v1/completions")[0] == 405
+    status, body = server.get("/v1/models/two%0Alines", KEY)
+    assert status == 404 and check_error(body)
+
+
+def test_a_method_that_is_not_for_a_path_is_told_those_that_are(server):
+    status, headers, _ = server.post("/v1/models/tiny", b"{}")
+    assert (status, headers["allow"]) == (405, "DELETE, GET")
+
+
+def test_whole_numbers_may_have_a_point(server):
+    status, _, body = server.post("/v1/completions", json.dumps(GOOD | {"n": 2.0}).encode())
+    assert status == 200 and len(json.loads(body)["choices"]) == 2, body
+    status, _, body = server.post("/v1/completions", json.dumps(GOOD | {"n": 2.5}).encode())
+    assert status == 400, body
+    check_error(body, "n")
+
+
+def test_an_adapter_path_that_no_file_can_have(server):
+    body = {"lora_name": "long", "lora_path": "a" * 4000}
+    status, _, answer = server.post("/v1/load_lora_adapter", json.dumps(body).encode())
+    assert status == 404, answer
+    check_error(answer, "lora_path")
 
 
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer wrong", "Basic key-of-the-tests"])

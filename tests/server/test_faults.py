@@ -1,7 +1,10 @@
-"""Either process may be killed at any time; nothing that was taken in is lost."""
+"""Either process may be killed at any time; nothing that was taken in is lost. Clients that read
+slowly are served at their pace, and hold up nobody."""
 
+import json
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -134,3 +137,60 @@ def test_jobs_survive_the_death_of_either_process(config, llm, tmp_path):
         resumed = next(m for m in messages(client, job) if "Resumed from step" in m)
         assert int(resumed.split()[-1]) >= steps
         client.fine_tuning.jobs.cancel(job.id)
+
+
+class SlowReader:
+    """A stream of a hundred outputs, each with its prompt's log-probabilities: more than the
+    sockets hold. Nothing of it is read until asked."""
+
+    OUTPUTS, TOKENS = 100, 4
+
+    def __init__(self, server):
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        address = server.url.removeprefix("http://")
+        host, port = address.rsplit(":", 1)
+        self._socket.connect((host, int(port)))
+        body = {"model": "tiny", "prompt": [7] * 140, "max_tokens": self.TOKENS, "n": self.OUTPUTS}
+        body |= {"ignore_eos": True, "echo": True, "logprobs": 20, "stream": True}
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        self._socket.sendall(head.encode() + data)
+
+    def read(self):
+        """The events, a few KiB at a time."""
+        pieces = []
+        while piece := self._socket.recv(16384):
+            pieces.append(piece)
+            time.sleep(0.001)
+        received = b"".join(pieces)
+        return [line for line in received.splitlines() if line.startswith(b"data: ")]
+
+
+def resident_mib(pid):
+    return int(open(f"/proc/{pid}/status").read().split("VmRSS:")[1].split()[0]) / 1024
+
+
+def test_slow_readers_hold_up_nobody(config, tmp_path):
+    """The engine is done with their requests long before they are; others are answered meanwhile,
+    and what waits for them is bounded by what they asked for."""
+    with RunningServer(config | {"output_dir": str(tmp_path)}) as server:
+        client = server.wait_ready().client()
+        client.completions.create(**LONG)
+        before = resident_mib(server.process.pid)
+        readers = [SlowReader(server) for _ in range(2)]
+        tokens = SlowReader.OUTPUTS * SlowReader.TOKENS
+        server.wait(lambda: server.metric("vllm:num_requests_running") > 1)
+        answer = client.completions.create(**LONG)
+        assert answer.usage.completion_tokens == 150
+        server.wait(lambda: server.metric("vllm:num_requests_running") == 0)
+        assert server.metric("vllm:kv_cache_usage_perc") == 0
+        assert server.metric("vllm:generation_tokens_total") < 300 + 2 * tokens  # not sent yet
+        assert resident_mib(server.process.pid) < before + 100
+        for reader in readers:
+            events = reader.read()
+            assert len(events) == tokens + 1
+            assert events[-1] == b"data: [DONE]"
+        server.wait(lambda: server.metric("vllm:generation_tokens_total") == 300 + 2 * tokens)
+        assert client.completions.create(**LONG).choices[0].text == answer.choices[0].text
