@@ -20,7 +20,7 @@ from tests.engines import free_port, random_prompts, reference_greedy
 from tests.scripts.workspace import Workspace, make_workspace
 from tests.server.running import SERVE, RunningServer, make_config
 
-STEPS = 60
+STEPS = 24
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def workspace(tmp_path: Path) -> Workspace:
     model = save_tokenizer(make_llama(tmp_path / "model", vocab=272, num_heads=4))
     made = make_workspace(tmp_path / "two", model, steps=STEPS, validation=None)
     made.tree["finetune"]["checkpoint_every"] = 2
+    made.tree["compile"]["token_buckets"] = [48]  # fewer programs: each start compiles or loads all
     return made
 
 
@@ -84,7 +85,7 @@ def test_a_lost_process_ends_the_engine_and_the_job_resumes(workspace: Workspace
         assert status == 0, output
     resumed = load_file(workspace.output / "mine" / "adapter" / "adapter_model.safetensors")
     alone = make_workspace(workspace.folder / "one", Path(workspace.tree["model"]["path"]))
-    alone.tree["finetune"] = workspace.tree["finetune"]
+    alone.tree.update({name: workspace.tree[name] for name in ("finetune", "compile")})
     done = alone.run("finetune.py")
     assert done.returncode == 0, done.stderr
     expected = load_file(alone.output / "mine" / "adapter" / "adapter_model.safetensors")
@@ -104,7 +105,7 @@ def test_a_server_of_two_processes(llama: Path, tmp_path: Path) -> None:
         "num_processes": 2,
         "coordinator_address": f"127.0.0.1:{free_port()}",
     }
-    config = make_config(llama, tmp_path, parallel=section)
+    config = make_config(llama, tmp_path, parallel=section, compile={"token_buckets": [48]})
     with RunningServer(config) as server:
         command = [sys.executable, str(SERVE), "--config", str(tmp_path / "config.yaml")]
         follower = subprocess.Popen([*command, "--set", "parallel.process_id=1"])
