@@ -78,8 +78,8 @@ def choose_saved(config: Config, sizes: EngineSizes, available: float) -> Engine
     left = available - tree_bytes(taken)
     spare = left - pages * tree_bytes(sizes.pages(1))
     budget = spare if config.cache.num_pages else max(spare, _AUTO_SHARE * left)
-    devices = sizes.placement.plan.mesh.tp if sizes.placement else 1
-    return with_saved(sizes, make_plan(graph, budget * devices / sizes.model.num_layers).saved)
+    budget *= sizes.devices
+    return with_saved(sizes, make_plan(graph, budget / sizes.model.num_layers).saved)
 
 
 def describe_saved(sizes: EngineSizes) -> Iterator[str]:

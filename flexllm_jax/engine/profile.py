@@ -91,8 +91,8 @@ def cold_model(runner: Runner) -> LatencyModel:
         sizes.dtype.itemsize,
     )
     device = find_device(runner.device.device_kind)
-    devices = sizes.placement.plan.mesh.tp if sizes.placement else 1
-    return roofline(device, spec, sizes.buckets, sizes.window, tp=devices, rank=sizes.bank.rank)
+    rank = sizes.bank.rank
+    return roofline(device, spec, sizes.buckets, sizes.window, tp=sizes.devices, rank=rank)
 
 
 def measure(runner: Runner, *, progress: bool) -> LatencyModel:

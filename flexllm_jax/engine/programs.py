@@ -106,6 +106,11 @@ class EngineSizes:
             placement=placement,
         )
 
+    @property
+    def devices(self) -> int:
+        """Over how many devices the model is split."""
+        return self.placement.plan.mesh.tp if self.placement else 1
+
     @cached_property
     def decoder(self) -> Decoder:
         """The model's functions, as programs use them: over one device's part of the model."""

@@ -39,13 +39,14 @@ from flexllm_jax.server.engine_process import BAD_INPUT, lock_folder
 from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.logs import use_json
 from flexllm_jax.server.ray_engine import RayEngine
-from flexllm_jax.server.run import FOR_REQUESTS, check, listen
+from flexllm_jax.server.run import FOR_REQUESTS, check, listen, log_address
 
 log = logging.getLogger(__name__)
 
 APP = "flexllm"
 _UNLIMITED = 1_000_000  # requests; the app itself admits and refuses
 _ANSWER_S = 20.0  # until a deployment is held to be gone
+_QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # Ray Serve's own logs
 
 
 class Ingress:
@@ -144,7 +145,7 @@ def application(config: Config) -> Application:
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=config.server.grace_s,
         graceful_shutdown_wait_loop_s=0.1,
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        logging_config=_QUIET,
     )
     return deployment.bind()
 
@@ -185,11 +186,10 @@ def run(config: Config) -> int:
             signal.signal(number, lambda *_: _stop(stopping))
         _check_resources(config)
         options = {"host": host, "port": port, "keep_alive_timeout_s": 75}
-        quiet = {"enable_access_log": False, "log_level": "WARNING"}
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=quiet)
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=_QUIET)
         handle = serve.run(application(config), name=APP, route_prefix="/")
-        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        log_address(host, port)
         try:
             return _watch(handle, stopping, config.server.grace_s)
         finally:

@@ -55,6 +55,11 @@ def listen(config: Config) -> socket.socket:
     return listener
 
 
+def log_address(host: str, port: int) -> None:
+    """Tell where the server is."""
+    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+
+
 def check(config: Config) -> None:
     """ConfigError for what makes no sense in a server."""
     config.require_inputs()
@@ -118,8 +123,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     await server.jobs.start()
     engines = asyncio.create_task(server.engines.run())
     engines.add_done_callback(lambda _: setattr(http, "should_exit", True))
-    host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    log_address(*listener.getsockname()[:2])
     await http.serve(sockets=[listener])
     left = section.grace_s if stop_by is None else stop_by - time.monotonic()
     clean = await server.engines.stop(max(1.0, left - 0.5))
