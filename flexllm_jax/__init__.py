@@ -8,6 +8,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, load_config
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.llm import LLM, CompletionOutput, Job, RequestOutput
 from flexllm_jax.peft.adapter import LoraConfig
 
@@ -21,5 +22,6 @@ __all__ = [
     "PeftConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "load_config",
 ]

@@ -242,7 +242,20 @@ class LLM:
     ) -> list[NewRequest]:
         tokens = tuple(self.encode(prompt))
         arrival = time.monotonic() if arrival is None else arrival
-        return [NewRequest(tokens, params, adapter, arrival, i) for i in range(params.n)]
+        matcher = None
+        if params.structured_outputs:
+            matcher = self.engine.matchers.match(params.structured_outputs)
+        return [
+            NewRequest(
+                tokens,
+                params,
+                adapter,
+                arrival,
+                seed_offset=i,
+                matcher=matcher.deep_copy() if matcher else None,
+            )
+            for i in range(params.n)
+        ]
 
     def _raise_refused(self, futures: Sequence[RequestFuture]) -> None:
         """Raise the error of a request that was refused, and drop the others of the call."""
@@ -307,8 +320,8 @@ class LLM:
 
     def _output(self, states: list[RequestState]) -> RequestOutput:
         first = states[0]
-        if first.error:
-            raise RuntimeError(f"request failed: {first.error}")
+        if error := next((state.error for state in states if state.error), None):
+            raise RuntimeError(f"request failed: {error}")
         params, timing = first.params, first.timing
         return RequestOutput(
             prompt_token_ids=list(first.prompt),

@@ -1,8 +1,9 @@
 """The engine: schedule, run, postprocess, one step after the other (FlexLLM, sections 5 and 6).
 
 The host runs one step ahead: step k + 1 is planned and dispatched before the tokens of step k are
-read, and sampled tokens go from step to step on the device. The engine is driven by one thread;
-`LLM` wraps it in one.
+read, and sampled tokens go from step to step on the device. With structured outputs its forward
+pass is: which tokens they allow is found out, from the tokens of step k, while that runs. The
+engine is driven by one thread; `LLM` wraps it in one.
 """
 
 import gc
@@ -16,6 +17,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from llguidance import LLMatcher
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
@@ -25,6 +27,7 @@ from flexllm_jax.engine.processes import make_runner
 from flexllm_jax.engine.programs import FINETUNE_SEQUENCES
 from flexllm_jax.engine.request import RequestState, top_logprobs
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.trainer import Trainer
 from flexllm_jax.peft.adapter import Adapter
@@ -34,7 +37,7 @@ from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.latency import LatencyModel
 from scheduler.plan_log import LoggedScheduler
 from scheduler.policies import make_policy
-from scheduler.request import Request, Slo, StepPlan
+from scheduler.request import BackwardUnits, Request, Slo, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +113,10 @@ class Engine:
             config, runner, self.scheduler, self.publish_job, self.directory.stop_training
         )
         self._builder = StepBuilder(runner)
+        model = runner.model
+        self.matchers = TokenMatchers(tokenizer, model.vocab_size, model.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
+        self._matching = 0  # those of them with structured outputs
         self._in_flight: deque[_InFlight] = deque()
         self._unsettled: _InFlight | None = None  # its tokens are read, its units maybe running
         self._device_free_at = 0.0
@@ -164,12 +170,14 @@ class Engine:
         arrival: float | None = None,
         seed_offset: int = 0,
         slo_class: str = "standard",
+        matcher: LLMatcher | None = None,
     ) -> RequestState:
-        """Queue one output sequence for a prompt of token ids.
+        """Queue one output sequence for a prompt of token ids. `matcher`: of its structured output,
+        if another thread has made it beforehand.
 
         Raises ValueError, saying why, for what can never be served: an empty prompt, token ids
         outside the vocabulary, a prompt and max_tokens beyond the context, an adapter that is not
-        loaded, an unknown class of service.
+        loaded, an unknown class of service, a structured output that cannot be kept to.
         """
         eos = self.runner.model.eos_token_ids
         params.check_banned(eos)
@@ -183,6 +191,8 @@ class Engine:
         if slo_class not in self.slos:
             raise ValueError(f"slo_class={slo_class!r} must be one of {', '.join(self.slos)}")
         published = self.directory.lookup(adapter) if adapter else None
+        if params.structured_outputs and not matcher:
+            matcher = self.matchers.match(params.structured_outputs)
         seed = params.seed
         seed = int(self._seeds.integers(2**31)) if seed is None else seed + seed_offset
         state = RequestState(
@@ -194,6 +204,7 @@ class Engine:
             stop_ids=params.stop_ids(eos),
             adapter=published,
             slo=self.slos[slo_class],
+            matcher=matcher,
         )
         salt = (published.name, published.version) if published else None
         if params.prompt_logprobs is not None:
@@ -207,6 +218,7 @@ class Engine:
         if published:
             published.users += 1
         self._requests[state.request_id] = state
+        self._matching += matcher is not None
         return state
 
     def cancel(self, state: RequestState, error: str | None = None) -> None:
@@ -218,6 +230,7 @@ class Engine:
     def _finish(self, state: RequestState, reason: str) -> None:
         state.finish_reason = reason
         self._requests.pop(state.request_id, None)
+        self._matching -= state.matcher is not None
         if state.adapter:
             self.directory.release(state.adapter)
 
@@ -279,39 +292,58 @@ class Engine:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
         started = time.perf_counter()
         self.progressed = []
+        if self._matching:  # tokens will be read amid a step: what else changes jobs comes before
+            self._settle()
         self.trainer.feed()
-        plan = self.scheduler.plan(time.monotonic())
+        plan, finished = self.scheduler.plan(time.monotonic()), []
         if plan is not None:
-            self._in_flight.append(self._dispatch(plan))
+            step = _InFlight(plan, time.monotonic(), [], None, [], None, None)
+            if plan.token_bucket:
+                batch, hidden_rows = self._forward(step)
+                if batch.awaits_tokens and self._in_flight:
+                    waiting = time.perf_counter()
+                    finished = self._postprocess(self._in_flight.popleft())
+                    started += time.perf_counter() - waiting
+                self._sample(step, batch, hidden_rows)
+            if plan.backward:
+                self._backward(step, plan.backward)
+            self._in_flight.append(step)
             self.steps += 1
         self.host_seconds.append(time.perf_counter() - started)
         if self._in_flight and (plan is None or len(self._in_flight) > 1):
             return self._postprocess(self._in_flight.popleft())
         if plan is None:
             self._settle()
-        return []
+        return finished
 
-    def _dispatch(self, plan: StepPlan) -> _InFlight:
-        """Send a step's programs to the device."""
-        step = _InFlight(plan, time.monotonic(), [], None, [], None, None)
-        runner = self.runner
-        if plan.token_bucket:
-            self.buckets.setdefault(plan.token_bucket, BucketUse()).count(plan)
-            microbatch = self.trainer.forward(plan.forward) if plan.forward else None
-            batch = self._builder.build(plan, self._requests, microbatch)
-            step.hidden, hidden_rows = runner.forward(
-                batch.variant, plan.token_bucket, batch.vector
+    def _forward(self, step: _InFlight) -> tuple[PlannedBatch, jax.Array]:
+        """Send a step's forward program to the device; its batch, and the outputs to sample from
+        [R, D]."""
+        plan = step.plan
+        self.buckets.setdefault(plan.token_bucket, BucketUse()).count(plan)
+        microbatch = self.trainer.forward(plan.forward) if plan.forward else None
+        batch = self._builder.build(plan, self._requests, microbatch)
+        step.hidden, hidden_rows = self.runner.forward(
+            batch.variant, plan.token_bucket, batch.vector
+        )
+        return batch, hidden_rows
+
+    def _sample(self, step: _InFlight, batch: PlannedBatch, hidden_rows: jax.Array) -> None:
+        if batch.sampled:
+            allowed = None
+            if batch.matchers:
+                allowed = self.matchers.allowed(batch.matchers, len(batch.rows.row))
+            step.sampled = batch.sampled
+            step.report = self.runner.sample(
+                hidden_rows, batch.rows, full=batch.full, allowed=allowed
             )
-            if batch.sampled:
-                step.sampled = batch.sampled
-                step.report = runner.sample(hidden_rows, batch.rows, full=batch.full)
-            self._request_prompt_logprobs(step, batch)
-        if plan.backward:
-            step.last_unit = self.trainer.backward(plan.backward)
-            if plan.backward.done:
-                step.after = self.trainer.finish_microbatch(plan.backward.microbatch)
-        jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
-        return step
+            jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
+        self._request_prompt_logprobs(step, batch)
+
+    def _backward(self, step: _InFlight, units: BackwardUnits) -> None:
+        step.last_unit = self.trainer.backward(units)
+        if units.done:
+            step.after = self.trainer.finish_microbatch(units.microbatch)
 
     def _request_prompt_logprobs(self, step: _InFlight, batch: PlannedBatch) -> None:
         if step.hidden is None or not batch.prompt_targets:
@@ -330,7 +362,7 @@ class Engine:
         plan = step.plan
         if step.report is None and step.last_unit is None:
             jax.block_until_ready(step.hidden)  # nothing to read: still, stay one step ahead only
-        sampled, stopped = self._read_tokens(step)
+        sampled, stopped, finished = self._read_tokens(step)
         self._read_prompt_logprobs(step)
         now = time.monotonic()
         measured = (
@@ -340,7 +372,6 @@ class Engine:
             self._device_free_at = now
             self._note(plan, measured)
         self._unsettled = step
-        finished = []
         for sequence in self.scheduler.complete(plan, sampled, stopped, now, measured):
             state = self._requests[sequence.request_id]
             self._finish(state, sequence.finish_reason or "stop")
@@ -378,12 +409,13 @@ class Engine:
             )
         )
 
-    def _read_tokens(self, step: _InFlight) -> tuple[dict[str, int], set[str]]:
+    def _read_tokens(self, step: _InFlight) -> tuple[dict[str, int], set[str], list[RequestState]]:
+        """The tokens by request, the requests they end, and those that cannot go on."""
         if step.report is None:
-            return {}, set()
+            return {}, set(), []
         self.progressed = step.sampled
         report = jax.tree.map(np.asarray, step.report)
-        sampled, stopped = {}, set()
+        sampled, stopped, failed = {}, set(), []
         for i, state in enumerate(step.sampled):
             token = int(report["tokens"][i])
             sampled[state.request_id] = token
@@ -401,7 +433,10 @@ class Engine:
                 )
             if state.append(token, self.tokenizer):
                 stopped.add(state.request_id)
-        return sampled, stopped
+            elif state.matcher and (reason := failure(state.matcher)):
+                self.cancel(state, reason)
+                failed.append(state)
+        return sampled, stopped, failed
 
     def _read_prompt_logprobs(self, step: _InFlight) -> None:
         step.prompt_logprobs = [(t, jax.tree.map(np.asarray, r)) for t, r in step.prompt_logprobs]

@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from llguidance import LLMatcher
+
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
@@ -20,7 +22,8 @@ class NewRequest:
     """A request to queue. `arrival`: time.monotonic, for its latencies.
 
     `seed_offset` is added to the seed, so that several outputs of one prompt differ. `slo_class`:
-    "standard" or one of `scheduler.slo_classes`.
+    "standard" or one of `scheduler.slo_classes`. `matcher`: of its structured output, which takes
+    time to make.
     """
 
     prompt: tuple[int, ...]
@@ -29,6 +32,7 @@ class NewRequest:
     arrival: float
     seed_offset: int = 0
     slo_class: str = "standard"
+    matcher: LLMatcher | None = None
 
 
 class RequestFuture(Future):
@@ -85,6 +89,7 @@ class EngineLoop:
                     arrival=new.arrival,
                     seed_offset=new.seed_offset,
                     slo_class=new.slo_class,
+                    matcher=new.matcher,
                 )
             except ValueError as error:
                 future.set_exception(error)

@@ -5,9 +5,10 @@ between steps, and only pages that are new are written to it.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from llguidance import LLMatcher
 
 from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.request import RequestState
@@ -33,7 +34,11 @@ class PromptTargets:
 
 @dataclass
 class PlannedBatch:
-    """A step ready to run: which forward program, its vector, and who is sampled how."""
+    """A step ready to run: which forward program, its vector, and who is sampled how.
+
+    matchers        of structured outputs, with their rows of `rows`
+    awaits_tokens   which tokens they allow depends on those of the step before
+    """
 
     variant: str
     vector: np.ndarray
@@ -41,6 +46,8 @@ class PlannedBatch:
     rows: SamplingRows
     full: bool
     prompt_targets: list[PromptTargets]
+    matchers: list[tuple[LLMatcher, int]] = field(default_factory=list)
+    awaits_tokens: bool = False
 
 
 class StepBuilder:
@@ -166,6 +173,9 @@ class StepBuilder:
         if not state.needs_full_sampling(index):
             return
         planned.full = True
+        if state.matcher:
+            planned.matchers.append((state.matcher, i))
+            planned.awaits_tokens |= sequence.in_flight > 1
         rows.index[i], rows.seed[i] = index, state.seed
         rows.temperature[i], rows.top_k[i] = params.temperature, params.top_k
         rows.top_p[i], rows.min_p[i] = params.top_p, params.min_p

@@ -19,6 +19,7 @@ from flexllm_jax.engine.batch import BatchShape
 from flexllm_jax.engine.cache import page_shapes
 from flexllm_jax.engine.placement import ALL, GATHERED, Placement
 from flexllm_jax.engine.step import forward_step
+from flexllm_jax.engine.structured_outputs import BITS
 from flexllm_jax.finetune.backward import (
     flow_shapes,
     layer_unit,
@@ -105,6 +106,11 @@ class EngineSizes:
             ),
             placement=placement,
         )
+
+    @property
+    def mask_words(self) -> int:
+        """Words of the mask of tokens that a structured output allows."""
+        return -(-self.model.vocab_size // BITS)
 
     @property
     def devices(self) -> int:
@@ -282,7 +288,13 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
         arguments = (head, bank, hidden(rows), last_tokens)
         programs += [
             Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (3,), _WHOLE),
-            Program(f"sample/full/{rows}", full, (*arguments, history, packed), (3, 4), _WHOLE),
+            Program(
+                f"sample/full/{rows}",
+                full,
+                (*arguments, history, packed, _ints(rows, sizes.mask_words)),
+                (3, 4),
+                _WHOLE,
+            ),
         ]
     counts = _ints(sizes.model.vocab_size)
     prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from llguidance import LLMatcher
 from tokenizers.decoders import DecodeStream
 
 from flexllm_jax.engine.sampling_params import SamplingParams
@@ -24,7 +25,7 @@ class RequestState:
     """One output sequence from arrival to finish.
 
     `row`, `preemptions` and `copied_pages` say which part of the scheduler's page list the engine
-    has in its page table.
+    has in its page table. `matcher` has taken in the tokens of `output`.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class RequestState:
     stop_ids: frozenset[int]
     adapter: Published | None = None
     slo: Slo | None = None  # None: the engine's default
+    matcher: LLMatcher | None = None  # of a structured output
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -82,7 +84,11 @@ class RequestState:
         """Whether output token `index` needs more than the largest logit."""
         p = self.params
         return (
-            p.temperature > 0 or p.logprobs is not None or p.needs_history or index < p.min_tokens
+            p.temperature > 0
+            or p.logprobs is not None
+            or p.needs_history
+            or index < p.min_tokens
+            or self.matcher is not None
         )
 
     def append(self, token: int, tokenizer: Any) -> str | None:
@@ -95,6 +101,8 @@ class RequestState:
         self.first_token_at = self.first_token_at or now
         self.last_token_at = now
         self.output.append(token)
+        if self.matcher:
+            self.matcher.consume_token(token)
         if token in self.stop_ids and len(self.output) > self.params.min_tokens:
             return "stop"
         if self.params.stop and self._stop_string(token, tokenizer):

@@ -112,6 +112,10 @@ class Runner:
         self.pages = self._zeros(sizes.pages(self.num_pages))
         self.last_tokens = self._zeros(sizes.request_arrays["last_tokens"])
         self.history = self._zeros(sizes.request_arrays["history"])
+        self._all_allowed = {
+            rows: self.put(np.full((rows, sizes.mask_words), -1, np.int32))
+            for rows in {shape.samples for shape in sizes.batch_shapes.values()}
+        }
 
     def _zeros(self, shapes):
         """Arrays of zeros on the device, without compiling anything."""
@@ -164,8 +168,16 @@ class Runner:
             self.finetune = finetune
         return hidden, sampled
 
-    def sample(self, sampled: jax.Array, rows: sampler.SamplingRows, *, full: bool) -> dict:
-        """Sample; returns {"tokens"} and, when `full`, the log-probabilities too."""
+    def sample(
+        self,
+        sampled: jax.Array,
+        rows: sampler.SamplingRows,
+        *,
+        full: bool,
+        allowed: Int[np.ndarray, "R W"] | None = None,
+    ) -> dict:
+        """Sample; returns {"tokens"} and, when `full`, the log-probabilities too. `allowed`: the
+        tokens that may be drawn, see `TokenMatchers.allowed`; None: all."""
         count = sampled.shape[0]
         head, packed = head_parameters(self.params), rows.packed()
         if not full:
@@ -173,8 +185,10 @@ class Runner:
                 head, self._head_bank, sampled, self.last_tokens, packed
             )
             return {"tokens": tokens}
+        if allowed is None:
+            allowed = self._all_allowed[count]
         report, self.last_tokens, self.history = self.programs[f"sample/full/{count}"](
-            head, self._head_bank, sampled, self.last_tokens, self.history, packed
+            head, self._head_bank, sampled, self.last_tokens, self.history, packed, allowed
         )
         return report
 

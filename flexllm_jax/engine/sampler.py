@@ -1,8 +1,9 @@
 """Sampling on the device, and the log-probabilities that requests ask for.
 
 Two programs share the contract: `sample_greedy` takes the largest logit and nothing else;
-`sample_full` applies, in vLLM's order, penalties, banned tokens, temperature, min-p, top-k and
-top-p, draws with the request's own key, and reports log-probabilities. The host picks the full one
+`sample_full` applies, in vLLM's order, penalties, banned tokens and those that a structured output
+does not allow, temperature, min-p, top-k and top-p, draws with the request's own key, and reports
+log-probabilities. The host picks the full one
 only when a request of the step needs it. A draw depends on the request's seed and the index of its
 token alone, so neither batching nor preemption changes it. Log-probabilities are those of the raw
 logits, as in training.
@@ -17,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.engine.structured_outputs import BITS
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass, BypassFunction, no_bypass
 
@@ -114,6 +116,7 @@ def sample_full(
     last_tokens: Int[Array, " Q"],
     history: dict,
     packed: Int[Array, "C R"],
+    allowed: Int[Array, "R W"],
 ) -> tuple[dict, Int[Array, " Q"], dict]:
     """Draw a token for each row with everything a request can ask for.
 
@@ -125,6 +128,7 @@ def sample_full(
         last_tokens: newest token of each request row; donated.
         history: {"counts": [Q, V] int32 output tokens so far, "prompt": [Q, V] bool}; donated.
         packed: `SamplingRows`.
+        allowed: the tokens that may be drawn, as the bits of `TokenMatchers.allowed`.
 
     Returns:
         {"tokens", "logprobs", "top_tokens", "top_logprobs"}, last_tokens, history.
@@ -142,6 +146,9 @@ def sample_full(
     row = jnp.arange(logits.shape[0])[:, None]
     banned = jnp.where(rows.banned < 0, logits.shape[1], rows.banned)
     logits = logits.at[row, banned].set(-jnp.inf, mode="drop")
+    bits = (allowed[:, :, None] >> jnp.arange(BITS)) & 1
+    bits = bits.reshape(allowed.shape[0], -1)[:, : logits.shape[1]]
+    logits = jnp.where(bits == 1, logits, -jnp.inf)
 
     tokens = jnp.where(rows.temperature > 0, _draw(logits, rows), jnp.argmax(logits, axis=-1))
     tokens = tokens.astype(jnp.int32)

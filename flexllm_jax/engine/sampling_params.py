@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from flexllm_jax.engine.sampler import BANNED, TOP_LOGPROBS
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class SamplingParams:
     logprobs             number of alternatives to report per output token; None: no report
     prompt_logprobs      the same for the prompt
     n                    outputs per prompt
+    structured_outputs   what the output must match; it then ends with an end-of-sequence token
     """
 
     max_tokens: int = 16
@@ -41,6 +43,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -66,6 +69,11 @@ class SamplingParams:
         for name, (good, rule) in checks.items():
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
+        if self.structured_outputs and self.min_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} cannot be had with structured_outputs, which say "
+                f"when an output is complete: leave it out"
+            )
 
     @property
     def needs_history(self) -> bool:
@@ -78,7 +86,8 @@ class SamplingParams:
 
     def stop_ids(self, eos: tuple[int, ...]) -> frozenset[int]:
         """Tokens that end the output."""
-        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos))
+        ends = () if self.ignore_eos and not self.structured_outputs else eos
+        return frozenset(self.stop_token_ids).union(ends)
 
     def check_banned(self, eos: tuple[int, ...]) -> None:
         """ValueError when min_tokens would have to hold back more tokens than the device can."""

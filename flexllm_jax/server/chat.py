@@ -10,12 +10,14 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.server import sse
 from flexllm_jax.server.access import Client
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.inference import Answer, Delta, Inference
 from flexllm_jax.server.inference_schema import (
     ChatCompletionRequest,
+    Tool,
     dump_tools,
     refuse_unsupported,
 )
@@ -26,6 +28,7 @@ from flexllm_jax.server.tool_calls import (
     Format,
     Parsed,
     ToolCallParser,
+    calls_of,
     join_calls,
 )
 
@@ -76,9 +79,11 @@ async def chat(
     """Answer a chat request, at once or as a stream."""
     _refuse_unsupported(body)
     limit, codec = inference.max_model_len(), inference.codec
-    tools, form = None, None
+    tools, form, structure = None, None, await inference.structure(body)
     if body.tools and body.tool_choice != "none":
         form, tools = codec.tool_format(), dump_tools(body.tools)
+    if forced := _forced_tools(body):
+        structure = _calls(body, form, forced, codec)
     text = await codec.render(body.messages, tools, body.chat_template_kwargs)
     prompt = await codec.encode(text, limit, add_special_tokens=False)
     max_tokens = body.max_completion_tokens
@@ -87,7 +92,13 @@ async def chat(
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     skip_special = form is None or not codec.is_special(START)
     answer = inference.open(
-        client, body, [prompt], max_tokens, logprobs, skip_special_tokens=skip_special
+        client,
+        body,
+        [prompt],
+        max_tokens,
+        logprobs,
+        structure=structure,
+        skip_special_tokens=skip_special,
     )
     conversation = _Chat(body, answer, codec, form)
     if body.stream:
@@ -100,16 +111,52 @@ async def chat(
 
 def _refuse_unsupported(body: ChatCompletionRequest) -> None:
     refuse_unsupported(body)
-    if body.response_format is not None and body.response_format.get("type") != "text":
-        kind = body.response_format.get("type")
-        message = f"response_format.type: got {kind!r}; only text is supported"
-        raise ApiError(400, message, param="response_format")
-    if body.tool_choice not in (None, "none", "auto"):
-        message = f"tool_choice: got {body.tool_choice!r}; only none and auto are supported"
-        raise ApiError(400, message, param="tool_choice")
     if body.top_logprobs is not None and not body.logprobs:
         message = "top_logprobs: needs logprobs=true; set it or leave this out"
         raise ApiError(400, message, param="top_logprobs")
+
+
+def _forced_tools(body: ChatCompletionRequest) -> list[Tool]:
+    """The tools of which one must be called; none if the model may choose."""
+    choice, tools = body.tool_choice, body.tools or []
+    if choice in (None, "none", "auto"):
+        return []
+    if choice != "required":
+        tools = [
+            t
+            for t in tools
+            if choice == {"type": "function", "function": {"name": t.function.name}}
+        ]
+    if not tools:
+        raise ApiError(
+            400,
+            f"tool_choice: got {choice!r}; must be none, auto, or, with tools, required or one of "
+            f'them: {{"type": "function", "function": {{"name": ...}}}}',
+            param="tool_choice",
+        )
+    return tools
+
+
+def _calls(
+    body: ChatCompletionRequest, form: Format | None, tools: list[Tool], codec: TextCodec
+) -> StructuredOutputsParams:
+    """An answer that calls one of `tools`, or several of them in parallel."""
+    if form is None:
+        message = "tool_choice: it is not known how this model writes calls; leave the choice to it"
+        raise ApiError(400, message, param="tool_choice")
+    if body.response_format is not None or body.structured_outputs is not None:
+        message = "tool_choice: an answer cannot be a call and have a format; leave out one of them"
+        raise ApiError(400, message, param="tool_choice")
+    functions = [tool.function for tool in tools]
+    try:
+        parallel = body.tool_choice == "required" and body.parallel_tool_calls is not False
+        structure = calls_of(
+            form, {f.name: f.parameters for f in functions}, codec.literal, parallel=parallel
+        )
+        structure.compile()
+    except ValueError as error:
+        raise ApiError(400, f"tools: {error}", param="tools") from None
+    return structure
 
 
 async def _whole(conversation: _Chat) -> Response:

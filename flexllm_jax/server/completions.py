@@ -133,6 +133,7 @@ async def complete(
         max(1, max_tokens),
         body.logprobs,
         body.logprobs if body.echo else None,
+        structure=await inference.structure(body),
     )
     completion = _Completion(body, answer, inference.codec)
     if body.stream:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 STATS_S = 0.2
 BAD_INPUT = 2  # exit status: the configuration, or a file it names, cannot be used
 
+Numbered = dict[int, NewRequest]  # by the client's number
+
 
 class EngineProcess:
     """Answers commands from `commands`, and sends events to `events` (ZeroMQ addresses). With a
@@ -78,7 +80,7 @@ class EngineProcess:
         # The engine's thread alone uses these: by the engine's number, and by the client's.
         self._active: dict[str, tuple[int, RequestFuture]] = {}
         self._futures: dict[int, RequestFuture] = {}
-        self._loading: dict[str, list[Generate]] = {}  # by adapter: requests that wait for it
+        self._loading: dict[str, Numbered] = {}  # by adapter: requests that wait for it
         try:
             tokenizer = load_tokenizer(config.model.path)
             self.engine = Engine(config, tokenizer, progress=False)
@@ -132,7 +134,7 @@ class EngineProcess:
                     requests = [
                         msgspec.structs.replace(r, arrival=r.arrival + shift) for r in requests
                     ]
-                self.loop.post(lambda: self._submit(requests))
+                self._prepare(requests)
             case Cancel(request_ids):
                 self.loop.post(lambda: self._cancel(request_ids))
             case Call():
@@ -140,15 +142,37 @@ class EngineProcess:
             case Stop():
                 self.stopping.set()
 
+    def _prepare(self, requests: Sequence[Generate]) -> None:
+        """Hand requests to the engine's thread, which has no time for what can be done here."""
+        first, matcher = requests[0], None  # a message is about one adapter and one structure
+        try:
+            if first.params.structured_outputs:
+                matcher = self.engine.matchers.match(first.params.structured_outputs)
+        except ValueError as error:
+            self._refuse([r.request_id for r in requests], str(error), invalid=True)
+            return
+        numbered = {
+            r.request_id: NewRequest(
+                tuple(r.prompt),
+                r.params,
+                r.adapter,
+                r.arrival,
+                r.seed_offset,
+                r.slo_class,
+                matcher.deep_copy() if matcher else None,
+            )
+            for r in requests
+        }
+        self.loop.post(lambda: self._submit(numbered, first.adapter, first.adapter_path))
+
     # -- requests, in the engine's thread ---------------------------------------------------------
 
-    def _submit(self, requests: Sequence[Generate]) -> None:
-        adapter, path = requests[0].adapter, requests[0].adapter_path  # a message is about one
+    def _submit(self, requests: Numbered, adapter: str | None, path: str | None) -> None:
         if adapter and path and not self._calls.is_loaded(adapter):
             if adapter not in self._loading:
-                self._loading[adapter] = []
+                self._loading[adapter] = {}
                 self._workers.submit(self._load, adapter, path)
-            self._loading[adapter] += requests
+            self._loading[adapter] |= requests
         else:
             self._add(requests)
 
@@ -162,32 +186,29 @@ class EngineProcess:
         else:
             self.loop.post(lambda: self._add(self._loading.pop(adapter)))
 
-    def _refuse(self, requests: Sequence[Generate], error: str, invalid: bool) -> None:
-        outputs = [Output(r.request_id, [], error=error, invalid=invalid) for r in requests]
+    def _refuse(self, request_ids: Iterable[int], error: str, invalid: bool) -> None:
+        outputs = [Output(number, [], error=error, invalid=invalid) for number in request_ids]
         self._events.put(Outputs(outputs))
 
-    def _add(self, requests: Sequence[Generate]) -> None:
+    def _add(self, requests: Numbered) -> None:
         try:
             self._queue(requests)
         except Exception as error:
             log.exception("requests were not queued")
             self._refuse(requests, repr(error), invalid=False)
 
-    def _queue(self, requests: Sequence[Generate]) -> None:
-        new = [
-            NewRequest(tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class)
-            for r in requests
-        ]
-        for request, future in zip(requests, self.loop.add(new), strict=True):
+    def _queue(self, requests: Numbered) -> None:
+        for number, future in zip(requests, self.loop.add(list(requests.values())), strict=True):
             if future.done() and (error := future.exception()):
-                self._refuse([request], str(error), invalid=True)
+                self._refuse([number], str(error), invalid=True)
             else:
-                self._active[future.state.request_id] = (request.request_id, future)
-                self._futures[request.request_id] = future
+                self._active[future.state.request_id] = (number, future)
+                self._futures[number] = future
 
     def _cancel(self, request_ids: Sequence[int]) -> None:
         for waiting in self._loading.values():
-            waiting[:] = [r for r in waiting if r.request_id not in request_ids]
+            for number in request_ids:
+                waiting.pop(number, None)
         for request_id in request_ids:
             future = self._futures.pop(request_id, None)
             if future is not None:
@@ -212,6 +233,8 @@ class EngineProcess:
                     prompt_logprobs=(state.prompt_logprobs or None) if first else None,
                     finish_reason=state.finish_reason,
                     queued_s=_queued_s(state) if first else None,
+                    error=state.error,
+                    invalid=state.error is not None,  # its structure was too much
                 )
             )
             if state.finished:

@@ -5,12 +5,14 @@ Every token of every output becomes one `Delta`, in the order the engine told th
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.server.access import Admission, Client
 from flexllm_jax.server.engine_client import EngineUnavailable, Generation
 from flexllm_jax.server.engines import Engines
@@ -134,6 +136,18 @@ class Inference:
             limit = min(limit, info.num_pages * info.page_size + 1)  # the last has no KV
         return max(1, limit - len(prompt))
 
+    async def structure(self, body: InferenceRequest) -> StructuredOutputsParams | None:
+        """What the outputs must match, if anything; ApiError when that cannot be kept to."""
+        field = "response_format" if body.structured_outputs is None else "structured_outputs"
+        try:
+            structure = body.structure()
+            if structure:
+                await asyncio.to_thread(structure.compile)
+        except ValueError as error:
+            message = str(error).replace("structured_outputs", field, 1)
+            raise ApiError(400, message, param=field) from None
+        return structure
+
     def open(
         self,
         client: Client,
@@ -143,6 +157,7 @@ class Inference:
         logprobs: int | None,
         prompt_logprobs: int | None = None,
         *,
+        structure: StructuredOutputsParams | None = None,
         skip_special_tokens: bool = True,
     ) -> Answer:
         """Admit a request and start it. ApiError: it is wrong, or has to wait."""
@@ -154,7 +169,7 @@ class Inference:
                 400, f"slo: got {slo!r}; must be one of {self._slo_classes}", param="slo"
             )
         try:
-            params = body.sampling_params(max_tokens, logprobs, prompt_logprobs)
+            params = body.sampling_params(max_tokens, logprobs, prompt_logprobs, structure)
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).partition("=")[0]) from None
         for prompt in prompts:

@@ -6,11 +6,13 @@ that are known and would change the answer, but are not supported, are refused.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.server.body import Body
 from flexllm_jax.server.errors import ApiError
 
@@ -33,12 +35,34 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("function_call", "suffix"), (None, "", "none")),
     **dict.fromkeys(("modalities",), (None, ["text"])),
     # vLLM's
-    **dict.fromkeys(("structured_outputs", "allowed_token_ids", "bad_words"), (None, {}, [])),
+    **dict.fromkeys(("allowed_token_ids", "bad_words"), (None, [])),
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "prompt_embeds"), (None,)),
     **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (None, False)),
     "skip_special_tokens": (None, True),
 }
+
+
+class JsonSchema(Body):
+    """Of a response format."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """What an answer looks like: text, any JSON object, or JSON that has a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema, and with no other")
+        return self
 
 
 class InferenceRequest(Body):
@@ -64,6 +88,8 @@ class InferenceRequest(Body):
     ignore_eos: bool | None = False
     min_tokens: Count | None = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
     # ours
     slo: str | None = Field(
         default=None, description="Class of service: standard or one of scheduler.slo_classes."
@@ -74,8 +100,27 @@ class InferenceRequest(Body):
         """Strings that end an output."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the output must match. ValueError for what makes no sense."""
+        form, given = self.response_format, self.structured_outputs
+        wanted: dict[str, Any] = {}
+        if form is not None and form.type == "json_object":
+            wanted = {"json_object": True}
+        elif form is not None and form.json_schema is not None:
+            wanted = {"json": form.json_schema.schema_}
+        if given is None:
+            return StructuredOutputsParams(**wanted) if wanted else None
+        known = [each.name for each in fields(StructuredOutputsParams)]
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"structured_outputs has {unknown[0]}; must be of {', '.join(known)}")
+        return StructuredOutputsParams(**(given | wanted))
+
     def sampling_params(
-        self, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+        structure: StructuredOutputsParams | None,
     ) -> SamplingParams:
         """What the engine is told; ValueError for values outside of their ranges."""
 
@@ -97,6 +142,7 @@ class InferenceRequest(Body):
             ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            structured_outputs=structure,
         )
 
 
@@ -156,7 +202,6 @@ class ChatCompletionRequest(InferenceRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[str, Any] | None = None
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True

@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from flexllm_jax.engine.structured_outputs import quote
 from flexllm_jax.finetune.data.chat import UnusableRow, chat_messages
 from flexllm_jax.server.errors import ApiError
 from flexllm_jax.server.tool_calls import Format, find_format
@@ -89,6 +90,10 @@ class TextCodec:
         """Whether `text` is a token that detokenizers leave out."""
         added = self.backend.get_added_tokens_decoder().values()
         return any(token.special and token.content == text for token in added)
+
+    def literal(self, text: str) -> str:
+        """`text` in a Lark grammar: a special token by its id, as it is not spelled out."""
+        return f"<[{self.backend.token_to_id(text)}]>" if self.is_special(text) else quote(text)
 
     def tool_format(self) -> Format | None:
         """How this model's chat template asks for tool calls; ApiError when it knows no tools."""

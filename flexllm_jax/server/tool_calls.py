@@ -6,8 +6,8 @@ Two formats are read, told apart by the chat template that asks the model for th
     llama    {"name": ..., "parameters": {...}} and nothing else: Llama 3.1 and later
 
 A call's name is told as soon as it is known, and its arguments as they are written, character by
-character. What begins like a call and is none is text. Nothing makes a model keep to a tool's
-schema: arguments are what it wrote.
+character. What begins like a call and is none is text. A model that may choose whether to call
+writes what it likes; of one that must, the arguments have the tool's schema.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
 
 Format = Literal["hermes", "llama"]
 
@@ -27,6 +29,9 @@ _HEAD = re.compile(
     rf'(?:{START})?\s*\{{\s*"name"\s*:\s*"({_NAME.pattern})"\s*,'
     r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
+_SPACED = {
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+}
 _NEXT = re.compile(r"\s*\}?\s*;?\s*")  # between two of Llama's calls
 
 
@@ -60,6 +65,33 @@ def find_format(template: str) -> Format | None:
     if START in template and "<function=" not in template:  # Qwen3-Coder writes XML inside of it
         return "hermes"
     return "llama" if '"parameters": dictionary' in template else None
+
+
+def calls_of(
+    form: Format,
+    functions: Mapping[str, dict[str, Any] | None],
+    literal: Callable[[str], str],
+    *,
+    parallel: bool,
+) -> StructuredOutputsParams:
+    """Outputs that call one of `functions`, which are given with the schemas of their arguments;
+    with `parallel` more than one, if the format can. `literal` writes a mark in a grammar. White
+    space is as templates write it, which models are trained on."""
+    key = "arguments" if form == "hermes" else "parameters"
+    names = " | ".join(f"function{i}" for i in range(len(functions)))
+    rules = [f"body: {names}"]
+    for i, (name, schema) in enumerate(functions.items()):
+        head = quote(f'{{"name": {json.dumps(name)}, "{key}": ')
+        rules += [
+            f'function{i}: {head} arguments{i} "}}"',
+            f"arguments{i}: %json {json.dumps({'type': 'object'} | (schema or {}) | _SPACED)}",
+        ]
+    if form == "hermes":
+        rules.append(f'call: {literal(START)} "\\n"? body "\\n"? {literal(_END)}')
+        rules.append('start: call ("\\n"? call)*' if parallel else "start: call")
+    else:
+        rules.append("start: body")
+    return StructuredOutputsParams(grammar="\n".join(rules))
 
 
 class ToolCallParser:

@@ -1,0 +1,145 @@
+"""Structured outputs: what an output has to look like, kept to token by token.
+
+llguidance turns a JSON schema, a regular expression or a grammar into a matcher, which tells after
+every token which ones may follow; the sampler draws from those alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
+from llguidance.hf import from_tokenizer
+from llguidance.numpy import fill_next_token_bitmask_par
+
+BITS = 32  # tokens in a word of a mask
+_LONGEST_REASON = 300  # characters: reasons repeat what was given
+_LIMITS = LLParserLimits(verbose_errors=False)
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What a whole output must match: exactly one of these, with vLLM's names.
+
+    json           a JSON schema, as an object or as text
+    json_object    any JSON object
+    regex          a regular expression (of Rust's regex library, without look-around)
+    choice         one of these strings
+    grammar        a context-free grammar in Lark's syntax, as llguidance reads it
+
+    disable_any_whitespace   JSON without white space between its tokens: small models can write it
+                             without end
+    """
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.choice, list):
+            object.__setattr__(self, "choice", tuple(self.choice))
+        kinds = {
+            "json": (isinstance(self.json, dict | str), "a JSON schema"),
+            "json_object": (self.json_object is True, "true or left out"),
+            "regex": (isinstance(self.regex, str), "a regular expression"),
+            "choice": (_are_texts(self.choice), "strings that are not empty"),
+            "grammar": (isinstance(self.grammar, str), "a grammar in Lark's syntax"),
+        }
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs has {' and '.join(given) or 'nothing'}: give exactly one of "
+                f"{', '.join(kinds)}"
+            )
+        good, rule = kinds[given[0]]
+        if not good:
+            value = getattr(self, given[0])
+            raise ValueError(f"structured_outputs.{given[0]}={value!r} must be {rule}")
+
+    def compile(self) -> str:
+        """Its grammar in llguidance's form. ValueError, saying why, when it cannot be kept to."""
+        try:
+            grammar = self._grammar()
+            wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+        except (ValueError, RecursionError) as error:
+            wrong, messages = True, [str(error)]
+        if wrong:
+            raise ValueError(_one_line(messages[0]))
+        return grammar
+
+    def _grammar(self) -> str:
+        if self.regex is not None:
+            return LLMatcher.grammar_from_regex(self.regex)
+        if self.choice is not None:
+            return LLMatcher.grammar_from_regex("|".join(map(re.escape, self.choice)))
+        if self.grammar is not None:
+            return LLMatcher.grammar_from_lark(self.grammar)
+        schema = {"type": "object"} if self.json is None else self.json
+        text = schema if isinstance(schema, str) else json.dumps(schema)  # which heeds its depth
+        options: Any = {"whitespace_flexible": not self.disable_any_whitespace}
+        return LLMatcher.grammar_from_json_schema(text, overrides=options)
+
+
+def _are_texts(choice: Any) -> bool:
+    whole = isinstance(choice, tuple) and bool(choice)
+    return whole and all(isinstance(text, str) and text for text in choice)
+
+
+def quote(text: str) -> str:
+    """A text as a literal of a Lark grammar, which is that of JSON."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _one_line(message: str) -> str:
+    text, half = " ".join(message.split()), _LONGEST_REASON // 2
+    shown = text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"
+    return f"structured_outputs: {shown}"
+
+
+def failure(matcher: LLMatcher) -> str | None:
+    """Why a matcher cannot go on, in one line."""
+    return _one_line(matcher.get_error()) if matcher.is_error() else None
+
+
+class TokenMatchers:
+    """Matchers over a model's vocabulary.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        vocab_size: number of logits.
+        eos_token_ids: the tokens that end an output: they may follow where it can be complete.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]):
+        self._words = -(-vocab_size // BITS)
+        self._executor = LLExecutor()
+        size = max(vocab_size, len(tokenizer))
+        self._vocabulary = from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos_token_ids))
+
+    def match(self, params: StructuredOutputsParams) -> LLMatcher:
+        """The matcher of an output that has no tokens yet; any thread may ask, and not the
+        engine's, as it takes time. ValueError as `compile`."""
+        matcher = LLMatcher(self._vocabulary, params.compile(), limits=_LIMITS)
+        matcher.compute_bitmask()  # the first takes longest: what it finds out is kept
+        if reason := failure(matcher):
+            raise ValueError(reason)
+        return matcher
+
+    def allowed(
+        self, matchers: Sequence[tuple[LLMatcher, int]], rows: int
+    ) -> Int[np.ndarray, "rows W"]:
+        """The tokens that may come next, as bits: token t is bit t % 32 of word t // 32. `matchers`
+        with their rows; in the other rows all tokens may."""
+        size = -(-self._vocabulary.vocab_size // BITS)
+        bits = np.full((rows, size), -1, np.int32)
+        fill_next_token_bitmask_par(self._executor, list(matchers), bits)
+        return bits[:, : self._words]
