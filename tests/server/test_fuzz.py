@@ -47,7 +47,7 @@ def aim(declared, known):
     fields["CreateJob"]["training_file"]["enum"] = known["file_id"]
     fields["CompletionRequest"].pop("best_of", None)  # refused
     fields["CompletionRequest"]["slo"] = {"enum": ["standard", None]}
-    for both in fields["CompletionRequest"]:  # tried once is enough, in these 30 s
+    for both in fields["CompletionRequest"]:  # tried once is enough
         if both != "model":
             fields["ChatCompletionRequest"].pop(both, None)
     tokens = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 271}}
