@@ -435,8 +435,8 @@ def make_report(
 def draw(load: Load, samples: list[Sample], slo: dict[str, float], file: Path) -> None:
     """The load over time: requests, latencies, memory, file descriptors and pages."""
     matplotlib.use("agg")
-    figure = Figure(figsize=(9, 11), layout="constrained")
-    axes = figure.subplots(5, 1, sharex=True)
+    figure = Figure(figsize=(9, 13), layout="constrained")
+    axes = figure.subplots(6, 1, sharex=True)
     at = np.array([s.at for s in samples])
 
     def line(axis: Any, values: list[float], label: str) -> None:
@@ -455,10 +455,12 @@ def draw(load: Load, samples: list[Sample], slo: dict[str, float], file: Path) -
     line(axes[3], [s.http_rss / 2**20 for s in samples], "HTTP process")
     line(axes[3], [s.engine_rss / 2**20 for s in samples], "engine process")
     axes[3].set_ylabel("resident MiB")
-    line(axes[4], [s.http_fds for s in samples], "open files, HTTP")
-    line(axes[4], [s.engine_fds for s in samples], "open files, engine")
-    line(axes[4], [s.kv_usage * 100 for s in samples], "KV pages in use, %")
-    axes[4].set_xlabel("seconds")
+    line(axes[4], [s.http_fds for s in samples], "HTTP process")
+    line(axes[4], [s.engine_fds for s in samples], "engine process")
+    axes[4].set_ylabel("open files")
+    line(axes[5], [s.kv_usage * 100 for s in samples], "KV pages")
+    axes[5].set_ylabel("in use, %")
+    axes[5].set_xlabel("seconds")
     for axis in axes:
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)

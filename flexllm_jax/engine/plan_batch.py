@@ -142,7 +142,8 @@ class StepBuilder:
             raise RuntimeError(f"request {state.request_id} is planned without a row")
         if state.row != row or state.preemptions != sequence.preemptions:
             state.row, state.preemptions, state.copied_pages = row, sequence.preemptions, 0
-            state.started_at = state.started_at or time.monotonic()
+            if state.started_at is None:
+                state.started_at, state.cached_tokens = time.monotonic(), sequence.cached_tokens
             if state.params.needs_history:
                 vocab_size = self._runner.model.vocab_size
                 counts = np.bincount(np.array(state.output, np.int64), minlength=vocab_size)

@@ -43,6 +43,7 @@ class RequestState:
     finish_reason: str | None = None
     error: str | None = None
     started_at: float | None = None  # when the first step that computes it was dispatched
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache then
     first_token_at: float | None = None
     last_token_at: float | None = None
     row: int = -1

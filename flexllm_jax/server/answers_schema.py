@@ -31,12 +31,19 @@ class Error(BaseModel):
     error: ErrorDetails
 
 
+class PromptTokensDetails(BaseModel):
+    """Tokens that were in the prefix cache."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(BaseModel):

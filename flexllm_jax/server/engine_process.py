@@ -233,6 +233,7 @@ class EngineProcess:
                     prompt_logprobs=(state.prompt_logprobs or None) if first else None,
                     finish_reason=state.finish_reason,
                     queued_s=_queued_s(state) if first else None,
+                    cached_tokens=state.cached_tokens if first else 0,
                     error=state.error,
                     invalid=state.error is not None,  # its structure was too much
                 )

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
@@ -55,6 +56,7 @@ class Answer:
     ):
         self.prompts, self._stop_ids = prompts, stop_ids
         self.output_tokens = [0] * len(detokenizers)
+        self._cached_tokens = [0] * len(prompts)
         self._generation, self._detokenizers, self._metrics = generation, detokenizers, metrics
 
     async def close(self) -> None:
@@ -64,13 +66,14 @@ class Answer:
             metrics.end("abort")  # those that have ended stay as they were
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens of prompts and outputs, as OpenAI tells them."""
         prompt, output = sum(map(len, self.prompts)), sum(self.output_tokens)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -86,6 +89,9 @@ class Answer:
     def _take(self, index: int, at: float, token: int, output: Output, position: int) -> Delta:
         detokenizer = self._detokenizers[index]
         self.output_tokens[index] += 1
+        n = len(self.output_tokens) // len(self.prompts)
+        if not index % n and not position:  # a prompt counts once, however many outputs it has
+            self._cached_tokens[index // n] += output.cached_tokens
         self._metrics[index].token(at, output.queued_s)
         last = position == len(output.token_ids) - 1
         reason = output.finish_reason if last else None

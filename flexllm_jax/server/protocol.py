@@ -89,6 +89,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs  with the first token, if asked for; None for the prompt's first token
     finish_reason    "stop" or "length" with the last token; None before it
     queued_s         with the first token: seconds from arrival to the first step with it
+    cached_tokens    with the first token: those of the prompt that were in the prefix cache
     error            why nothing more will come; then `invalid` tells a bad request from a failure
     """
 
@@ -100,6 +101,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     invalid: bool = False
     queued_s: float | None = None
+    cached_tokens: int = 0
 
 
 class Outputs(Message, frozen=True):
