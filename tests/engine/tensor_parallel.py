@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from flexllm_jax import LLM, SamplingParams
+from flexllm_jax import LLM, SamplingParams, StructuredOutputsParams
 from tests.engines import SEVEN, job_config, random_prompts, start_engine
 
 KINDS = {
@@ -133,10 +133,13 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, parallel: dict) -> No
         repetition_penalty=1.1,
         ignore_eos=True,
     )
+    pattern = StructuredOutputsParams(regex="[a-f]{5,20}(-[0-9]+)*")
+    structured = SamplingParams(max_tokens=20, structured_outputs=pattern)
     said: dict[str, Any] = {
         "greedy": [o.token_ids for o in llm.generate(prompts, greedy)],
         "adapter": [o.token_ids for o in llm.generate(prompts, greedy, adapter="served")],
         "sampled": [o.token_ids for o in llm.generate(prompts, full)],
+        "structured": [o.token_ids for o in llm.generate(prompts, structured)],
     }
     outputs = llm.generate(prompts, full, adapter="served")
     said["logprobs"] = [

@@ -80,7 +80,7 @@ def test_one_device_says_what_transformers_and_peft_do(runs):
         assert runs.said["1"]["adapter"][i] == reference_greedy(adapted, prompt, 20)
 
 
-@pytest.mark.parametrize("what", ["greedy", "adapter", "sampled", "trained"])
+@pytest.mark.parametrize("what", ["greedy", "adapter", "sampled", "structured", "trained"])
 def test_same_tokens(runs, tp, what):
     assert runs.said[tp][what] == runs.said["1"][what]
 
