@@ -2,7 +2,7 @@
 # make test         sets everything up and runs all tests
 # make check        format, lint, types
 # make gpu-compile  compiles every kernel and the engine's programs for H200 and A100, without a GPU
-#                   (QUICK=1: for H200 alone, the kernels at the shapes of one model)
+#                   (QUICK=1: for H200 alone, the kernels of one model, the programs of four layers)
 # make bench        measures against transformers + PEFT on this CPU
 # make clean        removes the virtual environment, runs and caches
 #

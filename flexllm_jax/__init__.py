@@ -1,16 +1,28 @@
 """flexllm_jax: serve a language model and finetune its adapters on the same device."""
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # Said before transformers is imported: it would tell everybody that PyTorch is not installed, which
 # is not needed here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, load_config
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from flexllm_jax.llm import LLM, CompletionOutput, Job, RequestOutput
-from flexllm_jax.peft.adapter import LoraConfig
+if TYPE_CHECKING:
+    from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, load_config
+    from flexllm_jax.engine.sampling_params import SamplingParams
+    from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+    from flexllm_jax.llm import LLM, CompletionOutput, Job, RequestOutput
+    from flexllm_jax.peft.adapter import LoraConfig
+
+# Imported when asked for: a process without an engine, as the HTTP server, need not wait for one.
+_MODULES = {
+    "config": ("FinetuneConfig", "OptimizerConfig", "PeftConfig", "load_config"),
+    "engine.sampling_params": ("SamplingParams",),
+    "engine.structured_outputs": ("StructuredOutputsParams",),
+    "llm": ("LLM", "CompletionOutput", "Job", "RequestOutput"),
+    "peft.adapter": ("LoraConfig",),
+}
 
 __all__ = [
     "LLM",
@@ -25,3 +37,10 @@ __all__ = [
     "StructuredOutputsParams",
     "load_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -57,6 +57,7 @@ ENGINE_CONFIG = {
     "compile": {"token_buckets": [256, 2048]},
 }
 ENGINE_PAGES = 4096
+_QUICK_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,12 @@ def kernel_jobs(target: Target, match: str, quick: bool) -> Iterator[Job]:
                 yield Job(kernel, case.name, target, function, arguments, case.donated)
 
 
-def engine_jobs(target: Target, match: str) -> Iterator[Job]:
-    """The engine's programs at the size of Llama-3.1-8B."""
+def engine_jobs(target: Target, match: str, quick: bool) -> Iterator[Job]:
+    """The engine's programs at the size of Llama-3.1-8B, or of a few of its layers."""
     with tempfile.TemporaryDirectory() as folder:
         model = ModelConfig.from_hf(write_config(Path(folder)))
+    if quick:
+        model = replace(model, num_layers=_QUICK_LAYERS)  # they are all alike
     config = Config.model_validate(ENGINE_CONFIG)
     sizes = EngineSizes.from_config(config, model, Backend("pallas", target.name))
     for program in list_programs(sizes, ENGINE_PAGES):
@@ -132,7 +135,7 @@ def main() -> None:
     chips = sorted(file.stem for file in TARGETS.glob("*.txtpb"))
     parser.add_argument("--chip", action="append", choices=chips, help="default: all")
     parser.add_argument("--case", default="", help="only names that contain this")
-    parser.add_argument("--quick", action="store_true", help="kernels: one model, not all")
+    parser.add_argument("--quick", action="store_true", help="kernels of one model, few layers")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_compile.json"))
     arguments = parser.parse_args()
 
@@ -142,7 +145,7 @@ def main() -> None:
         for t in targets
         for job in (
             *kernel_jobs(t, arguments.case, arguments.quick),
-            *engine_jobs(t, arguments.case),
+            *engine_jobs(t, arguments.case, arguments.quick),
         )
     ]
     if not jobs:

@@ -18,12 +18,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.engine.sampling_params import BANNED, TOP_LOGPROBS
 from flexllm_jax.engine.structured_outputs import BITS
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass, BypassFunction, no_bypass
 
-TOP_LOGPROBS = 20  # most alternatives a request can ask for, as in the OpenAI interface
-BANNED = 16  # most tokens that min_tokens can hold back
 _ROWS_AT_ONCE = 64
 
 

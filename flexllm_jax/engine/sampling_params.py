@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from flexllm_jax.engine.sampler import BANNED, TOP_LOGPROBS
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+
+TOP_LOGPROBS = 20  # most alternatives a request can ask for, as in the OpenAI interface
+BANNED = 16  # most tokens that min_tokens can hold back
 
 
 @dataclass(frozen=True)

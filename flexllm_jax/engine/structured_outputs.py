@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from llguidance import LLExecutor, LLMatcher, LLParserLimits
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 
@@ -120,14 +120,22 @@ class TokenMatchers:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]):
-        self._words = -(-vocab_size // BITS)
+        self._words, self._all_words = (
+            -(-size // BITS) for size in (vocab_size, max(vocab_size, len(tokenizer)))
+        )
         self._executor = LLExecutor()
-        size = max(vocab_size, len(tokenizer))
-        self._vocabulary = from_tokenizer(tokenizer, n_vocab=size, eos_token=list(eos_token_ids))
+        size, eos = max(vocab_size, len(tokenizer)), list(eos_token_ids)
+        try:
+            self._vocabulary: LLTokenizer | str = from_tokenizer(tokenizer, size, eos)
+        except ValueError as error:  # a kind that llguidance does not know
+            self._vocabulary = f"structured_outputs: not with this model's tokenizer ({error})"
 
     def match(self, params: StructuredOutputsParams) -> LLMatcher:
         """The matcher of an output that has no tokens yet; any thread may ask, and not the
-        engine's, as it takes time. ValueError as `compile`."""
+        engine's, as it takes time. ValueError as `compile`, and for a tokenizer whose tokens
+        cannot be told as text."""
+        if isinstance(self._vocabulary, str):
+            raise ValueError(self._vocabulary)
         matcher = LLMatcher(self._vocabulary, params.compile(), limits=_LIMITS)
         matcher.compute_bitmask()  # the first takes longest: what it finds out is kept
         if reason := failure(matcher):
@@ -139,7 +147,6 @@ class TokenMatchers:
     ) -> Int[np.ndarray, "rows W"]:
         """The tokens that may come next, as bits: token t is bit t % 32 of word t // 32. `matchers`
         with their rows; in the other rows all tokens may."""
-        size = -(-self._vocabulary.vocab_size // BITS)
-        bits = np.full((rows, size), -1, np.int32)
+        bits = np.full((rows, self._all_words), -1, np.int32)
         fill_next_token_bitmask_par(self._executor, list(matchers), bits)
         return bits[:, : self._words]

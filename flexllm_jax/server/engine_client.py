@@ -20,10 +20,10 @@ import zmq.asyncio
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.server.engine_process import BAD_INPUT
 from flexllm_jax.server.local_engine import LocalEngine
 from flexllm_jax.server.models import ServedAdapter
 from flexllm_jax.server.protocol import (
+    BAD_INPUT,
     Call,
     Cancel,
     Command,

@@ -36,6 +36,7 @@ from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.server.engine_calls import EngineCalls
 from flexllm_jax.server.logs import use_json
 from flexllm_jax.server.protocol import (
+    BAD_INPUT,
     AdapterState,
     Call,
     Cancel,
@@ -55,7 +56,6 @@ from flexllm_jax.server.protocol import (
 log = logging.getLogger(__name__)
 
 STATS_S = 0.2
-BAD_INPUT = 2  # exit status: the configuration, or a file it names, cannot be used
 
 Numbered = dict[int, NewRequest]  # by the client's number
 

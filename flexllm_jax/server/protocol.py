@@ -14,6 +14,8 @@ import msgspec
 
 from flexllm_jax.engine.sampling_params import SamplingParams
 
+BAD_INPUT = 2  # an engine's exit status: the configuration, or a file it names, cannot be used
+
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """A message; arrays on the wire, told apart by the class's name."""

@@ -19,8 +19,9 @@ from ray.exceptions import RayError
 
 from flexllm_jax.cli import USER_ERRORS, quiet_libraries
 from flexllm_jax.config import Config, build_config
-from flexllm_jax.server.engine_process import BAD_INPUT, EngineProcess
+from flexllm_jax.server.engine_process import EngineProcess
 from flexllm_jax.server.logs import use_json
+from flexllm_jax.server.protocol import BAD_INPUT
 
 log = logging.getLogger(__name__)
 

@@ -35,9 +35,10 @@ from flexllm_jax.cli import quiet_libraries
 from flexllm_jax.config import Config, ConfigError, build_config
 from flexllm_jax.server.app import Server
 from flexllm_jax.server.engine_client import EngineClient
-from flexllm_jax.server.engine_process import BAD_INPUT, lock_folder
+from flexllm_jax.server.engine_process import lock_folder
 from flexllm_jax.server.engines import Engines
 from flexllm_jax.server.logs import use_json
+from flexllm_jax.server.protocol import BAD_INPUT
 from flexllm_jax.server.ray_engine import RayEngine
 from flexllm_jax.server.run import FOR_REQUESTS, check, listen, log_address
 
