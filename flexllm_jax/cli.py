@@ -18,25 +18,9 @@ from typing import NoReturn
 import transformers
 from rich import get_console
 
-from flexllm_jax.compile.parallel import ParallelError
 from flexllm_jax.config import Config, ConfigError, Root, Section, describe, load_config
-from flexllm_jax.engine.cache import CacheError
-from flexllm_jax.finetune.checkpoint import CheckpointError
-from flexllm_jax.finetune.data.rows import DatasetError
-from flexllm_jax.models.config import ModelConfigError
-from flexllm_jax.models.hf_weights import WeightsError
-from flexllm_jax.peft.adapter import AdapterError
+from flexllm_jax.errors import UserError
 
-USER_ERRORS = (
-    AdapterError,
-    CacheError,
-    CheckpointError,
-    ConfigError,
-    DatasetError,
-    ModelConfigError,
-    ParallelError,
-    WeightsError,
-)
 INTERRUPTED = 130
 
 
@@ -120,7 +104,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         status = INTERRUPTED
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)

@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from flexllm_jax.errors import UserError
 from scheduler.policies import POLICIES
 
 Int = Annotated[int, Strict()]
@@ -38,7 +39,7 @@ AdapterKind = Literal["lora", "ia3", "bottleneck", "prefix"]
 ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)[:-1]  # "all-linear": no head
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration cannot be used. The message is one line: field, value, remedy."""
 
 

@@ -7,13 +7,14 @@ goes on from.
 from __future__ import annotations
 
 from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script
-from flexllm_jax.engine.processes import follow
 
 
 def main() -> int:
     """Serve; returns the exit status."""
     config = read_config(make_parser(__doc__).parse_args())
     if config.parallel.process_id:
+        from flexllm_jax.engine.processes import follow
+
         return follow(config)
     check_output_dir(config.output_dir)
     try:

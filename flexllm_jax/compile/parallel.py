@@ -12,6 +12,7 @@ import itertools
 from dataclasses import dataclass, field
 from enum import Enum
 
+from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 
 ROW_PARALLEL = ("o", "down")
@@ -25,7 +26,7 @@ _RING = {
 _WEIGHT_BYTES = 16  # of a trained weight: float32 master, gradient and both of AdamW's moments
 
 
-class ParallelError(ValueError):
+class ParallelError(UserError):
     """A model that does not divide over the devices; one line."""
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 
 
-class CacheError(ValueError):
+class CacheError(UserError):
     """The device cannot hold what the configuration asks for; one line."""
 
 

@@ -22,13 +22,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flexllm_jax.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"(0|[1-9]\d*)(?:-([1-9]\d*))?")
 _REMOVED = ".removed"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; one line that names the directory."""
 
 

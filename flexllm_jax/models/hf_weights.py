@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _INDEX = "model.safetensors.index.json"
 _SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """A checkpoint that is incomplete or does not fit its `config.json`; one line."""
 
 

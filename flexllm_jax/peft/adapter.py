@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 
 TARGET_MODULES: Mapping[str, str] = MappingProxyType(
@@ -49,7 +50,7 @@ Site = tuple[int, str]  # (layer, where in it)
 Weights = Mapping[Site, Mapping[str, np.ndarray]]
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter or its configuration that cannot be used; one line."""
 
 

@@ -27,11 +27,12 @@ from typing import IO
 import msgspec
 import zmq
 
-from flexllm_jax.cli import USER_ERRORS, quiet_libraries
+from flexllm_jax.cli import quiet_libraries
 from flexllm_jax.config import Config, build_config
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
 from flexllm_jax.engine.request import RequestState
+from flexllm_jax.errors import UserError
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.server.engine_calls import EngineCalls
 from flexllm_jax.server.logs import use_json
@@ -353,7 +354,7 @@ def main() -> int:
             process = EngineProcess(config, commands, events)
             signal.signal(signal.SIGTERM, lambda *_: process.stopping.set())
             return process.run()
-    except USER_ERRORS as error:
+    except UserError as error:
         print(f"serve.py: {error}", file=sys.stderr)
         return BAD_INPUT
 

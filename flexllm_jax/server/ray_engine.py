@@ -17,8 +17,9 @@ import ray
 import zmq
 from ray.exceptions import RayError
 
-from flexllm_jax.cli import USER_ERRORS, quiet_libraries
+from flexllm_jax.cli import quiet_libraries
 from flexllm_jax.config import Config, build_config
+from flexllm_jax.errors import UserError
 from flexllm_jax.server.engine_process import EngineProcess
 from flexllm_jax.server.logs import use_json
 from flexllm_jax.server.protocol import BAD_INPUT
@@ -41,7 +42,7 @@ class EngineActor:
             use_json()
         try:
             process = EngineProcess(config, commands, events, key)
-        except USER_ERRORS as error:
+        except UserError as error:
             return BAD_INPUT, str(error)
         return process.run(), None
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexllm_jax.cli import USER_ERRORS
+from flexllm_jax.errors import UserError
 from flexllm_jax.replay import fit_prompt
 from tests.scripts.workspace import SCRIPTS, TRACE, Workspace, make_workspace
 
@@ -27,7 +27,7 @@ def error_of(
     monkeypatch.setattr(sys, "argv", workspace.command(script, *arguments)[1:])
     monkeypatch.chdir(workspace.folder)
     before = sorted(workspace.folder.rglob("*"))
-    with pytest.raises(USER_ERRORS) as caught:
+    with pytest.raises(UserError) as caught:
         module.main()
     assert sorted(workspace.folder.rglob("*")) == before
     message = str(caught.value)

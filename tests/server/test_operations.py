@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -47,6 +48,15 @@ def value(server, name, **labels):
     return sum(
         s.value for s in samples(server) if s.name == name and labels.items() <= s.labels.items()
     )
+
+
+def test_the_http_process_has_no_jax(server):
+    """It would take a second more to start, and hundreds of MiB."""
+    libraries = {
+        p: Path(f"/proc/{p}/maps").read_text() for p in (server.process.pid, server.engine_pid)
+    }
+    assert "jaxlib" in libraries[server.engine_pid]
+    assert "jaxlib" not in libraries[server.process.pid]
 
 
 def test_metrics_count_what_happened(server, client):
