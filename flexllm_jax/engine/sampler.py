@@ -3,10 +3,9 @@
 Two programs share the contract: `sample_greedy` takes the largest logit and nothing else;
 `sample_full` applies, in vLLM's order, penalties, banned tokens and those that a structured output
 does not allow, temperature, min-p, top-k and top-p, draws with the request's own key, and reports
-log-probabilities. The host picks the full one
-only when a request of the step needs it. A draw depends on the request's seed and the index of its
-token alone, so neither batching nor preemption changes it. Log-probabilities are those of the raw
-logits, as in training.
+log-probabilities. The host picks the full one only when a request of the step needs it. A draw
+depends on the request's seed and the index of its token alone, so neither batching nor preemption
+changes it. Log-probabilities are those of the raw logits, as in training.
 """
 
 from dataclasses import dataclass, fields

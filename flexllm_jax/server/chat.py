@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -83,7 +84,7 @@ async def chat(
     if body.tools and body.tool_choice != "none":
         form, tools = codec.tool_format(), dump_tools(body.tools)
     if forced := _forced_tools(body):
-        structure = _calls(body, form, forced, codec)
+        structure = await asyncio.to_thread(_calls, body, form, forced, codec)
     text = await codec.render(body.messages, tools, body.chat_template_kwargs)
     prompt = await codec.encode(text, limit, add_special_tokens=False)
     max_tokens = body.max_completion_tokens
