@@ -135,6 +135,8 @@ def test_a_job_learns_the_same_beside_structures(llm, tmp_path):
     while beside.status == "running":
         llm.generate(PROMPTS, matching(CASES["date"][0]))
     np.testing.assert_allclose(beside.losses, alone.losses, rtol=1e-4)
+    for name in ("alone", "beside"):
+        llm.unload_adapter(name)
 
 
 def test_what_is_drawn_has_its_schema(llm):
