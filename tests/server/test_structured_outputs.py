@@ -138,6 +138,7 @@ def test_what_the_grammar_of_calls_allows_is_what_the_parser_finds(form, tokeniz
     ("fields", "says"),
     [
         ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": schema_format({"type": "strin"})}, "response_format: Invalid type"),
         ({"response_format": schema_format({"not": {}})}, "response_format: Unimplemented keys"),
