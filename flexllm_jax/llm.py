@@ -242,19 +242,10 @@ class LLM:
     ) -> list[NewRequest]:
         tokens = tuple(self.encode(prompt))
         arrival = time.monotonic() if arrival is None else arrival
-        matcher = None
-        if params.structured_outputs:
-            matcher = self.engine.matchers.match(params.structured_outputs)
+        matchers = self.engine.matchers.match_all(params.structured_outputs, params.n)
         return [
-            NewRequest(
-                tokens,
-                params,
-                adapter,
-                arrival,
-                seed_offset=i,
-                matcher=matcher.deep_copy() if matcher else None,
-            )
-            for i in range(params.n)
+            NewRequest(tokens, params, adapter, arrival, seed_offset=i, matcher=matcher)
+            for i, matcher in enumerate(matchers)
         ]
 
     def _raise_refused(self, futures: Sequence[RequestFuture]) -> None:

@@ -19,7 +19,7 @@ from flexllm_jax.engine.batch import BatchShape
 from flexllm_jax.engine.cache import page_shapes
 from flexllm_jax.engine.placement import ALL, GATHERED, Placement
 from flexllm_jax.engine.step import forward_step
-from flexllm_jax.engine.structured_outputs import BITS
+from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.finetune.backward import (
     flow_shapes,
     layer_unit,
@@ -106,11 +106,6 @@ class EngineSizes:
             ),
             placement=placement,
         )
-
-    @property
-    def mask_words(self) -> int:
-        """Words of the mask of tokens that a structured output allows."""
-        return -(-self.model.vocab_size // BITS)
 
     @property
     def devices(self) -> int:
@@ -291,7 +286,7 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
             Program(
                 f"sample/full/{rows}",
                 full,
-                (*arguments, history, packed, _ints(rows, sizes.mask_words)),
+                (*arguments, history, packed, _ints(rows, mask_words(sizes.model.vocab_size))),
                 (3, 4),
                 _WHOLE,
             ),

@@ -25,6 +25,7 @@ from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import device_memory, plan_memory, tree_bytes
 from flexllm_jax.engine.placement import Placement
 from flexllm_jax.engine.programs import EngineSizes, bank_shape, head_parameters, list_programs
+from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import load_parameters
 from kernels_pallas.backend import select_backend
@@ -112,8 +113,9 @@ class Runner:
         self.pages = self._zeros(sizes.pages(self.num_pages))
         self.last_tokens = self._zeros(sizes.request_arrays["last_tokens"])
         self.history = self._zeros(sizes.request_arrays["history"])
+        words = mask_words(self.model.vocab_size)
         self._all_allowed = {
-            rows: self.put(np.full((rows, sizes.mask_words), -1, np.int32))
+            rows: self.put(np.full((rows, words), -1, np.int32))
             for rows in {shape.samples for shape in sizes.batch_shapes.values()}
         }
 

@@ -65,16 +65,18 @@ class StructuredOutputsParams:
             value = getattr(self, given[0])
             raise ValueError(f"structured_outputs.{given[0]}={value!r} must be {rule}")
 
-    def compile(self) -> str:
-        """Its grammar in llguidance's form. ValueError, saying why, when it cannot be kept to."""
-        try:
-            grammar = self._grammar()
-            wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-        except (ValueError, RecursionError) as error:
-            wrong, messages = True, [str(error)]
+    def check(self) -> None:
+        """ValueError, saying why, when it cannot be kept to with any tokenizer."""
+        wrong, messages = LLMatcher.validate_grammar_with_warnings(self.to_grammar())
         if wrong:
             raise ValueError(_one_line(messages[0]))
-        return grammar
+
+    def to_grammar(self) -> str:
+        """Its grammar in llguidance's form, which may be wrong. ValueError if it has none."""
+        try:
+            return self._grammar()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(_one_line(str(error))) from None
 
     def _grammar(self) -> str:
         if self.regex is not None:
@@ -87,6 +89,11 @@ class StructuredOutputsParams:
         text = schema if isinstance(schema, str) else json.dumps(schema)  # which heeds its depth
         options: Any = {"whitespace_flexible": not self.disable_any_whitespace}
         return LLMatcher.grammar_from_json_schema(text, overrides=options)
+
+
+def mask_words(tokens: int) -> int:
+    """Words of a mask of that many tokens."""
+    return -(-tokens // BITS)
 
 
 def _are_texts(choice: Any) -> bool:
@@ -120,11 +127,9 @@ class TokenMatchers:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]):
-        self._words, self._all_words = (
-            -(-size // BITS) for size in (vocab_size, max(vocab_size, len(tokenizer)))
-        )
-        self._executor = LLExecutor()
         size, eos = max(vocab_size, len(tokenizer)), list(eos_token_ids)
+        self._words, self._all_words = mask_words(vocab_size), mask_words(size)
+        self._executor = LLExecutor()
         try:
             self._vocabulary: LLTokenizer | str = from_tokenizer(tokenizer, size, eos)
         except ValueError as error:  # a kind that llguidance does not know
@@ -132,15 +137,24 @@ class TokenMatchers:
 
     def match(self, params: StructuredOutputsParams) -> LLMatcher:
         """The matcher of an output that has no tokens yet; any thread may ask, and not the
-        engine's, as it takes time. ValueError as `compile`, and for a tokenizer whose tokens
-        cannot be told as text."""
+        engine's, as it takes time. ValueError, saying why, when it cannot be kept to, or the
+        tokens of this tokenizer cannot be told as text."""
         if isinstance(self._vocabulary, str):
             raise ValueError(self._vocabulary)
-        matcher = LLMatcher(self._vocabulary, params.compile(), limits=_LIMITS)
+        matcher = LLMatcher(self._vocabulary, params.to_grammar(), limits=_LIMITS)
         matcher.compute_bitmask()  # the first takes longest: what it finds out is kept
         if reason := failure(matcher):
             raise ValueError(reason)
         return matcher
+
+    def match_all(
+        self, params: StructuredOutputsParams | None, count: int
+    ) -> list[LLMatcher] | list[None]:
+        """`match` for `count` outputs of one request; None for each if they are free."""
+        if params is None:
+            return [None] * count
+        matcher = self.match(params)
+        return [matcher, *(matcher.deep_copy() for _ in range(count - 1))]
 
     def allowed(
         self, matchers: Sequence[tuple[LLMatcher, int]], rows: int

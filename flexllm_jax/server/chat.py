@@ -154,7 +154,7 @@ def _calls(
         structure = calls_of(
             form, {f.name: f.parameters for f in functions}, codec.literal, parallel=parallel
         )
-        structure.compile()
+        structure.check()
     except ValueError as error:
         raise ApiError(400, f"tools: {error}", param="tools") from None
     return structure

@@ -145,10 +145,10 @@ class EngineProcess:
 
     def _prepare(self, requests: Sequence[Generate]) -> None:
         """Hand requests to the engine's thread, which has no time for what can be done here."""
-        first, matcher = requests[0], None  # a message is about one adapter and one structure
+        first = requests[0]  # a message is about one adapter and one structure
+        structure = first.params.structured_outputs
         try:
-            if first.params.structured_outputs:
-                matcher = self.engine.matchers.match(first.params.structured_outputs)
+            matchers = self.engine.matchers.match_all(structure, len(requests))
         except ValueError as error:
             self._refuse([r.request_id for r in requests], str(error), invalid=True)
             return
@@ -160,9 +160,9 @@ class EngineProcess:
                 r.arrival,
                 r.seed_offset,
                 r.slo_class,
-                matcher.deep_copy() if matcher else None,
+                matcher,
             )
-            for r in requests
+            for r, matcher in zip(requests, matchers, strict=True)
         }
         self.loop.post(lambda: self._submit(numbered, first.adapter, first.adapter_path))
 

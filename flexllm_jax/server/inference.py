@@ -56,7 +56,7 @@ class Answer:
     ):
         self.prompts, self._stop_ids = prompts, stop_ids
         self.output_tokens = [0] * len(detokenizers)
-        self._cached_tokens = [0] * len(prompts)
+        self._cached_tokens = [0] * len(detokenizers)
         self._generation, self._detokenizers, self._metrics = generation, detokenizers, metrics
 
     async def close(self) -> None:
@@ -69,11 +69,12 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         """Tokens of prompts and outputs, as OpenAI tells them."""
         prompt, output = sum(map(len, self.prompts)), sum(self.output_tokens)
+        n = len(self.output_tokens) // len(self.prompts)  # a prompt counts once
         return {
             "prompt_tokens": prompt,
             "completion_tokens": output,
             "total_tokens": prompt + output,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens[::n])},
         }
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -89,9 +90,7 @@ class Answer:
     def _take(self, index: int, at: float, token: int, output: Output, position: int) -> Delta:
         detokenizer = self._detokenizers[index]
         self.output_tokens[index] += 1
-        n = len(self.output_tokens) // len(self.prompts)
-        if not index % n and not position:  # a prompt counts once, however many outputs it has
-            self._cached_tokens[index // n] += output.cached_tokens
+        self._cached_tokens[index] = max(self._cached_tokens[index], output.cached_tokens)
         self._metrics[index].token(at, output.queued_s)
         last = position == len(output.token_ids) - 1
         reason = output.finish_reason if last else None
@@ -148,7 +147,7 @@ class Inference:
         try:
             structure = body.structure()
             if structure:
-                await asyncio.to_thread(structure.compile)
+                await asyncio.to_thread(structure.check)
         except ValueError as error:
             message = str(error).replace("structured_outputs", field, 1)
             raise ApiError(400, message, param=field) from None
