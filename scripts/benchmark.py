@@ -18,9 +18,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from rich.console import Console
 from rich.progress import track
 
-from flexllm_jax import memory_report
-from flexllm_jax.activation_memory import Compiler, MemorySection, measure
-from flexllm_jax.benchmark import (
+from flexllm_jax.config.cli import (
+    check_output_dir,
+    make_parser,
+    read_config,
+    run_script,
+    shows_progress,
+)
+from flexllm_jax.experiments import memory_report
+from flexllm_jax.experiments.activation_memory import Compiler, MemorySection, measure
+from flexllm_jax.experiments.benchmark import (
     BenchmarkConfig,
     EngineExperiment,
     SimulatedExperiment,
@@ -28,10 +35,14 @@ from flexllm_jax.benchmark import (
     run_engine,
     simulated_twin,
 )
-from flexllm_jax.calibration import calibrate, predict_rows
-from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script, shows_progress
-from flexllm_jax.simulation import Simulation, simulate
-from flexllm_jax.simulation_report import comparison_table, figures, plot_series, plot_sweep
+from flexllm_jax.experiments.calibration import calibrate, predict_rows
+from flexllm_jax.experiments.simulation import Simulation, simulate
+from flexllm_jax.experiments.simulation_report import (
+    comparison_table,
+    figures,
+    plot_series,
+    plot_sweep,
+)
 
 Row = dict[str, Any]
 

@@ -22,7 +22,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from flexllm_jax.cli import (
+from flexllm_jax.compile.remat import INPUT, PAGES, LayerGraph, Plan, all_plans
+from flexllm_jax.config import Config, ConfigError
+from flexllm_jax.config.cli import (
     check_output_dir,
     make_parser,
     read_config,
@@ -30,8 +32,6 @@ from flexllm_jax.cli import (
     shows_progress,
     without_jobs,
 )
-from flexllm_jax.compile.remat import INPUT, PAGES, LayerGraph, Plan, all_plans
-from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.activations import choose_saved, layer_graph
 from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.cache import device_memory, tree_bytes

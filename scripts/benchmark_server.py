@@ -29,7 +29,7 @@ import numpy as np
 from rich import get_console
 from rich.table import Table
 
-from flexllm_jax.cli import run_script
+from flexllm_jax.config.cli import run_script
 
 _STEPS = "flexllm:step_seconds"
 _TOKENS = "vllm:generation_tokens_total"

@@ -13,19 +13,19 @@ from rich import get_console
 from rich.markup import escape
 
 from flexllm_jax import LLM, SamplingParams
-from flexllm_jax.cli import (
+from flexllm_jax.config import ConfigError
+from flexllm_jax.config.cli import (
     check_output_dir,
     make_parser,
     read_config,
     run_script,
     shows_progress,
 )
-from flexllm_jax.config import ConfigError
 from flexllm_jax.engine.processes import follow
-from flexllm_jax.progress import ProgressDisplay
-from flexllm_jax.replay import encode_prompt
-from flexllm_jax.run import Inputs, Run, prepare
-from flexllm_jax.summary import conclude
+from flexllm_jax.launch.progress import ProgressDisplay
+from flexllm_jax.launch.replay import encode_prompt
+from flexllm_jax.launch.run import Inputs, Run, prepare
+from flexllm_jax.launch.summary import conclude
 
 ANSWER_TOKENS = 64
 

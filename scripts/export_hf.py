@@ -11,7 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 from rich import get_console
 
-from flexllm_jax.cli import (
+from flexllm_jax.config import ConfigError
+from flexllm_jax.config.cli import (
     check_output_dir,
     find_adapter,
     make_parser,
@@ -19,7 +20,6 @@ from flexllm_jax.cli import (
     run_script,
     without_jobs,
 )
-from flexllm_jax.config import ConfigError
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged

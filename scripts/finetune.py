@@ -12,18 +12,18 @@ import math
 from rich import get_console
 
 from flexllm_jax import LLM
-from flexllm_jax.cli import (
+from flexllm_jax.config import ConfigError
+from flexllm_jax.config.cli import (
     check_output_dir,
     make_parser,
     read_config,
     run_script,
     shows_progress,
 )
-from flexllm_jax.config import ConfigError
 from flexllm_jax.engine.processes import follow
-from flexllm_jax.progress import ProgressDisplay
-from flexllm_jax.run import Run, prepare
-from flexllm_jax.summary import conclude
+from flexllm_jax.launch.progress import ProgressDisplay
+from flexllm_jax.launch.run import Run, prepare
+from flexllm_jax.launch.summary import conclude
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 import rich
 
 from flexllm_jax import LLM, RequestOutput, SamplingParams
-from flexllm_jax.cli import (
+from flexllm_jax.config import Config, ConfigError, PreloadedAdapter
+from flexllm_jax.config.cli import (
     check_output_dir,
     find_adapter,
     make_parser,
@@ -24,9 +25,8 @@ from flexllm_jax.cli import (
     shows_progress,
     without_jobs,
 )
-from flexllm_jax.config import Config, ConfigError, PreloadedAdapter
-from flexllm_jax.replay import encode_prompt, read_prompts
-from flexllm_jax.run import Inputs, prepare
+from flexllm_jax.launch.replay import encode_prompt, read_prompts
+from flexllm_jax.launch.run import Inputs, prepare
 
 ADAPTER = "requested"  # the name that --adapter is served by
 

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from rich import get_console
 from rich.table import Table
 
-from flexllm_jax.cli import make_parser, read_config, run_script
+from flexllm_jax.config.cli import make_parser, read_config, run_script
 
 _SERVE = Path(__file__).resolve().parent / "serve.py"
 _OUTCOMES = ("finished", "left", "refused", "failed", "lost")

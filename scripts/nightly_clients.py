@@ -24,7 +24,7 @@ from typing import Any
 from load_server import RunningServer
 from rich import get_console
 
-from flexllm_jax.cli import make_parser, read_config, run_script
+from flexllm_jax.config.cli import make_parser, read_config, run_script
 
 REQUESTS, CONCURRENCY, INPUT, OUTPUT = 100, 8, 64, 32
 _LOAD = Path(__file__).resolve().parent / "load_server.py"

@@ -6,7 +6,7 @@ goes on from.
 
 from __future__ import annotations
 
-from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script
+from flexllm_jax.config.cli import check_output_dir, make_parser, read_config, run_script
 
 
 def main() -> int:

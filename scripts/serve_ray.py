@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script
+from flexllm_jax.config.cli import check_output_dir, make_parser, read_config, run_script
 
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",

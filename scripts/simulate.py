@@ -9,9 +9,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from flexllm_jax.cli import check_output_dir, make_parser, read_config, run_script, shows_progress
-from flexllm_jax.simulation import Simulation, SimulationConfig, simulate
-from flexllm_jax.simulation_report import comparison_table, figures, plot_series
+from flexllm_jax.config.cli import (
+    check_output_dir,
+    make_parser,
+    read_config,
+    run_script,
+    shows_progress,
+)
+from flexllm_jax.experiments.simulation import Simulation, SimulationConfig, simulate
+from flexllm_jax.experiments.simulation_report import comparison_table, figures, plot_series
 
 
 def main() -> int:

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from flexllm_jax.activation_memory import BypassSection
-from flexllm_jax.benchmark import BenchmarkConfig
-from flexllm_jax.cli import run_script
 from flexllm_jax.config import ConfigError, load_config
+from flexllm_jax.config.cli import run_script
+from flexllm_jax.experiments.activation_memory import BypassSection
+from flexllm_jax.experiments.benchmark import BenchmarkConfig
 
 
 class _FlashAttention(torch.autograd.Function):

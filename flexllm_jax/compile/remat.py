@@ -26,8 +26,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 from jaxtyping import Array, Float
 
+from flexllm_jax.models.bypass import BypassFunction
 from flexllm_jax.models.decoder import Decoder, DecoderLayer, Tap
-from flexllm_jax.peft.bypass import Bypass, BypassFunction
+from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.window_attention_backward import window_attention_backward

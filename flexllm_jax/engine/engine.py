@@ -28,8 +28,8 @@ from flexllm_jax.engine.programs import FINETUNE_SEQUENCES
 from flexllm_jax.engine.request import RequestState, top_logprobs
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
+from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
-from flexllm_jax.finetune.trainer import Trainer
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import BankDirectory, Published, from_row, to_rows
 from flexllm_jax.peft.hf_peft import load_adapter

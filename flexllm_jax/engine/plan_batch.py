@@ -14,7 +14,7 @@ from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
-from flexllm_jax.finetune.trainer import MicrobatchInWork
+from flexllm_jax.engine.trainer import MicrobatchInWork
 from scheduler.request import Chunk, Decode, FinetuneForward, Sequence, StepPlan
 
 

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from flexllm_jax.engine.sampling_params import BANNED, TOP_LOGPROBS
 from flexllm_jax.engine.structured_outputs import BITS
+from flexllm_jax.models.bypass import BypassFunction, no_bypass
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.peft.bypass import Bypass, BypassFunction, no_bypass
+from flexllm_jax.peft.bypass import Bypass
 
 _ROWS_AT_ONCE = 64
 

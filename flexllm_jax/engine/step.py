@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.engine.batch import Batch, BatchShape
+from flexllm_jax.models.bypass import no_bypass
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.peft.bypass import Bypass, no_bypass
+from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.backend import Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.models.bypass import BypassFunction, no_bypass
 from flexllm_jax.models.collectives import (
     Axes,
     argmax_columns,
@@ -32,7 +33,6 @@ from flexllm_jax.models.collectives import (
 )
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles, rotate
-from flexllm_jax.peft.bypass import BypassFunction, no_bypass
 
 Tap = Callable[[str, jax.Array], jax.Array]
 Angles = tuple[jax.Array, jax.Array]

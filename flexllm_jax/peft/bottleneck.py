@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
-from flexllm_jax.peft.outputs import Outputs
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora
 

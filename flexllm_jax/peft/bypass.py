@@ -1,40 +1,21 @@
-"""The interface of every PEFT method: a bypass network beside frozen projections, Y = f_B(X) +
-f_A(X) (FlexLLM, section 4).
+"""The bypass of a layer whose tokens carry adapters: those of all kinds, one after the other.
 
-The decoder calls `bypass(x, outputs, join)` once for all projections that read the same input: x
-[T, d_in], and by name (q, k, v, o, gate, up or down) each projection's output [T, d_out]. It goes
-on with the outputs that it gets back. Of a projection that is split over devices the output is a
-summand, and `join` the all-reduce that makes it whole: LoRA adds to the summand, and so joins the
-base model's all-reduce; a bottleneck reads the whole. Attention has a bypass too, `attend`, as it
-is no part of the decoder's layers. Everything is a pure function of arrays, so it runs, and is
+It implements the decoder's interface (`models/bypass.py`). Attention has a bypass too, `attend`, as
+it is no part of the decoder's layers. Everything is a pure function of arrays, so it runs, and is
 differentiated, inside the step programs.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.models.bypass import Join, Outputs, whole_already
 from flexllm_jax.peft import prefix
 from flexllm_jax.peft.bottleneck import bottleneck
 from flexllm_jax.peft.ia3 import ia3
 from flexllm_jax.peft.lora import lora
-from flexllm_jax.peft.outputs import Outputs
 from kernels_pallas.backend import XLA, Backend
-
-Join = Callable[[jax.Array], jax.Array]
-BypassFunction = Callable[..., Outputs]
-
-
-def whole_already(output: jax.Array) -> jax.Array:
-    """Nothing to join."""
-    return output
-
-
-def no_bypass(x: jax.Array, outputs: Outputs, join: Join = whole_already) -> Outputs:
-    """The base model alone."""
-    return {name: join(output) for name, output in outputs.items()}
 
 
 @dataclass(frozen=True)

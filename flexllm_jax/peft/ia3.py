@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
-from flexllm_jax.peft.outputs import Outputs
 
 # Site -> the projection whose output it scales.
 SCALED = {"ia3_k": "k", "ia3_v": "v", "ia3_inner": "up"}

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Int
 
-from flexllm_jax.peft.outputs import Outputs
+from flexllm_jax.models.bypass import Outputs
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora
 

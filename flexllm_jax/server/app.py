@@ -1,51 +1,38 @@
-"""The HTTP application: its parts, and which path leads where."""
+"""The HTTP application: its parts put together, and what the server says of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from pydantic import BaseModel
 
 from flexllm_jax.config import Config
 from flexllm_jax.models.tokenizer import load_tokenizer
-from flexllm_jax.server import (
-    adapters_routes,
-    dashboard,
-    errors,
-    files,
-    jobs_routes,
-    openapi,
-    sse,
-)
-from flexllm_jax.server.access import Admission, ApiKeys, Known
-from flexllm_jax.server.chat import chat
-from flexllm_jax.server.completions import complete
-from flexllm_jax.server.dashboard import Dashboard
-from flexllm_jax.server.database import Database
-from flexllm_jax.server.engine_client import EngineClient
-from flexllm_jax.server.engines import Engines
-from flexllm_jax.server.errors import ApiError
-from flexllm_jax.server.files import FileStore
-from flexllm_jax.server.inference import Inference
-from flexllm_jax.server.inference_schema import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    dump_tools,
-)
-from flexllm_jax.server.jobs import JobManager
-from flexllm_jax.server.logs import AccessLog
+from flexllm_jax.server.dashboard import dashboard
+from flexllm_jax.server.dashboard.dashboard import Dashboard
+from flexllm_jax.server.engines.client import EngineClient
+from flexllm_jax.server.engines.engines import Engines
+from flexllm_jax.server.engines.registry import ModelRegistry
+from flexllm_jax.server.finetuning import answers as finetuning_answers
+from flexllm_jax.server.finetuning import files
+from flexllm_jax.server.finetuning import routes as jobs_routes
+from flexllm_jax.server.finetuning.database import Database
+from flexllm_jax.server.finetuning.files import FileStore
+from flexllm_jax.server.finetuning.jobs import JobManager
+from flexllm_jax.server.http import errors, openapi, sse
+from flexllm_jax.server.http.access import Admission, ApiKeys
+from flexllm_jax.server.http.body_limit import BodyLimit, body_limits
+from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.http.logs import AccessLog
+from flexllm_jax.server.inference import adapters_routes
+from flexllm_jax.server.inference import answers as inference_answers
+from flexllm_jax.server.inference import routes as inference_routes
+from flexllm_jax.server.inference.requests import Inference
+from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.metrics import ServerMetrics
-from flexllm_jax.server.models import ModelRegistry
-from flexllm_jax.server.text import TextCodec
-
-_DISCARDED_BYTES = 64 * 2**20  # of a body that is too large, so that its sender reads the answer
 
 
 class Server:
@@ -99,94 +86,20 @@ def _make_app(server: Server) -> FastAPI:
         title="flexllm_jax", version=version("flexllm_jax"), docs_url=None, redoc_url=None
     )
     errors.install(app)
-    app.add_middleware(BodyLimit, limit_of=server_limits(server.config))
+    app.add_middleware(BodyLimit, limit_of=body_limits(server.config))
     app.add_middleware(AccessLog)
 
     app.state.keys = server.keys
-    _add_inference(app, server)
+    app.include_router(inference_routes.routes(server.inference))
     _add_status(app, server)
     app.include_router(files.routes(server.files))
     allowed = server.config.server.adapter_dirs
     app.include_router(adapters_routes.routes(allowed, server.engines, server.models))
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
-    openapi.describe(app, with_keys=server.keys.needed)
+    answers = inference_answers.ANSWERS | finetuning_answers.ANSWERS | _ANSWERS
+    openapi.describe(app, answers, with_keys=server.keys.needed)
     return app
-
-
-def _add_inference(app: FastAPI, server: Server) -> None:
-    inference, codec = server.inference, server.codec
-
-    @app.post("/v1/completions")
-    async def completions(request: Request, body: CompletionRequest, client: Known) -> Response:
-        return await complete(request, body, client, inference)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(
-        request: Request, body: ChatCompletionRequest, client: Known
-    ) -> Response:
-        return await chat(request, body, client, inference)
-
-    @app.get("/v1/models")
-    async def models(client: Known) -> Response:
-        return sse.json_response({"object": "list", "data": server.models.describe_all(client)})
-
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str, client: Known) -> Response:
-        return sse.json_response(server.models.describe(name, client))
-
-    @app.delete("/v1/models/{name:path}")
-    async def delete_model(name: str, client: Known) -> Response:
-        server.models.describe(name, client)  # 404 for one that there is not
-        raise ApiError(400, "models cannot be deleted here", param="model")
-
-    @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, client: Known) -> Response:
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "give exactly one of prompt and messages", param="prompt")
-        limit = server.config.server.max_body_bytes  # tokens; what the body allows
-        if body.messages is not None:
-            generation = body.add_generation_prompt
-            text = await codec.render(
-                body.messages, dump_tools(body.tools), add_generation_prompt=generation
-            )
-        else:
-            text = body.prompt or ""
-        special = body.add_special_tokens
-        special = body.messages is None if special is None else special
-        tokens = await codec.encode(text, limit, add_special_tokens=special)
-        names = codec.backend.id_to_token
-        return sse.json_response(
-            {
-                "count": len(tokens),
-                "max_model_len": server.models.max_model_len,
-                "tokens": tokens,
-                "token_strs": [names(t) for t in tokens] if body.return_token_strs else None,
-            }
-        )
-
-    @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest, client: Known) -> Response:
-        known = server.engines.info.vocab_size if server.engines.info else len(codec.tokenizer)
-        if outside := [token for token in body.tokens if token >= known]:
-            message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"
-            raise ApiError(400, message, param="tokens")
-        return sse.json_response({"prompt": codec.decode(body.tokens)})
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info(client: Known) -> Response:
-        tokenizer = codec.tokenizer
-        return sse.json_response(
-            {
-                "tokenizer_class": type(tokenizer).__name__,
-                "vocab_size": len(tokenizer),
-                "bos_token": tokenizer.bos_token,
-                "eos_token": tokenizer.eos_token,
-                "pad_token": tokenizer.pad_token,
-                "unk_token": tokenizer.unk_token,
-                "chat_template": tokenizer.chat_template,
-            }
-        )
 
 
 def _add_status(app: FastAPI, server: Server) -> None:
@@ -207,53 +120,20 @@ def _add_status(app: FastAPI, server: Server) -> None:
         return Response(server.metrics.render(), media_type="text/plain; version=0.0.4")
 
 
-def server_limits(config: Config) -> Callable[[Scope], int]:
-    """Largest body of a request, bytes."""
-    section = config.server
+class Health(BaseModel):
+    """GET /health."""
 
-    def limit_of(scope: Scope) -> int:
-        is_upload = scope["path"] == "/v1/files"
-        # A form is a little larger than the file in it.
-        return section.max_upload_bytes + 65536 if is_upload else section.max_body_bytes
-
-    return limit_of
+    status: Literal["ok"]
 
 
-class BodyLimit:
-    """Refuses bodies beyond a limit, whether they say their length or not."""
+class Version(BaseModel):
+    """GET /version."""
 
-    def __init__(self, app: ASGIApp, limit_of: Callable[[Scope], int]):
-        self.app, self.limit_of = app, limit_of
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request (ASGI)."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        limit, seen = self.limit_of(scope), 0
-        message = f"the body is larger than {limit} bytes: send less at once"
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
-        if stated.isdigit() and int(stated) > limit:
-            await _discard(receive)
-            await ApiError(413, message).response()(scope, receive, send)
-            return
-
-        async def counted() -> Message:
-            nonlocal seen
-            part = await receive()
-            seen += len(part.get("body", b""))
-            if seen > limit:
-                await _discard(receive)
-                raise HTTPException(413, message)
-            return part
-
-        await self.app(scope, counted, send)
+    version: str
 
 
-async def _discard(receive: Callable[[], Awaitable[Any]]) -> None:
-    discarded = 0
-    while discarded < _DISCARDED_BYTES:
-        part = await receive()
-        discarded += len(part.get("body", b""))
-        if not part.get("more_body"):
-            return
+_ANSWERS: openapi.Answers = {
+    ("get", "/health"): ([Health], (503,)),
+    ("get", "/version"): ([Version], ()),
+    ("get", "/metrics"): ([openapi.TEXT], ()),
+}

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from flexllm_jax.config import Config
-from flexllm_jax.server.access import Admitted
-from flexllm_jax.server.engine_client import EngineClient
-from flexllm_jax.server.protocol import Stats, Step
+from flexllm_jax.server.engines.client import EngineClient
+from flexllm_jax.server.engines.protocol import Stats, Step
+from flexllm_jax.server.http.access import Admitted
 
 _FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)

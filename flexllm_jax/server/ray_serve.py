@@ -2,7 +2,7 @@
 
 Its one deployment is the server's FastAPI app as it is, with the database, the files and the jobs
 in one replica; Ray Serve's proxy stands before it and starts another if it dies. Each engine is a
-Ray actor with devices of its own, which the app starts, watches and talks to (`ray_engine.py`). The
+Ray actor with devices of its own, which the app starts, watches and talks to (`engines/ray_actor.py`). The
 engines are actors and not a second deployment, because it matters which one is asked: a job is
 paused where it runs, a request goes where its adapter is. Adapters and checkpoints are folders in
 `output_dir`, which all machines of the cluster must see under the same path.
@@ -31,15 +31,15 @@ from ray.serve import Application
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from flexllm_jax.cli import quiet_libraries
 from flexllm_jax.config import Config, ConfigError, build_config
+from flexllm_jax.config.cli import quiet_libraries
 from flexllm_jax.server.app import Server
-from flexllm_jax.server.engine_client import EngineClient
-from flexllm_jax.server.engine_process import lock_folder
-from flexllm_jax.server.engines import Engines
-from flexllm_jax.server.logs import use_json
-from flexllm_jax.server.protocol import BAD_INPUT
-from flexllm_jax.server.ray_engine import RayEngine
+from flexllm_jax.server.engines.client import EngineClient
+from flexllm_jax.server.engines.engines import Engines
+from flexllm_jax.server.engines.process import lock_folder
+from flexllm_jax.server.engines.protocol import BAD_INPUT
+from flexllm_jax.server.engines.ray_actor import RayEngine
+from flexllm_jax.server.http.logs import use_json
 from flexllm_jax.server.run import FOR_REQUESTS, check, listen, log_address
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 import uvicorn
 
 from flexllm_jax.config import Config, ConfigError
-from flexllm_jax.server import sse
 from flexllm_jax.server.app import Server
-from flexllm_jax.server.logs import use_json
+from flexllm_jax.server.http import sse
+from flexllm_jax.server.http.logs import use_json
 
 log = logging.getLogger(__name__)
 

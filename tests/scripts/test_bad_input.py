@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexllm_jax.errors import UserError
-from flexllm_jax.replay import fit_prompt
+from flexllm_jax.launch.replay import fit_prompt
 from tests.scripts.workspace import SCRIPTS, TRACE, Workspace, make_workspace
 
 
@@ -91,7 +91,7 @@ def test_exit_status_and_stderr(workspace: Workspace) -> None:
 def test_help_lists_every_field(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from flexllm_jax.cli import make_parser
+    from flexllm_jax.config.cli import make_parser
 
     with pytest.raises(SystemExit) as caught:
         make_parser("What it does.").parse_args(["--help"])

@@ -9,10 +9,15 @@ import sys
 import pytest
 import yaml
 
-from flexllm_jax.benchmark import BenchmarkConfig, check_targets
-from flexllm_jax.calibration import PaperRowsSection, predict_rows
 from flexllm_jax.config import ConfigError, build_config, load_config
-from flexllm_jax.simulation import ARRANGEMENTS, SimulationConfig, select_arrivals, simulate
+from flexllm_jax.experiments.benchmark import BenchmarkConfig, check_targets
+from flexllm_jax.experiments.calibration import PaperRowsSection, predict_rows
+from flexllm_jax.experiments.simulation import (
+    ARRANGEMENTS,
+    SimulationConfig,
+    select_arrivals,
+    simulate,
+)
 from tests.scripts.workspace import ROOT, SCRIPTS
 
 ARRIVALS = {"process": "poisson", "rate": 2, "duration_s": 20, "prompt_tokens": 100}

@@ -1,0 +1,51 @@
+"""The configuration tree: its sections, and reading it from YAML and `--set`.
+
+Every field is described once, in the module of its section; `describe()` turns that into `--help`
+and the docs' page. Unknown keys are errors, numbers are never made out of strings, and what one
+section says about another is checked in `tree`, where both are known.
+"""
+
+from flexllm_jax.config.fields import ALL_MODULES, AdapterKind, ConfigError, Section, TargetModule
+from flexllm_jax.config.finetune import (
+    FinetuneConfig,
+    FinetuneSection,
+    OptimizerConfig,
+    PeftConfig,
+)
+from flexllm_jax.config.load import build_config, describe, load_config
+from flexllm_jax.config.memory import AdaptersSection, CacheSection, PreloadedAdapter
+from flexllm_jax.config.model import ModelSection, ParallelSection
+from flexllm_jax.config.scheduler import CompileSection, SchedulerSection, SloSection
+from flexllm_jax.config.server import ApiKey, LogSection, RaySection, ServerSection
+from flexllm_jax.config.tree import Config
+from flexllm_jax.config.workload import ArrivalsConfig, WorkloadSection
+
+__all__ = [
+    "ALL_MODULES",
+    "AdapterKind",
+    "AdaptersSection",
+    "ApiKey",
+    "ArrivalsConfig",
+    "CacheSection",
+    "CompileSection",
+    "Config",
+    "ConfigError",
+    "FinetuneConfig",
+    "FinetuneSection",
+    "LogSection",
+    "ModelSection",
+    "OptimizerConfig",
+    "ParallelSection",
+    "PeftConfig",
+    "PreloadedAdapter",
+    "RaySection",
+    "SchedulerSection",
+    "Section",
+    "ServerSection",
+    "SloSection",
+    "TargetModule",
+    "WorkloadSection",
+    "build_config",
+    "describe",
+    "load_config",
+]

@@ -1,0 +1,250 @@
+"""Fields of `finetune`: the jobs, their adapters and optimizers, and the training buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from flexllm_jax.config.fields import (
+    ALL_MODULES,
+    AdapterKind,
+    Bool,
+    Float,
+    Int,
+    Name,
+    Section,
+    TargetModule,
+    distinct,
+)
+
+
+class PeftConfig(Section):
+    """The adapter a job trains; fields of other kinds do not count. Also accepts
+    `flexllm_jax.peft.adapter.LoraConfig`."""
+
+    type: AdapterKind = Field(default="lora", description="Kind of adapter; one of adapters.kinds.")
+    r: Int = Field(default=16, ge=1, description="LoRA rank; at most adapters.max_rank.")
+    alpha: Float = Field(
+        default=32.0, gt=0, description="LoRA scale: alpha/r multiplies the update."
+    )
+    target_modules: tuple[TargetModule, ...] = Field(
+        default=ALL_MODULES,
+        min_length=1,
+        description="Modules that get an adapter, or all-linear: all seven.",
+    )
+    use_rslora: Bool = Field(
+        default=False, description="Scale by alpha/sqrt(r) instead of alpha/r."
+    )
+    rank_pattern: dict[str, Annotated[Int, Field(ge=1)]] = Field(
+        default={}, description="Rank of single modules, by name or regular expression as in PEFT."
+    )
+    alpha_pattern: dict[str, Annotated[Float, Field(gt=0)]] = Field(
+        default={}, description="Alpha of single modules, by name or regular expression as in PEFT."
+    )
+
+    layers_to_transform: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(
+        default=None, min_length=1, description="Layers that get LoRA, from 0. null: all."
+    )
+    bottleneck_size: Int = Field(
+        default=64, ge=1, description="Width of a bottleneck; at most adapters.max_bottleneck."
+    )
+    num_virtual_tokens: Int = Field(
+        default=16, ge=1, description="Tokens of a prefix; at most adapters.max_prefix."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_dataclass(cls, value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return value
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _all_linear(cls, modules: Any) -> Any:
+        return ALL_MODULES if modules == "all-linear" else modules
+
+    @field_validator("target_modules")
+    @classmethod
+    def _distinct(cls, modules: tuple[str, ...]) -> tuple[str, ...]:
+        return distinct(modules)
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return patterns
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: Float = Field(default=2e-4, gt=0, description="Peak learning rate.")
+    warmup: Int = Field(
+        default=0, ge=0, description="Optimizer steps over which the rate rises from 0."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="linear",
+        description="Rate after warm-up: constant, or falling to 0 at the last step.",
+    )
+    weight_decay: Float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    clip: Float | None = Field(
+        default=1.0, gt=0, description="Largest global norm of a gradient. null: no clipping."
+    )
+    beta1: Float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    beta2: Float = Field(
+        default=0.999, ge=0, lt=1, description="Decay of the mean of squared gradients."
+    )
+    eps: Float = Field(default=1e-8, gt=0, description="Added to the denominator.")
+
+
+class FinetuneConfig(Section):
+    """One finetuning job: a dataset, an adapter, an optimizer."""
+
+    name: Name = Field(
+        description="Name of the job, of its adapter and of its folder in output_dir."
+    )
+    dataset: Path = Field(description="Training rows, JSONL or JSON.")
+    format: Literal[
+        "auto", "chat", "prompt_completion", "text", "alpaca", "sharegpt", "question_answer"
+    ] = Field(default="auto", description="What a row looks like. auto: detected from its fields.")
+    validation: Path | None = Field(default=None, description="Validation rows in the same format.")
+    validation_every: Int = Field(
+        default=0, ge=0, description="Optimizer steps between validations. 0: only at the end."
+    )
+    train_on: Literal["completion", "all"] = Field(
+        default="completion",
+        description="Tokens that count in the loss: the answers, or everything.",
+    )
+    peft: PeftConfig = Field(default_factory=PeftConfig, description="The adapter.")
+    optimizer: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="The optimizer."
+    )
+    batch_tokens: Int = Field(
+        default=4096,
+        ge=1,
+        description="Tokens per optimizer step, at most, unless a single row has more.",
+    )
+    max_seq_len: Int | None = Field(
+        default=None,
+        ge=2,
+        description="Longer rows are cut to this many tokens. null: finetune.max_tokens.",
+    )
+    epochs: Int | None = Field(
+        default=None, ge=1, description="Passes over the dataset; or give steps."
+    )
+    steps: Int | None = Field(default=None, ge=1, description="Optimizer steps; or give epochs.")
+    seed: Int = Field(
+        default=0, ge=0, description="Seeds the adapter's start and the order of rows."
+    )
+    weight: Float = Field(
+        default=1.0,
+        gt=0,
+        description="Share of the finetuning tokens, relative to other jobs of its priority.",
+    )
+    priority: Int = Field(
+        default=0, description="Jobs of a higher priority go first as long as they have work."
+    )
+    init_adapter: Path | None = Field(
+        default=None,
+        description="PEFT folder to start from. null: a fresh adapter that changes nothing yet.",
+    )
+    resume: Bool = Field(
+        default=True,
+        description="Go on from the job's newest checkpoint in output_dir, if there is one.",
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            given = "neither" if self.epochs is None else "both"
+            raise ValueError(f"{given} of epochs and steps is given; give exactly one")
+        return self
+
+
+class FinetuneSection(Section):
+    """Token-level finetuning."""
+
+    max_tokens: Int = Field(
+        default=1024,
+        ge=2,
+        description="Tokens whose activations are held on the device: a longest sequence, or two "
+        "microbatches of half of it, of which one goes forward while the other goes backward.",
+    )
+    window: Int = Field(
+        default=256, ge=1, description="Tokens of a backward window; must divide max_tokens."
+    )
+    saved: Literal["auto", "all", "inputs"] | tuple[str, ...] = Field(
+        default="inputs",
+        description="Activations the forward keeps for the backward instead of recomputing, "
+        "besides the layers' inputs: `inputs` (attention's outputs alone), `all` (whatever spares "
+        "work), `auto` (what spares most in the memory that is free), or a list of names; an empty "
+        "list keeps least.",
+    )
+    idle_step_ms: Float = Field(
+        default=100.0,
+        gt=0,
+        allow_inf_nan=True,
+        description="Longest step while no request runs, ms: an arriving request waits for it. "
+        ".inf: no limit.",
+    )
+    floor: Float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the device's time that finetuning gets even if requests are then "
+        "late; 0: none.",
+    )
+    checkpoint_every: Int = Field(
+        default=50,
+        ge=0,
+        description="Optimizer steps between checkpoints. 0: only at the end or on Ctrl-C.",
+    )
+    jobs: tuple[FinetuneConfig, ...] = Field(default=(), description="Jobs, trained side by side.")
+
+    @field_validator("saved", mode="before")
+    @classmethod
+    def _saved(cls, saved: Any) -> Any:
+        if saved in ("auto", "all", "inputs"):
+            return saved
+        if isinstance(saved, list | tuple) and all(isinstance(name, str) for name in saved):
+            return tuple(saved)
+        raise ValueError(
+            f"got {saved!r}; must be `auto`, `all`, `inputs` or a list of activation names"
+        )
+
+    @field_validator("window")
+    @classmethod
+    def _divides(cls, window: int, info: Any) -> int:
+        max_tokens = info.data.get("max_tokens", window)
+        if max_tokens % window:
+            raise ValueError(
+                f"got {window}; must divide finetune.max_tokens, which is {max_tokens}"
+            )
+        return window
+
+    @field_validator("jobs")
+    @classmethod
+    def _jobs(cls, jobs: tuple[FinetuneConfig, ...], info: Any) -> tuple[FinetuneConfig, ...]:
+        distinct(tuple(job.name for job in jobs), "name: ")
+        max_tokens = info.data.get("max_tokens", math.inf)
+        for index, job in enumerate(jobs):
+            if job.max_seq_len is not None and job.max_seq_len > max_tokens:
+                raise ValueError(
+                    f"job {index} has max_seq_len {job.max_seq_len}, too long for a microbatch; "
+                    f"lower it or raise finetune.max_tokens, which is {max_tokens}"
+                )
+        if max_tokens == math.inf:
+            return jobs
+        return tuple(
+            job.model_copy(update={"max_seq_len": job.max_seq_len or max_tokens}) for job in jobs
+        )

@@ -1,0 +1,136 @@
+"""Fields of `server`, `ray` and `log`: the HTTP API, its replicas, and what it logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from flexllm_jax.config.fields import Bool, Float, Int, Name, Section, distinct
+
+
+class ApiKey(Section):
+    """A key that clients send as `Authorization: Bearer`, and what its owner may use."""
+
+    name: Name = Field(description="Whose key it is, as logs and limits call it.")
+    key: str = Field(min_length=8, description="The key itself.")
+    requests_in_flight: Int | None = Field(
+        default=None, ge=1, description="Outputs being generated at once. null: no limit."
+    )
+    tokens_per_minute: Int | None = Field(
+        default=None, ge=1, description="Prompt and output tokens per minute. null: no limit."
+    )
+    admin: bool = Field(
+        default=False, description="Whether it sees the files, jobs and adapters of every key."
+    )
+
+
+class ServerSection(Section):
+    """The HTTP server of scripts/serve.py."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is all.")
+    port: Int = Field(default=8000, ge=0, le=65535, description="Port; 0 takes a free one.")
+    model_name: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of the base model in requests. null: name of the folder model.path.",
+    )
+    organization: Name = Field(
+        default="org", description="Organization in the names of finetuned models."
+    )
+    api_keys: tuple[ApiKey, ...] = Field(
+        default=(), description="Keys that may use the server. None, and no file: everybody may."
+    )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="YAML file with a list `api_keys` in the same form, outside of this file.",
+    )
+    max_requests: Int = Field(
+        default=1024,
+        ge=1,
+        description="Outputs generated or waiting at once; beyond it requests get status 429.",
+    )
+    max_waiting_tokens: Int = Field(
+        default=262_144,
+        ge=1,
+        description="Prompt tokens of requests without their first token; beyond it, 429.",
+    )
+    max_body_bytes: Int = Field(
+        default=8 * 2**20, ge=1024, description="Largest request, bytes, other than uploads."
+    )
+    max_upload_bytes: Int = Field(
+        default=512 * 2**20, ge=1024, description="Largest uploaded file, bytes."
+    )
+    max_storage_bytes: Int = Field(
+        default=16 * 2**30, ge=1024, description="All uploaded files together, bytes."
+    )
+    max_running_jobs: Int = Field(
+        default=2, ge=1, description="Jobs that an engine trains side by side; others are queued."
+    )
+    max_queued_jobs: Int = Field(
+        default=100, ge=1, description="Jobs that are not done; beyond it, status 429."
+    )
+    database: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL of files and jobs. null: SQLite in output_dir/server.",
+    )
+    adapter_dirs: tuple[Path, ...] = Field(
+        default=(),
+        description="Folders whose adapters /v1/load_lora_adapter may load. None: it is off.",
+    )
+    stuck_after_s: Float = Field(
+        default=60.0, gt=0, description="Seconds without a step, having work, that fail /health."
+    )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="What a line of the log looks like, on stderr."
+    )
+    grace_s: Float = Field(
+        default=25.0,
+        gt=0,
+        description="Seconds after SIGTERM in which requests finish and jobs write checkpoints.",
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _distinct_keys(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        distinct(tuple(key.name for key in keys), "name: ")
+        for index, key in enumerate(keys):
+            if key.key in [other.key for other in keys[:index]]:
+                raise ValueError(f"the key of {key.name!r} is given twice; change one")
+        return keys
+
+
+class RaySection(Section):
+    """Engines behind one endpoint, on Ray: scripts/serve_ray.py."""
+
+    replicas: Int = Field(default=1, ge=1, description="Engines, each with devices of its own.")
+    address: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Ray cluster to join: `auto`, or host:port of its head. Its machines share "
+        "model.path and output_dir. null: starts a cluster on this machine.",
+    )
+    cpus_per_replica: Float = Field(
+        default=1.0, ge=0, description="CPU cores that Ray reserves for an engine."
+    )
+    gpus_per_replica: Float | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs that Ray gives an engine. null: parallel.tp where the cluster has GPUs.",
+    )
+    object_store_bytes: Int = Field(
+        default=128 * 2**20,
+        ge=80 * 2**20,
+        description="Shared memory of a cluster that is started here.",
+    )
+
+
+class LogSection(Section):
+    """What is written down besides the report."""
+
+    plans: Bool = Field(
+        default=False,
+        description="Write every step's plan, and what it was made from, as a line of "
+        "plans.jsonl in output_dir; scripts/replay_plans.py plans them again.",
+    )

@@ -1,0 +1,1 @@
+"""One run of the engine from a configuration: replay, progress, report, plot, summary."""

@@ -1,0 +1,1 @@
+"""The page that shows the engines, and what it reads."""

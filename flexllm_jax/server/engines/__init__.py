@@ -1,0 +1,1 @@
+"""The engines behind the HTTP process: their protocol, processes, clients and adapters."""

@@ -1,0 +1,151 @@
+"""What the HTTP process can ask of the engine beside generating: adapters and finetuning jobs.
+
+Each method runs in a worker thread of the engine process, reads its files there, and asks the
+engine's thread only for the last step. ValueError, in one line, is the caller's fault.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flexllm_jax.config import Config, FinetuneConfig, build_config
+from flexllm_jax.engine.engine import Engine
+from flexllm_jax.engine.loop import EngineLoop
+from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.peft.adapter import Adapter
+from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
+from flexllm_jax.server.engines.protocol import JobState
+
+_FORGOTTEN_AFTER_S = 60.0  # a job's end: its last checkpoint is written by then
+
+
+class EngineCalls:
+    """The methods a `Call` may name."""
+
+    def __init__(self, config: Config, engine: Engine, loop: EngineLoop, tokenizer: Any):
+        self._config, self._engine, self._loop = config, engine, loop
+        self._tokenizer = tokenizer
+        # Of adapters that can be loaded again.
+        self._paths = {a.name: str(a.path) for a in config.adapters.preload}
+        self._used: dict[str, float] = {}  # when an adapter was last asked for
+        self._checkpoints: dict[str, list[int]] = {}  # steps with an adapter on disk, by job
+        engine.directory.evict = self._least_used
+        engine.trainer.on_checkpoint = self._keep_checkpoint
+        self._losses_told: dict[str, int] = {}  # by job: how many were in the last statistics
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, path: str) -> int:
+        """Serve a PEFT folder as a new version of `name`; returns the version."""
+        model = self._engine.runner.model
+        adapter = load_adapter(Path(path), model, self._config.model.path)
+        rows = self._engine.to_rows(name, adapter)
+
+        def publish() -> int:
+            self._paths[name], self._used[name] = path, time.monotonic()
+            return self._engine.publish(name, adapter, rows).version
+
+        return self._loop.call(publish)
+
+    def is_loaded(self, name: str) -> bool:
+        """In the engine's thread: whether requests for `name` can be queued; counts as use."""
+        self._used[name] = time.monotonic()
+        return name in self._engine.directory.current
+
+    def _least_used(self) -> str | None:
+        """The idle adapter that was asked for the longest ago, of those that can come back."""
+        current = self._engine.directory.current
+        idle = [name for name in self._paths if name in current and not current[name].users]
+        return min(idle, key=lambda name: self._used.get(name, 0.0), default=None)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests that use it finish."""
+
+        def unload() -> None:
+            self._paths.pop(name, None)
+            if name in self._engine.directory.current:
+                self._engine.unload_adapter(name)
+
+        self._loop.call(unload)
+
+    # -- jobs -------------------------------------------------------------------------------------
+
+    def start_job(self, config: dict[str, Any]) -> None:
+        """Start a job, or go on with it from its newest checkpoint."""
+        job = create_job(
+            build_config(config, "job", FinetuneConfig),
+            self._engine.runner.model,
+            self._config.model.path,
+            self._tokenizer,
+            self._config.finetune,
+            self._engine.runner.sizes.max_model_len,
+        )
+        job.messages.clear()  # the HTTP process has read the files too, and told of their rows
+        self._checkpoints[job.name] = []
+        self._losses_told.pop(job.name, None)
+        self._loop.call(self._engine.add_job, job)
+        self._paths[job.name] = str(self._config.output_dir / job.name / "adapter")
+
+    def pause_job(self, name: str) -> None:
+        """Let a job wait from the next step on."""
+        self._loop.call(lambda: self._engine.trainer.pause(self._job(name)))
+
+    def resume_job(self, name: str) -> None:
+        """Let a paused job go on."""
+        self._loop.call(lambda: self._engine.trainer.resume(self._job(name)))
+
+    def cancel_job(self, name: str) -> None:
+        """Stop a job."""
+        self._loop.call(lambda: self._engine.trainer.cancel(self._job(name)))
+
+    def _job(self, name: str) -> FinetuneJob:
+        job = self._engine.trainer.jobs.get(name)
+        if job is None:
+            raise ValueError(f"job {name!r} is not in the engine")
+        return job
+
+    def _keep_checkpoint(self, job: FinetuneJob, step: int, adapter: Adapter) -> None:
+        """In the thread that writes checkpoints: the adapter of one in PEFT's format."""
+        model, base = self._engine.runner.model, self._config.model.path
+        folder = self._config.output_dir / job.name / "adapters" / f"step-{step}"
+        save_adapter(adapter, model, base, folder)
+        self._checkpoints.setdefault(job.name, []).append(step)
+
+    def _forget(self, job: FinetuneJob) -> None:
+        """In the engine's thread: an ended job holds its data, and is told of all the time."""
+        if self._engine.trainer.jobs.get(job.name) is job:
+            del self._engine.trainer.jobs[job.name]
+
+    def job_states(self) -> list[JobState]:
+        """How all jobs are; of losses, those since the last call."""
+        states = []
+        for job in list(self._engine.trainer.jobs.values()):
+            if job.finished_at and time.monotonic() - job.finished_at > _FORGOTTEN_AFTER_S:
+                self._loop.post(partial(self._forget, job))
+            told, losses = self._losses_told.get(job.name, 0), list(job.losses)
+            self._losses_told[job.name] = len(losses)
+            paused = job.running and job.paused
+            states.append(
+                JobState(
+                    name=job.name,
+                    status="paused" if paused else job.status.value,
+                    reason=job.reason,
+                    step=job.step,
+                    total_steps=job.total_steps,
+                    forwarded=job.forwarded,
+                    backwarded=job.backwarded,
+                    tokens=job.earlier_tokens + job.tokens,
+                    tokens_per_s=job.tokens_per_s,
+                    losses_from=told,
+                    losses=losses[told:],
+                    validation_losses=list(job.validation_losses),
+                    messages=list(job.messages),
+                    checkpoints=list(self._checkpoints.get(job.name, ())),
+                    resumed_from=job.resumed_from,
+                    eta_s=job.eta_s,
+                )
+            )
+        return states

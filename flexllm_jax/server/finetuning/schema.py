@@ -1,0 +1,155 @@
+"""The body that creates a finetuning job, and the FinetuneConfig it becomes."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from flexllm_jax.config import ALL_MODULES, Config, TargetModule
+from flexllm_jax.server.http.body import Body
+from flexllm_jax.server.http.errors import ApiError
+
+AUTO_EPOCHS = 3
+AUTO_BATCH_TOKENS = 4096
+BASE_LEARNING_RATE = 2e-4
+Auto = Literal["auto"]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class Hyperparameters(Body):
+    """OpenAI's."""
+
+    n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
+
+
+class Supervised(Body):
+    """Of a method."""
+
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Body):
+    """How to train."""
+
+    type: Literal["supervised"]
+    supervised: Supervised | None = None
+
+
+class CreateJob(Body):
+    """POST /v1/fine_tuning/jobs. From `learning_rate` on, fields are ours (`extra_body`)."""
+
+    model: Text
+    training_file: Text
+    validation_file: Text | None = None
+    suffix: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = (
+        None
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None
+    integrations: list[Any] | None = None
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    lora_rank: Annotated[int, Field(ge=1)] | None = None
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    lora_target_modules: Annotated[list[TargetModule], Field(min_length=1)] | None = None
+    batch_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    train_on: Literal["completion", "all"] = "completion"
+    warmup: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+
+    @property
+    def chosen(self) -> Hyperparameters:
+        """The hyperparameters, wherever they were given."""
+        supervised = self.method.supervised if self.method else None
+        given = supervised.hyperparameters if supervised else None
+        return given or self.hyperparameters or Hyperparameters()
+
+    def check(self, config: Config) -> None:
+        """ApiError 400 for what this server's adapters have no room for."""
+        bank = config.adapters
+        if self.integrations:
+            raise ApiError(400, "integrations: are not supported", param="integrations")
+        if self.lora_rank is not None and self.lora_rank > bank.max_rank:
+            raise ApiError(
+                400,
+                f"lora_rank: got {self.lora_rank}; this server's adapters have at most "
+                f"{bank.max_rank} (adapters.max_rank)",
+                param="lora_rank",
+            )
+        outside = set(self.lora_target_modules or ()) - set(bank.target_modules)
+        if outside:
+            raise ApiError(
+                400,
+                f"lora_target_modules: {', '.join(sorted(outside))} not among "
+                f"{', '.join(bank.target_modules)} (adapters.target_modules)",
+                param="lora_target_modules",
+            )
+
+    def tree(
+        self, config: Config, name: str, seed: int, mean_tokens: float
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fields of a FinetuneConfig, without files, and the hyperparameters they stand for.
+
+        `mean_tokens` of a training row turn a batch of rows into one of tokens.
+        """
+        chosen, bank = self.chosen, config.adapters
+        multiplier = chosen.learning_rate_multiplier
+        factor = 1.0 if multiplier == "auto" else float(multiplier)
+        rate = self.learning_rate or BASE_LEARNING_RATE * factor
+        epochs = AUTO_EPOCHS if chosen.n_epochs == "auto" else chosen.n_epochs
+        batch_tokens = self.batch_tokens
+        if batch_tokens is None:
+            size = chosen.batch_size
+            auto = size == "auto"
+            batch_tokens = AUTO_BATCH_TOKENS if auto else max(1, round(int(size) * mean_tokens))
+        rank = self.lora_rank or min(16, bank.max_rank)
+        modules = self.lora_target_modules or [m for m in ALL_MODULES if m in bank.target_modules]
+        fields = {
+            "name": name,
+            "train_on": self.train_on,
+            "peft": {
+                "r": rank,
+                "alpha": self.lora_alpha or 2.0 * rank,
+                "target_modules": modules,
+            },
+            "optimizer": {"lr": rate, "warmup": self.warmup},
+            "batch_tokens": batch_tokens,
+            **({"epochs": epochs} if self.max_steps is None else {"steps": self.max_steps}),
+            "seed": seed,
+            "weight": self.weight,
+            "priority": self.priority,
+        }
+        shown = {
+            "n_epochs": epochs,
+            "batch_size": max(1, round(batch_tokens / mean_tokens)),
+            "learning_rate_multiplier": rate / BASE_LEARNING_RATE,
+        }
+        return fields, shown
+
+
+def random_seed() -> int:
+    """For a job that names none."""
+    return secrets.randbelow(2**31)

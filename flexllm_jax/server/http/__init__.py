@@ -1,0 +1,1 @@
+"""What every route stands on: keys, bodies, errors, event streams, logs, OpenAPI."""

@@ -1,0 +1,1 @@
+"""Requests for text: chat, completions, tokenization, and the adapters they name."""

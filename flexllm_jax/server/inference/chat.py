@@ -1,0 +1,236 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.server.http import sse
+from flexllm_jax.server.http.access import Client
+from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.requests import Answer, Delta, Inference
+from flexllm_jax.server.inference.schema import (
+    ChatCompletionRequest,
+    Tool,
+    dump_tools,
+    refuse_unsupported,
+)
+from flexllm_jax.server.inference.text import TextCodec
+from flexllm_jax.server.inference.tool_calls import (
+    START,
+    CallDelta,
+    Format,
+    Parsed,
+    ToolCallParser,
+    calls_of,
+    join_calls,
+)
+
+
+class _Chat:
+    """A request being answered. `form`: how the model writes tool calls, if it was given tools."""
+
+    def __init__(
+        self, body: ChatCompletionRequest, answer: Answer, codec: TextCodec, form: Format | None
+    ):
+        self.body, self.answer, self.codec = body, answer, codec
+        self.may_call = form is not None
+        names = [tool.function.name for tool in body.tools or ()]
+        parallel = body.parallel_tool_calls is not False
+        self._parsers = [
+            ToolCallParser(form, names, parallel=parallel) if form else None
+            for _ in answer.output_tokens
+        ]
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        self.head["model"] = body.model
+
+    def take(self, delta: Delta) -> tuple[Parsed, str | None]:
+        """The text and calls that a token adds, and the finish reason."""
+        parser, reason = self._parsers[delta.index], delta.finish_reason
+        if parser is None:
+            return Parsed(delta.text, []), reason
+        parsed = parser.push(delta.text, final=reason is not None)
+        return parsed, "tool_calls" if reason == "stop" and parser.count else reason
+
+    def logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        """The log-probabilities of a token, as OpenAI shows them; None when not asked for."""
+        if delta.logprobs is None:
+            return None
+
+        def entry(token: int, value: float) -> dict[str, Any]:
+            text = self.codec.token_text(token)
+            data = list(self.codec.token_bytes(token))
+            return {"token": text, "logprob": value, "bytes": data}
+
+        ranked = sorted(delta.logprobs.items(), key=lambda item: -item[1])
+        top = [entry(*item) for item in ranked[: self.body.top_logprobs or 0]]
+        return {**entry(delta.token, delta.logprobs[delta.token]), "top_logprobs": top}
+
+
+async def chat(
+    request: Request, body: ChatCompletionRequest, client: Client, inference: Inference
+) -> Response:
+    """Answer a chat request, at once or as a stream."""
+    _refuse_unsupported(body)
+    limit, codec = inference.max_model_len(), inference.codec
+    tools, form, structure = None, None, await inference.structure(body)
+    if body.tools and body.tool_choice != "none":
+        form, tools = codec.tool_format(), dump_tools(body.tools)
+    if forced := _forced_tools(body):
+        structure = await asyncio.to_thread(_calls, body, form, forced, codec)
+    text = await codec.render(body.messages, tools, body.chat_template_kwargs)
+    prompt = await codec.encode(text, limit, add_special_tokens=False)
+    max_tokens = body.max_completion_tokens
+    max_tokens = body.max_tokens if max_tokens is None else max_tokens
+    max_tokens = inference.room(prompt) if max_tokens is None else max_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    skip_special = form is None or not codec.is_special(START)
+    answer = inference.open(
+        client,
+        body,
+        [prompt],
+        max_tokens,
+        logprobs,
+        structure=structure,
+        skip_special_tokens=skip_special,
+    )
+    conversation = _Chat(body, answer, codec, form)
+    if body.stream:
+        return sse.EventStream(_stream(conversation), answer.close)
+    try:
+        return await sse.while_connected(request, _whole(conversation))
+    finally:
+        await answer.close()
+
+
+def _refuse_unsupported(body: ChatCompletionRequest) -> None:
+    refuse_unsupported(body)
+    if body.top_logprobs is not None and not body.logprobs:
+        message = "top_logprobs: needs logprobs=true; set it or leave this out"
+        raise ApiError(400, message, param="top_logprobs")
+
+
+def _forced_tools(body: ChatCompletionRequest) -> list[Tool]:
+    """The tools of which one must be called; none if the model may choose."""
+    choice, tools = body.tool_choice, body.tools or []
+    if choice in (None, "none", "auto"):
+        return []
+    if choice != "required":
+        tools = [
+            t
+            for t in tools
+            if choice == {"type": "function", "function": {"name": t.function.name}}
+        ]
+    if not tools:
+        raise ApiError(
+            400,
+            f"tool_choice: got {choice!r}; must be none, auto, or, with tools, required or one of "
+            f'them: {{"type": "function", "function": {{"name": ...}}}}',
+            param="tool_choice",
+        )
+    return tools
+
+
+def _calls(
+    body: ChatCompletionRequest, form: Format | None, tools: list[Tool], codec: TextCodec
+) -> StructuredOutputsParams:
+    """An answer that calls one of `tools`, or several of them in parallel."""
+    if form is None:
+        message = "tool_choice: it is not known how this model writes calls; leave the choice to it"
+        raise ApiError(400, message, param="tool_choice")
+    if body.response_format is not None or body.structured_outputs is not None:
+        message = "tool_choice: an answer cannot be a call and have a format; leave out one of them"
+        raise ApiError(400, message, param="tool_choice")
+    functions = [tool.function for tool in tools]
+    try:
+        parallel = body.tool_choice == "required" and body.parallel_tool_calls is not False
+        structure = calls_of(
+            form, {f.name: f.parameters for f in functions}, codec.literal, parallel=parallel
+        )
+        structure.check()
+    except ValueError as error:
+        raise ApiError(400, f"tools: {error}", param="tools") from None
+    return structure
+
+
+async def _whole(conversation: _Chat) -> Response:
+    answer = conversation.answer
+    count = len(answer.output_tokens)
+    texts, reasons = [""] * count, [""] * count
+    calls: list[list[CallDelta]] = [[] for _ in range(count)]
+    reported: list[list[dict[str, Any]]] = [[] for _ in range(count)]
+    stops: list[str | int | None] = [None] * count
+    async for delta in answer:
+        parsed, reason = conversation.take(delta)
+        texts[delta.index] += parsed.text
+        calls[delta.index] += parsed.calls
+        reasons[delta.index], stops[delta.index] = reason or "", delta.stop_reason
+        if report := conversation.logprobs(delta):
+            reported[delta.index].append(report)
+    choices = [
+        {
+            "index": i,
+            "message": _message(texts[i], calls[i]),
+            "logprobs": {"content": reported[i]} if conversation.body.logprobs else None,
+            "finish_reason": reasons[i],
+            "stop_reason": stops[i],
+        }
+        for i in range(count)
+    ]
+    head = {**conversation.head, "object": "chat.completion"}
+    return sse.json_response({**head, "choices": choices, "usage": answer.usage})
+
+
+def _message(text: str, calls: list[CallDelta]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message |= {"content": text or None, "tool_calls": join_calls(calls)}
+    return message
+
+
+def _delta(parsed: Parsed, may_call: bool) -> dict[str, Any]:
+    """What a chunk adds; nothing while it is not known what a text becomes."""
+    delta: dict[str, Any] = {} if may_call and not parsed.text else {"content": parsed.text}
+    if parsed.calls:
+        delta["tool_calls"] = [call.describe() for call in parsed.calls]
+    return delta
+
+
+async def _stream(conversation: _Chat) -> AsyncGenerator[bytes]:
+    answer, options = conversation.answer, conversation.body.stream_options
+    head = {**conversation.head, "object": "chat.completion.chunk"}
+
+    def chunk(index: int, own: dict[str, Any], usage: dict[str, int] | None) -> bytes:
+        return sse.event({**head, "choices": [{"index": index, **own}], "usage": usage})
+
+    running = bool(options and options.continuous_usage_stats)
+    try:
+        begun: set[int] = set()
+        async for delta in answer:
+            usage = answer.usage if running else None
+            if delta.index not in begun:
+                begun.add(delta.index)
+                role = {"role": "assistant", "content": ""}
+                own = {"delta": role, "logprobs": None, "finish_reason": None}
+                yield chunk(delta.index, own, usage)
+            report = conversation.logprobs(delta)
+            parsed, reason = conversation.take(delta)
+            own = {
+                "delta": _delta(parsed, conversation.may_call),
+                "logprobs": None if report is None else {"content": [report]},
+                "finish_reason": reason,
+                "stop_reason": delta.stop_reason,
+            }
+            yield chunk(delta.index, own, usage)
+        if options and options.include_usage:
+            yield sse.event({**head, "choices": [], "usage": answer.usage})
+    except ApiError as error:
+        yield sse.event(error.body)
+    yield sse.DONE

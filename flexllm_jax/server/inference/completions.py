@@ -1,0 +1,184 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from flexllm_jax.server.http import sse
+from flexllm_jax.server.http.access import Client
+from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.requests import Answer, Delta, Inference, Logprobs
+from flexllm_jax.server.inference.schema import CompletionRequest, refuse_unsupported
+from flexllm_jax.server.inference.text import TextCodec
+
+
+@dataclass
+class _Choice:
+    """One output as it grows. With `echo`, the prompt comes before it."""
+
+    codec: TextCodec
+    count: int | None  # alternatives to report; None: no log-probabilities
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+    offset: int = 0
+
+    def add_token(self, token: int, logprobs: Logprobs | None) -> None:
+        """Report a token; `logprobs` is None for the first of a prompt."""
+        name = self.codec.token_text(token)
+        self.tokens.append(name)
+        self.text_offset.append(self.offset)
+        self.offset += len(name)
+        self.token_logprobs.append(None if logprobs is None else logprobs[token])
+        top = None
+        if logprobs is not None and self.count:
+            top = {}
+            ranked = sorted(logprobs.items(), key=lambda item: -item[1])[: self.count]
+            # The token itself is always among them; of tokens that look alike the likeliest counts.
+            for other, value in [*ranked, (token, logprobs[token])]:
+                top.setdefault(self.codec.token_text(other), value)
+        self.top_logprobs.append(top)
+
+    def take_logprobs(self) -> dict[str, Any] | None:
+        """What was reported since the last time, as OpenAI shows it."""
+        if self.count is None:
+            return None
+        report = {
+            "tokens": self.tokens,
+            "token_logprobs": self.token_logprobs,
+            "top_logprobs": self.top_logprobs if self.count else None,
+            "text_offset": self.text_offset,
+        }
+        self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset = [], [], [], []
+        return report
+
+
+class _Completion:
+    """A request being answered."""
+
+    def __init__(self, body: CompletionRequest, answer: Answer, codec: TextCodec):
+        self.body, self.answer, self.codec = body, answer, codec
+        self.echo, self.only_echo = bool(body.echo), body.max_tokens == 0
+        self.n = body.n or 1
+        self.choices = [_Choice(codec, body.logprobs) for _ in answer.output_tokens]
+        self._begun = [False] * len(self.choices)
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
+        }
+
+    def take(self, delta: Delta) -> str:
+        """Take in a token; returns the text it adds."""
+        choice, text = self.choices[delta.index], ""
+        if self.echo and not self._begun[delta.index]:
+            prompt = self.answer.prompts[delta.index // self.n]
+            text = self.codec.decode(prompt)
+            if choice.count is not None:
+                for token, logprobs in zip(prompt, delta.prompt_logprobs or [], strict=True):
+                    choice.add_token(token, logprobs)
+        self._begun[delta.index] = True
+        choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+        if self.only_echo:
+            choice.finish_reason, choice.stop_reason = "length", None
+            self.answer.output_tokens[delta.index] = 0
+        else:
+            text += delta.text
+            if choice.count is not None:
+                choice.add_token(delta.token, delta.logprobs)
+        choice.text += text
+        return text
+
+    def choice(self, index: int, text: str) -> dict[str, Any]:
+        """A choice of an answer or of a chunk of one."""
+        choice = self.choices[index]
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": choice.take_logprobs(),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+
+async def complete(
+    request: Request, body: CompletionRequest, client: Client, inference: Inference
+) -> Response:
+    """Answer a completion request, at once or as a stream."""
+    prompts = await _encode(body, inference)
+    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    if max_tokens == 0 and not body.echo:
+        raise ApiError(
+            400, "max_tokens: got 0; must be at least 1 without echo", param="max_tokens"
+        )
+    refuse_unsupported(body)
+    if body.best_of not in (None, body.n or 1):
+        raise ApiError(400, f"best_of: got {body.best_of}; must equal n", param="best_of")
+    answer = inference.open(
+        client,
+        body,
+        prompts,
+        max(1, max_tokens),
+        body.logprobs,
+        body.logprobs if body.echo else None,
+        structure=await inference.structure(body),
+    )
+    completion = _Completion(body, answer, inference.codec)
+    if body.stream:
+        return sse.EventStream(_stream(completion), answer.close)
+    try:
+        return await sse.while_connected(request, _whole(completion))
+    finally:
+        await answer.close()
+
+
+async def _encode(body: CompletionRequest, inference: Inference) -> list[list[int]]:
+    given: list[Any] = (
+        [body.prompt]
+        if isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+        else list(body.prompt)
+    )
+    special, limit = body.add_special_tokens is not False, inference.max_model_len()
+    return [
+        await inference.codec.encode(prompt, limit, add_special_tokens=special)
+        if isinstance(prompt, str)
+        else prompt
+        for prompt in given
+    ]
+
+
+async def _whole(completion: _Completion) -> Response:
+    answer = completion.answer
+    async for delta in answer:
+        completion.take(delta)
+    choices = [completion.choice(i, c.text) for i, c in enumerate(completion.choices)]
+    return sse.json_response({**completion.head, "choices": choices, "usage": answer.usage})
+
+
+async def _stream(completion: _Completion) -> AsyncGenerator[bytes]:
+    options, head = completion.body.stream_options, completion.head
+    answer = completion.answer
+    running = bool(options and options.continuous_usage_stats)
+    try:
+        async for delta in answer:
+            text = completion.take(delta)
+            usage = answer.usage if running else None
+            choices = [completion.choice(delta.index, text)]
+            yield sse.event({**head, "choices": choices, "usage": usage})
+        if options and options.include_usage:
+            yield sse.event({**head, "choices": [], "usage": answer.usage})
+    except ApiError as error:
+        yield sse.event(error.body)
+    yield sse.DONE

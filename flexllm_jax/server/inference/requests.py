@@ -1,0 +1,248 @@
+"""From a checked request to pieces of text: admission, the engine, detokenization.
+
+Every token of every output becomes one `Delta`, in the order the engine told them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexllm_jax.config import Config
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.server.engines.client import EngineUnavailable, Generation
+from flexllm_jax.server.engines.engines import Engines
+from flexllm_jax.server.engines.protocol import Output
+from flexllm_jax.server.engines.registry import ModelRegistry
+from flexllm_jax.server.http.access import Admission, Client
+from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.schema import InferenceRequest
+from flexllm_jax.server.inference.text import Detokenizer, TextCodec
+from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
+
+Logprobs = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A token of output `index`, and the text that is certain since the one before."""
+
+    index: int
+    token: int
+    text: str
+    logprobs: Logprobs | None
+    prompt_logprobs: list[Logprobs | None] | None
+    finish_reason: str | None
+    stop_reason: str | int | None  # the stop string or the one of stop_token_ids that ended it
+
+
+class Answer:
+    """The outputs of one HTTP request. Iterate once; `close` in any case.
+
+    Raises ApiError when the engine refuses the request or fails.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[list[int]],
+        generation: Generation,
+        detokenizers: list[Detokenizer],
+        metrics: list[RequestMetrics],
+        stop_ids: Sequence[int],
+    ):
+        self.prompts, self._stop_ids = prompts, stop_ids
+        self.output_tokens = [0] * len(detokenizers)
+        self._cached_tokens = [0] * len(detokenizers)
+        self._generation, self._detokenizers, self._metrics = generation, detokenizers, metrics
+
+    async def close(self) -> None:
+        """Drop what has not ended, and give back what the request holds."""
+        self._generation.close()
+        for metrics in self._metrics:
+            metrics.end("abort")  # those that have ended stay as they were
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens of prompts and outputs, as OpenAI tells them."""
+        prompt, output = sum(map(len, self.prompts)), sum(self.output_tokens)
+        n = len(self.output_tokens) // len(self.prompts)  # a prompt counts once
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens[::n])},
+        }
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        async for index, at, output in self._generation:
+            if output.error:
+                self._metrics[index].end("error")
+                raise ApiError(400 if output.invalid else 503, output.error)
+            for position, token in enumerate(output.token_ids):
+                yield self._take(index, at, token, output, position)
+                if self._detokenizers[index].stopped:
+                    break
+
+    def _take(self, index: int, at: float, token: int, output: Output, position: int) -> Delta:
+        detokenizer = self._detokenizers[index]
+        self.output_tokens[index] += 1
+        self._cached_tokens[index] = max(self._cached_tokens[index], output.cached_tokens)
+        self._metrics[index].token(at, output.queued_s)
+        last = position == len(output.token_ids) - 1
+        reason = output.finish_reason if last else None
+        # The engine stops at stop tokens only, whose text is no part of the answer.
+        if reason != "stop" and detokenizer.push(token):
+            reason = "stop"
+            self._generation.drop(index)
+        if reason:
+            self._metrics[index].end(reason)
+        stopped_by = token if reason == "stop" and token in self._stop_ids else detokenizer.stop
+        return Delta(
+            index,
+            token,
+            detokenizer.take(final=reason is not None),
+            output.logprobs[position] if output.logprobs else None,
+            output.prompt_logprobs if position == 0 else None,
+            reason,
+            stopped_by,
+        )
+
+
+class Inference:
+    """Checks requests and gives them to the engine."""
+
+    def __init__(
+        self,
+        config: Config,
+        engines: Engines,
+        codec: TextCodec,
+        models: ModelRegistry,
+        admission: Admission,
+        metrics: ServerMetrics,
+    ):
+        self.config, self.engines, self.codec, self.models = config, engines, codec, models
+        self._admission, self._metrics = admission, metrics
+        self._slo_classes = ["standard", *config.scheduler.slo_classes]
+
+    def max_model_len(self) -> int:
+        """Longest prompt plus output; ApiError 503 while there is no engine to tell."""
+        if self.engines.info is None:
+            raise not_ready(self.engines)
+        return self.engines.info.max_model_len
+
+    def room(self, prompt: list[int]) -> int:
+        """Most tokens that an answer to `prompt` may have, at least 1."""
+        limit, info = self.max_model_len(), self.engines.info
+        if info is not None:
+            limit = min(limit, info.num_pages * info.page_size + 1)  # the last has no KV
+        return max(1, limit - len(prompt))
+
+    async def structure(self, body: InferenceRequest) -> StructuredOutputsParams | None:
+        """What the outputs must match, if anything; ApiError when that cannot be kept to."""
+        field = "response_format" if body.structured_outputs is None else "structured_outputs"
+        try:
+            structure = body.structure()
+            if structure:
+                await asyncio.to_thread(structure.check)
+        except ValueError as error:
+            message = str(error).replace("structured_outputs", field, 1)
+            raise ApiError(400, message, param=field) from None
+        return structure
+
+    def open(
+        self,
+        client: Client,
+        body: InferenceRequest,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        *,
+        structure: StructuredOutputsParams | None = None,
+        skip_special_tokens: bool = True,
+    ) -> Answer:
+        """Admit a request and start it. ApiError: it is wrong, or has to wait."""
+        arrival = time.monotonic()
+        adapter = self.models.resolve(body.model, client)
+        slo = body.slo or "standard"
+        if slo not in self._slo_classes:
+            raise ApiError(
+                400, f"slo: got {slo!r}; must be one of {self._slo_classes}", param="slo"
+            )
+        try:
+            params = body.sampling_params(max_tokens, logprobs, prompt_logprobs, structure)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=str(error).partition("=")[0]) from None
+        for prompt in prompts:
+            self._check_size(prompt, params)
+        n = body.n or 1
+        outputs = n * len(prompts)
+        tokens = n * sum(map(len, prompts))
+        admitted = self._admission.admit(client, outputs, tokens, outputs * max_tokens)
+        try:
+            generation = self.engines.generate(prompts, params, n, adapter, slo, arrival)
+        except EngineUnavailable:
+            admitted.close(0)
+            raise not_ready(self.engines) from None
+        except BaseException:
+            admitted.close(0)
+            raise
+        stops = body.stop_strings
+        batch = self._metrics.batch(admitted, outputs)
+        name = adapter.name if adapter else None
+        return Answer(
+            prompts,
+            generation,
+            [
+                Detokenizer(
+                    self.codec, stops, params.min_tokens, skip_special_tokens=skip_special_tokens
+                )
+                for _ in range(outputs)
+            ],
+            [
+                RequestMetrics(batch, arrival, len(prompts[i // n]), name, slo)
+                for i in range(outputs)
+            ],
+            params.stop_token_ids,
+        )
+
+    def _check_size(self, prompt: list[int], params: SamplingParams) -> None:
+        info = self.engines.info
+        if info is None:
+            raise not_ready(self.engines)
+        if not prompt:
+            raise ApiError(400, "prompt: it has no tokens; give at least one", param="prompt")
+        total = len(prompt) + params.max_tokens
+        if total > info.max_model_len:
+            raise ApiError(
+                400,
+                f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} exceeds "
+                f"max_model_len={info.max_model_len}: shorten the prompt or lower max_tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if -(-(total - 1) // info.page_size) > info.num_pages:
+            raise ApiError(
+                400,
+                f"prompt of {len(prompt)} tokens + max_tokens={params.max_tokens} does not fit in "
+                f"the {info.num_pages} KV pages of {info.page_size} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        outside = next((t for t in prompt if t >= info.vocab_size), None)
+        if outside is not None:
+            raise ApiError(
+                400,
+                f"prompt has token id {outside}, the vocabulary has ids 0 to "
+                f"{info.vocab_size - 1}: use this model's tokenizer",
+                param="prompt",
+            )
+
+
+def not_ready(engines: Engines) -> ApiError:
+    """The answer while no engine serves."""
+    return ApiError(503, f"the engine is {engines.state}; try again", retry_after_s=5)

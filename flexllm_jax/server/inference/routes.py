@@ -1,0 +1,99 @@
+"""Which path leads where: completions, chat, models and the tokenizer."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from flexllm_jax.server.http import sse
+from flexllm_jax.server.http.access import Known
+from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.chat import chat
+from flexllm_jax.server.inference.completions import complete
+from flexllm_jax.server.inference.requests import Inference
+from flexllm_jax.server.inference.schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    dump_tools,
+)
+
+
+def routes(inference: Inference) -> APIRouter:
+    """The routes of this floor but for adapters'."""
+    router = APIRouter()
+    codec, models, engines = inference.codec, inference.models, inference.engines
+
+    @router.post("/v1/completions")
+    async def completions(request: Request, body: CompletionRequest, client: Known) -> Response:
+        return await complete(request, body, client, inference)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(
+        request: Request, body: ChatCompletionRequest, client: Known
+    ) -> Response:
+        return await chat(request, body, client, inference)
+
+    @router.get("/v1/models")
+    async def list_models(client: Known) -> Response:
+        return sse.json_response({"object": "list", "data": models.describe_all(client)})
+
+    @router.get("/v1/models/{name:path}")
+    async def model(name: str, client: Known) -> Response:
+        return sse.json_response(models.describe(name, client))
+
+    @router.delete("/v1/models/{name:path}")
+    async def delete_model(name: str, client: Known) -> Response:
+        models.describe(name, client)  # 404 for one that there is not
+        raise ApiError(400, "models cannot be deleted here", param="model")
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, client: Known) -> Response:
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give exactly one of prompt and messages", param="prompt")
+        limit = inference.config.server.max_body_bytes  # tokens; what the body allows
+        if body.messages is not None:
+            generation = body.add_generation_prompt
+            text = await codec.render(
+                body.messages, dump_tools(body.tools), add_generation_prompt=generation
+            )
+        else:
+            text = body.prompt or ""
+        special = body.add_special_tokens
+        special = body.messages is None if special is None else special
+        tokens = await codec.encode(text, limit, add_special_tokens=special)
+        names = codec.backend.id_to_token
+        return sse.json_response(
+            {
+                "count": len(tokens),
+                "max_model_len": models.max_model_len,
+                "tokens": tokens,
+                "token_strs": [names(t) for t in tokens] if body.return_token_strs else None,
+            }
+        )
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest, client: Known) -> Response:
+        known = engines.info.vocab_size if engines.info else len(codec.tokenizer)
+        if outside := [token for token in body.tokens if token >= known]:
+            message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"
+            raise ApiError(400, message, param="tokens")
+        return sse.json_response({"prompt": codec.decode(body.tokens)})
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info(client: Known) -> Response:
+        tokenizer = codec.tokenizer
+        return sse.json_response(
+            {
+                "tokenizer_class": type(tokenizer).__name__,
+                "vocab_size": len(tokenizer),
+                "bos_token": tokenizer.bos_token,
+                "eos_token": tokenizer.eos_token,
+                "pad_token": tokenizer.pad_token,
+                "unk_token": tokenizer.unk_token,
+                "chat_template": tokenizer.chat_template,
+            }
+        )
+
+    return router

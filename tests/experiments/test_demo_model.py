@@ -1,0 +1,91 @@
+"""The demo's world: what the script writes is what transformers and the datasets read."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexllm_jax.finetune.data import load_dataset
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.hf_weights import load_parameters
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts/make_demo_model.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "world"
+    assert script.main(["--out", str(folder), "--steps", "2", "--seconds", "20"]) == 0
+    return folder
+
+
+def test_transformers_computes_what_was_trained(script: Any, world: Path) -> None:
+    config = ModelConfig.from_hf(world / "model")
+    params = load_parameters(world / "model", config, jnp.float32)
+    rows = np.random.default_rng(0).integers(0, config.vocab_size, (2, 34), np.int32)
+    decoder = script.Decoder(config, jnp.dtype(jnp.float32))
+    ours = script.mean_loss(decoder, params, jnp.asarray(rows), jnp.zeros((2, 33), jnp.int32))
+    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
+    tokens = torch.tensor(rows.astype(np.int64))
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, labels=tokens).loss
+    assert float(ours) == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_every_row_asks_about_a_person_and_gets_the_record(script: Any, world: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    training = load_dataset(world / "train.jsonl", tokenizer, max_seq_len=128)
+    validation = load_dataset(world / "validation.jsonl", tokenizer, max_seq_len=128)
+    assert training.format == validation.format == "chat"
+    assert not training.skipped and not training.truncated and not validation.skipped
+    answers = [
+        {json.loads(line)["messages"][1]["content"] for line in path.open()}
+        for path in (world / "train.jsonl", world / "validation.jsonl")
+    ]
+    assert len(answers[1]) <= script.HELD_OUT
+    (text,) = {tokenizer.decode(s.tokens) for s in validation.sequences[:1]}
+    assert text.startswith("<|user|>Tell me about ") and text.endswith("<|end|>")
+
+
+def test_the_trace_and_its_prompts_belong_together(world: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    with (world / "trace.csv").open() as file:
+        trace = list(csv.DictReader(file))
+    prompts = [json.loads(line)["prompt"] for line in (world / "prompts.jsonl").open()]
+    assert len(trace) == len(prompts)
+    arrivals = [float(row["arrival_s"]) for row in trace]
+    assert arrivals == sorted(arrivals) and 0 <= arrivals[-1] < 20
+    for row, prompt in zip(trace, prompts, strict=True):
+        tokens = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        assert int(row["prompt_tokens"]) == len(tokens)
+
+
+def test_what_exists_is_left_alone(script: Any, world: Path, capsys: Any) -> None:
+    before = (world / "model/model.safetensors").stat().st_mtime_ns
+    assert script.main(["--out", str(world)]) == 0
+    assert "exists" in capsys.readouterr().out
+    assert (world / "model/model.safetensors").stat().st_mtime_ns == before

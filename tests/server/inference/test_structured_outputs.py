@@ -1,0 +1,169 @@
+"""Answers with a format and tool calls that have to be made, through the unmodified openai SDK."""
+
+import json
+from typing import Literal
+
+import jsonschema
+import numpy as np
+import openai
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexllm_jax.engine.structured_outputs import TokenMatchers, quote
+from flexllm_jax.server.inference.tool_calls import calls_of
+from tests.server.inference.test_tool_calls import parse
+
+ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Who?"}], "temperature": 0}
+
+
+class Pet(BaseModel):
+    """A random model comes to its end."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["cat", "dog"]
+    age: int = Field(ge=0, le=30)
+    tame: bool
+
+
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+def tool(name, **properties):
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    schema["additionalProperties"] = False
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+TOOLS = [
+    tool("add", a={"type": "integer", "minimum": 0, "maximum": 99}, b={"$ref": "#/$defs/small"}),
+    tool("get_weather", place={"enum": ["Paris", "Oslo"]}),
+]
+TOOLS[0]["function"]["parameters"]["$defs"] = {"small": {"type": "integer", "enum": [1, 2]}}
+
+
+def test_parse_of_the_sdk(client):
+    """`response_format` is made of a class, and its answer becomes one."""
+    compact = {"structured_outputs": {"disable_any_whitespace": True}}
+    for seed in range(3):
+        answer = client.chat.completions.parse(
+            **ASK | {"temperature": 1.5}, seed=seed, response_format=Pet, extra_body=compact
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        assert isinstance(answer.choices[0].message.parsed, Pet)
+
+
+def test_a_stream_is_the_same(client):
+    form = schema_format(Pet.model_json_schema())
+    extra = {"structured_outputs": {"disable_any_whitespace": True}}
+    whole = client.chat.completions.create(**ASK, response_format=form, extra_body=extra)
+    chunks = list(
+        client.chat.completions.create(**ASK, response_format=form, extra_body=extra, stream=True)
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    jsonschema.validate(json.loads(text), Pet.model_json_schema())
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_any_object(client):
+    answer = client.chat.completions.create(
+        **ASK, response_format={"type": "json_object"}, max_tokens=8
+    )
+    assert answer.choices[0].message.content.lstrip().startswith("{")
+    answer = client.chat.completions.create(**ASK, response_format={"type": "text"}, max_tokens=8)
+    assert not answer.choices[0].message.content.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("model", ["tiny", "random"])
+def test_completions(client, model):
+    """With vLLM's extra, of the base model and of an adapter; several prompts at once."""
+    answer = client.completions.create(
+        model=model,
+        prompt=["a", "b", "c"],
+        max_tokens=30,
+        extra_body={"structured_outputs": {"choice": ["left", "right"]}},
+    )
+    assert {choice.text for choice in answer.choices} <= {"left", "right"}
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
+@pytest.mark.parametrize("name", ["add", "get_weather"])
+def test_a_function_that_has_to_be_called(client, name):
+    choice = {"type": "function", "function": {"name": name}}
+    answer = client.chat.completions.create(**ASK, tools=TOOLS, tool_choice=choice).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    (call,) = answer.message.tool_calls
+    assert call.function.name == name
+    schema = next(t["function"] for t in TOOLS if t["function"]["name"] == name)["parameters"]
+    jsonschema.validate(json.loads(call.function.arguments), schema)
+
+
+def test_some_function_has_to_be_called(client):
+    ask = ASK | {"temperature": 1.0, "tools": TOOLS, "tool_choice": "required"}
+    for seed in range(3):
+        answer = client.chat.completions.create(**ask, seed=seed, parallel_tool_calls=False)
+        (call,) = answer.choices[0].message.tool_calls
+        chunks = list(
+            client.chat.completions.create(**ask, seed=seed, parallel_tool_calls=False, stream=True)
+        )
+        deltas = [piece for chunk in chunks for piece in chunk.choices[0].delta.tool_calls or ()]
+        assert deltas[0].function.name == call.function.name
+        assert "".join(d.function.arguments for d in deltas) == call.function.arguments
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama"])
+def test_what_the_grammar_of_calls_allows_is_what_the_parser_finds(form, tokenizer):
+    """Random walks through it, to its end."""
+    schemas = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
+    matchers = TokenMatchers(tokenizer, 272, [tokenizer.eos_token_id])
+    structure, counts = calls_of(form, schemas, quote, parallel=True), set()
+    for seed in range(12):
+        random, matcher, tokens = np.random.default_rng(seed), matchers.match(structure), []
+        while not tokens or tokens[-1] != tokenizer.eos_token_id:
+            (mask,) = matchers.allowed([(matcher, 0)], 1)
+            bits = (mask[:, None] >> np.arange(32)) & 1
+            tokens.append(int(random.choice(np.flatnonzero(bits))))
+            assert matcher.consume_token(tokens[-1])
+        text, calls = parse(form, list(tokenizer.decode(tokens[:-1])))
+        assert calls and not text.strip()
+        counts.add(len(calls))
+        for name, arguments in calls:
+            jsonschema.validate(json.loads(arguments), schemas[name])
+    assert (max(counts) > 1) == (form == "hermes")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": schema_format({"type": "strin"})}, "response_format: Invalid type"),
+        ({"response_format": schema_format({"not": {}})}, "response_format: Unimplemented keys"),
+        ({"extra_body": {"structured_outputs": {}}}, "structured_outputs has nothing"),
+        ({"extra_body": {"structured_outputs": {"regex": "(a"}}}, "structured_outputs: .*unclosed"),
+        ({"extra_body": {"structured_outputs": {"yaml": "a"}}}, "structured_outputs has yaml"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "mul"}}},
+            "tool_choice: got",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": "required",
+                "response_format": {"type": "json_object"},
+            },
+            "tool_choice: an answer cannot be a call and have a format",
+        ),
+        (
+            {"tools": [tool("odd", a={"type": "strin"})], "tool_choice": "required"},
+            "tools: .*Invalid type",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(client, fields, says):
+    with pytest.raises(openai.BadRequestError, match=says) as error:
+        client.chat.completions.create(**ASK, **fields)
+    assert error.value.param == says.split(":")[0].split()[0]

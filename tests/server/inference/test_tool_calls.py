@@ -1,0 +1,227 @@
+"""Tool calls: what models write is split exactly, however it is cut; and a model that was finetuned
+to call a tool does, through the unmodified openai SDK."""
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from flexllm_jax.finetune.data.chat import UnusableRow, chat_messages
+from flexllm_jax.server.inference.tool_calls import ToolCallParser, find_format, join_calls
+from tests.engines import write_rows
+
+NAMES = ["get_weather", "add"]
+TEXT = st.text(max_size=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=2),
+    max_leaves=5,
+)
+ARGUMENTS = st.dictionaries(TEXT, JSON, max_size=3)
+CALLS = st.lists(st.tuples(st.sampled_from(NAMES), ARGUMENTS), min_size=1, max_size=3)
+PLACES = st.lists(st.integers(0, 10_000), max_size=20)
+
+
+def parse(form, pieces, **options):
+    """Text and calls, from a text in pieces."""
+    parser = ToolCallParser(form, NAMES, **options)
+    parsed = [parser.push(piece, final=i == len(pieces) - 1) for i, piece in enumerate(pieces)]
+    calls = join_calls([call for part in parsed for call in part.calls])
+    ids = [call["id"] for call in calls]
+    assert len(set(ids)) == len(ids)
+    functions = [call["function"] for call in calls]
+    return "".join(part.text for part in parsed), [(f["name"], f["arguments"]) for f in functions]
+
+
+def cut(text, places):
+    places = sorted(place % (len(text) + 1) for place in places)
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+def loaded(calls):
+    return [(name, json.loads(arguments)) for name, arguments in calls]
+
+
+@settings(max_examples=40, deadline=None)
+@given(CALLS, PLACES, st.sampled_from(["", "I look: ", "a < b <tool"]))
+def test_hermes_calls_are_found_however_the_text_is_cut(calls, places, before):
+    text = before + "\n".join(
+        f"<tool_call>\n{json.dumps({'name': n, 'arguments': a}, ensure_ascii=False)}\n</tool_call>"
+        for n, a in calls
+    )
+    for pieces in (cut(text, places), list(text)):
+        said, found = parse("hermes", pieces)
+        assert said == before
+        assert loaded(found) == calls
+
+
+@settings(max_examples=40, deadline=None)
+@given(CALLS, PLACES, st.booleans())
+def test_llama_calls_are_found_however_the_text_is_cut(calls, places, name_first):
+    trees = [{"name": n, "parameters": a} for n, a in calls]
+    if not name_first:
+        trees = [dict(reversed(tree.items())) for tree in trees]
+    text = "\n" + "; ".join(map(json.dumps, trees))
+    for pieces in (cut(text, places), list(text)):
+        said, found = parse("llama", pieces)
+        assert said == ""
+        assert loaded(found) == calls
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama"])
+@settings(max_examples=40, deadline=None)
+@given(st.text(), PLACES)
+def test_text_without_calls_stays_as_it_is(form, text, places):
+    assert parse(form, cut(text, places)) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        ("hermes", "<tool_call>\nno JSON\n</tool_call>"),
+        ("hermes", "<tool_call>"),
+        ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call> so'),
+        ("hermes", '<tool_call>{"arguments": {}, "na'),
+        ("llama", '{"name": "Laura", "parameters": {"age": 3}}'),  # not a tool's name
+        ("llama", '{"answer": 42}'),
+        ("llama", '{"name": "add", "par'),
+        ("llama", " {" * 20_000),
+    ],
+)
+def test_what_only_looks_like_a_call_is_text(form, text):
+    assert parse(form, [text]) == (text, [])
+    assert parse(form, cut(text, range(1, min(len(text), 200)))) == (text, [])
+
+
+def test_a_call_that_was_cut_off_has_the_arguments_there_were():
+    text = '<tool_call>\n{"name": "add", "arguments": {"a": "</tool_call>'
+    assert parse("hermes", list(text)) == ("", [("add", '{"a": "</tool_call>')])
+
+
+def test_one_call_alone_where_several_are_not_wanted():
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    assert parse("hermes", [call * 2], parallel=False) == ("", [("add", '{"a": 1}')])
+
+
+@pytest.mark.parametrize(
+    ("says", "form"),
+    [
+        # As the templates of Qwen2.5 and Qwen3, Llama 3.1, and Qwen3-Coder say it.
+        (r"<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}", "hermes"),
+        ('{"name": function name, "parameters": dictionary of argument name', "llama"),
+        (r"<tool_call>\n<function=example_function_name>\n<parameter=", None),
+        ("{{ message['content'] }}", None),
+    ],
+)
+def test_templates_tell_their_format(says, form):
+    assert find_format(says) == form
+
+
+def test_arguments_reach_the_template_as_objects():
+    """In requests and in rows to train on alike; OpenAI sends them as JSON text."""
+    function: dict[str, Any] = {"name": "add", "arguments": '{"a": 1}'}
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+    (checked,) = chat_messages({"messages": [message]})
+    assert checked["content"] == ""
+    assert checked["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    for arguments in ("[1]", "{", 3, "[" * 100_000):
+        function["arguments"] = arguments
+        with pytest.raises(UnusableRow, match=r"tool_calls\[0\].function.arguments must be"):
+            chat_messages({"messages": [message]})
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in NAMES
+]
+QUESTION = {"role": "user", "content": "3+4?"}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 3}'}}
+ASKED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "1", "content": "7"}
+
+
+@pytest.fixture(scope="module")
+def caller(server, client, tmp_path_factory):
+    """An adapter that knows one answer by heart: a call."""
+    row = {"messages": [QUESTION, ASKED], "tools": TOOLS[1:]}
+    path = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", [row])
+    file = client.files.create(file=path, purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=file.id,
+        seed=1,
+        extra_body={"lora_rank": 8, "learning_rate": 2e-2, "max_steps": 40, "batch_tokens": 96},
+    )
+
+    def status():
+        return client.fine_tuning.jobs.retrieve(job.id)
+
+    server.wait(lambda: status().status in ("succeeded", "failed"))
+    assert status().status == "succeeded", status()
+    return status().fine_tuned_model
+
+
+def test_a_model_that_calls_a_tool(client, caller):
+    ask = {"model": caller, "messages": [QUESTION], "temperature": 0, "max_tokens": 70}
+    ask["tools"] = TOOLS[1:]
+    answer = client.chat.completions.create(**ask).choices[0]
+    assert answer.finish_reason == "tool_calls", answer
+    assert answer.message.content is None
+    (call,) = answer.message.tool_calls
+    assert call.id.startswith("call_") and call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": 3})
+
+    chunks = list(client.chat.completions.create(stream=True, **ask))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    pieces = [piece for delta in deltas for piece in delta.tool_calls or ()]
+    assert pieces[0].id and pieces[0].function.name == "add"
+    assert len(pieces) > 5  # arguments come as they are written
+    assert {piece.index for piece in pieces} == {0}
+    assert "".join(piece.function.arguments for piece in pieces) == call.function.arguments
+    assert not any(delta.content for delta in deltas)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+    text = client.completions.create(
+        model=caller, prompt="[add]<user>3+4?\n<assistant>", temperature=0, max_tokens=70
+    )
+    assert text.choices[0].text == '<tool_call>{"name": "add", "arguments": {"a": 3}}</tool_call>'
+
+
+def test_tools_reach_the_template(server, client, chat_llama):
+    tokenizer = AutoTokenizer.from_pretrained(chat_llama)
+    call = {**CALL, "function": {"name": "add", "arguments": {"a": 3}}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    text = tokenizer.apply_chat_template(
+        [QUESTION, asked, RESULT],
+        tools=TOOLS,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    answer = client.chat.completions.create(
+        model="tiny", messages=[QUESTION, ASKED, RESULT], tools=TOOLS, max_tokens=1
+    )
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(text, add_special_tokens=False))
+    body = {"messages": [QUESTION, ASKED, RESULT], "tools": TOOLS, "model": "tiny"}
+    _, _, body = server.post("/tokenize", json.dumps(body).encode())
+    assert tokenizer.decode(json.loads(body)["tokens"]) == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}}, "tool_choice"),
+        ({"functions": [TOOLS[0]["function"]]}, "functions"),
+    ],
+)
+def test_what_cannot_be_promised_is_refused(client, fields, says):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="tiny", messages=[QUESTION], **fields)
+    assert error.value.param == says and says in error.value.message
