@@ -203,7 +203,9 @@ def routes(dashboard: Dashboard) -> APIRouter:
     """The page, which anybody may have, and its data, which needs a key where there are keys."""
     router = APIRouter(include_in_schema=False)  # for people
     page = (
-        package_files("flexllm_jax.server").joinpath("dashboard.html").read_text(encoding="utf-8")
+        package_files("flexllm_jax.server.dashboard")
+        .joinpath("dashboard.html")
+        .read_text(encoding="utf-8")
     )
     headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
 
