@@ -3,9 +3,10 @@
 Its one deployment is the server's FastAPI app as it is, with the database, the files and the jobs
 in one replica; Ray Serve's proxy stands before it and starts another if it dies. Each engine is a
 Ray actor with devices of its own, which the app starts, watches and talks to
-(`engines/ray_actor.py`). The engines are actors and not a second deployment, because it matters which one is asked: a job is
-paused where it runs, a request goes where its adapter is. Adapters and checkpoints are folders in
-`output_dir`, which all machines of the cluster must see under the same path.
+(`engines/ray_actor.py`). The engines are actors and not a second deployment, because it matters
+which one is asked: a job is paused where it runs, a request goes where its adapter is. Adapters and
+checkpoints are folders in `output_dir`, which all machines of the cluster must see under the same
+path.
 """
 
 # pyright: reportMissingImports=false
