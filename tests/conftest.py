@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import make_llama, save_tokenizer
-from tests.engines import start_engine
+from tests.engines import given_back, start_engine
 
 torch.set_num_threads(1)  # the models are small: threads would only wait for each other
 
@@ -38,3 +38,10 @@ def llm(llama, tmp_path_factory):
     engine = start_engine(llama, tmp_path_factory.mktemp("runs"))
     yield engine
     engine.close()
+
+
+@pytest.fixture(autouse=True)
+def shared_engines_are_given_back():
+    """No test leaves its jobs and adapters to the next, least of all one that fails."""
+    with given_back():
+        yield

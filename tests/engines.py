@@ -4,7 +4,9 @@ and what transformers and PEFT say about the same models."""
 import json
 import signal
 import socket
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexllm_jax import LLM, FinetuneConfig
+from flexllm_jax.engine.loop import RequestFuture
+from flexllm_jax.finetune.job import FinetuneJob
 
 COMPILE_CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla"
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Names in the parameter tree, written out by hand.
 SHORT: dict[str, str] = dict(zip(SEVEN, ("q", "k", "v", "o", "gate", "up", "down"), strict=True))
+
+_started: weakref.WeakSet[LLM] = weakref.WeakSet()
 
 
 def start_engine(path: Path, output_dir: Path, **changes: Any) -> LLM:
@@ -45,7 +51,42 @@ def start_engine(path: Path, output_dir: Path, **changes: Any) -> LLM:
     }
     for name, value in changes.items():
         fields[name] = fields.get(name, {}) | value if isinstance(value, dict) else value
-    return LLM(path, progress=False, **fields)
+    llm = LLM(path, progress=False, **fields)
+    _started.add(llm)
+    return llm
+
+
+@contextmanager
+def given_back() -> Iterator[None]:
+    """Whatever happens inside, the engines of `start_engine` end as they were: jobs and requests
+    that were added are stopped, adapters that were added are unloaded."""
+    before = {llm: (set(llm.adapters), _unfinished(llm)) for llm in _started if llm.alive}
+    try:
+        yield
+    finally:
+        for llm in [llm for llm in _started if llm.alive]:
+            adapters, unfinished = before.get(llm, (set(), []))
+            llm._loop.call(_stop_others, llm, unfinished)
+            for name in set(llm.adapters) - adapters:
+                llm.unload_adapter(name)
+
+
+def _unfinished(llm: LLM) -> list[FinetuneJob | RequestFuture]:
+    def read() -> list[FinetuneJob | RequestFuture]:
+        jobs = [job for job in llm.engine.trainer.jobs.values() if job.running]
+        return [*jobs, *llm._loop._waiting.values()]
+
+    return llm._loop.call(read)
+
+
+def _stop_others(llm: LLM, kept: list[FinetuneJob | RequestFuture]) -> None:
+    kept_ids = set(map(id, kept))
+    for job in llm.engine.trainer.jobs.values():
+        if job.running and id(job) not in kept_ids:
+            llm.engine.trainer.cancel(job)
+    for future in list(llm._loop._waiting.values()):
+        if id(future) not in kept_ids:
+            llm._loop.drop(future, "the test that sent it has ended")
 
 
 def free_port() -> int:

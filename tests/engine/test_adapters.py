@@ -11,6 +11,7 @@ from flexllm_jax import SamplingParams
 from flexllm_jax.peft.adapter import AdapterError
 from tests.checkpoints import make_llama
 from tests.engines import (
+    given_back,
     job_config,
     letter_rows,
     load_with_adapter,
@@ -51,9 +52,7 @@ def adapters(llama, tmp_path_factory):
 def loaded(llm, adapters):
     for name, (path, _) in adapters.items():
         llm.load_adapter(name, path)
-    yield adapters
-    for name in adapters:
-        llm.unload_adapter(name)
+    return adapters
 
 
 def submit(llm, prompt, params, adapter=None):
@@ -110,7 +109,6 @@ def test_requests_finish_on_the_version_they_started_with(llm, llama, adapters, 
     assert future.result(60).output == reference_greedy(old_model, prompt, 110)
     assert after.result(60).output == reference_greedy(new_model, prompt, 110)
     assert not directory.retired
-    llm.unload_adapter("live")
 
 
 def test_an_unloaded_adapter_is_gone_for_new_requests_only(llm, loaded, adapters):
@@ -137,8 +135,6 @@ def test_a_full_bank_is_one_clear_line_and_unloading_makes_room(llm, adapters):
         llm.finetune(job_config("late", write_rows(path / "rows.jsonl", letter_rows(3))))
     llm.unload_adapter(names[0])
     llm.load_adapter("more", path)
-    for name in [*names[1:], "more"]:
-        llm.unload_adapter(name)
 
 
 class TestRefused:
@@ -171,10 +167,10 @@ class TestExport:
     def trained(cls, llm, tmp_path_factory):
         rows = write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", letter_rows(20))
         peft = {"r": 5, "alpha": 7.0, "target_modules": ("q_proj", "v_proj", "down_proj")}
-        job = llm.finetune(job_config("exported", rows, peft=peft)).wait(120)
-        assert job.status == "succeeded", job.reason
-        yield job
-        llm.unload_adapter("exported")
+        with given_back():
+            job = llm.finetune(job_config("exported", rows, peft=peft)).wait(120)
+            assert job.status == "succeeded", job.reason
+            yield job
 
     def outputs(self, llm):
         return llm.generate(random_prompts([50, 8]), SCORES, adapter="exported")
@@ -203,4 +199,3 @@ class TestExport:
         llm.load_adapter("reloaded", trained.adapter_dir)
         after = llm.generate(random_prompts([50, 8]), SCORES, adapter="reloaded")
         assert [o.prompt_logprobs for o in before] == [o.prompt_logprobs for o in after]
-        llm.unload_adapter("reloaded")

@@ -100,7 +100,6 @@ class TestDatasets:
         assert "5 rows skipped" in message
         assert all(f"line {line}: " in message for line in range(7, 12))
         assert len(job._job.dataset) == 12
-        llm.unload_adapter("broken")
 
     def test_a_file_without_a_usable_row(self, llm, tmp_path):
         path = tmp_path / "rows.jsonl"

@@ -7,6 +7,7 @@ from flexllm_jax import SamplingParams
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.hf_peft import load_adapter
 from tests.engines import (
+    given_back,
     job_config,
     letter_rows,
     random_prompts,
@@ -62,10 +63,8 @@ def run_alone(llm, name, rows, start, **fields):
 @pytest.fixture(scope="module")
 def alone(llm, rows, starts):
     """Each tenant's job with the engine to itself."""
-    jobs = [run_alone(llm, f"alone-{i}", rows[i], starts[i]) for i in range(2)]
-    for i in range(2):
-        llm.unload_adapter(f"alone-{i}")
-    return jobs
+    with given_back():
+        return [run_alone(llm, f"alone-{i}", rows[i], starts[i]) for i in range(2)]
 
 
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
@@ -123,8 +122,6 @@ def test_a_job_that_diverges_fails_alone(llm, llama, rows, starts, alone, lr):
         assert all(one.token_ids == other.token_ids for other in others)
     again = run_alone(llm, "again", rows[0], starts[0])
     assert_same_training(again, alone[0], starts[0], llama)
-    for name in ("good", "again"):
-        llm.unload_adapter(name)
 
 
 def test_a_name_in_use_is_refused_and_the_running_job_keeps_its_slot(llm, llama, rows, starts):
@@ -137,4 +134,3 @@ def test_a_name_in_use_is_refused_and_the_running_job_keeps_its_slot(llm, llama,
     assert job.status == "running", job.reason
     job.cancel()
     assert job.wait(10).status == "cancelled"
-    llm.unload_adapter("visitor")

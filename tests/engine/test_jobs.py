@@ -49,8 +49,6 @@ def test_validation_measures_without_training(llm, llama, llama_reference, rows,
     assert expected != pytest.approx(mean_loss(llama_reference, job._job.validation.sequences))
     plain = llm.finetune(job_config("plain", rows, **fields)).wait(60)
     assert plain.losses == pytest.approx(job.losses, rel=1e-5)
-    for name in ("validated", "plain"):
-        llm.unload_adapter(name)
 
 
 def test_progress(llm, rows):
@@ -62,7 +60,6 @@ def test_progress(llm, rows):
     assert job._job.tokens == 2 * job._job.dataset.tokens
     assert job.tokens_per_s > 0
     assert job.step_times == sorted(job.step_times)
-    llm.unload_adapter("progress")
 
 
 def test_publishing_while_training_serves_what_is_learnt_so_far(llm, llama, rows, tmp_path):
@@ -83,7 +80,6 @@ def test_publishing_while_training_serves_what_is_learnt_so_far(llm, llama, rows
     job.cancel()
     assert job.wait(10).status == "cancelled"
     assert job.losses, "the losses so far stay"
-    llm.unload_adapter("early")
 
 
 def test_real_questions_and_answers(llm, tmp_path):
@@ -98,4 +94,3 @@ def test_real_questions_and_answers(llm, tmp_path):
     assert job.wait(120).status == "succeeded", job.reason
     assert len(job._job.dataset) == 60
     assert np.mean(job.losses[-3:]) < 0.85 * job.losses[0]
-    llm.unload_adapter("gsm8k")

@@ -126,8 +126,6 @@ def test_interrupted_then_killed_then_resumed(llm, llama, rows, tmp_path):
     assert again._job.gradient_norms == never._job.gradient_norms
     one, other = (job.adapter_dir / "adapter_model.safetensors" for job in (again, never))
     assert one.read_bytes() == other.read_bytes()
-    for name in ("stopped", "whole"):
-        llm.unload_adapter(name)
 
 
 @pytest.fixture
@@ -169,4 +167,3 @@ def test_a_full_disk_stops_neither_the_job_nor_serving(llm, rows, full_disk):
     assert again._job.resumed_from == 6
     assert again.status == "succeeded", again.reason
     assert again.losses == job.losses
-    llm.unload_adapter("full")

@@ -140,7 +140,6 @@ class TestPrefixCache:
         again = llm.generate([prompt], params, adapter="versions")[0].token_ids
         assert self.hits(llm) > hits
         assert again == outputs[-1]
-        llm.unload_adapter("versions")
 
     def test_prompt_logprobs_are_complete_when_the_prompt_is_cached(self, llm, llama_reference):
         (prompt,) = random_prompts([60], seed=23)

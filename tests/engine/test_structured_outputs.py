@@ -11,6 +11,7 @@ import torch
 
 from flexllm_jax import SamplingParams, StructuredOutputsParams
 from tests.engines import (
+    given_back,
     job_config,
     letter_rows,
     load_with_adapter,
@@ -87,9 +88,9 @@ def expect(texts, llm):
 @pytest.fixture(scope="module")
 def adapter(llm, llama, tmp_path_factory):
     path = save_random_adapter(llama, tmp_path_factory.mktemp("adapter") / "structured")
-    llm.load_adapter("structured", path)
-    yield load_with_adapter(llama, path)
-    llm.unload_adapter("structured")
+    with given_back():
+        llm.load_adapter("structured", path)
+        yield load_with_adapter(llama, path)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,8 +136,6 @@ def test_a_job_learns_the_same_beside_structures(llm, tmp_path):
     while beside.status == "running":
         llm.generate(PROMPTS, matching(CASES["date"][0]))
     np.testing.assert_allclose(beside.losses, alone.losses, rtol=1e-4)
-    for name in ("alone", "beside"):
-        llm.unload_adapter(name)
 
 
 def test_what_is_drawn_has_its_schema(llm):

@@ -49,4 +49,3 @@ def test_a_job_learns_as_in_float32(half, llm, tmp_path):
     assert all(job.status == "succeeded" for job in jobs)
     np.testing.assert_allclose(jobs[0].losses, jobs[1].losses, rtol=0.05)
     assert np.mean(jobs[0].losses[-3:]) < 0.8 * np.mean(jobs[0].losses[:3])
-    llm.unload_adapter("half")

@@ -20,7 +20,6 @@ from tests.engines import (
     letter_rows,
     prompt_logprob_errors,
     random_prompts,
-    reference_greedy,
     reference_logprobs,
     save_random_adapter,
     start_engine,
@@ -139,6 +138,15 @@ def load_reference(base, kind, path, trainable=False):
     return peft.PeftModel.from_pretrained(model, str(path), is_trainable=trainable).eval()
 
 
+def greedy(model, prompt, count):
+    """Greedy tokens by whole forward passes: `generate` of transformers 5.24 does not hand on the
+    prefix of PEFT 0.21, whose own forward does."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(reference_logprobs(model, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bypasses")
@@ -189,9 +197,7 @@ def test_all_kinds_are_served_in_one_batch(case):
             prompt_token_ids=list(state.prompt), prompt_logprobs=state.prompt_logprobs
         )
         assert prompt_logprob_errors(output, expected).max() < 2e-4, name
-        assert state.output == reference_greedy(model, prompt, 12), name
-    for name in (*KINDS, "lora"):
-        llm.unload_adapter(name)
+        assert state.output == greedy(model, prompt, 12), name
 
 
 def reference_curve(case, kind, sequences):
@@ -253,8 +259,7 @@ def test_a_job_is_that_of_peft_and_its_adapter_goes_back(case, kind):
     start = reference_logprobs(load_reference(case.path, kind, case.adapters[kind]), prompt)
     assert np.abs(ours - theirs).max() < 0.01 * np.abs(start - theirs).max()
     served = llm.generate([prompt], SamplingParams(max_tokens=6, ignore_eos=True), adapter=job.name)
-    assert served[0].outputs[0].token_ids == reference_greedy(returned, prompt, 6)
-    llm.unload_adapter(job.name)
+    assert served[0].outputs[0].token_ids == greedy(returned, prompt, 6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -270,4 +275,3 @@ def test_a_new_adapter_of_each_kind_learns(case, kind):
     job = case.llm.finetune(config)
     assert job.wait(240).status == "succeeded", job.reason
     assert np.mean(job.losses[-2:]) < np.mean(job.losses[:2])
-    case.llm.unload_adapter(job.name)

@@ -1,5 +1,6 @@
 """One server that most tests use: a tiny model with a chat template, and an adapter."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,8 @@ from transformers import AutoTokenizer
 
 from tests.engines import save_random_adapter
 from tests.server.running import KEY, LIMITED_KEY, TEMPLATE, RunningServer, make_config
+
+ENDED = ("succeeded", "failed", "cancelled")
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +62,25 @@ def client(server):
 def tokenizer(chat_llama):
     """Its tokenizer in transformers."""
     return AutoTokenizer.from_pretrained(chat_llama)
+
+
+@pytest.fixture(autouse=True)
+def the_shared_server_is_given_back(request):
+    """No test leaves its jobs and adapters to the next, least of all one that fails."""
+    if "server" not in request.fixturenames:
+        yield
+        return
+    client = request.getfixturevalue("client")
+    before = loaded(client)
+    yield
+    for job in client.fine_tuning.jobs.list(limit=100):
+        if job.status not in ENDED:
+            client.fine_tuning.jobs.cancel(job.id)
+    for name in loaded(client) - before:
+        server = request.getfixturevalue("server")
+        server.post("/v1/unload_lora_adapter", json.dumps({"lora_name": name}).encode())
+
+
+def loaded(client):
+    """Names of the adapters that were loaded over HTTP, not trained."""
+    return {model.id for model in client.models.list() if not model.id.startswith("ft:")}

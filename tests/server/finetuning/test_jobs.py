@@ -152,7 +152,6 @@ def test_its_losses_are_those_of_the_python_api(client, trained, llm, tmp_path):
         resume=False,
     )
     expected = llm.finetune(config).wait(120).losses
-    llm.unload_adapter("same")
     content = client.files.content(trained.result_files[0]).read().decode()
     lines = [line.split(",") for line in content.splitlines()]
     assert lines[0] == ["step", "train_loss"]
