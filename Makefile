@@ -1,6 +1,7 @@
 # make demo         sets everything up and runs the quickstart
 # make test         sets everything up and runs all tests
 # make check        format, lint, types
+# make docs         builds the documentation in docs/_build/html; a warning is an error
 # make gpu-compile  compiles every kernel and the engine's programs for H200 and A100, without a GPU
 #                   (QUICK=1: for H200 alone, the kernels of one model, the programs of four layers)
 # make bench        measures against transformers + PEFT on this CPU
@@ -25,7 +26,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check gpu-compile bench clean
+.PHONY: demo test check docs gpu-compile bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
@@ -40,6 +41,9 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
 gpu-compile: $(GPU_VENV)/.compiler
 	$(GPU_VENV)/bin/python scripts/gpu_compile.py $(if $(QUICK),--quick --chip h200)
 
@@ -47,7 +51,7 @@ bench: $(VENV)/.test
 	$(BIN)/python scripts/benchmark_peft.py
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(GPU_VENV) runs docs/_build docs/_generated .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python of 3.11 or newer found; install one, or give PYTHON=/path/to/python" >&2; exit 1; }
@@ -62,6 +66,10 @@ $(VENV)/.test: $(VENV)/.runtime
 		2>/dev/null && index="--extra-index-url $(TORCH_CPU_INDEX)"; \
 	$(PIP) install $$index $(TORCH)
 	$(PIP) install --editable ".[test]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	$(PIP) install --editable ".[docs]"
 	@touch $@
 
 # XLA's compiler for GPUs, in an environment of its own: beside it, jax looks for a GPU at every start.
