@@ -29,6 +29,7 @@ from flexllm_jax.launch.replay import ReplayRequest, prepare_requests
 from flexllm_jax.launch.report import make_report
 from flexllm_jax.launch.run import Inputs, Run, prepare
 from flexllm_jax.llm import LLM
+from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.tokenizer import load_tokenizer
 from scheduler.config import SchedulerConfig
 from scheduler.coserving import Scheduler
@@ -176,7 +177,9 @@ class EngineCase:
         workload = plain.workload
         if workload is None:
             raise ValueError(f"{path}: an experiment needs a workload")
-        arrivals = prepare_requests(workload, load_tokenizer(plain.model.path))
+        model = ModelConfig.from_hf(plain.model.path)
+        tokenizer = load_tokenizer(plain.model.path)
+        arrivals = prepare_requests(workload, tokenizer, model.vocab_size)
         span = (arrivals[-1].arrival_s - arrivals[0].arrival_s) / workload.time_scale
         scale = (len(arrivals) - 1) / span / rate
         most = max(1, round(rate * self.experiment.seconds))

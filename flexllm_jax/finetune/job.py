@@ -95,6 +95,7 @@ def create_job(
         format=config.format,
         max_seq_len=longest,
         train_on=config.train_on,
+        vocab_size=model.vocab_size,
     )
     dataset = load(config.dataset)
     validation = load(config.validation) if config.validation else None

@@ -35,8 +35,10 @@ class ReplayRequest:
     output_tokens: int
 
 
-def prepare_requests(workload: WorkloadSection, tokenizer: Any) -> list[ReplayRequest]:
-    """The requests of a workload, in order of arrival, prompts as token ids.
+def prepare_requests(
+    workload: WorkloadSection, tokenizer: Any, vocab_size: int
+) -> list[ReplayRequest]:
+    """The requests of a workload, in order of arrival, prompts as token ids below `vocab_size`.
 
     Request i gets prompt i of `workload.prompts`, which starts over when it ends, through the
     tokenizer's chat template if it has one. Raises ConfigError for a trace or prompts that cannot
@@ -51,7 +53,9 @@ def prepare_requests(workload: WorkloadSection, tokenizer: Any) -> list[ReplayRe
         return [
             ReplayRequest(arrival.arrival_s, prompt, arrival.output_tokens)
             for arrival, prompt in zip(
-                arrivals, _random_prompts(arrivals, tokenizer, workload.seed), strict=True
+                arrivals,
+                _random_prompts(arrivals, tokenizer, vocab_size, workload.seed),
+                strict=True,
             )
         ]
     texts = read_prompts(workload.prompts, "workload.prompts")[: len(arrivals)]
@@ -218,10 +222,10 @@ def read_arrivals(workload: WorkloadSection) -> list[Arrival]:
 
 
 def _random_prompts(
-    arrivals: list[Arrival], tokenizer: Any, seed: int
+    arrivals: list[Arrival], tokenizer: Any, vocab_size: int, seed: int
 ) -> Iterator[tuple[int, ...]]:
     special = set(tokenizer.all_special_ids)
-    ordinary = np.array([i for i in range(len(tokenizer)) if i not in special])
+    ordinary = np.array([i for i in range(min(len(tokenizer), vocab_size)) if i not in special])
     generator = np.random.default_rng([seed, 3])
     for arrival in arrivals:
         yield tuple(generator.choice(ordinary, arrival.prompt_tokens).tolist())

@@ -49,7 +49,9 @@ def prepare(config: Config) -> Inputs:
         create_job(job, model, path, tokenizer, config.finetune, context)
         for job in config.finetune.jobs
     ]
-    requests = prepare_requests(config.workload, tokenizer) if config.workload else []
+    requests = (
+        prepare_requests(config.workload, tokenizer, model.vocab_size) if config.workload else []
+    )
     return Inputs(model, tokenizer, context, jobs, requests)
 
 

@@ -7,12 +7,15 @@ computes; what would change the result and is not implemented is refused by name
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexllm_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class ModelConfigError(UserError):
@@ -145,9 +148,10 @@ class ModelConfig:
         generation_file = directory / "generation_config.json"
         generation = _read_json(generation_file) if generation_file.is_file() else {}
         eos = generation.get("eos_token_id")
+        vocab_size = _positive_int(raw, "vocab_size")
         return cls(
             architecture=architecture,
-            vocab_size=_positive_int(raw, "vocab_size"),
+            vocab_size=vocab_size,
             d_model=d_model,
             num_layers=_positive_int(raw, "num_hidden_layers"),
             num_heads=num_heads,
@@ -162,7 +166,7 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             tie_embeddings=_boolean(raw, "tie_word_embeddings"),
             max_position_embeddings=max_positions,
-            eos_token_ids=_token_ids(raw.get("eos_token_id") if eos is None else eos),
+            eos_token_ids=_end_tokens(raw.get("eos_token_id") if eos is None else eos, vocab_size),
             bos_token_id=raw.get("bos_token_id"),
         )
 
@@ -286,10 +290,18 @@ def _boolean(raw: Mapping[str, Any], field: str) -> bool:
     return bool(value)
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def _end_tokens(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """The ids that end an output; those that the model has no logit for never will."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(token, int) for token in ids):
         raise ModelConfigError(
             f"config.json: eos_token_id={value!r} must be a token id or a list of them"
         )
-    return tuple(ids)
+    unknown = [token for token in ids if not 0 <= token < vocab_size]
+    if unknown:
+        logger.warning(
+            "eos_token_id=%r: no output ends with %s, the vocabulary has ids 0 to %d: correct "
+            "generation_config.json or config.json",
+            *(value, ", ".join(map(str, unknown)), vocab_size - 1),
+        )
+    return tuple(token for token in ids if token not in unknown)

@@ -1,5 +1,6 @@
 """Datasets: what is trained in each format, and that no broken row stops a job."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,17 @@ CONVERSATION = [
     {"role": "user", "content": "And three?"},
     {"role": "assistant", "content": "Seven, of course."},
 ]
+
+
+SHAREGPT = [{"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."}]
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def says(who: str, text: str) -> dict:
+    return {"from": who, "value": text}
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +321,42 @@ class TestBrokenInput:
         assert dataset.truncated == 1 and len(dataset.sequences[0]) == 16
         assert [row.line for row in dataset.skipped] == [2]
         assert "max_seq_len" in dataset.skipped[0].reason
+
+    @pytest.mark.parametrize(
+        ("good", "bad"),
+        [
+            ({"text": "a b"}, {"text": "a <new> b"}),
+            ({"prompt": "a", "completion": "b"}, {"prompt": "a<new>", "completion": "b"}),
+            ({"question": "a", "answer": "b"}, {"question": "a", "answer": "<new>"}),
+            ({"instruction": "a", "output": "b"}, {"instruction": "<new>", "output": "b"}),
+            ({"messages": CONVERSATION}, {"messages": [*CONVERSATION[:4], said("<new>")]}),
+            ({"conversations": SHAREGPT}, {"conversations": [*SHAREGPT[:1], says("gpt", "<new>")]}),
+        ],
+        ids=lambda row: next(iter(row)),
+    )
+    def test_tokens_that_the_model_has_no_embedding_of(
+        self, plain: Any, chatml: Any, tmp_path: Path, good: dict, bad: dict
+    ) -> None:
+        tokenizer = chatml if good.keys() & {"messages", "conversations"} else plain
+        size = len(tokenizer)
+        grown = copy.deepcopy(tokenizer)
+        grown.add_tokens(["<new>"])
+        path = write(tmp_path / "d.jsonl", good, bad, good)
+        dataset = load_dataset(path, grown, vocab_size=size)
+        assert (len(dataset), [row.line for row in dataset.skipped]) == (2, [2])
+        assert f"token '<new>' has id {size}, and the model embeds ids 0 to {size - 1}" in (
+            dataset.skipped[0].reason
+        )
+        assert len(load_dataset(path, grown, vocab_size=size + 1)) == 3
+
+    def test_an_end_token_that_the_model_has_no_embedding_of(
+        self, plain: Any, tmp_path: Path
+    ) -> None:
+        grown = copy.deepcopy(plain)
+        grown.add_special_tokens({"eos_token": "<end>"})
+        path = write(tmp_path / "d.jsonl", GOOD, GOOD)
+        with pytest.raises(DatasetError, match=f"token '<end>' has id {len(plain)}"):
+            load_dataset(path, grown, vocab_size=len(plain))
 
     def test_a_json_array_is_rows_too(self, plain: Any, tmp_path: Path) -> None:
         path = tmp_path / "d.json"

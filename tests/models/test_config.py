@@ -200,3 +200,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelConfigError, match=r"config\.json cannot be read"):
         ModelConfig.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("listed", "kept"), [(272, ()), ([2, 400, 5], (2, 5)), ([-1, 2], (2,)), (271, (271,))]
+)
+def test_end_tokens_without_a_logit_are_told_and_left_out(tmp_path, caplog, listed, kept):
+    raw = {**QWEN_2_5_0_5B, "vocab_size": 272, "eos_token_id": listed}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ModelConfig.from_hf(tmp_path).eos_token_ids == kept
+    assert ("no output ends with" in caplog.text) == (kept != (271,))

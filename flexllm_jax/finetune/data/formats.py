@@ -119,12 +119,14 @@ def load_dataset(
     format: str = "auto",
     max_seq_len: int | None = None,
     train_on: Literal["completion", "all"] = "completion",
+    vocab_size: int | None = None,
 ) -> Dataset:
     """Read, tokenize and mask a JSONL or JSON file.
 
     `tokenizer` is a Hugging Face tokenizer; conversations need its chat template. Sequences longer
-    than `max_seq_len` tokens are cut, and dropped if nothing trained is left. Raises DatasetError
-    for a file of which nothing can be used.
+    than `max_seq_len` tokens are cut, and dropped if nothing trained is left; so are those with
+    tokens that a model of `vocab_size` embeddings does not have. Raises DatasetError for a file of
+    which nothing can be used.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
@@ -136,7 +138,7 @@ def load_dataset(
             f"{path}: {format} rows need a chat template and the model's tokenizer has none; "
             "use a chat model or prompt/completion rows"
         )
-    encode = _Encoder(tokenizer, max_seq_len, train_on == "all")
+    encode = _Encoder(tokenizer, max_seq_len, train_on == "all", vocab_size)
     sequences: list[TrainingSequence] = []
     skipped: list[SkippedRow] = []
     rows = truncated = 0
@@ -271,8 +273,15 @@ _READERS: dict[str, Callable[[dict[str, Any], Any], list[_Draft]]] = {
 class _Encoder:
     """Tokenizes many drafts in one call and masks them."""
 
-    def __init__(self, tokenizer: Any, max_seq_len: int | None, train_on_all: bool):
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_seq_len: int | None,
+        train_on_all: bool,
+        vocab_size: int | None,
+    ):
         self.tokenizer, self.max_seq_len, self.train_on_all = tokenizer, max_seq_len, train_on_all
+        self.vocab_size = vocab_size
         self.eos = tokenizer.eos_token_id
         # What the tokenizer puts before any text (Llama 3's BOS); an EOS is added here, not by it.
         self.prefix = [t for t in tokenizer("")["input_ids"] if t != self.eos]
@@ -319,4 +328,11 @@ class _Encoder:
             if length > limit and any(mask[1:]):
                 return f"{length} tokens, and nothing to train in the first {limit} (max_seq_len)"
             return "nothing to train on"
+        unknown = max(tokens[:limit], default=0)
+        if self.vocab_size is not None and unknown >= self.vocab_size:
+            text = self.tokenizer.convert_ids_to_tokens(unknown)
+            return (
+                f"the tokenizer's token {text!r} has id {unknown}, and the model embeds ids 0 to "
+                f"{self.vocab_size - 1}: use the model's own tokenizer, or a model resized for it"
+            )
         return TrainingSequence(np.array(tokens[:limit], np.int32), loss_mask), length > limit

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
+from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import JobState, Stats
@@ -62,6 +63,7 @@ class JobManager:
         self._config, self._database, self._files = config, database, files
         self._engines, self._models, self._metrics = engines, models, metrics
         self._tokenizer = tokenizer  # used by the validation's thread alone
+        self._vocab_size = ModelConfig.from_hf(config.model.path).vocab_size
         self._validation = ThreadPoolExecutor(1, thread_name_prefix="validation")
         self._tasks: set[asyncio.Task] = set()
         self._states: asyncio.Queue[JobState] = asyncio.Queue()
@@ -260,7 +262,13 @@ class JobManager:
 
     def _load(self, file_id: str, limit: int, train_on: Any) -> Dataset:
         path = self._files.path(file_id)
-        return load_dataset(path, self._tokenizer, max_seq_len=limit, train_on=train_on)
+        return load_dataset(
+            path,
+            self._tokenizer,
+            max_seq_len=limit,
+            train_on=train_on,
+            vocab_size=self._vocab_size,
+        )
 
     # -- the queue --------------------------------------------------------------------------------
 
