@@ -1,5 +1,11 @@
-"""The thread that drives an engine: others queue calls, which it carries out between two steps."""
+"""The thread that drives an engine: others queue calls, which it carries out between two steps.
 
+From the moment it is to stop, or has failed, every call raises EngineStopped, and so do those that
+are queued and not carried out: nobody waits for an engine that is no more. A future may be
+cancelled by who has it; its call is then not made, its request dropped.
+"""
+
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -12,7 +18,6 @@ from llguidance import LLMatcher
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.finetune.job import JobStatus
 
 Result = TypeVar("Result")
 
@@ -35,10 +40,25 @@ class NewRequest:
     matcher: LLMatcher | None = None
 
 
+class EngineStopped(RuntimeError):
+    """The engine carries nothing out any more; its cause is what made it fail, if it did."""
+
+
 class RequestFuture(Future):
-    """Done when the request is; `state` is its record, also before."""
+    """Done when the request is; `state` is its record, also before. Cancelling it drops the
+    request."""
 
     state: RequestState
+
+
+def _resolve(future: Future, result: Any, error: BaseException | None = None) -> None:
+    """Give a future its outcome, unless who has it has cancelled it."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 class EngineLoop:
@@ -51,20 +71,24 @@ class EngineLoop:
         self._calls: queue.SimpleQueue[tuple[Callable, Future] | None] = queue.SimpleQueue()
         self._waiting: dict[str, RequestFuture] = {}
         self._error: BaseException | None = None
+        self._entrance, self._closed = threading.Lock(), False  # once closed, no call comes in
         self.idle = True  # nothing to do: it waits for a call
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         """Run `function` in the engine's thread between two steps; returns or raises as it does."""
+        if threading.current_thread() is self._thread:  # in a callback of a future, say
+            return function(*args, **kwargs)
         return self.post(lambda: function(*args, **kwargs)).result()
 
     def post(self, function: Callable[[], Result]) -> "Future[Result]":
         """`call` that does not wait: a future of what `function` returns or raises."""
-        if not self._thread.is_alive():
-            raise RuntimeError("the engine has stopped") from self._error
         future: Future = Future()
-        self._calls.put((function, future))
+        with self._entrance:
+            if self._closed:
+                raise self._stopped()
+            self._calls.put((function, future))
         return future
 
     def submit(self, requests: Sequence[NewRequest]) -> list[RequestFuture]:
@@ -92,15 +116,22 @@ class EngineLoop:
                     matcher=new.matcher,
                 )
             except ValueError as error:
-                future.set_exception(error)
+                _resolve(future, None, error)
             else:
                 self._waiting[future.state.request_id] = future
+                future.add_done_callback(self._drop_cancelled)
         return futures
+
+    def _drop_cancelled(self, future: Future) -> None:
+        """In the thread of who cancelled a request's future, or in which it is done."""
+        if future.cancelled() and isinstance(future, RequestFuture):
+            with contextlib.suppress(EngineStopped):
+                self.post(lambda: self.drop(future, "cancelled"))
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread runs."""
-        return self._thread.is_alive()
+        """Whether calls are carried out."""
+        return not self._closed
 
     def cancel(self, future: RequestFuture, error: str) -> None:
         """Drop a request that was submitted; its future holds it as it was."""
@@ -111,19 +142,37 @@ class EngineLoop:
         state = future.state
         if not state.finished:
             self.engine.cancel(state, error)
-            self._waiting.pop(state.request_id).set_result(state)
+            self._done(state)
+
+    def _done(self, state: RequestState) -> None:
+        """A request has ended; its future says so."""
+        _resolve(self._waiting.pop(state.request_id), state)
 
     def stop(self) -> None:
         """Stop the engine: jobs checkpoint, unfinished requests fail."""
-        if self._thread.is_alive():
+        if self._close():
             self._calls.put(None)
+        if threading.current_thread() is not self._thread:  # a finalizer may run anywhere
             self._thread.join()
+
+    def _close(self) -> bool:
+        """Let no call in any more; whether any was until now."""
+        with self._entrance:
+            was_open, self._closed = not self._closed, True
+        return was_open
+
+    def _stopped(self) -> EngineStopped:
+        """What a call gets that comes too late."""
+        reason = f"the engine failed: {self._error!r}" if self._error else "the engine has stopped"
+        stopped = EngineStopped(reason)
+        stopped.__cause__ = self._error
+        return stopped
 
     def _run(self) -> None:
         try:
             while self._answer_calls():
                 for state in self.engine.step():
-                    self._waiting.pop(state.request_id).set_result(state)
+                    self._done(state)
                 if self._after_step:
                     self._after_step()
             self.engine.stop()
@@ -131,17 +180,14 @@ class EngineLoop:
             self._error = error
             raise
         finally:
-            for job in self.engine.trainer.jobs.values():
-                if job.running:
-                    job.finish(JobStatus.FAILED, f"the engine failed: {self._error!r}")
-            for future in self._waiting.values():
-                if self._error:
-                    future.set_exception(RuntimeError(f"the engine failed: {self._error!r}"))
-                else:
-                    future.set_result(future.state)
+            self._close()
             while not self._calls.empty():
                 if call := self._calls.get():
-                    call[1].set_exception(RuntimeError("the engine has stopped"))
+                    _resolve(call[1], None, self._stopped())
+            for future in self._waiting.values():
+                _resolve(future, future.state, self._error and self._stopped())
+            if self._error:
+                self.engine.trainer.abandon(f"the engine failed: {self._error!r}")
 
     def _answer_calls(self) -> bool:
         """Carry out what is queued, waiting for it when there is nothing else to do."""
@@ -152,6 +198,8 @@ class EngineLoop:
             if call is None:
                 return False
             function, future = call
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except Exception as error:

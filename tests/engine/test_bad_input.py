@@ -1,6 +1,7 @@
 """Bad input is one clear line that names what is wrong, and disturbs nobody."""
 
 import json
+import time
 
 import pytest
 
@@ -50,6 +51,19 @@ def test_a_request_that_can_never_be_served(llm, llama_reference, prompt, params
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert running.result(60).output == reference_greedy(llama_reference, good, 40)
+    assert not llm.engine.has_work
+
+
+def test_a_request_whose_future_is_cancelled_is_dropped(llm, llama_reference):
+    (good,) = random_prompts([20])
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+    (dropped,) = llm.submit(good, params)
+    (kept,) = llm.submit(good, SamplingParams(max_tokens=20, ignore_eos=True))
+    while not dropped.state.output:
+        time.sleep(0.001)
+    assert dropped.cancel()
+    assert kept.result(60).output == reference_greedy(llama_reference, good, 20)
+    assert dropped.state.finished and len(dropped.state.output) < 100
     assert not llm.engine.has_work
 
 

@@ -456,7 +456,7 @@ class TestBatchStream:
 
     def test_total_batches_counts_shuffled_epochs(self) -> None:
         stream = BatchStream(made_dataset([3, 30, 7, 20, 11, 2, 28]), 40, seed=1)
-        total = stream.total_batches(3)
+        total = stream.batches_left(3)
         for _ in range(total):
             assert stream.epoch < 3
             stream.next_batch()

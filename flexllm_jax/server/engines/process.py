@@ -8,6 +8,7 @@ told to, on SIGTERM, or when the HTTP process is gone; running jobs write a chec
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -30,7 +31,7 @@ import zmq
 from flexllm_jax.config import Config, build_config
 from flexllm_jax.config.cli import quiet_libraries
 from flexllm_jax.engine.engine import Engine
-from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
+from flexllm_jax.engine.loop import EngineLoop, EngineStopped, NewRequest, RequestFuture
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.tokenizer import load_tokenizer
@@ -115,7 +116,9 @@ class EngineProcess:
         sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others
         while self.loop.alive and not self.stopping.is_set():
             if self._commands.poll(int(STATS_S * 1e3)):
-                self._take(decoder.decode(self._commands.recv()))
+                command = decoder.decode(self._commands.recv())
+                with contextlib.suppress(EngineStopped):  # it fails: the loop is not alive then
+                    self._take(command)
             if time.monotonic() >= next_stats and self.loop.alive:
                 next_stats = time.monotonic() + STATS_S
                 self._events.put(self._stats())
