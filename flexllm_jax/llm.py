@@ -146,7 +146,8 @@ class Job:
         return self._job.adapter_dir
 
     def wait(self, timeout: float | None = None) -> "Job":
-        """Wait until it has ended. TimeoutError after `timeout` seconds."""
+        """Wait until it has ended and what it leaves behind is on disk: its last checkpoint, and
+        its adapter if it succeeded. TimeoutError after `timeout` seconds."""
         if not self._job.ended.wait(timeout):
             raise TimeoutError(f"job {self.name!r} is still running after {timeout} s")
         return self
@@ -164,8 +165,9 @@ class Job:
         self._loop.call(lambda: self._loop.engine.trainer.resume(self._job))
 
     def cancel(self) -> None:
-        """Stop it; its last checkpoint stays."""
+        """Stop it, and wait until it has ended; its last checkpoint stays."""
         self._loop.call(lambda: self._loop.engine.trainer.cancel(self._job))
+        self._job.ended.wait()
 
 
 class LLM:

@@ -255,7 +255,10 @@ class Engine:
         return published
 
     def publish_job(self, job: FinetuneJob) -> Published:
-        """Serve what a job has learnt so far under its name: a copy of its slot on the device."""
+        """Serve what a job has learnt so far under its name: a copy of its slot on the device.
+        ValueError when it has ended: its slot may be another's."""
+        if not job.running:
+            raise ValueError(f"job {job.name!r} has ended: load its adapter from its folder")
         published = self.directory.publish(job.name, job.peft, job.shapes)
         self.runner.copy_adapter(job.slot, published.slot)
         return published

@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.checkpoint import CheckpointError, JobCheckpoints
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus, PackedMicrobatch
 from flexllm_jax.finetune.optimizer import hyperparameters
+from flexllm_jax.finetune.resume import made_with, refusal
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import from_row, to_rows
 from flexllm_jax.peft.hf_peft import save_adapter
@@ -75,12 +76,20 @@ class Trainer:
         """Put a job's adapter in its slot, from its newest checkpoint if it resumes, and let it
         run."""
         job.started_at = time.monotonic()
+        before = self.jobs.get(job.name)
+        if before is not None and not before.ended.is_set():
+            raise ValueError(
+                f"job {job.name!r} is still being written: wait for its end, or use another name"
+            )
         runner = self._runner
+        job.made_with = made_with(job, runner.sizes.bank)
         values, scales = to_rows(job.adapter, runner.model, runner.sizes.bank, job.name)
         moments = runner.sizes.job_state["optimizer"]
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), moments)
         kept = {"master": values, "optimizer": zeros}
-        checkpoint = self._checkpoints(job).restore_latest(kept) if job.config.resume else None
+        checkpoint = None
+        if job.config.resume:
+            checkpoint = self._checkpoints(job).restore_latest(kept, partial(refusal, job))
         if checkpoint is not None:
             job.restore(checkpoint.step, checkpoint.info)
             kept = checkpoint.arrays
@@ -102,8 +111,7 @@ class Trainer:
                 try:
                     self._scheduler.add(packed.as_planned())
                 except ValueError as error:  # it can never run: too few pages for it, even alone
-                    job.finish(JobStatus.FAILED, f"job {job.name!r} stopped: {error}")
-                    self._end(job)
+                    self._end(job, JobStatus.FAILED, f"job {job.name!r} stopped: {error}")
                 else:
                     self._queued[packed.microbatch_id] = packed
 
@@ -207,10 +215,10 @@ class Trainer:
     ) -> None:
         if not job.running:
             return
-        job.step_done({name: float(value) for name, value in metrics.items()}, tokens)
-        if not job.running:
-            log.error("%s", job.reason)
-            self._end(job)
+        wrong = job.step_done({name: float(value) for name, value in metrics.items()}, tokens)
+        if wrong:
+            log.error("%s", wrong)
+            self._end(job, JobStatus.FAILED, wrong)
         elif snapshot is not None:
             self._write(job, job.step, snapshot, job.checkpoint_info(position))
         if job.running and job.complete:
@@ -223,19 +231,23 @@ class Trainer:
             self._complete(job)
 
     def _complete(self, job: FinetuneJob) -> None:
-        """All steps are done: keep the state, serve the adapter, write it in PEFT's format."""
-        self._write(
-            job, job.step, self._runner.copy_state(job.state), job.checkpoint_info(job.position)
-        )
+        """All steps are done: serve the adapter, keep the state, write it in PEFT's format."""
+        snapshot, info = self._runner.copy_state(job.state), job.checkpoint_info(job.position)
         try:
             self._publish(job)
         except ValueError as error:  # no free slot: the export is what counts
             job.messages.append(str(error))
             log.warning("%s", error)
+        self._release_job(job)
+        self._writer.submit(self._write_result, job, snapshot, info)
+
+    def _write_result(self, job: FinetuneJob, snapshot: dict, info: dict) -> None:
+        """In the writer's thread: the last checkpoint and the adapter; then the job has ended."""
         folder = self._config.output_dir / job.name / "adapter"
         try:
-            job.adapter_dir = self.export(job, folder)
-        except (OSError, SafetensorError) as error:
+            self._save(job, job.step, snapshot, info)
+            job.adapter_dir = self._export(job, snapshot, folder)
+        except Exception as error:  # a full disk, a lost device: the job has to end
             reason = (
                 f"job {job.name!r} is trained, but its adapter could not be written to {folder} "
                 f"({error}): free space on the disk and resume the job"
@@ -244,32 +256,45 @@ class Trainer:
             job.finish(JobStatus.FAILED, reason)
         else:
             job.finish(JobStatus.SUCCEEDED)
-        self._end(job)
 
     def export(self, job: FinetuneJob, out_dir: Path) -> Path:
         """Write the job's adapter as it is now; waits for the device."""
-        master = jax.tree.map(np.asarray, self._runner.copy_state(job.state)["master"])
+        return self._export(job, self._runner.copy_state(job.state), out_dir)
+
+    def _export(self, job: FinetuneJob, snapshot: dict, out_dir: Path) -> Path:
+        master = jax.tree.map(np.asarray, snapshot["master"])
         adapter = from_row(master, job.peft, job.shapes)
         save_adapter(adapter, self._runner.model, self._config.model.path, out_dir)
         return out_dir
 
     def cancel(self, job: FinetuneJob) -> None:
-        """Stop a job and keep its last checkpoint."""
+        """Stop a job and keep its last checkpoint; `job.ended` says when that is written."""
         if job.running:
-            job.finish(JobStatus.CANCELLED, "cancelled")
-            self._end(job)
+            self._end(job, JobStatus.CANCELLED, "cancelled")
 
-    def _end(self, job: FinetuneJob) -> None:
-        """Take back what an ended job holds."""
+    def _end(self, job: FinetuneJob, status: JobStatus, reason: str) -> None:
+        """A job goes no further: it has ended when what is being written of it is."""
+        log.info("job %s ended: %s", job.name, reason)
+        self._release_job(job)
+        self._writer.submit(job.finish, status, reason)
+
+    def _release_job(self, job: FinetuneJob) -> None:
+        """Take back what a job holds."""
+        job.close()
         self._scheduler.remove_job(job.name)
         for microbatch_id, packed in list(self._queued.items()):
             if packed.job is job:
                 self.in_work.pop(microbatch_id, None)
                 del self._queued[microbatch_id]
-        if job.status is not JobStatus.SUCCEEDED:
-            log.info("job %s ended: %s", job.name, job.reason)
         job.state = {}
         self._release(job.name)
+
+    def abandon(self, reason: str) -> None:
+        """The engine has failed, and with it all jobs; what is being written still is."""
+        self._writer.shutdown(wait=True)
+        for job in self.jobs.values():
+            if not job.ended.is_set():
+                job.finish(JobStatus.FAILED, reason)
 
     # -- checkpoints ------------------------------------------------------------------------------
 

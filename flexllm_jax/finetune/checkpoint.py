@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,18 +112,22 @@ class JobCheckpoints:
             ) from error
         self._remove_superseded(name)
 
-    def restore_latest(self, like: Any) -> Checkpoint | None:
+    def restore_latest(
+        self, like: Any, refusal: Callable[[dict], str | None] = lambda info: None
+    ) -> Checkpoint | None:
         """The newest checkpoint that can be read; one that is damaged is passed over with a
         warning.
 
         Args:
             like: pytree of arrays or `jax.ShapeDtypeStruct` that the arrays have to match.
+            refusal: of a checkpoint's info, why it cannot be gone on from, or None.
 
         Returns:
             The checkpoint, its arrays in `like`'s structure; None where none was ever saved.
 
         Raises:
-            CheckpointError: the arrays do not match `like`, or no checkpoint can be read.
+            CheckpointError: the checkpoint is refused, or its arrays do not match `like`, or none
+                can be read.
         """
         expected = {path: _describe(leaf) for path, leaf in _leaves(like)}
         complete = self._complete()
@@ -131,11 +135,14 @@ class JobCheckpoints:
             path = self.directory / _name(step, attempt)
             try:
                 info, manifest = self._read_info(path)
+                reason = refusal(info)
                 mismatch = _first_mismatch(manifest, expected)
-                leaves = {} if mismatch else self._read_arrays(path, manifest)
+                leaves = {} if reason or mismatch else self._read_arrays(path, manifest)
             except Exception as error:  # whatever a damaged file makes orbax raise
                 logger.warning("%s is damaged and passed over: %s", path, _one_line(error))
                 continue
+            if reason:
+                raise CheckpointError(f"{path} is of another job: {reason}")
             if mismatch:
                 raise CheckpointError(
                     f"{path} is of another job: {mismatch}; resume with the configuration it was "

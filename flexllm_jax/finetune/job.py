@@ -167,6 +167,7 @@ class FinetuneJob:
         default_factory=list, repr=False
     )  # of the adapter, by layer, on the device
     status: JobStatus = JobStatus.RUNNING
+    closed: bool = False  # there is no more to do for it than to write what it leaves behind
     paused: bool = False  # it is running, and waits to be resumed
     reason: str | None = None
     step: int = 0
@@ -181,6 +182,7 @@ class FinetuneJob:
     forwarded: int = 0  # tokens of this run that went forward, validation's and repeats too
     backwarded: int = 0  # tokens of this run whose gradients are computed
     resumed_from: int = 0
+    made_with: dict[str, Any] = field(default_factory=dict, repr=False)  # see `resume`
     started_at: float = field(default_factory=time.monotonic)
     finished_at: float | None = None
     adapter_dir: Path | None = None
@@ -190,7 +192,7 @@ class FinetuneJob:
     def __post_init__(self):
         c = self.config
         self.stream = BatchStream(self.dataset, c.batch_tokens, c.seed)
-        self.total_steps = c.steps or self.stream.total_batches(c.epochs or 1)
+        self.total_steps = c.steps or self.stream.batches_left(c.epochs or 1)
         self._ready: deque[PackedMicrobatch] = deque()
         self._position: dict = self.stream.state()
         self._batches_out = 0
@@ -210,7 +212,7 @@ class FinetuneJob:
     @property
     def running(self) -> bool:
         """Whether the job still has work."""
-        return self.status is JobStatus.RUNNING
+        return self.status is JobStatus.RUNNING and not self.closed
 
     @property
     def tokens_per_s(self) -> float:
@@ -232,8 +234,18 @@ class FinetuneJob:
         return self._position
 
     def restore(self, step: int, info: dict) -> None:
-        """Go on from a checkpoint taken after optimizer step `step`."""
+        """Go on from a checkpoint taken after optimizer step `step`, with what is left of the data.
+
+        Raises ValueError, naming the field, when it is of other data, or past the job's end.
+        """
         self.stream.restore(info["stream"])
+        c = self.config
+        self.total_steps = c.steps or step + self.stream.batches_left(c.epochs or 1)
+        if step > self.total_steps:
+            raise ValueError(
+                f"steps={c.steps}: the checkpoint that job {self.name!r} would go on from has done "
+                f"{step} steps; raise steps, or start anew with resume: false"
+            )
         self._position = self.stream.state()
         self.step = self.dispatched = self._batches_out = self.resumed_from = step
         self.earlier_tokens = int(info.get("tokens", 0))  # older checkpoints do not say
@@ -250,6 +262,7 @@ class FinetuneJob:
             "gradient_norms": list(self.gradient_norms),
             "validation_losses": list(self.validation_losses),
             "total_steps": self.total_steps,
+            "made_with": self.made_with,
         }
 
     # -- microbatches -----------------------------------------------------------------------------
@@ -304,25 +317,24 @@ class FinetuneJob:
         self.dispatched += 1
         self._position = microbatch.stream_state or self._position
 
-    def step_done(self, metrics: dict[str, float], tokens: int) -> None:
+    def step_done(self, metrics: dict[str, float], tokens: int) -> str | None:
         """An optimizer step's results (see `optimizer_step`), and the run's tokens up to it.
 
-        A result that is not finite fails the job.
+        Returns why the job cannot go on when a result is not finite.
         """
         wrong = [f"{name} {v}" for name, v in metrics.items() if not math.isfinite(v)]
         if wrong:
-            self.finish(
-                JobStatus.FAILED,
+            return (
                 f"job {self.name!r} stopped: {', '.join(wrong)} at step {self.step + 1} is not "
                 f"finite; lower optimizer.lr ({self.config.optimizer.lr}) or optimizer.clip and "
-                f"resume",
+                f"resume"
             )
-            return
         self.step += 1
         self.tokens = tokens
         self.losses.append(metrics["loss"])
         self.step_times.append(time.monotonic())
         self.gradient_norms.append(metrics["gradient_norm"])
+        return None
 
     def validated(self, totals: np.ndarray, *, ends: bool) -> None:
         """Add a validation microbatch's sum of losses and number of labels."""
@@ -338,9 +350,14 @@ class FinetuneJob:
         """Whether all steps are done and the validation after them too."""
         return self.step >= self.total_steps and not self._validations_left
 
+    def close(self) -> None:
+        """Hand out nothing more; `finish` follows once all that it leaves behind is written."""
+        self.closed = True
+        self._ready.clear()
+
     def finish(self, status: JobStatus, reason: str | None = None) -> None:
-        """End the job."""
+        """The job has ended, and what `status` promises is on disk."""
+        self.close()
         self.status, self.reason = status, reason
         self.finished_at = time.monotonic()
-        self._ready.clear()
         self.ended.set()

@@ -91,7 +91,8 @@ class Run:
         workload = llm.config.workload
         jobs = [llm.start_job(job) for job in inputs.jobs]
         for job in jobs:
-            if workload and workload.adapter == job.name and job.status == "running":
+            asked_for = workload is not None and workload.adapter == job.name
+            if asked_for and job.status == "running" and job.steps < job.total_steps:
                 job.publish()
         run = cls(llm, jobs)
         if workload:

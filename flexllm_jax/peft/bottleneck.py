@@ -22,22 +22,23 @@ FOLLOWS = {"bottleneck_o": "o", "bottleneck_down": "down"}
 
 @dataclass(frozen=True)
 class BottleneckConfig(AdapterConfig):
-    """`size`: width of the bottleneck."""
+    """`bottleneck_size`: its width."""
 
-    size: int
+    bottleneck_size: int
 
     kind: ClassVar[str] = "bottleneck"
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise AdapterError(f"bottleneck_size={self.size!r} must be a positive integer")
+        size = self.bottleneck_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise AdapterError(f"bottleneck_size={size!r} must be a positive integer")
 
     def initialize(self, model: ModelConfig, seed: int) -> Weights:
         """D normal with deviation 0.01 (as in the paper), all else zero, so nothing is changed."""
-        weights = {}
+        weights, own_shapes = {}, shapes(model, self.bottleneck_size)
         for layer in range(model.num_layers):
             for index, site in enumerate(FOLLOWS):
-                own = {n: np.zeros(s, np.float32) for n, s in shapes(model, self.size).items()}
+                own = {name: np.zeros(shape, np.float32) for name, shape in own_shapes.items()}
                 random = np.random.default_rng([seed, layer, index])
                 own["down"] = random.normal(0, 0.01, own["down"].shape).astype(np.float32)
                 weights[layer, site] = own

@@ -138,7 +138,7 @@ def _read_bottleneck(raw: Mapping[str, Any], tensors: Tensors, model: ModelConfi
     config = BottleneckConfig(size if isinstance(size, int) else 0)
     if raw.get("non_linearity", "relu") != "relu":
         raise AdapterError(f"non_linearity={raw['non_linearity']!r} is not supported, only 'relu'")
-    names, expected = _bottleneck_names(model), bottleneck.shapes(model, config.size)
+    names, expected = _bottleneck_names(model), bottleneck.shapes(model, config.bottleneck_size)
     weights: dict = {}
     for tensor, (site, name) in names.items():
         if tensor not in tensors:

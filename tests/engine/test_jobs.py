@@ -1,11 +1,15 @@
 """Jobs from outside: validation, progress, publishing, cancelling, and real data."""
 
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flexllm_jax import SamplingParams
+from flexllm_jax.finetune.checkpoint import CheckpointError, JobCheckpoints
+from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import AdapterError
 from tests.engines import (
     job_config,
@@ -80,6 +84,92 @@ def test_publishing_while_training_serves_what_is_learnt_so_far(llm, llama, rows
     job.cancel()
     assert job.wait(10).status == "cancelled"
     assert job.losses, "the losses so far stay"
+
+
+class TestWhatAnEndPromises:
+    """It is on disk when `wait` comes back, however slow the disk: who copies it then has all."""
+
+    @pytest.fixture(autouse=True)
+    def slow_disk(self, monkeypatch):
+        save = JobCheckpoints.save
+
+        def slow(self, *arguments):
+            time.sleep(0.2)
+            save(self, *arguments)
+
+        monkeypatch.setattr(JobCheckpoints, "save", slow)
+
+    def copied(self, llm, job, name):
+        """The steps of the checkpoints in a copy of the job's folder, under another name."""
+        runs = Path(llm.config.output_dir)
+        shutil.copytree(runs / job.name, runs / name)
+        return JobCheckpoints(runs / name / "checkpoints").steps()
+
+    def test_success(self, llm, llama, rows):
+        job = llm.finetune(job_config("promised", rows, steps=6)).wait(60)
+        assert job.status == "succeeded", job.reason
+        assert self.copied(llm, job, "copied") == [4, 6]
+        load_with_adapter(llama, Path(llm.config.output_dir) / "copied" / "adapter")
+        more = llm.finetune(job_config("copied", rows, steps=9, resume=True)).wait(60)
+        assert (more._job.resumed_from, more.steps) == (6, 9)
+        whole = llm.finetune(job_config("never", rows, steps=9)).wait(60)
+        assert more.losses[6:] != whole.losses[6:], "the rate of the first 6 steps fell to 0"
+        assert more.losses[0] == whole.losses[0]
+        for name in ("promised", "copied", "never"):
+            llm.unload_adapter(name)
+
+    def test_cancel(self, llm, rows):
+        job = llm.finetune(job_config("dropped", rows, steps=5000))
+        while job.steps < 4:
+            assert job.status == "running", job.reason
+        job.cancel()
+        assert job.status == "cancelled"
+        steps = self.copied(llm, job, "dropped copy")
+        assert steps and steps[-1] == job.steps // 4 * 4
+
+    def test_failure(self, llm, rows, monkeypatch):
+        done = FinetuneJob.step_done
+
+        def diverging(job, metrics, tokens):
+            return done(job, metrics | ({"loss": float("nan")} if job.step == 4 else {}), tokens)
+
+        monkeypatch.setattr(FinetuneJob, "step_done", diverging)
+        job = llm.finetune(job_config("diverged", rows, steps=9)).wait(60)
+        assert job.status == "failed" and "loss nan at step 5 is not finite" in job.reason
+        assert self.copied(llm, job, "diverged copy") == [4]
+
+    def test_its_name_is_taken_until_then(self, llm, rows):
+        job = llm.finetune(job_config("again", rows, steps=2))
+        while not job._job.closed:
+            time.sleep(0.001)
+        with pytest.raises(ValueError, match="job 'again' is still being written"):
+            llm.finetune(job_config("again", rows, steps=2))
+        with pytest.raises(ValueError, match="job 'again' has ended"):
+            job.publish()
+        assert job.wait(60).status == "succeeded"
+        llm.unload_adapter("again")
+
+
+class TestResuming:
+    def test_another_adapter_is_refused_by_the_fields_name(self, llm, rows):
+        llm.finetune(job_config("first", rows, steps=2)).wait(60)
+        llm.unload_adapter("first")
+        config = job_config("first", rows, steps=4, resume=True, peft={"r": 8, "alpha": 8.0})
+        with pytest.raises(CheckpointError, match=r"peft\.r=4 \(now 8\)") as error:
+            llm.finetune(config)
+        assert "\n" not in str(error.value)
+        assert "first" not in llm.engine.directory.training
+
+    def test_other_batches_take_the_rest_of_the_data(self, llm, rows):
+        fields = {"steps": None, "epochs": 2}
+        first = llm.finetune(job_config("cut", rows, batch_tokens=60, **fields | {"epochs": 1}))
+        first.wait(60)
+        llm.unload_adapter("cut")
+        job = llm.finetune(job_config("cut", rows, batch_tokens=200, resume=True, **fields))
+        assert job.wait(60).status == "succeeded"
+        assert job.tokens == first.tokens == job._job.dataset.tokens
+        assert first.steps < job.steps == job.total_steps < 2 * first.steps
+        llm.unload_adapter("cut")
 
 
 def test_real_questions_and_answers(llm, tmp_path):

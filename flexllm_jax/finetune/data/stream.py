@@ -38,9 +38,17 @@ class BatchStream:
         """Batches in the epoch under way; shuffling makes epochs differ a little."""
         return self._count(self._order)
 
-    def total_batches(self, epochs: int) -> int:
-        """Batches in the first `epochs` epochs: the optimizer steps of a job."""
-        return sum(self._count(self._order_of(epoch)) for epoch in range(epochs))
+    def batches_left(self, epochs: int) -> int:
+        """Batches from here to the end of `epochs` epochs. DatasetError when that is passed."""
+        if (self._epoch, self._index) > (epochs, 0):
+            raise DatasetError(
+                f"{self._dataset.path}: epochs={epochs}, but the checkpoint is in epoch "
+                f"{self._epoch + 1} already; raise epochs, or start the job anew with resume: false"
+            )
+        if self._epoch == epochs:
+            return 0
+        later = (self._order_of(epoch) for epoch in range(self._epoch + 1, epochs))
+        return self._count(self._order, self._index) + sum(map(self._count, later))
 
     def next_batch(self) -> list[TrainingSequence]:
         """Rows in the epoch's order until the next would pass `batch_tokens`; at least one."""
@@ -65,8 +73,8 @@ class BatchStream:
         """Go to a position from `state()`. DatasetError if the data is not what it was then."""
         if int(state["fingerprint"]) != self._dataset.fingerprint:
             raise DatasetError(
-                f"{self._dataset.path}: rows, tokenizer or max_seq_len changed since the "
-                "checkpoint; restore them, or start the job anew with resume: false"
+                f"{self._dataset.path}: its rows or the tokenizer changed since the checkpoint; "
+                "restore them, or start the job anew with resume: false"
             )
         self._epoch, self._index = int(state["epoch"]), int(state["index"])
         self._seed = int(state["seed"])
@@ -87,8 +95,9 @@ class BatchStream:
             end += 1
         return end
 
-    def _count(self, order: np.ndarray) -> int:
-        batches = at = 0
+    def _count(self, order: np.ndarray, at: int = 0) -> int:
+        """Batches from place `at` of an order to its end."""
+        batches = 0
         while at < len(order):
             at, batches = self._end(order, at), batches + 1
         return batches

@@ -19,7 +19,7 @@ from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
 from flexllm_jax.server.engines.protocol import JobState
 
-_FORGOTTEN_AFTER_S = 60.0  # a job's end: its last checkpoint is written by then
+_FORGOTTEN_AFTER_S = 60.0  # a job's end: it has been told of by then
 
 
 class EngineCalls:
@@ -98,8 +98,10 @@ class EngineCalls:
         self._loop.call(lambda: self._engine.trainer.resume(self._job(name)))
 
     def cancel_job(self, name: str) -> None:
-        """Stop a job."""
-        self._loop.call(lambda: self._engine.trainer.cancel(self._job(name)))
+        """Stop a job; what it leaves behind is on disk then."""
+        job = self._loop.call(self._job, name)
+        self._loop.call(self._engine.trainer.cancel, job)
+        job.ended.wait()
 
     def _job(self, name: str) -> FinetuneJob:
         job = self._engine.trainer.jobs.get(name)
@@ -125,13 +127,14 @@ class EngineCalls:
         for job in list(self._engine.trainer.jobs.values()):
             if job.finished_at and time.monotonic() - job.finished_at > _FORGOTTEN_AFTER_S:
                 self._loop.post(partial(self._forget, job))
+            # First: what is read after it is complete when it says that the job has ended.
+            status = "paused" if job.running and job.paused else job.status.value
             told, losses = self._losses_told.get(job.name, 0), list(job.losses)
             self._losses_told[job.name] = len(losses)
-            paused = job.running and job.paused
             states.append(
                 JobState(
                     name=job.name,
-                    status="paused" if paused else job.status.value,
+                    status=status,
                     reason=job.reason,
                     step=job.step,
                     total_steps=job.total_steps,

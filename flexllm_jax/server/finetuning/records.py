@@ -40,14 +40,8 @@ class JobRecords:
     def note(self, session: Session, state: JobState) -> list[ServedAdapter]:
         """In a transaction: what is new of a job. Returns the adapters that can be served now."""
         job = find_job(session, state.name)
-        if job is None or job.status in ("failed", "cancelled"):
+        if job is None or job.status in ("succeeded", "failed"):
             return []
-        if job.status == "succeeded":  # its last checkpoint comes after its end
-            validation = dict(state.validation_losses)
-            notes = [
-                self._note_checkpoint(session, job, step, validation) for step in state.checkpoints
-            ]
-            return [adapter for noted in notes for adapter in noted]
         if state.resumed_from and job.id not in self._resumed:
             self._resumed.add(job.id)
             tell(session, job.id, f"Resumed from step {state.resumed_from}")
@@ -77,6 +71,8 @@ class JobRecords:
             )
             if session.scalars(known).first() is None:
                 tell(session, job.id, text, level="warn")
+        if job.status == "cancelled":  # whatever became of it; its checkpoints are there
+            return adapters
         if state.status == "succeeded":
             job.status, job.finished_at, job.trained_tokens = "succeeded", now(), state.tokens
             name, path = self._name(job), str(self._folder(job.id) / "adapter")
