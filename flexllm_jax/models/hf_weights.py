@@ -26,13 +26,19 @@ from safetensors.numpy import save_file
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.layers import rotary_frequencies
 
 logger = logging.getLogger(__name__)
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# Next to the weights, what transformers and tokenizers need to use them, and the licence.
-_SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+# Next to the weights, what transformers and tokenizers need to use them (chat templates may lie in
+# a subfolder, `additional_chat_templates`), and the licence.
+_SIDE_FILES = (
+    *("*.json", "*.jinja", "*/*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"),
+    *("LICENSE*", "NOTICE*"),
+)
+_ROWS_COMPARED = 4096  # of two tensors, at a time
 
 
 class WeightsError(UserError):
@@ -125,7 +131,7 @@ def load_parameters(
             f"{directory}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are); "
             "download the checkpoint again, or correct its config.json"
         )
-    _check_unexpected(directory, config, [name for name in files if name not in expected])
+    _check_unexpected(directory, config, files)
 
     leaves: dict[tuple[str | int, ...], Any] = {}
     # File by file: a network file system is then read in order.
@@ -169,19 +175,42 @@ def _open(file: Path) -> Any:
         raise WeightsError(f"{file} is not a whole safetensors file: {error}") from None
 
 
-def _check_unexpected(directory: Path, config: ModelConfig, names: list[str]) -> None:
-    """Refuse tensors that a layer would have to use; say which others are left out."""
+def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str]) -> None:
+    """Refuse tensors that would change what the model computes; say which others are left out.
+
+    A head beside tied embeddings and rotary frequencies are copies of what is used, and refused
+    when they are not.
+    """
+    expected = {tensor.name for tensor in _tensors(config)}
+    modules = {name.rpartition(".")[0] for name in expected}
     ignored = []
-    for name in sorted(names):
-        if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
-            continue  # computed from the config; a copy of the embeddings
+    for name in sorted(files.keys() - expected):
         layer = name.removeprefix("model.layers.").split(".")[0]
-        if name.startswith("model.layers.") and layer.isdigit() and int(layer) < config.num_layers:
+        in_layer = name.startswith("model.layers.") and layer.isdigit()
+        with _open(directory / files[name]) as checkpoint:
+            if name.endswith("rotary_emb.inv_freq"):
+                copied = _are_frequencies(checkpoint.get_tensor(name), config)
+                source = "what rope_theta and rope_scaling of config.json give"
+            elif name == "lm_head.weight":
+                copied = holds_tensor(directory, config, name, checkpoint.get_slice(name))
+                source = (
+                    "the embeddings, as tie_word_embeddings in config.json says: set it to false"
+                )
+            elif name.rpartition(".")[0] in modules or (
+                in_layer and int(layer) < config.num_layers
+            ):
+                raise WeightsError(
+                    f"{directory}: tensor {name} has no place in {config.architecture} as "
+                    "config.json describes it; use the config.json that belongs to the checkpoint"
+                )
+            else:
+                ignored.append(name)
+                continue
+        if not copied:
             raise WeightsError(
-                f"{directory}: tensor {name} has no place in {config.architecture} as config.json "
-                "describes it; use the config.json that belongs to the checkpoint"
+                f"{directory}: tensor {name} is not {source}; correct config.json, or remove the "
+                "tensor from the checkpoint"
             )
-        ignored.append(name)
     if ignored:
         logger.warning(
             "%s: %d tensors are not used: %s%s",
@@ -190,6 +219,37 @@ def _check_unexpected(directory: Path, config: ModelConfig, names: list[str]) ->
             ", ".join(ignored[:5]),
             ", ..." if len(ignored) > 5 else "",
         )
+
+
+def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
+    """Whether rotary frequencies are the model's, as far as their dtype can tell."""
+    used = np.asarray(rotary_frequencies(config))
+    tolerance = max(1e-4, 2 * float(jnp.finfo(stored.dtype).eps))
+    return stored.shape == used.shape and np.allclose(
+        stored.astype(np.float32), used, rtol=tolerance, atol=0
+    )
+
+
+def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -> bool | None:
+    """Whether `other`, an open slice of a safetensors file, has the values that the model at `path`
+    uses for its tensor `name`, rounded to other's dtype; None when it has no such tensor."""
+    directory = Path(path)
+    if name == "lm_head.weight" and config.tie_embeddings:
+        name = "model.embed_tokens.weight"
+    file = _checkpoint_files(directory).get(name)
+    if file is None:
+        return None
+    with _open(directory / file) as checkpoint:
+        own = checkpoint.get_slice(name)
+        shape = own.get_shape()
+        if shape != other.get_shape():
+            return False
+        for at in range(0, shape[0], _ROWS_COMPARED):
+            rows = slice(at, min(at + _ROWS_COMPARED, shape[0]))
+            theirs = other[rows]
+            if not np.array_equal(own[rows].astype(theirs.dtype), theirs):
+                return False
+    return True
 
 
 def _load(file: Path, tensor: _Tensor, dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
@@ -280,7 +340,9 @@ def save_parameters(
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, partial / file.name)
+                target = partial / file.relative_to(source)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
     _set_dtype(partial / "config.json", str(params["embed"]["weight"].dtype))
 
     shards = _shards(params, config, max_shard_bytes)

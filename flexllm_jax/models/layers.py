@@ -51,12 +51,8 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * wide.astype(x.dtype)
 
 
-def rotary_angles(
-    config: ModelConfig, positions: Int[Array, " T"]
-) -> tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]:
-    """Cosine and sine of the rotary angles (RoFormer, arXiv 2104.09864), float32, for `rotate`.
-
-    Both halves of a head have the same angles, and the sine of the first half is negated.
+def rotary_frequencies(config: ModelConfig) -> Float[Array, " F"]:
+    """Frequencies of the rotary angles (RoFormer, arXiv 2104.09864), float32 [head_dim / 2].
 
     With `rope_scaling` the frequencies are changed as Llama 3.1 does: wavelengths above the
     original context are stretched by `factor`, short ones are kept, and those between are
@@ -70,6 +66,15 @@ def rotary_angles(
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         frequencies = frequencies * (keep + (1.0 - keep) / scaling.factor)
+    return frequencies
+
+
+def rotary_angles(
+    config: ModelConfig, positions: Int[Array, " T"]
+) -> tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]:
+    """Cosine and sine of the rotary angles, float32, for `rotate`. Both halves of a head have the
+    same angles, and the sine of the first half is negated."""
+    frequencies = rotary_frequencies(config)
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)

@@ -217,14 +217,50 @@ def test_missing_and_truncated_files_are_named(tmp_path):
     assert "has neither model.safetensors nor" in refusal(single)
 
 
-def test_tensors_without_a_place_matter_only_inside_a_layer(tmp_path, caplog):
-    source = make_llama(tmp_path)
-    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    rewrite(source, lambda tensors: tensors.update(inv_freq))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaling", [None, "llama3"])
+def test_stored_rotary_frequencies_must_be_those_that_are_used(tmp_path, caplog, dtype, scaling):
+    """Transformers 4.30 and earlier stored them."""
+    source = make_llama(tmp_path, rope_scaling=scaling)
+    frequencies = AutoModelForCausalLM.from_pretrained(source).model.rotary_emb.inv_freq.to(dtype)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(source, lambda tensors: tensors.update({name: frequencies}))
     with caplog.at_level(logging.WARNING):
         load(source)
     assert not caplog.records
+    for other in (frequencies * 1.05, torch.ones(8), frequencies[:4]):
+        rewrite(source, lambda tensors, other=other: tensors.update({name: other.clone()}))
+        assert f"tensor {name} is not what rope_theta" in refusal(source)
 
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_beside_tied_embeddings_must_be_them(tmp_path, dtype):
+    source = make_qwen2(tmp_path, tie=True, dtype=dtype)
+    embeddings = load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    other = embeddings.clone()
+    other[-1, -1] += 1
+    for head in (other, embeddings[:-1], embeddings.flip(0)):
+        rewrite(source, lambda t, head=head: t.update({"lm_head.weight": head.contiguous()}))
+        message = refusal(source)
+        assert "lm_head.weight is not the embeddings" in message
+        assert "tie_word_embeddings" in message
+    wide = {"lm_head.weight": embeddings.double()}
+    rewrite(source, lambda tensors: tensors.update(wide))
+    load(source)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head.bias", "model.norm.bias", "model.embed_tokens.scale", "model.layers.1.mlp.gate.bias"],
+)
+def test_tensors_of_what_is_used_are_never_left_out(tmp_path, name):
+    source = make_llama(tmp_path)
+    rewrite(source, lambda tensors: tensors.update({name: torch.ones(8)}))
+    assert f"tensor {name} has no place in LlamaForCausalLM" in refusal(source)
+
+
+def test_tensors_without_a_place_matter_only_inside_a_layer(tmp_path, caplog):
+    source = make_llama(tmp_path)
     rewrite(source, lambda tensors: tensors.update({"value_head.weight": torch.ones(8)}))
     with caplog.at_level(logging.WARNING):
         load(source)
@@ -239,14 +275,18 @@ def test_saving_copies_what_belongs_to_the_model_and_nothing_else(tmp_path):
     source = make_llama(tmp_path / "source", sharded=True)
     for name in ("tokenizer.json", "chat_template.jinja", "merges.txt", "LICENSE"):
         (source / name).write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     config = ModelConfig.from_hf(source)
     params = load_parameters(source, config, jnp.bfloat16)
     out = tmp_path / "out"
     save_parameters(params, config, source, out)
     assert {file.name for file in out.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"),
-        *("chat_template.jinja", "merges.txt", "LICENSE"),
+        *("chat_template.jinja", "merges.txt", "LICENSE", "additional_chat_templates"),
     }
+    copied = out / "additional_chat_templates" / "tool_use.jinja"
+    assert copied.read_text() == "{{ tools }}"
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     with safe_open(out / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
