@@ -5,11 +5,19 @@ Each kernel's `arg_specs.py` lists its cases at the shapes of real models.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
+from types import ModuleType
 from typing import Literal
 
 import jax
 
+KERNELS = ("ragged_paged_attention", "window_attention_backward", "grouped_lora")
 TENSOR_PARALLEL = (1, 2, 4)
+
+
+def arg_specs(kernel: str) -> ModuleType:
+    """The module with the cases of one of `KERNELS`: CASES, DRY_RUN_CASES, tuning_keys, ..."""
+    return import_module(f"kernels_pallas.{kernel}.arg_specs")
 
 
 @dataclass(frozen=True)

@@ -5,67 +5,18 @@ many steps, in milliseconds of this thread's time. The targets are 1 ms at 256 r
 4,096.
 """
 
-import gc
-import itertools
-import statistics
-import time
+import argparse
 
 from rich.console import Console
 from rich.table import Table
 
-from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
-from scheduler.request import Microbatch, Request, Slo
-
-STEPS = 100
+from flexllm_jax.config.cli import run_script
+from flexllm_jax.experiments.plan_time import plan_ms
 
 
-def plan_ms(requests: int) -> tuple[float, float]:
-    """Median milliseconds of `plan` and of `complete` with so many requests."""
-    largest = max(2048, 2 * requests)
-    config = SchedulerConfig(
-        max_sequences=requests,
-        max_tokens_per_step=largest,
-        max_model_len=8192,
-        token_buckets=(256, 512, 1024, 2048, *((largest,) if largest > 2048 else ())),
-        num_pages=80 * requests + 4000,
-        num_layers=32,
-        slo=Slo(0.05, 60.0),
-    )
-    costs = {"layer_units": 1e-3, "loss_units": 1e-3, "decode_kv": 1e-11, "finetune_tokens": 1e-8}
-    scheduler = Scheduler(config, LatencyModel({256: 0.01, largest: 0.04}, costs))
-    for index in range(requests):
-        prompt = tuple(range(index, index + 500))
-        scheduler.add(Request(str(index), prompt, 700, 0.0, cache_salt="adapter"))
-    ids = itertools.count()
-    scheduler.add(Microbatch(next(ids), (8192,)))
-    gc.collect()
-    gc.freeze()  # as the engine does
-    outstanding, plans, completes, now = [], [], [], 0.0
-    while len(plans) < STEPS:
-        if scheduler.num_microbatches < 2:
-            scheduler.add(Microbatch(next(ids), (8192,)))
-        started = time.thread_time()
-        plan = scheduler.plan(now)
-        elapsed = time.thread_time() - started
-        if plan is None:
-            raise RuntimeError("nothing is planned while requests run")
-        outstanding.append(plan)
-        now += 0.045
-        if len(outstanding) == 2:
-            oldest = outstanding.pop(0)
-            chunks = (*oldest.decode, *oldest.prefill)
-            sampled = {c.sequence.request_id: 7 for c in chunks if c.samples}
-            started = time.thread_time()
-            scheduler.complete(oldest, sampled, (), now)
-            if len(plan.decode) == requests:
-                plans.append(elapsed)
-                completes.append(time.thread_time() - started)
-    return statistics.median(plans) * 1e3, statistics.median(completes) * 1e3
-
-
-def main() -> None:
-    """Measure and print."""
+def main() -> int:
+    """Measure and print; returns the exit status."""
+    argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]).parse_args()
     table = Table(title="planning a step", title_justify="left")
     for heading in ("running requests", "plan, ms", "complete, ms"):
         table.add_column(heading, justify="right")
@@ -73,7 +24,8 @@ def main() -> None:
         plan, complete = plan_ms(requests)
         table.add_row(f"{requests:,}", f"{plan:.2f}", f"{complete:.2f}")
     Console().print(table)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,7 +6,13 @@ goes on from.
 
 from __future__ import annotations
 
-from flexllm_jax.config.cli import check_output_dir, make_parser, read_config, run_script
+from flexllm_jax.config.cli import (
+    check_output_dir,
+    make_parser,
+    needs_extra,
+    read_config,
+    run_script,
+)
 
 
 def main() -> int:
@@ -17,12 +23,8 @@ def main() -> int:
 
         return follow(config)
     check_output_dir(config.output_dir)
-    try:
+    with needs_extra("server"):
         from flexllm_jax.server.run import run
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"serve.py: {error.name} is not installed: pip install 'flexllm_jax[server]'"
-        ) from None
     return run(config)
 
 

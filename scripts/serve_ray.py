@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import os
 
-from flexllm_jax.config.cli import check_output_dir, make_parser, read_config, run_script
+from flexllm_jax.config.cli import (
+    check_output_dir,
+    make_parser,
+    needs_extra,
+    read_config,
+    run_script,
+)
 
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -23,12 +29,8 @@ def main() -> int:
     check_output_dir(config.output_dir)
     for name, value in _RAY.items():  # Ray reads them when it is imported
         os.environ.setdefault(name, value)
-    try:
+    with needs_extra("ray"):
         from flexllm_jax.server.ray_serve import run
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"serve_ray.py: {error.name} is not installed: pip install 'flexllm_jax[ray]'"
-        ) from None
     return run(config)
 
 

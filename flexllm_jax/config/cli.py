@@ -11,7 +11,8 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -120,6 +121,18 @@ def quiet_libraries() -> None:
         logging.getLogger(theirs).setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """For imports of what only an extra of the package installs; UserError, naming the extra, when
+    something is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install 'flexllm_jax[{extra}]'"
+        ) from None
 
 
 def shows_progress() -> bool:

@@ -4,14 +4,14 @@ import pytest
 
 from flexllm_jax.config import ConfigError
 from flexllm_jax.engine.activations import layer_graph
-from flexllm_jax.experiments.activation_memory import (
+from flexllm_jax.experiments.memory.activations import (
     STAGES,
     Compiler,
     MemorySection,
     make_sizes,
     measure,
 )
-from flexllm_jax.experiments.memory_report import conclusions, plot_memory
+from flexllm_jax.experiments.memory.report import conclusions, plot_memory
 
 LAYERS, TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 3, 512, 64, 4, 2, 16
 SECTION = MemorySection.model_validate(

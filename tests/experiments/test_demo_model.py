@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexllm_jax.experiments.demo.model import mean_loss
+from flexllm_jax.experiments.demo.task import HELD_OUT
 from flexllm_jax.finetune.data import load_dataset
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import load_parameters
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/make_demo_model.py"
@@ -26,7 +28,6 @@ def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("make_demo_model", SCRIPT)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
     return module
 
@@ -38,12 +39,12 @@ def world(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_transformers_computes_what_was_trained(script: Any, world: Path) -> None:
+def test_transformers_computes_what_was_trained(world: Path) -> None:
     config = ModelConfig.from_hf(world / "model")
     params = load_parameters(world / "model", config, jnp.float32)
     rows = np.random.default_rng(0).integers(0, config.vocab_size, (2, 34), np.int32)
-    decoder = script.Decoder(config, jnp.dtype(jnp.float32))
-    ours = script.mean_loss(decoder, params, jnp.asarray(rows), jnp.zeros((2, 33), jnp.int32))
+    decoder = Decoder(config, jnp.dtype(jnp.float32))
+    ours = mean_loss(decoder, params, jnp.asarray(rows), jnp.zeros((2, 33), jnp.int32))
     model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
     tokens = torch.tensor(rows.astype(np.int64))
     with torch.no_grad():
@@ -51,7 +52,7 @@ def test_transformers_computes_what_was_trained(script: Any, world: Path) -> Non
     assert float(ours) == pytest.approx(theirs.item(), rel=1e-5)
 
 
-def test_every_row_asks_about_a_person_and_gets_the_record(script: Any, world: Path) -> None:
+def test_every_row_asks_about_a_person_and_gets_the_record(world: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     training = load_dataset(world / "train.jsonl", tokenizer, max_seq_len=128)
     validation = load_dataset(world / "validation.jsonl", tokenizer, max_seq_len=128)
@@ -61,7 +62,7 @@ def test_every_row_asks_about_a_person_and_gets_the_record(script: Any, world: P
         {json.loads(line)["messages"][1]["content"] for line in path.open()}
         for path in (world / "train.jsonl", world / "validation.jsonl")
     ]
-    assert len(answers[1]) <= script.HELD_OUT
+    assert len(answers[1]) <= HELD_OUT
     (text,) = {tokenizer.decode(s.tokens) for s in validation.sequences[:1]}
     assert text.startswith("<|user|>Tell me about ") and text.endswith("<|end|>")
 

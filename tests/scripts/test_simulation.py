@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from flexllm_jax.config import ConfigError, build_config, load_config
-from flexllm_jax.experiments.benchmark import BenchmarkConfig, check_targets
-from flexllm_jax.experiments.calibration import PaperRowsSection, predict_rows
-from flexllm_jax.experiments.simulation import (
+from flexllm_jax.experiments.comparison.experiment import BenchmarkConfig
+from flexllm_jax.experiments.comparison.targets import check_targets
+from flexllm_jax.experiments.simulation.calibration import PaperRowsSection, predict_rows
+from flexllm_jax.experiments.simulation.simulate import (
     ARRANGEMENTS,
     SimulationConfig,
     select_arrivals,

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from flexllm_jax.experiments.activation_memory import STAGES, MemoryCaseSection
+from flexllm_jax.experiments.memory.activations import STAGES, MemoryCaseSection
 
 Row = dict[str, Any]
 SHORT = dict(zip(STAGES, ("none", "pruned", "+ remat.", "+ token-level"), strict=True))

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from flexllm_jax.experiments.simulation import Simulation
+from flexllm_jax.experiments.simulation.simulate import Simulation
 
 PALETTE = ("#d9822b", "#2f6fb0", "#3a8f5c", "#8457a8", "#b0332f", "#7a6a58", "#4aa3a3", "#c2577e")
 

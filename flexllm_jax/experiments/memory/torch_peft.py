@@ -1,25 +1,23 @@
-"""What transformers + PEFT on torch keep for the backward, for the cases of a memory experiment.
+"""What transformers + PEFT on torch keep for the backward, counted without allocating anything.
 
-The model runs forward on torch's meta device, where nothing is allocated and nothing computed, and
-every tensor that autograd saves is counted once, parameters left out. Attention saves what flash
-attention does: queries, keys, values, output and log-sum-exp. What the backward allocates on top is
-not counted. PEFT has no bottleneck adapters: those are left out.
+The model runs forward on torch's meta device, where nothing is computed, and every tensor that
+autograd saves is counted once, parameters left out. Attention saves what flash attention does:
+queries, keys, values, output and log-sum-exp. What the backward allocates on top is not counted.
+This module needs torch and peft.
 """
 
-import argparse
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Iterator
 from typing import Any
 
 import peft
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from flexllm_jax.config import ConfigError, load_config
-from flexllm_jax.config.cli import run_script
-from flexllm_jax.experiments.activation_memory import BypassSection
-from flexllm_jax.experiments.benchmark import BenchmarkConfig
+from flexllm_jax.experiments.memory.activations import BypassSection, MemorySection
+
+Row = dict[str, Any]
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -39,6 +37,7 @@ def _attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **_: Any) -> tupl
 
 def kept_bytes(hf_config: dict[str, Any], bypass: BypassSection, tokens: int) -> int:
     """Bytes that autograd holds after the forward of `tokens` tokens and their loss."""
+    AttentionInterface.register("counted", _attention)
     fields = {k: v for k, v in hf_config.items() if k not in ("architectures", "model_type")}
     config = AutoConfig.for_model(hf_config["model_type"], **fields, use_cache=False)
     config._attn_implementation = "counted"
@@ -67,27 +66,11 @@ def kept_bytes(hf_config: dict[str, Any], bypass: BypassSection, tokens: int) ->
     return sum(storage.nbytes() for storage in saved.values())
 
 
-def main() -> int:
-    """Count and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="a memory experiment")
-    arguments = parser.parse_args()
-    section = load_config(arguments.config, [], BenchmarkConfig).memory
-    if section is None:
-        raise ConfigError(f"{arguments.config}: it has no section `memory`; give one that has")
-    AttentionInterface.register("counted", _attention)
-    table = Table(title="kept by transformers + PEFT on torch, GB")
-    for column in ("model", "tokens", "bypass", "GB"):
-        table.add_column(column, justify="right" if column in ("tokens", "GB") else "left")
+def count_cases(section: MemorySection) -> Iterator[Row]:
+    """A row for each case and bypass of a memory experiment that PEFT has: LoRA and IA3."""
     for case in section.cases:
         for name in case.bypasses:
             bypass = section.bypasses[name]
             if bypass.kind in ("lora", "ia3"):
                 held = kept_bytes(section.models[case.model], bypass, case.tokens)
-                table.add_row(case.model, f"{case.tokens:,}", name, f"{held / 1e9:.1f}")
-    Console(width=100).print(table)
-    return 0
-
-
-if __name__ == "__main__":
-    run_script(main)
+                yield {"model": case.model, "tokens": case.tokens, "bypass": name, "bytes": held}

@@ -1,4 +1,7 @@
-"""The shape of Llama-3.1-8B, as its Hugging Face `config.json` gives it."""
+"""The shape of Llama-3.1-8B, as its Hugging Face `config.json` gives it.
+
+No weights are needed where programs are only compiled, and random ones where they are timed.
+"""
 
 import json
 from pathlib import Path

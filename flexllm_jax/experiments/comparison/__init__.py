@@ -1,0 +1,1 @@
+"""Ways to share a device, compared in simulation and on the real engine."""

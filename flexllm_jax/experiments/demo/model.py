@@ -1,0 +1,176 @@
+"""The demo's base model: a Llama of 1.8 million parameters, and its tokenizer, from text.
+
+Both are Hugging Face's: byte-level BPE with a chat template, config.json and safetensors. The
+decoder is the engine's; training is plain `jax.value_and_grad` of it over dense attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from flexllm_jax.experiments.demo.documents import ASSISTANT, END, SYSTEM, USER
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.hf_weights import abstract_parameters
+
+VOCABULARY = 1024
+ROW = 128  # tokens of a training row
+ROWS_PER_STEP = 8
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{{ message['content'] }}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template; turns and documents end with its EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END, USER, ASSISTANT, SYSTEM],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=CHAT_TEMPLATE
+    )
+
+
+def write_config(folder: Path, tokenizer: Any) -> ModelConfig:
+    """Write config.json, generation_config.json and the tokenizer; return the config as read."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+    )
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelConfig.from_hf(folder)
+
+
+def initial_parameters(config: ModelConfig, seed: int) -> Any:
+    """Random float32 parameters: norms 1, embeddings 0.02, kernels by fan-in, outputs smaller."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        names = [getattr(key, "key", None) for key in path]
+        if len(shape.shape) == 1:
+            return np.ones(shape.shape, np.float32)
+        scale = 0.02 if "embed" in names else shape.shape[0] ** -0.5
+        if "o" in names or "down" in names:
+            scale /= (2 * config.num_layers) ** 0.5
+        return rng.normal(0, scale, shape.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_parameters(config, jnp.float32))
+
+
+def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Array) -> jax.Array:
+    """Next-token cross-entropy over rows [B, S+1] of token ids.
+
+    Attention is causal and stays within a document; `documents` [B, S] numbers them.
+    """
+    config, (batch, length) = decoder.config, documents.shape
+    mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # [B, 1, S, S]
+    x = decoder.embed(params, rows[:, :-1].reshape(-1))  # [T, D], T = B * S
+    angles = decoder.angles(jnp.tile(jnp.arange(length), batch))
+    for layer_params in params["layers"]:
+        layer = decoder.layer(layer_params)
+        q, k, v = (
+            heads.reshape(batch, length, -1, config.head_dim)
+            for heads in layer.attention_inputs(x, angles)
+        )
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
+        x = layer.attention_outputs(x, attended.reshape(batch * length, -1, config.head_dim))
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        decoder.logits(params, x), rows[:, 1:].reshape(-1)
+    )
+    return losses.mean()
+
+
+def training_rows(
+    tokenizer: Any, texts: Iterator[str], steps: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (token ids [B, S+1], document numbers [B, S]): documents in a row, the last one cut.
+
+    Every document stands alone: other people's documents before it would hide for long which name
+    a fact belongs to.
+    """
+    for _ in range(steps):
+        rows = np.zeros((ROWS_PER_STEP, ROW + 1), np.int32)
+        documents = np.zeros((ROWS_PER_STEP, ROW + 1), np.int32)
+        for row, numbers in zip(rows, documents, strict=True):
+            at = number = 0
+            while at <= ROW:
+                tokens = tokenizer(next(texts))["input_ids"][: ROW + 1 - at]
+                row[at : at + len(tokens)] = tokens
+                numbers[at : at + len(tokens)] = number
+                at, number = at + len(tokens), number + 1
+        yield rows, documents[:, :-1]
+
+
+def train(
+    config: ModelConfig,
+    batches: Iterator[tuple[np.ndarray, np.ndarray]],
+    steps: int,
+    seed: int,
+    report: Callable[[int, float], None],
+) -> Any:
+    """Train with Muon, AdamW for what is no matrix; `report(step, loss)` after each step.
+
+    Muon (Jordan et al. 2024) needs half of AdamW's steps here.
+    """
+    decoder = Decoder(config, jnp.dtype(jnp.float32))
+    rate = optax.warmup_cosine_decay_schedule(0.0, 5e-3, min(20, steps // 5), steps, 2.5e-4)
+
+    def kind(path: tuple[Any, ...], leaf: jax.Array) -> str:
+        matrix = leaf.ndim == 2 and getattr(path[0], "key", None) != "embed"
+        return "muon" if matrix else "adamw"
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.multi_transform(
+            {
+                "muon": optax.contrib.muon(lambda step: 5 * rate(step)),
+                "adamw": optax.adamw(rate, b2=0.98, weight_decay=0.0),
+            },
+            lambda params: jax.tree_util.tree_map_with_path(kind, params),
+        ),
+    )
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
+        loss, gradient = jax.value_and_grad(lambda p: mean_loss(decoder, p, *batch))(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = jax.tree.map(jnp.asarray, initial_parameters(config, seed))
+    state = optimizer.init(params)
+    for index, batch in enumerate(batches):
+        params, state, loss = step(params, state, batch)
+        report(index + 1, float(loss))
+    return params

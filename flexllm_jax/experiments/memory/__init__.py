@@ -1,0 +1,1 @@
+"""What finetuning keeps in memory: as compilers count it, as torch does, and plan by plan."""

@@ -1,0 +1,122 @@
+"""A microbatch under each plan of what to save, on the device at hand, in turns.
+
+Speed, allocated bytes, and how far the gradients are from those of the plan that recomputes least.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from flexllm_jax.compile.remat import INPUT, Plan
+from flexllm_jax.config import Config, ConfigError
+from flexllm_jax.engine.batch import Batch
+from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.runner import Runner
+
+Row = dict[str, Any]
+
+
+class Microbatch:
+    """The finetuning slots filled with sequences of random tokens, and an adapter to train."""
+
+    def __init__(self, runner: Runner):
+        self.runner, sizes = runner, runner.sizes
+        self.bucket = sizes.buckets[-1]
+        self.length = sizes.max_model_len // self.bucket * self.bucket
+        count = sizes.slots // self.length if self.length else 0
+        if not count or sizes.slots % self.length:
+            raise ConfigError(
+                f"finetune.max_tokens: got {sizes.slots}; to fill it, it must be a multiple of "
+                f"{self.length or self.bucket}, the part of model.max_model_len "
+                f"({sizes.max_model_len}) that steps of {self.bucket} tokens fill"
+            )
+        random = np.random.default_rng(0)
+        self.tokens = random.integers(0, runner.model.vocab_size, sizes.slots)
+        self.position = np.tile(np.arange(self.length), count)
+        pages = -(-self.length // sizes.page_size)
+        self.tables = np.arange(count * pages).reshape(count, pages)
+        offset = np.arange(self.length)
+        self.kv_slot = (
+            self.tables[:, offset // sizes.page_size] * sizes.page_size + offset % sizes.page_size
+        ).reshape(-1)
+        first = np.repeat(np.arange(count) * self.length, self.length)
+        label = np.where(self.position < self.length - 1, np.roll(self.tokens, -1), -1)
+        table = np.stack([label, self.position, self.kv_slot, first]).astype(np.int32)
+        self.table = jax.device_put(table, runner.device)
+        values, scales = sizes.bank_row
+        self.weights = jax.tree.map(
+            lambda s: random.normal(0, 0.02, s.shape).astype(s.dtype), values
+        )
+        runner.write_adapter(
+            1, self.weights, jax.tree.map(lambda s: np.ones(s.shape, s.dtype), scales)
+        )
+        self.weights = jax.device_put(self.weights, runner.device)
+        ones = jax.tree.map(lambda s: np.ones(1, s.dtype), scales)
+        self.scales = jax.device_put(ones, runner.device)
+        self.vectors = [self._batch(start) for start in range(0, sizes.slots, self.bucket)]
+
+    def _batch(self, start: int) -> np.ndarray:
+        sizes = self.runner.sizes
+        shape = sizes.batch_shapes[self.bucket]
+        kv_slots = self.runner.num_pages * sizes.page_size
+        batch, vector = Batch.empty(shape, kv_slots, sizes.slots)
+        rows = slice(start, start + self.bucket)
+        batch.token[:], batch.position[:] = self.tokens[rows], self.position[rows]
+        batch.kv_slot[:], batch.saved_row[:] = self.kv_slot[rows], np.arange(rows.start, rows.stop)
+        batch.adapter[:] = 0
+        batch.query_starts[1:] = self.bucket
+        batch.kv_lengths[0] = self.position[rows][-1] + 1
+        own = self.tables[start // self.length]
+        batch.page_tables[0, : len(own)] = own
+        batch.num_sequences[...] = 1
+        return vector
+
+    def run(self) -> float:
+        """Forward and backward once; seconds."""
+        runner, window = self.runner, self.runner.sizes.window
+        starts = list(reversed(range(0, runner.sizes.slots, window)))
+        began = time.perf_counter()
+        for vector in self.vectors:
+            runner.forward("adapters", self.bucket, vector)
+        runner.begin_backward()
+        for start in starts:
+            done = runner.loss_unit(self.table, self.weights, self.scales, start)
+        for layer in reversed(range(runner.model.num_layers)):
+            for start in starts:
+                done = runner.layer_unit(layer, self.table, self.weights, self.scales, start)
+        jax.block_until_ready(done)
+        return time.perf_counter() - began
+
+    def gradients(self) -> np.ndarray:
+        """Of the last run, as one vector."""
+        leaves = jax.tree.leaves(jax.device_get(self.runner.pending["gradients"]))
+        return np.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def measure(
+    config: Config, plans: list[Plan], rounds: int, rows: list[Row], console: Console
+) -> None:
+    """Add each plan's speed and measured bytes to its row, and how far its gradients are from those
+    of the plan that recomputes least."""
+    microbatches = []
+    for plan in plans:
+        console.print(f"compiling: {', '.join((INPUT, *plan.saved))}")
+        finetune = config.finetune.model_copy(update={"saved": plan.saved})
+        runner = Runner(config.model_copy(update={"finetune": finetune}), progress=False)
+        microbatches.append(Microbatch(runner))
+        microbatches[-1].run()
+    expected = microbatches[-1].gradients()
+    seconds = [[one.run() for one in microbatches] for _ in range(rounds)]
+    for row, one, own in zip(rows, microbatches, zip(*seconds, strict=True), strict=True):
+        slots = one.runner.sizes.slots
+        row["rounds"] = [slots / s for s in own]
+        row["tokens_per_s"] = median(row["rounds"])
+        row["allocated_bytes"] = tree_bytes(one.runner.finetune["saved"])
+        difference = np.linalg.norm(one.gradients() - expected) / np.linalg.norm(expected)
+        row["gradient_difference"] = float(difference)

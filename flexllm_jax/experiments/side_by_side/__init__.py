@@ -1,0 +1,1 @@
+"""The engine beside transformers + PEFT, in one run on one machine."""

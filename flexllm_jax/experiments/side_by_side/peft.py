@@ -1,0 +1,104 @@
+"""Their side: transformers and PEFT on torch, which also makes the random model of both.
+
+This module alone needs torch and peft.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from flexllm_jax.experiments.side_by_side.workload import FIRST_LETTER, TOKENS, Workload
+
+
+def torch_device() -> str:
+    """The device of their side."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_model(path: Path, workload: Workload) -> None:
+    """A random model whose tokenizer has one letter per token id."""
+    if (path / "tokenizer.json").exists():
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(workload.hf_config), encoding="utf-8")
+    torch.manual_seed(0)
+    with torch.device(torch_device()):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(path), dtype=getattr(torch, workload.dtype)
+        )
+    model.save_pretrained(path)
+    words = {chr(FIRST_LETTER + i): i for i in range(TOKENS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=chr(FIRST_LETTER)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+
+
+class Theirs:
+    """transformers and PEFT."""
+
+    def __init__(self, model: Path, workload: Workload):
+        self.workload = workload
+        self.device = torch_device()
+        dtype = getattr(torch, workload.dtype)
+
+        def load() -> Any:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+            return loaded.to(self.device)
+
+        self.base = load().eval()
+        config = LoraConfig(
+            r=workload.rank, lora_alpha=2 * workload.rank, target_modules="all-linear"
+        )
+        self.peft = get_peft_model(load(), config).train()
+        trained = [p for p in self.peft.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+
+    def step(self, row: np.ndarray) -> None:
+        """One optimizer step on one sequence."""
+        tokens = torch.from_numpy(row)[None].to(self.device)
+        self.peft(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.peft.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def finetune(self, rows: np.ndarray) -> float:
+        """Tokens per second."""
+        self.step(rows[0])
+        self.wait()
+        started = time.perf_counter()
+        for row in rows:
+            self.step(row)
+        self.wait()
+        return rows.size / (time.perf_counter() - started)
+
+    def decode(self, prompts: np.ndarray) -> float:
+        """Output tokens per second."""
+        tokens = torch.from_numpy(prompts).to(self.device)
+        started = time.perf_counter()
+        with torch.no_grad():
+            outputs = self.base.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=self.workload.new_tokens,
+                min_new_tokens=self.workload.new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        self.wait()
+        seconds = time.perf_counter() - started
+        return (outputs.shape[1] - tokens.shape[1]) * len(tokens) / seconds

@@ -1,0 +1,55 @@
+"""A comparison as a table and as a plot: medians of the rounds, and every round's dot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from flexllm_jax.experiments.side_by_side.workload import Workload
+
+
+def show(workload: Workload, result: dict[str, Any], console: Console) -> None:
+    """Print the result as a table."""
+    table = Table(title=f"{workload.title}, medians")
+    for column in ("", "transformers + PEFT", "flexllm_jax", "ours ÷ theirs", "target"):
+        table.add_column(column, justify="right" if column else "left")
+    for kind in ("finetune", "decode"):
+        r = result[kind]
+        cells = (f"{median(r['theirs']):.1f}", f"{median(r['ours']):.1f}", f"{r['ratio']:.2f}")
+        target = workload.targets.get(kind)
+        table.add_row(f"{kind} tokens/s", *cells, f">= {target}" if target else "")
+    console.print(table)
+    both = result["coserving"]
+    console.print(
+        f"co-serving: {both['together_s']:.1f} s together, {both['sequential_s']:.1f} s one after "
+        f"the other; {both['finetune_tokens_per_s_beside_requests']:.0f} finetuning tokens/s "
+        f"beside requests; TPOT {both['tpot_ms_coserved']:.1f} ms "
+        f"(alone {both['tpot_ms_alone']:.1f} ms)"
+    )
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Ours beside theirs, and together beside one after the other."""
+    matplotlib.use("agg")
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, kind in zip(axes, ("finetune", "decode"), strict=False):
+        for i, side in enumerate(("theirs", "ours")):
+            values = result[kind][side]
+            axis.bar(i, median(values), color=("#9aa5b1", "#2f6fb0")[i], width=0.6)
+            axis.plot([i] * len(values), values, ".", color="black", markersize=4)
+        axis.set_xticks([0, 1], ["transformers\n+ PEFT", "flexllm_jax"])
+        axis.set_title(f"{kind}, tokens/s (ratio {result[kind]['ratio']:.2f})")
+    both = result["coserving"]
+    names = ["one after\nthe other", "co-served"]
+    axes[2].bar(names, [both["sequential_s"], both["together_s"]], color="#2f6fb0", width=0.6)
+    axes[2].set_title("requests and job, seconds")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,1 @@
+"""Engines and fleets simulated from a YAML file, beside the paper's measurements."""

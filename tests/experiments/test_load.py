@@ -1,0 +1,203 @@
+"""The load generator: what its client makes of each kind of answer, what its report finds, and a
+short load on a server."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+
+import pytest
+
+from flexllm_jax.errors import UserError
+from flexllm_jax.experiments.load.client import Completion, complete, open_clients, upload
+from flexllm_jax.experiments.load.generator import Load, LoadShape
+from flexllm_jax.experiments.load.outside_clients import OUTPUT, REQUESTS, OutsideClient
+from flexllm_jax.experiments.load.report import make_report
+from flexllm_jax.experiments.load.run import run_load
+from flexllm_jax.experiments.load.server import Sample, ServerProcess
+from tests.engines import letter_rows, write_rows
+from tests.scripts.workspace import SCRIPTS
+from tests.server.running import make_config
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Answers a completion as its body's `model` says; of a stream each line is an event."""
+
+    tokens: ClassVar = ['{"choices":[{"text":"a"}]}'] * 3
+    usage: ClassVar = '{"choices":[],"usage":{"completion_tokens":3}}'
+    streams: ClassVar = {
+        "whole": [*tokens, usage, "[DONE]"],
+        "short": [*tokens[:2], usage, "[DONE]"],
+        "error": [*tokens[:1], '{"error": {"message": "the engine is gone"}}'],
+        "cut": tokens[:2],
+    }
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v1/files":
+            assert b'name="purpose"\r\n\r\nfine-tune' in body and b'filename="a.jsonl"' in body
+            self._answer(200, json.dumps({"id": "file-1"}))
+            return
+        kind = json.loads(body)["model"]
+        if kind == "busy":
+            self._answer(429, "{}", **{"Retry-After": "2"})
+        elif kind == "wrong":
+            self._answer(400, '{"error": "what is that?"}')
+        elif kind == "at once":
+            self._answer(200, '{"usage": {"completion_tokens": 6}}')
+        else:
+            self._answer(200, "".join(f"data: {event}\n\n" for event in self.streams[kind]))
+
+    def _answer(self, status: int, text: str, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def ask(url: str, model: str, leaves_after: int | None = None) -> Completion:
+    body = {"model": model, "prompt": [3, 4], "max_tokens": 3, "stream": model != "at once"}
+
+    async def once() -> Completion:
+        async with open_clients(url) as client:
+            return await complete(client, body, leaves_after)
+
+    return asyncio.run(once())
+
+
+def test_a_stream_that_ends_as_it_should(url: str) -> None:
+    completion = ask(url, "whole")
+    assert (completion.outcome, completion.tokens, completion.why) == ("finished", 3, "")
+    assert completion.ttft_s is not None and completion.ttft_s > 0
+    assert completion.tpot_s is not None and completion.tpot_s >= 0
+
+
+def test_several_prompts_in_one_request(url: str) -> None:
+    assert ask(url, "at once").outcome == "finished"  # two prompts of three tokens
+
+
+def test_a_client_that_goes_away(url: str) -> None:
+    completion = ask(url, "whole", leaves_after=1)
+    assert (completion.outcome, completion.tokens) == ("left", 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "outcome", "why"),
+    [
+        ("short", "failed", "2 tokens and a count of 3, not 3"),
+        ("error", "failed", "the engine is gone"),
+        ("wrong", "failed", "400: "),
+        ("busy", "refused", ""),
+        ("cut", "lost", "the connection was closed amid an answer"),
+    ],
+)
+def test_what_goes_wrong_is_told(url: str, model: str, outcome: str, why: str) -> None:
+    completion = ask(url, model)
+    assert completion.outcome == outcome and why in completion.why
+    assert completion.retry_after_s == (2.0 if model == "busy" else None)
+
+
+def test_without_a_server_a_request_is_lost() -> None:
+    completion = ask("http://127.0.0.1:9", "whole")
+    assert completion.outcome == "lost" and completion.why
+
+
+def test_an_upload_is_a_form(url: str) -> None:
+    async def once() -> str:
+        async with open_clients(url) as client:
+            return await upload(client, "a.jsonl", b"{}\n")
+
+    assert asyncio.run(once()) == "file-1"
+
+
+def sample(at: float, **changes: float) -> Sample:
+    values = {"http_rss": 100e6, "engine_rss": 500e6, "http_fds": 10, "engine_fds": 20}
+    values |= {"kv_usage": 0.0, "running": 0, "waiting": 0, "finetune_tokens": 100 * at}
+    return Sample(at=at, **(values | changes))  # type: ignore[arg-type]
+
+
+def test_the_report_finds_what_leaks_or_fails() -> None:
+    load = Load("", "m", LoadShape(clients=2, seconds=8.0, uploads=2))
+    slo = {"ttft_ms": 100.0, "tpot_ms": 10.0}
+    load.requests = [
+        Completion(0.0, "finished", "", 0.05, 0.005, 10),
+        Completion(0.0, "finished", "", 0.05, 0.050, 10),
+    ]
+    load.uploads = ["file-1", "file-2"]
+    samples = [sample(at) for at in range(9)]
+    good = make_report(load, samples, sample(0), sample(9), slo)
+    assert good["problems"] == []
+    assert good["attainment"] == {"ttft": 1.0, "tpot": 0.5, "both": 0.5}
+    assert good["finetune_tokens_per_s"] == 100 and good["output_tokens_per_s"] == 2.5
+
+    load.requests.append(Completion(0.0, "lost", "ReadError: "))
+    load.uploads[1] = "500: no room"
+    samples = [sample(at, http_rss=(100 + 5 * at) * 2**20, finetune_tokens=0) for at in range(9)]
+    bad = make_report(load, samples, sample(0), sample(9, kv_usage=0.25, engine_fds=30), slo)
+    assert bad["problems"] == [
+        "1 requests lost",
+        "1 of 2 uploads failed",
+        "25.0% of the KV pages are still in use",
+        "http: memory grew from 115 MiB in the second quarter to 135 in the last",
+        "engine: 30 file descriptors, 20 before the load",
+        "no job trained after the first quarter: raise finetune.floor",
+    ]
+    assert ("500: no room", 1) in bad["why"]
+
+
+def test_another_projects_report_must_count_all_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "loader"
+    program.write_text('#!/bin/sh\necho "$1" > report.json\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for tokens, told in ((REQUESTS * OUTPUT, "ok: "), (1, "FAILED: ")):
+        client = OutsideClient(
+            "loader",
+            [json.dumps([REQUESTS, tokens])],
+            tmp_path / "report.json",
+            lambda told: tuple(told),  # type: ignore[arg-type]
+        )
+        assert client.run(tmp_path).startswith(told)
+    assert OutsideClient("no-such-program", []).run(tmp_path).startswith("left out")
+
+
+def test_a_load_on_a_server_beside_a_job(tmp_path: Path, llama: Path) -> None:
+    """Ten seconds: the server is started as a user starts it, and everything it is asked ends."""
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(make_config(llama, tmp_path / "out")))  # JSON is YAML
+    rows = write_rows(tmp_path / "rows.jsonl", letter_rows(20))
+    shape = LoadShape(8, 5.0, 0.2, (4, 20), (4, 12), uploads=5)
+    overrides = ["finetune.floor=0.3"]
+    out = tmp_path / "load"
+    report = run_load(SCRIPTS / "serve.py", config, overrides, out, shape, 1, rows)
+    requests = report["requests"]
+    assert requests["finished"] > 8 and requests["failed"] == requests["lost"] == 0, report["why"]
+    assert requests["sent"] == sum(requests.values()) - requests["sent"]
+    assert report["uploads"]["kept"] == 5 and report["finetune_tokens_per_s"] > 0
+    assert report["after"]["kv_usage"] == report["after"]["running"] == 0
+    assert json.loads((out / "report.json").read_text())["requests"] == requests
+    assert (out / "report.png").stat().st_size > 10_000
+
+
+def test_a_server_that_does_not_start_is_told(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("{}")
+    with pytest.raises(UserError, match=r"the server has ended; see .*server\.log"):
+        ServerProcess(SCRIPTS / "serve.py", config, [], tmp_path)
