@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from rich import get_console
 from rich.markup import escape
 
-from flexllm_jax import LLM, SamplingParams
+from flexllm_jax import LLM
 from flexllm_jax.config import ConfigError
 from flexllm_jax.config.cli import (
     check_output_dir,
@@ -22,9 +22,9 @@ from flexllm_jax.config.cli import (
     shows_progress,
 )
 from flexllm_jax.engine.processes import follow
+from flexllm_jax.launch.answers import answer_greedily, encode_prompts
 from flexllm_jax.launch.progress import ProgressDisplay
-from flexllm_jax.launch.replay import encode_prompt
-from flexllm_jax.launch.run import Inputs, Run, prepare
+from flexllm_jax.launch.run import Run, prepare
 from flexllm_jax.launch.summary import conclude
 
 ANSWER_TOKENS = 64
@@ -48,26 +48,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def encode_questions(prompts: Sequence[str], inputs: Inputs) -> list[list[int]]:
-    """Token ids of the prompts of `--ask`; ConfigError for one that leaves no room to answer."""
-    questions = [encode_prompt(inputs.tokenizer, prompt) for prompt in prompts]
-    for tokens in questions:
-        if len(tokens) + ANSWER_TOKENS > inputs.context:
-            raise ConfigError(
-                f"--ask: a prompt of {len(tokens)} tokens and an answer of {ANSWER_TOKENS} exceed "
-                f"the context of {inputs.context}; shorten it"
-            )
-    return questions
-
-
-def ask(llm: LLM, questions: Sequence[list[int]], adapter: str | None = None) -> list[str]:
-    """Greedy answers."""
-    if not questions:
-        return []
-    outputs = llm.generate(list(questions), SamplingParams(max_tokens=ANSWER_TOKENS), adapter)
-    return [output.text.strip() for output in outputs]
-
-
 def main() -> int:
     """Run; returns the exit status."""
     arguments = parse()
@@ -78,14 +58,14 @@ def main() -> int:
         return follow(config)
     check_output_dir(config.output_dir)
     inputs = prepare(config)
-    questions = encode_questions(arguments.ask, inputs)
+    questions = encode_prompts(arguments.ask, inputs, ANSWER_TOKENS, "--ask")
     console = get_console()
     console.print(f"starting {config.model.path}: loading, compiling, profiling")
     llm = LLM.from_config(config, progress=shows_progress())
     run, answers, interrupted = Run(llm, []), {}, False
     try:
         console.print(f"ready after {llm.engine.startup_s:.1f} s")
-        answers["before"] = ask(llm, questions)
+        answers["before"] = answer_greedily(llm, questions, ANSWER_TOKENS)
         run = Run.start(llm, inputs)
         with ProgressDisplay() as display:
             run.watch(display, wait_for_jobs=not arguments.stop_jobs_with_workload)
@@ -93,7 +73,8 @@ def main() -> int:
         served = set(llm.adapters)
         for job in run.jobs:
             if job.name in served:
-                answers[f"after, {job.name}"] = ask(llm, questions, job.name)
+                adapted = answer_greedily(llm, questions, ANSWER_TOKENS, job.name)
+                answers[f"after, {job.name}"] = adapted
     except KeyboardInterrupt:
         interrupted = True
         console.print("stopping: jobs write checkpoints, unfinished requests fail")

@@ -7,28 +7,25 @@ configuration's jobs and workload are ignored. Progress goes to stderr.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import rich
 
-from flexllm_jax import LLM, RequestOutput, SamplingParams
-from flexllm_jax.config import Config, ConfigError, PreloadedAdapter
+from flexllm_jax import LLM, SamplingParams
+from flexllm_jax.config import ConfigError
 from flexllm_jax.config.cli import (
     check_output_dir,
-    find_adapter,
     make_parser,
     read_config,
     run_script,
     shows_progress,
     without_jobs,
 )
-from flexllm_jax.launch.replay import encode_prompt, read_prompts
-from flexllm_jax.launch.run import Inputs, prepare
-
-ADAPTER = "requested"  # the name that --adapter is served by
+from flexllm_jax.launch.answers import ADAPTER, encode_prompts, render, with_adapter
+from flexllm_jax.launch.replay import read_prompts
+from flexllm_jax.launch.run import prepare
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,70 +67,23 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
         raise ConfigError(f"--{error}") from None
 
 
-def with_adapter(config: Config, given: str) -> Config:
-    """The configuration with the adapter preloaded."""
-    preloaded = PreloadedAdapter(name=ADAPTER, path=find_adapter(config, given))
-    adapters = config.adapters.model_copy(update={"preload": (preloaded,), "slots": 2})
-    return config.model_copy(update={"adapters": adapters})
-
-
-def read_questions(arguments: argparse.Namespace) -> list[str]:
-    """The prompts as text."""
-    prompts = list(arguments.prompt)
-    if arguments.prompts_file:
-        prompts += read_prompts(arguments.prompts_file, "--prompts-file")
-    if not prompts:
-        raise ConfigError("give a prompt with --prompt or --prompts-file")
-    return prompts
-
-
-def encode(texts: list[str], inputs: Inputs, max_tokens: int, *, raw: bool) -> list[list[int]]:
-    """Token ids of the prompts; ConfigError for one that leaves no room to answer."""
-    prompts = []
-    for text in texts:
-        tokenizer = inputs.tokenizer
-        tokens = tokenizer.encode(text) if raw else encode_prompt(tokenizer, text)
-        if not tokens or len(tokens) + max_tokens > inputs.context:
-            raise ConfigError(
-                f"prompt {text[:40]!r} has {len(tokens)} tokens, which with --max-tokens "
-                f"{max_tokens} must be between {max_tokens + 1} and the context of {inputs.context}"
-            )
-        prompts.append(tokens)
-    return prompts
-
-
-def render(texts: list[str], outputs: list[RequestOutput], format: str) -> Iterator[str]:
-    """The lines to write."""
-    for text, output in zip(texts, outputs, strict=True):
-        for completion in output.outputs:
-            if format == "text":
-                yield f"> {text}\n{completion.text.strip()}\n"
-                continue
-            row = {
-                "prompt": text,
-                "text": completion.text,
-                "finish_reason": completion.finish_reason,
-                "prompt_tokens": len(output.prompt_token_ids),
-                "token_ids": completion.token_ids,
-            }
-            if completion.logprobs is not None:
-                row["logprobs"] = completion.logprobs
-            yield json.dumps(row, ensure_ascii=False)
-
-
 def main() -> int:
     """Run; returns the exit status."""
     rich.reconfigure(stderr=True)
     arguments = parse()
     config = without_jobs(read_config(arguments))
     params = sampling_params(arguments)
-    texts = read_questions(arguments)
+    texts = list(arguments.prompt)
+    if arguments.prompts_file:
+        texts += read_prompts(arguments.prompts_file, "--prompts-file")
+    if not texts:
+        raise ConfigError("give a prompt with --prompt or --prompts-file")
     if arguments.adapter:
         config = with_adapter(config, arguments.adapter)
     if arguments.output:
         check_output_dir(arguments.output.parent, "--output")
     inputs = prepare(config)
-    prompts = encode(texts, inputs, params.max_tokens, raw=arguments.raw)
+    prompts = encode_prompts(texts, inputs, params.max_tokens, "--prompt", raw=arguments.raw)
     with LLM.from_config(config, progress=shows_progress()) as llm:
         outputs = llm.generate(prompts, params, ADAPTER if arguments.adapter else None)
     lines = "".join(f"{line}\n" for line in render(texts, outputs, arguments.format))

@@ -18,7 +18,7 @@ STEPS = 100
 
 
 def plan_ms(requests: int, steps: int = STEPS) -> tuple[float, float]:
-    """Median milliseconds of this thread's time, over so many steps, of `plan` and of `complete`."""
+    """Median milliseconds of thread time of `plan` and of `complete`, over so many steps."""
     largest = max(2048, 2 * requests)
     config = SchedulerConfig(
         max_sequences=requests,
