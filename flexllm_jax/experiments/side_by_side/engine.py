@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from flexllm_jax import LLM, FinetuneConfig, OptimizerConfig, PeftConfig
+from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig
 from flexllm_jax.experiments.side_by_side.workload import Workload, random_tokens
-from flexllm_jax.llm import Job
+from flexllm_jax.llm import LLM, Job
 
 
 class Ours:
