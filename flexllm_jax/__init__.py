@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, load_config
     from flexllm_jax.engine.sampling_params import SamplingParams
     from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-    from flexllm_jax.llm import LLM, CompletionOutput, Job, RequestOutput
+    from flexllm_jax.llm import LLM, CompletionOutput, JobHandle, RequestOutput
     from flexllm_jax.peft.adapter import LoraConfig
 
 # Imported when asked for: a process without an engine, as the HTTP server, need not wait for one.
@@ -20,7 +20,7 @@ _MODULES = {
     "config": ("FinetuneConfig", "OptimizerConfig", "PeftConfig", "load_config"),
     "engine.sampling_params": ("SamplingParams",),
     "engine.structured_outputs": ("StructuredOutputsParams",),
-    "llm": ("LLM", "CompletionOutput", "Job", "RequestOutput"),
+    "llm": ("LLM", "CompletionOutput", "JobHandle", "RequestOutput"),
     "peft.adapter": ("LoraConfig",),
 }
 
@@ -28,7 +28,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "FinetuneConfig",
-    "Job",
+    "JobHandle",
     "LoraConfig",
     "OptimizerConfig",
     "PeftConfig",

@@ -75,8 +75,8 @@ class RequestOutput:
 
 
 @dataclass
-class Job:
-    """A finetuning job as seen from outside."""
+class JobHandle:
+    """A user's handle on a finetuning job: how far it is, and what can be done with it."""
 
     _job: FinetuneJob
     _loop: EngineLoop
@@ -145,7 +145,7 @@ class Job:
         """Where the finished adapter lies in PEFT's format."""
         return self._job.adapter_dir
 
-    def wait(self, timeout: float | None = None) -> "Job":
+    def wait(self, timeout: float | None = None) -> "JobHandle":
         """Wait until it has ended and what it leaves behind is on disk: its last checkpoint, and
         its adapter if it succeeded. TimeoutError after `timeout` seconds."""
         if not self._job.ended.wait(timeout):
@@ -334,7 +334,7 @@ class LLM:
 
     # -- finetuning and adapters ------------------------------------------------------------------
 
-    def finetune(self, config: FinetuneConfig) -> Job:
+    def finetune(self, config: FinetuneConfig) -> JobHandle:
         """Start a job; it runs in what inference leaves, and is served by its name when it is
         done."""
         runner = self.engine.runner
@@ -349,10 +349,10 @@ class LLM:
             )
         )
 
-    def start_job(self, job: FinetuneJob) -> Job:
+    def start_job(self, job: FinetuneJob) -> JobHandle:
         """`finetune` with a job whose data is loaded already."""
         self._loop.call(self.engine.add_job, job)
-        return Job(job, self._loop)
+        return JobHandle(job, self._loop)
 
     def load_adapter(self, name: str, path: str | Path) -> int:
         """Serve a PEFT folder as `name`; returns its version."""

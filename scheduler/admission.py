@@ -37,10 +37,10 @@ def check_microbatch(microbatch: Microbatch, config: SchedulerConfig) -> None:
             f"{name}: a sequence of {max(lengths)} tokens exceeds"
             f" max_model_len={config.max_model_len}"
         )
-    windows = -(-microbatch.tokens // config.backward_window)
-    if windows * config.backward_window > config.finetune_slots:
+    slices = -(-microbatch.tokens // config.unit_tokens)
+    if slices * config.unit_tokens > config.finetune_slots:
         raise ValueError(
-            f"{name}: {microbatch.tokens} tokens in windows of {config.backward_window} exceed"
+            f"{name}: {microbatch.tokens} tokens in slices of {config.unit_tokens} exceed"
             f" finetune_slots={config.finetune_slots}"
         )
     _check_pages(name, sum(-(-length // config.page_size) for length in lengths), config)

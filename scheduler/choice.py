@@ -80,7 +80,7 @@ def choose(
     budget_s, correction = allowance.budget_s, latency.unit_correction
     limit_s = max(latency.forward_s(features), min(allowance.forward_s, budget_s))
     token_s = _token_s(latency, config)
-    begun_s = backward.cost(backward.units_done) if backward else 0.0
+    spent_s = backward.cost(backward.units_done) if backward else 0.0
     best_tokens, best_units, best_features = 0, 0, features
     best_merit = (0.0, 0.0, 0, 0)
     for tokens, candidate in _forwards(features, forward, allowance, config):
@@ -90,7 +90,7 @@ def choose(
         lane, units, unit_s = _lane(forward, backward, tokens), 0, 0.0
         if lane and correction:
             units = int(min(lane.affordable((budget_s - forward_s) / correction), allowance.units))
-            unit_s = (lane.cost(lane.units_done + units) - begun_s) * correction
+            unit_s = (lane.cost(lane.units_done + units) - spent_s) * correction
         value, step_s = tokens * token_s + unit_s, forward_s + unit_s
         if forward and backward:
             left = backward.total_units - backward.units_done

@@ -17,9 +17,9 @@ class SchedulerConfig:
     max_model_len          prompt + output tokens of a request, tokens of a finetuning sequence
     token_buckets          token slots of the compiled forward programs, ascending
     num_pages, page_size, prefix_caching   the KV page pool
-    num_layers, backward_window   a microbatch of t tokens has w = ceil(t / backward_window) loss
-                           units and num_layers * w layer units
-    finetune_slots         tokens of all microbatches in work, each rounded up to whole windows
+    num_layers, unit_tokens   a microbatch of t tokens is cut in n = ceil(t / unit_tokens) slices,
+                           and has n loss units and num_layers * n layer units
+    finetune_slots         tokens of all microbatches in work, each rounded up to whole slices
     max_finetune_segments  packed finetuning sequences one step may touch
     slo                    objectives of requests that bring none
     idle_step_s            time budget in seconds of a step without inference; inf takes whole
@@ -36,7 +36,7 @@ class SchedulerConfig:
     page_size: int = 16
     prefix_caching: bool = True
     num_layers: int = 1
-    backward_window: int = 256
+    unit_tokens: int = 256
     finetune_slots: int = 1 << 14
     max_finetune_segments: int = 16
     slo: Slo = field(default_factory=Slo)
@@ -50,7 +50,7 @@ class SchedulerConfig:
             "num_pages",
             "page_size",
             "num_layers",
-            "backward_window",
+            "unit_tokens",
             "finetune_slots",
             "max_finetune_segments",
         ):

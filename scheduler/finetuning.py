@@ -122,7 +122,7 @@ class FinetuneQueue:
         start = progress.forwarded
         progress.forwarded += tokens
         return FinetuneForward(
-            progress.microbatch, progress.pages, progress.slot, started, start, tokens
+            progress.microbatch, progress.pages, progress.first_token_slot, started, start, tokens
         )
 
     def _backward(self, progress: Progress | None, count: int) -> BackwardUnits:
@@ -147,7 +147,7 @@ class FinetuneQueue:
                 count = min(count, (progress.left_after(0) - 1) // work.length)
             else:
                 # Units of one kind cost the same, nearly.
-                end = progress.windows if loss_units else progress.total_units
+                end = progress.slices if loss_units else progress.total_units
                 left = end - progress.units_done if loss_units in (0, len(work.units)) else 0
                 count = min(count, (left - 1) // len(work.units))
         return max(0, count)
@@ -191,22 +191,23 @@ class FinetuneQueue:
 
     def _may_start_beside_others(self, microbatch: Microbatch) -> bool:
         return all(
-            other.microbatch.job != microbatch.job or other.microbatch.batch == microbatch.batch
+            other.microbatch.job != microbatch.job
+            or other.microbatch.weights_version == microbatch.weights_version
             for other in self.in_work
         )
 
     def _find_slots(self, progress: Progress) -> int | None:
         """The first of enough free finetuning slots, or None."""
         start = 0
-        for other in sorted(self.in_work, key=lambda other: other.slot):
-            if start + progress.slots <= other.slot:
+        for other in sorted(self.in_work, key=lambda other: other.first_token_slot):
+            if start + progress.slots_held <= other.first_token_slot:
                 return start
-            start = other.slot + other.slots
-        return start if start + progress.slots <= self.config.finetune_slots else None
+            start = other.first_token_slot + other.slots_held
+        return start if start + progress.slots_held <= self.config.finetune_slots else None
 
     def _start(self, progress: Progress) -> None:
         lengths = progress.microbatch.lengths
-        progress.slot = self._find_slots(progress) or 0
+        progress.first_token_slot = self._find_slots(progress) or 0
         pages = iter(self.pool.allocate(sum(map(self.pool.pages_for, lengths))) or ())
         progress.pages = tuple(
             tuple(itertools.islice(pages, self.pool.pages_for(length))) for length in lengths

@@ -18,8 +18,8 @@ from scheduler.request import Microbatch
 
 
 @dataclass
-class Job:
-    """A job's queue and its account; `started` and `parked` are about the head of the queue."""
+class Share:
+    """A job as the scheduler sees it: its queue, and its share of the finetuning tokens."""
 
     name: str
     weight: float = 1.0
@@ -34,7 +34,7 @@ class JobTable:
     """The jobs of an engine and their queued microbatches."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, Share] = {}
         self._now = 0.0  # virtual time: that of the job chosen last, when it was chosen
         self._parked: set[int] = set()  # microbatches that had to give up their pages before
 
@@ -50,7 +50,7 @@ class JobTable:
         positive number."""
         if not 0 < weight < math.inf:
             raise ValueError(f"job {name!r}: weight={weight} must be a number above 0")
-        job = self._jobs.setdefault(name, Job(name))
+        job = self._jobs.setdefault(name, Share(name))
         job.weight, job.priority = weight, priority
 
     def remove(self, name: str) -> None:

@@ -46,7 +46,7 @@ class StepFeatures(NamedTuple):
     chunk_kv         KV entries that prefill and finetuning chunks read
     attention_pairs  sum of query length x key length over prefill and finetuning chunks
     layer_units, loss_units   backward units after the forward, by kind
-    backward_pairs   sum of window length x key length over the layer units
+    backward_pairs   sum of slice length x key length over the layer units
     adapters         whether any token of the forward carries an adapter
     """
 

@@ -120,7 +120,12 @@ def describe(plan: StepPlan) -> dict[str, Any]:
         "step": plan.step,
         **chunks,
         "forward": forward
-        and [forward.microbatch.microbatch_id, forward.start, forward.length, forward.slot],
+        and [
+            forward.microbatch.microbatch_id,
+            forward.start,
+            forward.length,
+            forward.first_token_slot,
+        ],
         "backward": backward
         and [backward.microbatch.microbatch_id, backward.units.start, backward.units.stop],
         "token_bucket": plan.token_bucket,
@@ -128,6 +133,10 @@ def describe(plan: StepPlan) -> dict[str, Any]:
         "parked": list(plan.parked),
         "predicted_s": plan.predicted_s,
     }
+
+
+# Fields of `SchedulerConfig` and `Microbatch` under the names that earlier logs have.
+_RENAMED = {"backward_window": "unit_tokens", "batch": "weights_version"}
 
 
 def replay(path: Path | str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -156,7 +165,7 @@ def replay(path: Path | str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def _restore(head: dict[str, Any]) -> Scheduler:
-    fields = head["config"] | {
+    fields = _renamed(head["config"]) | {
         "slo": Slo(**head["config"]["slo"]),
         "token_buckets": tuple(head["config"]["token_buckets"]),
     }
@@ -178,7 +187,7 @@ def _call(
         fields["slo"] = fields["slo"] and Slo(**fields["slo"])
         scheduler.add(Request(**fields))
     elif name == "add_microbatch":
-        scheduler.add(Microbatch(**_hashable(arguments[0])))
+        scheduler.add(Microbatch(**_renamed(_hashable(arguments[0]))))
     elif name == "complete":
         scheduler.complete(outstanding.popleft(), *arguments)
     elif name == "observe":
@@ -186,6 +195,10 @@ def _call(
         scheduler.observe(plans.pop(step), measured_s)
     else:
         getattr(scheduler, name)(*arguments)
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in fields.items()}
 
 
 def _hashable(fields: dict[str, Any]) -> dict[str, Any]:

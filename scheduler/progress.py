@@ -1,9 +1,10 @@
 """How far a microbatch in work is, and what its next tokens and units cost.
 
-Forward tokens go in order; then units: one loss window after the other from the last, then, layer
-after layer from the last, one window after the other from the last (FlexLLM's token-level
-finetuning, section 5 of the paper). A unit of a late window costs more than one of an early window:
-its queries see more keys. Invariant: every token and unit is dispatched exactly once, in order.
+Forward tokens go in order; then units, each of one slice of `unit_tokens` tokens: the loss of every
+slice, then the layers from the last to the first, and in each its slices from the last to the first
+(FlexLLM's token-level finetuning, section 5 of the paper). A unit of a late slice costs more than
+one of an early slice: its queries see more keys. Invariant: every token and unit is dispatched
+exactly once, in order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from scheduler.request import Microbatch
 
 class Progress:
     """A microbatch in work, or about to be: `forwarded` of its tokens and `units_done` of its units
-    are dispatched. `pages` are those of each packed sequence; `slot` is the first it holds.
+    are dispatched. `pages` are those of each packed sequence; `first_token_slot` is the
+    first of the finetuning slots it holds.
 
     The cost of units is in seconds before `LatencyModel.unit_correction`.
     """
@@ -28,19 +30,19 @@ class Progress:
     ) -> None:
         self.microbatch = microbatch
         self.pages: tuple[tuple[int, ...], ...] = ()
-        self.slot = 0
+        self.first_token_slot = 0
         self.forwarded = 0
         self.units_done = 0
         self.tokens = microbatch.tokens
-        self.window = config.backward_window
-        self.windows = -(-self.tokens // self.window)
+        self.unit_tokens = config.unit_tokens
+        self.slices = -(-self.tokens // self.unit_tokens)
         layers = config.num_layers if microbatch.backward else 0
-        self.total_units = self.windows * (1 + layers)
+        self.total_units = self.slices * (1 + layers)
         self._segments = config.max_finetune_segments
         self._ends = list(itertools.accumulate(microbatch.lengths))
-        # (query, key) pairs of the first i units of a layer: windows come from the last one on.
-        starts = range((self.windows - 1) * self.window, -1, -self.window)
-        pairs = [self._extent(s, min(s + self.window, self.tokens))[0] for s in starts]
+        # (query, key) pairs of the first i units of a layer: slices come from the last one on.
+        starts = range((self.slices - 1) * self.unit_tokens, -1, -self.unit_tokens)
+        pairs = [self._extent(s, min(s + self.unit_tokens, self.tokens))[0] for s in starts]
         self._sweep_pairs = [0, *itertools.accumulate(pairs)]
         by = latency.coefficients
         self._loss_s = by["loss_units"]
@@ -50,9 +52,9 @@ class Progress:
         ]
 
     @property
-    def slots(self) -> int:
-        """Finetuning slots it holds: whole windows."""
-        return self.windows * self.window
+    def slots_held(self) -> int:
+        """Finetuning slots it holds: whole slices."""
+        return self.slices * self.unit_tokens
 
     @property
     def forward_done(self) -> bool:
@@ -95,7 +97,7 @@ class Progress:
     def with_units(self, features: StepFeatures, count: int) -> StepFeatures:
         """The features of a step that also holds the next `count` units."""
         first, last = self.units_done, self.units_done + count
-        loss = max(0, min(last, self.windows) - first)
+        loss = max(0, min(last, self.slices) - first)
         return features._replace(
             loss_units=loss,
             layer_units=count - loss,
@@ -104,31 +106,31 @@ class Progress:
 
     def affordable(self, seconds: float) -> int:
         """How many of the next units cost no more than `seconds` together."""
-        first, last, windows = self.units_done, self.total_units, self.windows
+        first, last, slices = self.units_done, self.total_units, self.slices
         target = self.cost(first) + seconds * (1 + 1e-12)
         if seconds <= 0:
             return 0
         if target >= self.cost(last):
             return last - first
-        target -= windows * self._loss_s
+        target -= slices * self._loss_s
         if target < 0:
-            return int(target / self._loss_s + windows) - first
+            return int(target / self._loss_s + slices) - first
         sweeps, rest = divmod(target, self._sweep_s[-1])
         within = bisect.bisect_right(self._sweep_s, rest) - 1
-        return max(0, windows * (1 + int(sweeps)) + within - first)
+        return max(0, slices * (1 + int(sweeps)) + within - first)
 
     def cost(self, unit: int) -> float:
         """Seconds of the first `unit` units."""
-        if unit <= self.windows:
+        if unit <= self.slices:
             return unit * self._loss_s
-        sweeps, rest = divmod(unit - self.windows, self.windows)
-        return self.windows * self._loss_s + sweeps * self._sweep_s[-1] + self._sweep_s[rest]
+        sweeps, rest = divmod(unit - self.slices, self.slices)
+        return self.slices * self._loss_s + sweeps * self._sweep_s[-1] + self._sweep_s[rest]
 
     def _pairs(self, unit: int) -> int:
         """(Query, key) pairs of the first `unit` units."""
-        if unit <= self.windows:
+        if unit <= self.slices:
             return 0
-        sweeps, rest = divmod(unit - self.windows, self.windows)
+        sweeps, rest = divmod(unit - self.slices, self.slices)
         return sweeps * self._sweep_pairs[-1] + self._sweep_pairs[rest]
 
     def _extent(self, start: int, stop: int) -> tuple[int, int]:

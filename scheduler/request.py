@@ -148,8 +148,9 @@ class Sequence:
 class Microbatch:
     """Packed finetuning sequences, by length in tokens; `microbatch_id` is the caller's.
 
-    job, batch     whose it is, and which of its optimizer steps it belongs to: the weights change
-                   between two batches of a job, so only microbatches of one batch may overlap
+    job            whose it is
+    weights_version   of the job's weights that it needs: they change with every optimizer step, so
+                   only microbatches of one version may overlap
     backward       False: only its loss is wanted (validation): it has loss units and no others
     """
 
@@ -157,7 +158,7 @@ class Microbatch:
     lengths: tuple[int, ...]
     backward: bool = True
     job: str = ""
-    batch: int = 0
+    weights_version: int = 0
 
     @property
     def tokens(self) -> int:
@@ -208,14 +209,14 @@ class FinetuneForward:
     """Tokens [start, start + length) of a microbatch, counted over its packing.
 
     pages     the KV pages of each packed sequence
-    slot      first of the finetuning slots it holds, a multiple of the backward window
+    first_token_slot   first of the finetuning slots it holds, a multiple of `unit_tokens`
     started   this is its first forward, also after it was parked: whatever an earlier attempt
               left is void
     """
 
     microbatch: Microbatch
     pages: tuple[tuple[int, ...], ...]
-    slot: int
+    first_token_slot: int
     started: bool
     start: int
     length: int
@@ -225,9 +226,9 @@ class FinetuneForward:
 class BackwardUnits:
     """Backward units of a microbatch whose forward is complete.
 
-    units   with w = ceil(tokens / backward_window), units [0, w) are one loss window each and
-            units [w, w + num_layers * w) one layer x one window each, windows from the last to the
-            first, layers too (those not for `Microbatch.backward=False`)
+    units   with n = ceil(tokens / unit_tokens) slices, units [0, n) are the loss of one slice each,
+            from the first on, and units [n, n + num_layers * n) one layer x one slice each, layers
+            from the last to the first and slices too (those not for `Microbatch.backward=False`)
     done    `units` ends with its last one
     """
 

@@ -27,7 +27,7 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelCost:
     """The sizes of a decoder that its costs follow from."""
 
     name: str
@@ -89,10 +89,10 @@ H200 = DeviceSpec("NVIDIA H200", 989e12, 4.8e12, 450e9, 141e9)
 CPU = DeviceSpec("cpu", 60e9, 10e9, 1e9, 8e9)  # a guess for a few cores in float32
 DEVICES = {device.name: device for device in (A100, H100, H200, CPU)}
 
-LLAMA_3_1_8B = ModelSpec("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256)
-LLAMA_3_1_70B = ModelSpec("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256)
-QWEN2_5_14B = ModelSpec("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064)
-QWEN2_5_32B = ModelSpec("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064)
+LLAMA_3_1_8B = ModelCost("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256)
+LLAMA_3_1_70B = ModelCost("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256)
+QWEN2_5_14B = ModelCost("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064)
+QWEN2_5_32B = ModelCost("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064)
 MODELS = {m.name: m for m in (LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN2_5_14B, QWEN2_5_32B)}
 
 _COLD_SPREAD = 1.0  # how far off a data sheet may be before anything is measured
@@ -110,9 +110,9 @@ def find_device(kind: str) -> DeviceSpec:
 
 def roofline(
     device: DeviceSpec,
-    model: ModelSpec,
+    model: ModelCost,
     buckets: Iterable[int],
-    window: int,
+    unit_tokens: int,
     *,
     tp: int = 1,
     rank: int = 16,
@@ -123,7 +123,7 @@ def roofline(
 
     Args:
         buckets: token slots of the forward programs.
-        window: tokens of a backward unit.
+        unit_tokens: U, tokens of a backward unit.
         rank: of the adapters, on every projection.
         spread: see `LatencyModel`.
 
@@ -134,8 +134,8 @@ def roofline(
         decode_kv        KV bytes of a token / M
         chunk_kv         the same: a chunk reads its keys once
         attention_pairs  4 H heads layers / C, a half for causality
-        layer_units      unit_s + (1 + recompute) x 2 W P_layer / C + all-reduces of a layer
-        loss_units       unit_s + 4 W V D / C: logits, and their gradient's sum over the head
+        layer_units      unit_s + (1 + recompute) x 2 U P_layer / C + all-reduces of a layer
+        loss_units       unit_s + 4 U V D / C: logits, and their gradient's sum over the head
         backward_pairs   five products where the forward has two
         adapter_slots    2 x 2 R (d_in + d_out) of all projections / C
     """
@@ -162,15 +162,15 @@ def roofline(
     widths = 2 * model.d_model + 2 * (model.heads + model.kv_heads) * model.head_dim
     widths += 2 * model.d_model + 3 * (model.d_model + model.ffn)
     pair_s = 0.5 * 4 * model.heads * model.head_dim / compute
-    unit = (1 + e.recompute) * 2 * window * model.layer_parameters / compute
+    unit = (1 + e.recompute) * 2 * unit_tokens * model.layer_parameters / compute
     return LatencyModel(
         {bucket: base_s(bucket) for bucket in buckets},
         {
             "decode_kv": model.kv_bytes / memory,
             "chunk_kv": model.kv_bytes / memory,
             "attention_pairs": model.layers * pair_s,
-            "layer_units": e.unit_s + unit + all_reduce_s(window),
-            "loss_units": e.unit_s + 4 * window * model.head_parameters / compute,
+            "layer_units": e.unit_s + unit + all_reduce_s(unit_tokens),
+            "loss_units": e.unit_s + 4 * unit_tokens * model.head_parameters / compute,
             "backward_pairs": 2.5 * pair_s,
             "adapter_slots": model.layers * 2 * rank * widths / compute,
         },

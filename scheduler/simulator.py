@@ -90,7 +90,7 @@ class FinetuneSupply:
             packed.append(length)
             self._used += 1
         self._microbatches += 1
-        return Microbatch(self._microbatches, tuple(packed), job=self.job, batch=batch)
+        return Microbatch(self._microbatches, tuple(packed), job=self.job, weights_version=batch)
 
 
 @dataclass

@@ -41,7 +41,7 @@ def start_engine(path: Path, output_dir: Path, **changes: Any) -> LLM:
         },
         "finetune": {
             "max_tokens": 96,
-            "window": 32,
+            "unit_tokens": 32,
             "checkpoint_every": 4,
             "idle_step_ms": float("inf"),
         },

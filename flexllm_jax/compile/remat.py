@@ -29,9 +29,9 @@ from jaxtyping import Array, Float
 from flexllm_jax.models.bypass import BypassFunction
 from flexllm_jax.models.decoder import Decoder, DecoderLayer, Tap
 from flexllm_jax.peft.bypass import Bypass
+from kernels_pallas.attention_backward import attention_backward
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
-from kernels_pallas.window_attention_backward import window_attention_backward
 
 INPUT, PAGES = "x", "kv"  # what every plan saves: the layer's input, and keys and values
 _ATTENTION = ("attention_forward", "attention_gradient")  # operations that are not looked into
@@ -74,7 +74,7 @@ def attention_gradient(q, k, v, out, lse, d_out, backend: Backend):
     """One operation of the trace."""
     slots = jnp.arange(q.shape[0], dtype=jnp.int32)
     zeros = jnp.zeros(k.shape, jnp.float32)
-    dq, dk, dv = window_attention_backward(
+    dq, dk, dv = attention_backward(
         q,
         _paged(k),
         _paged(v),
@@ -137,9 +137,9 @@ def whole_layer(
 ) -> Float[Array, "T D"]:
     """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`."""
     made = bypass(adapter)
-    q, k, v = layer.attention_inputs(x, angles, made, tap)
+    q, k, v = layer.before_attention(x, angles, made, tap)
     attended: Any = causal_attention(q, k, v, adapter, bypass, backend)
-    return layer.attention_outputs(x, attended, made, tap)
+    return layer.after_attention(x, attended, made, tap)
 
 
 # -- the trace -------------------------------------------------------------------------------------

@@ -180,15 +180,18 @@ class FinetuneSection(Section):
         description="Tokens whose activations are held on the device: a longest sequence, or two "
         "microbatches of half of it, of which one goes forward while the other goes backward.",
     )
-    window: Int = Field(
-        default=256, ge=1, description="Tokens of a backward window; must divide max_tokens."
+    unit_tokens: Int = Field(
+        default=256,
+        ge=1,
+        description="Tokens of a backward unit, which is one layer for one slice of so many "
+        "tokens; must divide max_tokens.",
     )
-    saved: Literal["auto", "all", "inputs"] | tuple[str, ...] = Field(
-        default="inputs",
+    saved: Literal["auto", "all", "attention"] | tuple[str, ...] = Field(
+        default="attention",
         description="Activations the forward keeps for the backward instead of recomputing, "
-        "besides the layers' inputs: `inputs` (attention's outputs alone), `all` (whatever spares "
-        "work), `auto` (what spares most in the memory that is free), or a list of names; an empty "
-        "list keeps least.",
+        "besides the layers' inputs: `attention` (attention's outputs alone), `all` (whatever "
+        "spares work), `auto` (what spares most in the memory that is free), or a list of names; "
+        "an empty list keeps least.",
     )
     idle_step_ms: Float = Field(
         default=100.0,
@@ -214,23 +217,23 @@ class FinetuneSection(Section):
     @field_validator("saved", mode="before")
     @classmethod
     def _saved(cls, saved: Any) -> Any:
-        if saved in ("auto", "all", "inputs"):
+        if saved in ("auto", "all", "attention"):
             return saved
         if isinstance(saved, list | tuple) and all(isinstance(name, str) for name in saved):
             return tuple(saved)
         raise ValueError(
-            f"got {saved!r}; must be `auto`, `all`, `inputs` or a list of activation names"
+            f"got {saved!r}; must be `auto`, `all`, `attention` or a list of activation names"
         )
 
-    @field_validator("window")
+    @field_validator("unit_tokens")
     @classmethod
-    def _divides(cls, window: int, info: Any) -> int:
-        max_tokens = info.data.get("max_tokens", window)
-        if max_tokens % window:
+    def _divides(cls, unit_tokens: int, info: Any) -> int:
+        max_tokens = info.data.get("max_tokens", unit_tokens)
+        if max_tokens % unit_tokens:
             raise ValueError(
-                f"got {window}; must divide finetune.max_tokens, which is {max_tokens}"
+                f"got {unit_tokens}; must divide finetune.max_tokens, which is {max_tokens}"
             )
-        return window
+        return unit_tokens
 
     @field_validator("jobs")
     @classmethod

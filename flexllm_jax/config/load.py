@@ -17,7 +17,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
+from flexllm_jax.config import renamed
 from flexllm_jax.config.fields import ConfigError, Section
 from flexllm_jax.config.tree import Config
 
@@ -167,26 +169,42 @@ def _full_name(keys: list[str], root: type[Section]) -> list[str]:
 
 def _explain(error: ValidationError, root: type[Section]) -> str:
     problems = error.errors(include_url=False)
-    first = problems[0]
-    loc, given = first["loc"], first.get("input")
+    # An old name first: what it makes missing is not worth telling.
+    old_names = [text for problem in problems if (text := _old_name(problem))]
+    text = old_names[0] if old_names else _explain_one(problems[0], root)
+    more = len(problems) - 1
+    return _one_line(text) + (f" (and {more} more)" if more else "")
+
+
+def _old_name(problem: ErrorDetails) -> str | None:
+    loc, given = problem["loc"], problem.get("input")
     field = ".".join(map(str, loc))
-    if first["type"] == "extra_forbidden":
+    if problem["type"] == "extra_forbidden" and (new := renamed.new_field(loc)):
+        return f"{field}: is called {new} now; rename it"
+    if new := renamed.new_value(loc, given):
+        return f"{field}: the value {given} is called {new} now; write that"
+    return None
+
+
+def _explain_one(problem: ErrorDetails, root: type[Section]) -> str:
+    loc, given = problem["loc"], problem.get("input")
+    field = ".".join(map(str, loc))
+    if problem["type"] == "extra_forbidden":
         text = f"{field}: unknown field (value {_short(given)}); {_suggest(loc, root)}"
-    elif first["type"] == "missing":
+    elif problem["type"] == "missing":
         described = _field_at(loc, root)
         about = f" ({described.description})" if described else ""
         text = f"{field}: required field is missing; add it{about}"
-    elif first["type"] == "value_error":
-        text = first["msg"].removeprefix("Value error, ")
+    elif problem["type"] == "value_error":
+        text = problem["msg"].removeprefix("Value error, ")
         text = f"{field}: {text}" if field else text
     else:
-        wanted = first["msg"].replace("Input should be", "must be").replace("Input", "it")
+        wanted = problem["msg"].replace("Input should be", "must be").replace("Input", "it")
         wanted = wanted[0].lower() + wanted[1:]
-        if isinstance(given, str) and first["type"] in ("int_type", "float_type", "bool_type"):
+        if isinstance(given, str) and problem["type"] in ("int_type", "float_type", "bool_type"):
             wanted += " (write it without quotes)"
         text = f"{field}: got {_short(given)}; {wanted}"
-    more = len(problems) - 1
-    return _one_line(text) + (f" (and {more} more)" if more else "")
+    return text
 
 
 def _field_at(loc: Location, root: type[Section]) -> FieldInfo | None:

@@ -26,20 +26,20 @@ _AUTO_SHARE = 0.25
 
 def layer_graph(sizes: EngineSizes) -> LayerGraph:
     """The trace of a layer with the bypasses of the bank, over the finetuning slots."""
-    return _traced(sizes.model, sizes.dtype, sizes.bank, sizes.slots)
+    return _traced(sizes.model, sizes.dtype, sizes.bank, sizes.finetune_slots)
 
 
 @cache
-def _traced(model: ModelConfig, dtype: jnp.dtype, bank: BankShape, slots: int) -> LayerGraph:
+def _traced(model: ModelConfig, dtype: jnp.dtype, bank: BankShape, tokens: int) -> LayerGraph:
     weights, scales = weight_shapes(model, bank, None, jnp.float32), scale_shapes(model, bank, 1)
     adapter = {"weights": weights[0], "scales": jax.tree.map(jnp.ones_like, scales[0])}
-    is_token = jnp.ones(slots, bool)
+    is_token = jnp.ones(tokens, bool)
     return trace_layer(
         Decoder(model, dtype),
         abstract_parameters(model, dtype)["layers"][0],
         adapter["weights"],
         lambda own: job_bypass(adapter | {"weights": own}, is_token, XLA),
-        slots,
+        tokens,
     )
 
 
@@ -49,7 +49,7 @@ def with_saved(sizes: EngineSizes, names: tuple[str, ...]) -> EngineSizes:
     if unknown := set(names) - set(taps):
         raise ConfigError(
             f"finetune.saved names {', '.join(sorted(unknown))}, which this model does not "
-            f"have: use auto, all, inputs or some of {', '.join(taps)}"
+            f"have: use auto, all, attention or some of {', '.join(taps)}"
         )
     ordered = tuple(name for name in taps if name in names)
     return replace(sizes, columns=saved_columns(sizes.decoder, ordered))
@@ -67,7 +67,7 @@ def choose_saved(config: Config, sizes: EngineSizes, available: float) -> Engine
     saved = config.finetune.saved
     if not isinstance(saved, str):
         return with_saved(sizes, saved)
-    if saved == "inputs":
+    if saved == "attention":
         return with_saved(sizes, ("attended",))
     graph = layer_graph(sizes)
     if saved == "all":
@@ -91,8 +91,8 @@ def describe_saved(sizes: EngineSizes) -> Iterator[str]:
     flops = graph.recomputed(own)[0]
     yield (
         f"finetuning saves {', '.join(sizes.columns)}: {saved / 2**20:,.1f} MiB for "
-        f"{sizes.slots:,} tokens; the backward recomputes {flops / sizes.slots * layers / 1e9:.3g} "
-        f"GFLOP a token"
+        f"{sizes.finetune_slots:,} tokens; the backward recomputes "
+        f"{flops / sizes.finetune_slots * layers / 1e9:.3g} GFLOP a token"
     )
     plans = all_plans(graph)
     for text, plan in (
@@ -108,5 +108,5 @@ def describe_plan(plan: Plan, sizes: EngineSizes) -> str:
     layers = sizes.model.num_layers
     return (
         f"{', '.join(('x', *plan.saved))}: {plan.bytes * layers / 2**20:,.1f} MiB, "
-        f"{plan.flops / sizes.slots * layers / 1e9:.3g} GFLOP a token"
+        f"{plan.flops / sizes.finetune_slots * layers / 1e9:.3g} GFLOP a token"
     )

@@ -22,7 +22,7 @@ from llguidance import LLMatcher
 from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
 from flexllm_jax.engine.activations import describe_saved
-from flexllm_jax.engine.plan_batch import PlannedBatch, PromptTargets, StepBuilder
+from flexllm_jax.engine.plan_step import PlannedStep, PromptTargets, StepBuilder
 from flexllm_jax.engine.processes import make_runner
 from flexllm_jax.engine.programs import FINETUNE_SEQUENCES
 from flexllm_jax.engine.request import RequestState, top_logprobs
@@ -31,7 +31,7 @@ from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
 from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.bank import BankDirectory, Published, from_row, to_rows
+from flexllm_jax.peft.bank import AdapterRow, BankDirectory, Published, from_row, to_row
 from flexllm_jax.peft.hf_peft import load_adapter
 from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.latency import LatencyModel
@@ -98,7 +98,7 @@ class Engine:
         started = time.monotonic()
         self.runner = runner = make_runner(config, progress=progress)
         log.info("%s", runner.memory.describe())
-        if config.finetune.jobs or config.finetune.saved != "inputs":
+        if config.finetune.jobs or config.finetune.saved != "attention":
             log.info("%s", "\n".join(describe_saved(runner.sizes)))
         slos = {"standard": config.scheduler.slo, **config.scheduler.slo_classes}
         self.slos = {
@@ -145,8 +145,8 @@ class Engine:
             page_size=sizes.page_size,
             prefix_caching=config.cache.prefix_caching,
             num_layers=sizes.model.num_layers,
-            backward_window=sizes.window,
-            finetune_slots=sizes.slots,
+            unit_tokens=sizes.unit_tokens,
+            finetune_slots=sizes.finetune_slots,
             max_finetune_segments=FINETUNE_SEQUENCES,
             slo=self.slos["standard"],
             idle_step_s=config.finetune.idle_step_ms / 1e3,
@@ -241,17 +241,15 @@ class Engine:
         adapter = load_adapter(path, self.runner.model, self.config.model.path)
         return self.publish(name, adapter)
 
-    def to_rows(self, name: str, adapter: Adapter) -> tuple[list, list]:
+    def to_row(self, name: str, adapter: Adapter) -> AdapterRow:
         """What `publish` writes to the bank: may be made in another thread beforehand."""
-        return to_rows(adapter, self.runner.model, self.runner.sizes.bank, name)
+        return to_row(adapter, self.runner.model, self.runner.sizes.bank, name)
 
-    def publish(
-        self, name: str, adapter: Adapter, rows: tuple[list, list] | None = None
-    ) -> Published:
+    def publish(self, name: str, adapter: Adapter, row: AdapterRow | None = None) -> Published:
         """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
-        values, scales = rows or self.to_rows(name, adapter)
+        weights, scales = row or self.to_row(name, adapter)
         published = self.directory.publish(name, adapter.config, adapter.shapes)
-        self.runner.write_adapter(published.slot, values, scales)
+        self.runner.write_adapter(published.bank_slot, weights, scales)
         return published
 
     def publish_job(self, job: FinetuneJob) -> Published:
@@ -260,7 +258,7 @@ class Engine:
         if not job.running:
             raise ValueError(f"job {job.name!r} has ended: load its adapter from its folder")
         published = self.directory.publish(job.name, job.peft, job.shapes)
-        self.runner.copy_adapter(job.slot, published.slot)
+        self.runner.copy_adapter(job.bank_slot, published.bank_slot)
         return published
 
     def unload_adapter(self, name: str) -> None:
@@ -270,14 +268,14 @@ class Engine:
     def read_adapter(self, name: str) -> Adapter:
         """A served adapter's weights on the host; waits for the device."""
         published = self.directory.lookup(name)
-        values = self.runner.read_adapter(published.slot)
+        values = self.runner.read_adapter(published.bank_slot)
         return from_row(values, published.config, published.shapes)
 
     # -- jobs -------------------------------------------------------------------------------------
 
     def add_job(self, job: FinetuneJob) -> None:
         """Start a finetuning job beside whatever runs."""
-        job.slot = self.directory.start_training(job.name)
+        job.bank_slot = self.directory.start_training(job.name)
         try:
             self.trainer.start(job)
         except Exception:
@@ -289,7 +287,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, a job running, or a step in flight."""
-        return bool(self._requests or self.trainer.active or self._in_flight or self._unsettled)
+        return bool(self._requests or self.trainer.has_work or self._in_flight or self._unsettled)
 
     def step(self) -> list[RequestState]:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
@@ -302,12 +300,12 @@ class Engine:
         if plan is not None:
             step = _InFlight(plan, time.monotonic(), [], None, [], None, None)
             if plan.token_bucket:
-                batch, hidden_rows = self._forward(step)
-                if batch.awaits_tokens and self._in_flight:
+                planned, hidden_rows = self._forward(step)
+                if planned.awaits_tokens and self._in_flight:
                     waiting = time.perf_counter()
                     finished = self._postprocess(self._in_flight.popleft())
                     started += time.perf_counter() - waiting
-                self._sample(step, batch, hidden_rows)
+                self._sample(step, planned, hidden_rows)
             if plan.backward:
                 self._backward(step, plan.backward)
             self._in_flight.append(step)
@@ -319,45 +317,45 @@ class Engine:
             self._settle()
         return finished
 
-    def _forward(self, step: _InFlight) -> tuple[PlannedBatch, jax.Array]:
-        """Send a step's forward program to the device; its batch, and the outputs to sample from
-        [R, D]."""
+    def _forward(self, step: _InFlight) -> tuple[PlannedStep, jax.Array]:
+        """Send a step's forward program to the device; the planned step, and the outputs to sample
+        from [R, D]."""
         plan = step.plan
         self.buckets.setdefault(plan.token_bucket, BucketUse()).count(plan)
         microbatch = self.trainer.forward(plan.forward) if plan.forward else None
-        batch = self._builder.build(plan, self._requests, microbatch)
+        planned = self._builder.build(plan, self._requests, microbatch)
         step.hidden, hidden_rows = self.runner.forward(
-            batch.variant, plan.token_bucket, batch.vector
+            planned.variant, plan.token_bucket, planned.vector
         )
-        return batch, hidden_rows
+        return planned, hidden_rows
 
-    def _sample(self, step: _InFlight, batch: PlannedBatch, hidden_rows: jax.Array) -> None:
-        if batch.sampled:
+    def _sample(self, step: _InFlight, planned: PlannedStep, hidden_rows: jax.Array) -> None:
+        if planned.sampled:
             allowed = None
-            if batch.matchers:
-                allowed = self.matchers.allowed(batch.matchers, len(batch.rows.row))
-            step.sampled = batch.sampled
+            if planned.matchers:
+                allowed = self.matchers.allowed(planned.matchers, len(planned.rows.row))
+            step.sampled = planned.sampled
             step.report = self.runner.sample(
-                hidden_rows, batch.rows, full=batch.full, allowed=allowed
+                hidden_rows, planned.rows, full=planned.full, allowed=allowed
             )
             jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
-        self._request_prompt_logprobs(step, batch)
+        self._request_prompt_logprobs(step, planned)
 
     def _backward(self, step: _InFlight, units: BackwardUnits) -> None:
         step.last_unit = self.trainer.backward(units)
         if units.done:
             step.after = self.trainer.finish_microbatch(units.microbatch)
 
-    def _request_prompt_logprobs(self, step: _InFlight, batch: PlannedBatch) -> None:
-        if step.hidden is None or not batch.prompt_targets:
+    def _request_prompt_logprobs(self, step: _InFlight, planned: PlannedStep) -> None:
+        if step.hidden is None or not planned.prompt_targets:
             return
         targets = np.zeros((2, step.plan.token_bucket), np.int32)
         targets[1] = -1
-        for target in batch.prompt_targets:
-            where = slice(target.batch_start, target.batch_start + len(target.tokens))
+        for target in planned.prompt_targets:
+            where = slice(target.first_output, target.first_output + len(target.tokens))
             targets[0, where], targets[1, where] = target.tokens, target.state.bank_row
         report = self.runner.prompt_logprobs(step.hidden, targets)
-        step.prompt_logprobs = [(target, report) for target in batch.prompt_targets]
+        step.prompt_logprobs = [(target, report) for target in planned.prompt_targets]
 
     def _postprocess(self, step: _InFlight) -> list[RequestState]:
         """Read a step's tokens, find out who is done, and let the scheduler know."""
@@ -446,7 +444,7 @@ class Engine:
         for target, report in step.prompt_logprobs:
             state = target.state
             for i, token in enumerate(target.tokens):
-                at = target.batch_start + i
+                at = target.first_output + i
                 state.prompt_logprobs[target.position + i] = top_logprobs(
                     token,
                     float(report["logprobs"][at]),

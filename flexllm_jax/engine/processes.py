@@ -52,7 +52,7 @@ CALLS = (
     "loss_unit",
     "layer_unit",
     "commit",
-    "totals",
+    "read_losses",
     "optimizer_step",
     "copy_state",
 )

@@ -18,11 +18,11 @@ import numpy as np
 from rich.progress import track
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
+from flexllm_jax.engine.step_inputs import StepInputs
 from scheduler.latency import LatencyModel, StepFeatures
-from scheduler.roofline import ModelSpec, find_device, roofline
+from scheduler.roofline import ModelCost, find_device, roofline
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def profile_key(runner: Runner, config: Config) -> dict[str, str]:
 def cold_model(runner: Runner) -> LatencyModel:
     """A roofline of the device; ValueError if its data sheet is not known."""
     sizes, model = runner.sizes, runner.model
-    spec = ModelSpec(
+    spec = ModelCost(
         "",
         model.num_layers,
         model.d_model,
@@ -92,7 +92,7 @@ def cold_model(runner: Runner) -> LatencyModel:
     )
     device = find_device(runner.device.device_kind)
     rank = sizes.bank.rank
-    return roofline(device, spec, sizes.buckets, sizes.window, tp=sizes.devices, rank=rank)
+    return roofline(device, spec, sizes.buckets, sizes.unit_tokens, tp=sizes.devices, rank=rank)
 
 
 def measure(runner: Runner, *, progress: bool) -> LatencyModel:
@@ -104,9 +104,9 @@ def measure(runner: Runner, *, progress: bool) -> LatencyModel:
         jax.block_until_ready(run())
         seconds = []
         for _ in range(_REPEATS):
-            begun = time.perf_counter()
+            run_started = time.perf_counter()
             jax.block_until_ready(run())
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - run_started)
             if time.perf_counter() - started > _BUDGET_S:
                 break
         samples.append((features, min(seconds)))
@@ -133,7 +133,7 @@ def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]
                 attention_pairs=chunk * (cached + chunk),
             )
             yield features, _forward(runner, bucket, [(cached, chunk)])
-        chunk = min(chunk, sizes.slots)
+        chunk = min(chunk, sizes.finetune_slots)
         for slots in {0, chunk}:
             features = StepFeatures(
                 bucket,
@@ -148,10 +148,10 @@ def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]
 
 
 def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
-    """Units of one sequence that fills all slots: its first window, and its last."""
+    """Units of one sequence that fills all slots: its first slice of tokens, and its last."""
     sizes, layers = runner.sizes, runner.model.num_layers
-    positions = np.arange(sizes.slots, dtype=np.int32)
-    table = np.zeros((4, sizes.slots), np.int32)
+    positions = np.arange(sizes.finetune_slots, dtype=np.int32)
+    table = np.zeros((4, sizes.finetune_slots), np.int32)
     table[1], table[2] = positions, positions % (runner.num_pages * sizes.page_size)
     table = runner.put(table)
     weights = runner.new_job_state({})["master"]
@@ -166,9 +166,9 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
         return lambda: [runner.loss_unit(table, weights, scales, 0) for _ in range(count)][-1]
 
     # Two counts of each kind: from one alone, a unit's time is not told from a step's overhead.
-    for start in {0, sizes.slots - sizes.window}:
+    for start in {0, sizes.finetune_slots - sizes.unit_tokens}:
         for count in {1, layers}:
-            pairs = count * sizes.window * (start + sizes.window)
+            pairs = count * sizes.unit_tokens * (start + sizes.unit_tokens)
             yield (
                 StepFeatures(layer_units=count, backward_pairs=pairs),
                 layer_units(count, start),
@@ -191,21 +191,23 @@ def _forward(
     device's cache, those of real requests are read from its memory.
     """
     sizes = runner.sizes
-    shape = sizes.batch_shapes[bucket]
-    batch, vector = Batch.empty(shape, runner.num_pages * sizes.page_size, sizes.slots)
+    shape = sizes.step_shapes[bucket]
+    inputs, vector = StepInputs.empty(
+        shape, runner.num_pages * sizes.page_size, sizes.finetune_slots
+    )
     at = 0
     for s, (cached, new) in enumerate(chunks):
-        batch.position[at : at + new] = np.arange(cached, cached + new)
-        batch.kv_lengths[s] = cached + new
+        inputs.position[at : at + new] = np.arange(cached, cached + new)
+        inputs.kv_lengths[s] = cached + new
         own = s * sizes.pages_per_sequence + np.arange(sizes.pages_per_sequence)
-        batch.page_tables[s] = own % runner.num_pages
+        inputs.page_tables[s] = own % runner.num_pages
         at += new
-        batch.query_starts[s + 1 :] = at
-    batch.saved_row[:finetune] = np.arange(finetune)
+        inputs.query_starts[s + 1 :] = at
+    inputs.saved_row[:finetune] = np.arange(finetune)
     if variant == "adapters":
-        batch.adapter[:at] = 0
-    batch.num_decode[...] = sum(new == 1 for _, new in chunks)
-    batch.num_sequences[...] = len(chunks)
+        inputs.adapter[:at] = 0
+    inputs.num_decode[...] = sum(new == 1 for _, new in chunks)
+    inputs.num_sequences[...] = len(chunks)
     rows = SamplingRows.neutral(shape.samples, no_row=sizes.rows)
 
     def run() -> object:

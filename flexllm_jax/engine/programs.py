@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec
 from flexllm_jax.compile.buckets import Program, token_buckets
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
-from flexllm_jax.engine.batch import BatchShape
 from flexllm_jax.engine.cache import page_shapes
 from flexllm_jax.engine.placement import ALL, GATHERED, Placement
 from flexllm_jax.engine.step import forward_step
+from flexllm_jax.engine.step_inputs import StepShape
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.finetune.backward import (
     flow_shapes,
@@ -27,12 +27,19 @@ from flexllm_jax.finetune.backward import (
     saved_columns,
     saved_shapes,
 )
-from flexllm_jax.finetune.optimizer import HYPERPARAMETERS, commit, job_state_shapes, optimizer_step
+from flexllm_jax.finetune.optimizer import (
+    HYPERPARAMETERS,
+    LOSSES,
+    commit,
+    job_state_shapes,
+    optimizer_step,
+)
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import (
+    AdapterRow,
     BankShape,
     copy_row,
     read_row,
@@ -52,10 +59,10 @@ _WHOLE = PartitionSpec()  # results that every device has
 class EngineSizes:
     """The sizes that all arrays and programs of an engine follow from.
 
-    rows: most running requests. slots: tokens of the microbatches in work. window: tokens of a
-    backward unit. buckets: token slots of the forward programs. columns: where a saved activation
-    lies in its row (`finetune.backward.saved_columns`), on one device. placement: where arrays lie
-    when the model is split over devices; None: whole, on one.
+    rows: most running requests. finetune_slots: tokens of the microbatches in work. unit_tokens:
+    tokens of a backward unit. buckets: token slots of the forward programs. columns: where a
+    saved activation lies in its row (`finetune.backward.saved_columns`), on one device. placement:
+    where arrays lie when the model is split over devices; None: whole, on one.
     """
 
     model: ModelConfig
@@ -64,8 +71,8 @@ class EngineSizes:
     max_model_len: int
     page_size: int
     rows: int
-    slots: int
-    window: int
+    finetune_slots: int
+    unit_tokens: int
     buckets: tuple[int, ...]
     bank: BankShape
     columns: dict[str, slice]
@@ -80,7 +87,7 @@ class EngineSizes:
         placement: Placement | None = None,
     ) -> "EngineSizes":
         """What the configuration asks for, but for `finetune.saved`, of which
-        `engine.activations.choose_saved` takes care: these are the sizes of `inputs`.
+        `engine.activations.choose_saved` takes care: these are the sizes of `attention`.
 
         ValueError for what the model or its placement does not have."""
         dtype = jnp.dtype(config.model.dtype)
@@ -96,8 +103,8 @@ class EngineSizes:
             max_model_len=model.context_length(config.model.max_model_len),
             page_size=config.cache.page_size,
             rows=config.scheduler.max_sequences,
-            slots=config.finetune.max_tokens,
-            window=config.finetune.window,
+            finetune_slots=config.finetune.max_tokens,
+            unit_tokens=config.finetune.unit_tokens,
             buckets=config.compile.token_buckets
             or token_buckets(config.scheduler.max_tokens_per_step),
             bank=bank,
@@ -133,14 +140,14 @@ class EngineSizes:
     @property
     def wanted_pages(self) -> int:
         """KV pages that the largest possible load fills; packed sequences end within a page."""
-        finetuning = self.slots // self.page_size + FINETUNE_SEQUENCES
+        finetuning = self.finetune_slots // self.page_size + FINETUNE_SEQUENCES
         return self.rows * self.pages_per_sequence + finetuning
 
     @cached_property
-    def batch_shapes(self) -> dict[int, BatchShape]:
-        """The layout of a step's batch in each bucket."""
+    def step_shapes(self) -> dict[int, StepShape]:
+        """The layout of a step's inputs in each bucket."""
         return {
-            bucket: BatchShape(
+            bucket: StepShape(
                 tokens=bucket,
                 sequences=min(bucket, self.rows + FINETUNE_SEQUENCES),
                 pages=self.pages_per_sequence,
@@ -161,25 +168,25 @@ class EngineSizes:
         }
 
     @cached_property
-    def bank_row(self) -> tuple[list, list]:
-        """One adapter's float32 weights and scales in the bank's padded shapes."""
+    def adapter_row(self) -> AdapterRow:
+        """One adapter in the bank's padded shapes, float32."""
         weights = weight_shapes(self.model, self.bank, None, jnp.float32)
         if self.placement:
             weights = self.placement.adapters(weights, rows=False)
-        return weights, scale_shapes(self.model, self.bank, None)
+        return AdapterRow(weights, scale_shapes(self.model, self.bank, None))
 
     @cached_property
     def job_state(self) -> dict:
         """A finetuning job's state on the device."""
-        state = job_state_shapes(self.bank_row[0])
+        state = job_state_shapes(self.adapter_row.weights)
         return self.placement.job_state(state) if self.placement else state
 
     @cached_property
     def finetune_arrays(self) -> dict:
         """The buffers of the microbatches in work: {"saved": by layer, "flow"}."""
         model = self.decoder.config
-        saved = saved_shapes(model, self.dtype, self.slots, self.columns)
-        flow = flow_shapes(model, self.dtype, self.slots)
+        saved = saved_shapes(model, self.dtype, self.finetune_slots, self.columns)
+        flow = flow_shapes(model, self.dtype, self.finetune_slots)
         if self.placement:
             saved = self.placement.own(saved)
             flow |= self.placement.own({name: flow[name] for name in ("dk", "dv")})
@@ -188,7 +195,7 @@ class EngineSizes:
     @cached_property
     def pending_arrays(self) -> dict:
         """What the microbatch that goes backward has accumulated."""
-        return {"gradients": self.job_state["gradients"], "totals": _floats(2)}
+        return {"gradients": self.job_state["gradients"], "losses": LOSSES}
 
     @cached_property
     def request_arrays(self) -> dict:
@@ -244,7 +251,7 @@ def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         "adapters": (sizes.bank_arrays, sizes.finetune_arrays),
     }
     programs = []
-    for bucket, shape in sizes.batch_shapes.items():
+    for bucket, shape in sizes.step_shapes.items():
         forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend)
         for variant, (bank, finetune) in variants.items():
             arguments = (params, bank, pages, finetune, last_tokens, _ints(shape.size))
@@ -275,7 +282,7 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
         )
         for n in sizes.buckets
     ]
-    for rows in sorted({shape.samples for shape in sizes.batch_shapes.values()}):
+    for rows in sorted({shape.samples for shape in sizes.step_shapes.values()}):
         packed = _ints(sampler.PACKED_ROWS, rows)
         greedy, full = (
             partial(sample, decoder) for sample in (sampler.sample_greedy, sampler.sample_full)
@@ -299,7 +306,7 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
 
 def _adapter_programs(sizes: EngineSizes) -> list[Program]:
     weights, scales = bank = sizes.bank_arrays["weights"], sizes.bank_arrays["scales"]
-    row = sizes.bank_row
+    row = sizes.adapter_row
     return [
         Program("write_row", write_row, (*bank, _INT, *row), (0, 1), bank),
         Program("read_row", read_row, (weights, _INT), results=GATHERED),
@@ -308,15 +315,15 @@ def _adapter_programs(sizes: EngineSizes) -> list[Program]:
 
 
 def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
-    decoder, window, params = sizes.decoder, sizes.window, sizes.parameters
+    decoder, unit_tokens, params = sizes.decoder, sizes.unit_tokens, sizes.parameters
     finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
     flow, weights = finetune["flow"], sizes.bank_arrays["weights"]
-    table = _ints(4, sizes.slots)
+    table = _ints(4, sizes.finetune_slots)
     adapter = {
         "weights": state["master"][0],
         "scales": dict.fromkeys(state["master"][0], _floats(1)),
     }
-    head_adapter, pending_loss = None, {"totals": pending["totals"], "gradients": None}
+    head_adapter, pending_loss = None, {"losses": pending["losses"], "gradients": None}
     if sizes.bank.has_head:
         head_adapter = {"weights": state["master"][-1], "scales": {"head": _floats(1)}}
         pending_loss["gradients"] = pending["gradients"][-1]
@@ -324,15 +331,15 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     return [
         Program(
-            "loss_unit",
-            _marked(partial(loss_unit, decoder, window)),
+            "unit/loss",
+            _with_done(partial(loss_unit, decoder, unit_tokens)),
             (head_parameters(params), head_adapter, flow, pending_loss, table, _INT),
             (2, 3),
             (flow, _WHOLE, _WHOLE),
         ),
         Program(
-            "layer_unit",
-            _marked(partial(layer_unit, decoder, window, sizes.columns, sizes.backend)),
+            "unit/layer",
+            _with_done(partial(layer_unit, decoder, unit_tokens, sizes.columns, sizes.backend)),
             (*one_layer, flow, pending["gradients"][0], table, _INT),
             (4, 5),
             (flow, pending["gradients"][0], _WHOLE),
@@ -341,8 +348,8 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)
         ),
         Program("clear", _clear, (finetune,), (0,), finetune),
-        Program("commit", commit, (pending["gradients"], pending["totals"], state), (2,), state),
-        Program("copy_totals", _copy, (pending["totals"],), results=_WHOLE),
+        Program("commit", commit, (pending["gradients"], pending["losses"], state), (2,), state),
+        Program("read_losses", _copy, (pending["losses"],), results=_WHOLE),
         Program("copy_state", _copy, (kept,), results=GATHERED),
         Program(
             "optimizer_step",
@@ -354,12 +361,12 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     ]
 
 
-def _marked(unit: Callable) -> Callable:
+def _with_done(unit: Callable) -> Callable:
     """A backward unit that also returns a scalar to wait on: its other outputs are donated on."""
 
     def run(*arguments):
-        flow, totals = unit(*arguments)
-        return flow, totals, flow["dx"][0, 0]
+        flow, accumulated = unit(*arguments)
+        return flow, accumulated, flow["stream"][0, 0]
 
     return run
 

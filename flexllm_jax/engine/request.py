@@ -74,7 +74,7 @@ class RequestState:
     @property
     def bank_row(self) -> int:
         """Row of the bank of its adapter, or -1."""
-        return self.adapter.slot - 1 if self.adapter else -1
+        return self.adapter.bank_slot - 1 if self.adapter else -1
 
     @property
     def prefix_tokens(self) -> int:

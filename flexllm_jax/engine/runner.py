@@ -40,10 +40,10 @@ _PROGRAMS = (
     "read_row",
     "begin_backward",
     "clear",
-    "loss_unit",
-    "layer_unit",
+    "unit/loss",
+    "unit/layer",
     "commit",
-    "copy_totals",
+    "read_losses",
     "optimizer_step",
     "copy_state",
 )
@@ -80,7 +80,7 @@ class Runner:
     def _check_lattice(self) -> None:
         """RuntimeError for a program that a step can ask for and that was not compiled: later it
         would be missing in the middle of a service."""
-        shapes = self.sizes.batch_shapes
+        shapes = self.sizes.step_shapes
         wanted = {
             *(f"forward/{variant}/{n}" for variant in ("base", "adapters") for n in shapes),
             *(f"sample/{kind}/{s.samples}" for kind in ("greedy", "full") for s in shapes.values()),
@@ -116,7 +116,7 @@ class Runner:
         words = mask_words(self.model.vocab_size)
         self._all_allowed = {
             rows: self.put(np.full((rows, words), -1, np.int32))
-            for rows in {shape.samples for shape in sizes.batch_shapes.values()}
+            for rows in {shape.samples for shape in sizes.step_shapes.values()}
         }
 
     def _zeros(self, shapes):
@@ -213,22 +213,24 @@ class Runner:
 
     # -- adapters ---------------------------------------------------------------------------------
 
-    def write_adapter(self, slot: int, values: list, scales: list) -> None:
-        """Load an adapter (`bank.to_rows`) in a slot."""
-        values = self._put(values, self.sizes.bank_row[0])
+    def write_adapter(self, bank_slot: int, values: list, scales: list) -> None:
+        """Load an adapter (`bank.to_row`) in a slot of the bank."""
+        values = self._put(values, self.sizes.adapter_row.weights)
         self.bank["weights"], self.bank["scales"] = self.programs["write_row"](
-            self.bank["weights"], self.bank["scales"], np.int32(slot - 1), values, scales
+            self.bank["weights"], self.bank["scales"], np.int32(bank_slot - 1), values, scales
         )
 
     def copy_adapter(self, source: int, target: int) -> None:
-        """Copy one slot to another."""
+        """Copy one slot of the bank to another."""
         self.bank["weights"], self.bank["scales"] = self.programs["copy_row"](
             self.bank["weights"], self.bank["scales"], np.int32(source - 1), np.int32(target - 1)
         )
 
-    def read_adapter(self, slot: int) -> list:
+    def read_adapter(self, bank_slot: int) -> list:
         """A slot's weights on the host, float32; waits for the device."""
-        return jax.device_get(self.programs["read_row"](self.bank["weights"], np.int32(slot - 1)))
+        return jax.device_get(
+            self.programs["read_row"](self.bank["weights"], np.int32(bank_slot - 1))
+        )
 
     def to_host(self, array: jax.Array) -> np.ndarray:
         """An array on the host, whole, however it is sharded; waits for the device."""
@@ -256,15 +258,15 @@ class Runner:
         self.finetune = self.programs["clear"](self.finetune)
 
     def loss_unit(self, table: jax.Array, weights: list, scales: list, start: int) -> jax.Array:
-        """Loss of one window and its gradient; returns a scalar that is ready when it is done.
+        """Loss of one slice of tokens and its gradient; returns a scalar, ready when it is done.
 
         weights, scales: the job's adapter, by layer, of which the output head's is taken.
         """
-        adapter, pending = None, {"totals": self.pending["totals"], "gradients": None}
+        adapter, pending = None, {"losses": self.pending["losses"], "gradients": None}
         if self.sizes.bank.has_head:
             adapter = {"weights": weights[-1], "scales": scales[-1]}
             pending["gradients"] = self.pending["gradients"][-1]
-        self.finetune["flow"], pending, done = self.programs["loss_unit"](
+        self.finetune["flow"], pending, done = self.programs["unit/loss"](
             head_parameters(self.params),
             adapter,
             self.finetune["flow"],
@@ -272,7 +274,7 @@ class Runner:
             table,
             np.int32(start),
         )
-        self.pending["totals"] = pending["totals"]
+        self.pending["losses"] = pending["losses"]
         if adapter:
             self.pending["gradients"][-1] = pending["gradients"]
         return done
@@ -280,12 +282,13 @@ class Runner:
     def layer_unit(
         self, layer: int, table: jax.Array, weights: list, scales: list, start: int
     ) -> jax.Array:
-        """Backward of one layer for one window; returns a scalar that is ready when it is done.
+        """Backward of one layer for one slice of tokens; returns a scalar, ready when it is
+        done.
 
         weights, scales: the job's adapter, by layer, as `finetune.backward.layer_unit` takes it.
         """
         adapter = {"weights": weights[layer], "scales": scales[layer]}
-        program = self.programs["layer_unit"]
+        program = self.programs["unit/layer"]
         self.finetune["flow"], self.pending["gradients"][layer], done = program(
             self.params["layers"][layer],
             adapter,
@@ -300,18 +303,18 @@ class Runner:
 
     def commit(self, state: dict) -> dict:
         """Add the finished microbatch's gradients to its job's state."""
-        return self.programs["commit"](self.pending["gradients"], self.pending["totals"], state)
+        return self.programs["commit"](self.pending["gradients"], self.pending["losses"], state)
 
-    def totals(self) -> jax.Array:
-        """A copy of the microbatch's sum of losses and number of labels."""
-        return self.programs["copy_totals"](self.pending["totals"])
+    def read_losses(self) -> dict:
+        """A copy of the microbatch's sum of losses and number of labels (`optimizer.LOSSES`)."""
+        return self.programs["read_losses"](self.pending["losses"])
 
     def optimizer_step(
-        self, state: dict, slot: int, values: Float[np.ndarray, " 6"]
+        self, state: dict, bank_slot: int, values: Float[np.ndarray, " 6"]
     ) -> tuple[dict, dict]:
         """Update a job's adapter in its slot; returns its state and the step's metrics."""
         self.bank["weights"], state, metrics = self.programs["optimizer_step"](
-            self.bank["weights"], state, np.int32(slot - 1), values
+            self.bank["weights"], state, np.int32(bank_slot - 1), values
         )
         return state, metrics
 

@@ -25,7 +25,7 @@ from flexllm_jax.finetune.job import FinetuneJob, JobStatus, PackedMicrobatch
 from flexllm_jax.finetune.optimizer import hyperparameters
 from flexllm_jax.finetune.resume import made_with, refusal
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.bank import from_row, to_rows
+from flexllm_jax.peft.bank import from_row, to_row
 from flexllm_jax.peft.hf_peft import save_adapter
 from scheduler.coserving import Scheduler
 from scheduler.request import BackwardUnits, FinetuneForward, Microbatch
@@ -36,11 +36,11 @@ _QUEUED = 3  # microbatches of a job with the scheduler: one backward, one forwa
 
 @dataclass(frozen=True)
 class MicrobatchInWork:
-    """A microbatch on the device: the first of its slots, its pages, where each token's key is, and
-    its table (`finetune.backward.MicrobatchTable`)."""
+    """A microbatch on the device: the first of its finetuning slots, its pages, where each token's
+    key is, and its table (`finetune.backward.MicrobatchTable`)."""
 
     packed: PackedMicrobatch
-    slot: int
+    first_token_slot: int
     pages: tuple[tuple[int, ...], ...]
     kv_slot: np.ndarray
     table: jax.Array
@@ -68,13 +68,13 @@ class Trainer:
         self.on_checkpoint: Callable[[FinetuneJob, int, Adapter], None] | None = None
 
     @property
-    def active(self) -> bool:
-        """Whether a job has something to do."""
+    def has_work(self) -> bool:
+        """Whether some job has neither ended nor been paused."""
         return any(job.running and not job.paused for job in self.jobs.values())
 
     def start(self, job: FinetuneJob) -> None:
-        """Put a job's adapter in its slot, from its newest checkpoint if it resumes, and let it
-        run."""
+        """Put a job's adapter in its slot of the bank, from its newest checkpoint if it resumes,
+        and let it run."""
         job.started_at = time.monotonic()
         before = self.jobs.get(job.name)
         if before is not None and not before.ended.is_set():
@@ -83,7 +83,7 @@ class Trainer:
             )
         runner = self._runner
         job.made_with = made_with(job, runner.sizes.bank)
-        values, scales = to_rows(job.adapter, runner.model, runner.sizes.bank, job.name)
+        values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         moments = runner.sizes.job_state["optimizer"]
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), moments)
         kept = {"master": values, "optimizer": zeros}
@@ -93,7 +93,7 @@ class Trainer:
         if checkpoint is not None:
             job.restore(checkpoint.step, checkpoint.info)
             kept = checkpoint.arrays
-        runner.write_adapter(job.slot, kept["master"], scales)
+        runner.write_adapter(job.bank_slot, kept["master"], scales)
         job.scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
         job.state = runner.new_job_state(kept)
         self.jobs[job.name] = job
@@ -144,38 +144,44 @@ class Trainer:
                 for own, length in zip(forward.pages, packed.lengths, strict=True)
             ]
         )
-        table = np.zeros((4, runner.sizes.slots), np.int32)
-        table[0], table[3] = -1, runner.sizes.slots
-        own_slots = slice(forward.slot, forward.slot + len(packed.token))
-        starts = forward.slot + packed.sequence_start
+        table = np.zeros((4, runner.sizes.finetune_slots), np.int32)
+        table[0], table[3] = -1, runner.sizes.finetune_slots
+        own_slots = slice(forward.first_token_slot, forward.first_token_slot + len(packed.token))
+        starts = forward.first_token_slot + packed.sequence_start
         table[:, own_slots] = (packed.label, packed.position, kv_slot, starts)
         on_device = runner.put(table)
-        begun = MicrobatchInWork(packed, forward.slot, forward.pages, kv_slot, on_device)
-        self.in_work[microbatch_id] = begun
-        return begun
+        in_work = MicrobatchInWork(
+            packed, forward.first_token_slot, forward.pages, kv_slot, on_device
+        )
+        self.in_work[microbatch_id] = in_work
+        return in_work
 
     def backward(self, work: BackwardUnits) -> jax.Array:
         """Dispatch backward units; returns what is ready when they are.
 
-        Units count as the scheduler does: first the loss of every window, then layer after layer
-        from the last, window after window from the last.
+        Units count as the scheduler does: first the loss of every slice of tokens, from the first
+        to the last; then the layers from the last to the first, and in each its slices from the
+        last to the first.
         """
-        begun, runner = self.in_work[work.microbatch.microbatch_id], self._runner
-        window = runner.sizes.window
-        windows = -(-len(begun.packed.token) // window)
-        job, last_layer = begun.packed.job, runner.model.num_layers - 1
+        in_work, runner = self.in_work[work.microbatch.microbatch_id], self._runner
+        unit_tokens = runner.sizes.unit_tokens
+        slices = -(-len(in_work.packed.token) // unit_tokens)
+        job, last_layer = in_work.packed.job, runner.model.num_layers - 1
         if not work.units.start:
             runner.begin_backward()
         for unit in work.units:
-            if unit < windows:
+            if unit < slices:
                 done = runner.loss_unit(
-                    begun.table, job.state["master"], job.scales, begun.slot + unit * window
+                    in_work.table,
+                    job.state["master"],
+                    job.scales,
+                    in_work.first_token_slot + unit * unit_tokens,
                 )
             else:
-                layers, earlier = divmod(unit - windows, windows)
-                start = begun.slot + (windows - 1 - earlier) * window
+                layers, later_slices = divmod(unit - slices, slices)
+                start = in_work.first_token_slot + (slices - 1 - later_slices) * unit_tokens
                 done = runner.layer_unit(
-                    last_layer - layers, begun.table, job.state["master"], job.scales, start
+                    last_layer - layers, in_work.table, job.state["master"], job.scales, start
                 )
         return done
 
@@ -187,9 +193,9 @@ class Trainer:
         if not job.running:
             return []
         if packed.validation:
-            totals = runner.totals()
-            totals.copy_to_host_async()
-            return [lambda: self._validated(packed, totals)]
+            losses = runner.read_losses()
+            jax.tree.map(lambda x: x.copy_to_host_async(), losses)
+            return [lambda: self._validated(packed, losses)]
         job.state = runner.commit(job.state)
         job.tokens_pending += len(packed.token)
         job.backwarded += len(packed.token)
@@ -197,7 +203,7 @@ class Trainer:
             return []
         values = hyperparameters(job.config.optimizer, job.dispatched, job.total_steps)
         job.state, metrics = runner.optimizer_step(
-            job.state, job.slot, np.asarray(values, np.float32)
+            job.state, job.bank_slot, np.asarray(values, np.float32)
         )
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
         job.step_dispatched(packed)
@@ -205,13 +211,18 @@ class Trainer:
         snapshot = None
         if every and job.dispatched % every == 0 and job.dispatched < job.total_steps:
             snapshot = runner.copy_state(job.state)
-        tokens, position = job.tokens_pending, job.position
-        return [lambda: self._stepped(job, metrics, tokens, position, snapshot)]
+        tokens, data_position = job.tokens_pending, job.data_position
+        return [lambda: self._stepped(job, metrics, tokens, data_position, snapshot)]
 
     # -- results ----------------------------------------------------------------------------------
 
     def _stepped(
-        self, job: FinetuneJob, metrics: dict, tokens: int, position: dict, snapshot: dict | None
+        self,
+        job: FinetuneJob,
+        metrics: dict,
+        tokens: int,
+        data_position: dict,
+        snapshot: dict | None,
     ) -> None:
         if not job.running:
             return
@@ -220,19 +231,19 @@ class Trainer:
             log.error("%s", wrong)
             self._end(job, JobStatus.FAILED, wrong)
         elif snapshot is not None:
-            self._write(job, job.step, snapshot, job.checkpoint_info(position))
+            self._write(job, job.step, snapshot, job.checkpoint_info(data_position))
         if job.running and job.complete:
             self._complete(job)
 
-    def _validated(self, packed: PackedMicrobatch, totals: jax.Array) -> None:
+    def _validated(self, packed: PackedMicrobatch, losses: dict) -> None:
         job = packed.job
-        job.validated(np.asarray(totals), ends=packed.ends_validation)
+        job.validated(**jax.tree.map(float, losses), ends=packed.ends_validation)
         if job.running and job.complete:
             self._complete(job)
 
     def _complete(self, job: FinetuneJob) -> None:
         """All steps are done: serve the adapter, keep the state, write it in PEFT's format."""
-        snapshot, info = self._runner.copy_state(job.state), job.checkpoint_info(job.position)
+        snapshot, info = self._runner.copy_state(job.state), job.checkpoint_info(job.data_position)
         try:
             self._publish(job)
         except ValueError as error:  # no free slot: the export is what counts
@@ -321,7 +332,7 @@ class Trainer:
         self._writer.shutdown(wait=True)
         for job in self.jobs.values():
             if job.running and job.step > job.resumed_from:
-                info = job.checkpoint_info(job.position)
+                info = job.checkpoint_info(job.data_position)
                 self._save(job, job.step, self._runner.copy_state(job.state), info)
             if job.running:
                 job.finish(JobStatus.CANCELLED, "the engine was stopped; resume goes on from here")

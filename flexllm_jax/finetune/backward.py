@@ -1,13 +1,14 @@
-"""Token-level backward (FlexLLM, section 6): the loss of a window, and one layer of the backward
-for one window.
+"""Token-level backward (FlexLLM, section 6): the loss of a slice of tokens, and one layer of the
+backward for one slice.
 
 A microbatch is S token slots of packed sequences of one job. The forward leaves, for every layer,
 its input and what the plan of saved activations names (`compile.remat`), and the last layer's
-output in `dx`; a layer unit computes again what it needs of the rest. A loss
-unit turns a window of `dx` into the loss's gradient; a layer unit takes a window of `dx` from the
-gradient of the layer's output to that of its input. Units run window after window from the last to
-the first, layer after layer from the last to the first, at any later time. Frozen weights are never
-differentiated, and no residual leaves a program.
+output in `stream`; a layer unit computes again what it needs of the rest. The microbatch is cut in
+slices of `finetune.unit_tokens` tokens, and a unit works on one. A loss unit turns a slice of
+`stream` from outputs into the loss's gradient; a layer unit takes a slice of `stream` from the
+gradient of the layer's output to that of its input. The loss units come first, in any order. Then
+come the layers, from the last to the first, and in each its slices, from the last to the first, at
+any later time. Frozen weights are never differentiated, and no residual leaves a program.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
+from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.backend import Backend
-from kernels_pallas.window_attention_backward import window_attention, window_attention_backward
 
 _VOCABULARY_CHUNK = 4096
 
@@ -32,8 +33,8 @@ class MicrobatchTable:
     """What the device knows of each token slot of the microbatch in work; int32, packed as [4, S].
 
     label: token to predict next, or -1 where no loss counts. position: in its sequence. kv_slot:
-    page * page_size + offset of its key. sequence_start: slot of its sequence's first token (S for
-    padding, which then attends to nothing).
+    page * page_size + offset of its key. sequence_start: token slot of its sequence's first token
+    (S for padding, which then attends to nothing).
     """
 
     label: jax.Array
@@ -72,11 +73,12 @@ def saved_shapes(
 def flow_shapes(
     config: ModelConfig, dtype: jnp.dtype, slots: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what flows through the backward: dx, the layer's dK and dV, and each label's
+    """Shapes of what flows through the backward: `stream`, which holds the last layer's outputs and
+    then gradients, of each layer's output in turn; the layer's dK and dV; and each label's
     log-probability."""
     kv = jax.ShapeDtypeStruct((slots, config.num_kv_heads, config.head_dim), jnp.float32)
     return {
-        "dx": jax.ShapeDtypeStruct((slots, config.d_model), dtype),
+        "stream": jax.ShapeDtypeStruct((slots, config.d_model), dtype),
         "dk": kv,
         "dv": kv,
         "logprob": jax.ShapeDtypeStruct((slots,), jnp.float32),
@@ -93,21 +95,21 @@ def _recall(computed: jax.Array, saved: jax.Array) -> jax.Array:
 _recall.defvjp(lambda computed, saved: (saved, None), lambda _, gradient: (gradient, None))
 
 
-def job_bypass(adapter: dict, is_token: Bool[Array, " W"], backend: Backend) -> Bypass:
+def job_bypass(adapter: dict, is_token: Bool[Array, " U"], backend: Backend) -> Bypass:
     """The bypass of one job's adapter in one layer ({"weights", "scales"}, see `layer_unit`) over
     tokens of which some are padding."""
     stacked = jax.tree.map(lambda w: w[None], adapter["weights"])
     return Bypass(stacked, adapter["scales"], jnp.where(is_token, 0, -1), backend)
 
 
-def _without_padding(values: Float[Array, "W X"], is_token: Bool[Array, " W"]) -> jax.Array:
+def _without_padding(values: Float[Array, "U X"], is_token: Bool[Array, " U"]) -> jax.Array:
     """Zeros in the padding, where an earlier microbatch may have left NaN: 0 * NaN is NaN."""
     return jnp.where(is_token[:, None], values, 0)
 
 
 def loss_unit(
     decoder: Decoder,
-    window: int,
+    unit_tokens: int,
     params: dict,
     adapter: dict | None,
     flow: dict,
@@ -115,33 +117,34 @@ def loss_unit(
     table: Int[Array, "4 S"],
     start: Int[Array, ""],
 ) -> tuple[dict, dict]:
-    """Cross-entropy of a window's labels, summed, and its gradient with respect to the last layer's
-    output.
+    """Cross-entropy of the labels of a slice of tokens, summed, and its gradient with respect to
+    the last layer's output.
 
     The softmax runs over chunks of the vocabulary with a running maximum, and the gradient's sum of
     p_v * head_v is accumulated with it, as attention does with values: one pass over the head, and
-    never [W, V] at once. LoRA on the head, h A scale, is taken as more columns of the hidden state
+    never [U, V] at once. LoRA on the head, h A scale, is taken as more columns of the hidden state
     and B as more columns of the head; the gradient of B needs a second pass.
 
     Args:
         decoder: the model's functions.
-        window: W, static.
+        unit_tokens: U, tokens of the slice, static.
         params: parameters; only the final norm and the head are read.
         adapter: the job's LoRA on the head, {"weights": {"head": {"a", "b"}}, "scales": {"head":
             [1]}} float32, or None.
-        flow: see `flow_shapes`; dx[start:start+W] goes in as outputs and comes out as gradients;
-            donated.
-        pending: {"totals": the sum of losses and the number of labels so far, "gradients": like the
-            adapter's weights, or None}; added to; donated.
+        flow: see `flow_shapes`; stream[start:start+U] goes in as outputs and comes out as
+            gradients; donated.
+        pending: {"losses": {"loss_sum", "labels"}, the sum of losses and the number of labels so
+            far, "gradients": like the adapter's weights, or None}; added to; donated.
         table: the microbatch (`MicrobatchTable`).
-        start: first slot of the window.
+        start: first token slot of the slice.
 
     Returns:
         The updated flow and pending.
     """
-    rows = MicrobatchTable.unpack(lax.dynamic_slice_in_dim(table, start, window, axis=1))
+    rows = MicrobatchTable.unpack(lax.dynamic_slice_in_dim(table, start, unit_tokens, axis=1))
     outputs = _without_padding(
-        lax.dynamic_slice_in_dim(flow["dx"], start, window), rows.sequence_start < table.shape[1]
+        lax.dynamic_slice_in_dim(flow["stream"], start, unit_tokens),
+        rows.sequence_start < table.shape[1],
     )
     hidden, pull = jax.vjp(lambda x: decoder.final_norm(params, x), outputs)
     head = decoder.head(params)
@@ -153,7 +156,7 @@ def loss_unit(
     def logits_of(c):
         begin = jnp.minimum(c * chunk, vocab_size - chunk)
         part = lax.dynamic_slice_in_dim(head, begin, chunk)
-        logits = jnp.einsum("wd,vd->wv", hidden, part, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("ud,vd->uv", hidden, part, preferred_element_type=jnp.float32)
         parts = [part]
         if lora:
             parts.append(lax.dynamic_slice_in_dim(lora["b"], begin, chunk, axis=1).T)
@@ -170,7 +173,7 @@ def loss_unit(
         expected = [
             so_far * correction[:, None]
             + jnp.einsum(
-                "wv,vd->wd", weights.astype(p.dtype), p, preferred_element_type=jnp.float32
+                "uv,vd->ud", weights.astype(p.dtype), p, preferred_element_type=jnp.float32
             )
             for so_far, p in zip(expected, parts, strict=True)
         ]
@@ -183,8 +186,8 @@ def loss_unit(
         chunks,
         chunk_of_vocabulary,
         (
-            jnp.full((window,), -jnp.inf, jnp.float32),
-            jnp.zeros((window,), jnp.float32),
+            jnp.full((unit_tokens,), -jnp.inf, jnp.float32),
+            jnp.zeros((unit_tokens,), jnp.float32),
             [jnp.zeros(x.shape, jnp.float32) for x in inputs],
         ),
     )
@@ -224,18 +227,21 @@ def loss_unit(
                 "b": lax.fori_loop(0, chunks, gradient_of_b, own["b"]),
             }
         }
-    (dx,) = pull(d_hidden.astype(hidden.dtype))
+    (d_outputs,) = pull(d_hidden.astype(hidden.dtype))
 
     flow = flow | {
-        "dx": lax.dynamic_update_slice_in_dim(flow["dx"], dx, start, axis=0),
+        "stream": lax.dynamic_update_slice_in_dim(flow["stream"], d_outputs, start, axis=0),
         "logprob": lax.dynamic_update_slice_in_dim(flow["logprob"], logprob, start, axis=0),
     }
-    totals = pending["totals"] + jnp.stack([-jnp.sum(logprob), jnp.sum(counts)])
-    return flow, {"totals": totals, "gradients": gradients}
+    losses = {
+        "loss_sum": pending["losses"]["loss_sum"] - jnp.sum(logprob),
+        "labels": pending["losses"]["labels"] + jnp.sum(counts),
+    }
+    return flow, {"losses": losses, "gradients": gradients}
 
 
-def _head_lora(adapter: dict | None, hidden: Float[Array, "W D"]) -> dict | None:
-    """LoRA on the head for a window: its float32 factors and scale, and h A scale."""
+def _head_lora(adapter: dict | None, hidden: Float[Array, "U D"]) -> dict | None:
+    """LoRA on the head for a slice of tokens: its float32 factors and scale, and h A scale."""
     if adapter is None:
         return None
     own, scale = adapter["weights"]["head"], adapter["scales"]["head"][0]
@@ -244,7 +250,7 @@ def _head_lora(adapter: dict | None, hidden: Float[Array, "W D"]) -> dict | None
 
 def layer_unit(
     decoder: Decoder,
-    window: int,
+    unit_tokens: int,
     columns: dict[str, slice],
     backend: Backend,
     layer_params: dict,
@@ -256,11 +262,11 @@ def layer_unit(
     table: Int[Array, "4 S"],
     start: Int[Array, ""],
 ) -> tuple[dict, dict]:
-    """One layer of the backward for one window of tokens.
+    """One layer of the backward for one slice of tokens.
 
     Args:
         decoder: the model's functions.
-        window: W, static.
+        unit_tokens: U, tokens of the slice, static.
         columns: `saved_columns`, static.
         backend: which kernels to use, static.
         layer_params: the layer's frozen parameters.
@@ -268,27 +274,27 @@ def layer_unit(
             "scales": site -> [1]} (`peft.bypass.Bypass`).
         pages: the layer's {"k", "v"} pages.
         saved: what the forward kept of this layer (`saved_shapes`).
-        flow: `flow_shapes`; dx[start:start+W] goes in as the gradient of the layer's output;
-            donated.
+        flow: `flow_shapes`; stream[start:start+U] goes in as the gradient of the layer's output
+            and comes out as that of its input; donated.
         gradients: like the adapter's weights, added to; donated.
         table: the microbatch (`MicrobatchTable`).
-        start: first slot of the window.
+        start: first token slot of the slice.
 
     Returns:
         The updated flow and gradients.
     """
     layer = decoder.layer(layer_params)
 
-    def window_of(x: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, start, window)
+    def slice_of(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, start, unit_tokens)
 
-    def with_window(x: jax.Array, rows: jax.Array) -> jax.Array:
+    def with_slice(x: jax.Array, rows: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(x, rows, start, axis=0)
 
     whole = MicrobatchTable.unpack(table)
-    sequence_start = window_of(whole.sequence_start)
+    sequence_start = slice_of(whole.sequence_start)
     is_token = sequence_start < whole.label.shape[0]
-    activations = _without_padding(window_of(saved["activations"]), is_token)
+    activations = _without_padding(slice_of(saved["activations"]), is_token)
     kept = {name: activations[:, where] for name, where in columns.items()}
 
     def tap(name: str, value: jax.Array) -> jax.Array:
@@ -299,25 +305,25 @@ def layer_unit(
     def bypass(own: dict) -> Bypass:
         return job_bypass(adapter | {"weights": own}, is_token, backend)
 
-    angles = decoder.angles(window_of(whole.position))
+    angles = decoder.angles(slice_of(whole.position))
     x = kept["x"]
     (q, k, v), pull_inputs = jax.vjp(
-        lambda x, own: layer.attention_inputs(x, angles, bypass(own), tap), x, own
+        lambda x, own: layer.before_attention(x, angles, bypass(own), tap), x, own
     )
     keys_and_values = (pages["k"], pages["v"], whole.kv_slot, sequence_start, start)
     if "attended" in kept:
-        attended, lse = kept["attended"].reshape(q.shape), window_of(saved["lse"])
+        attended, lse = kept["attended"].reshape(q.shape), slice_of(saved["lse"])
     else:
-        attended, lse = window_attention(q, *keys_and_values, backend=backend)
+        attended, lse = attention_of_slice(q, *keys_and_values, backend=backend)
         attended, lse = bypass(own).attend(q, attended, lse)
     _, pull_outputs = jax.vjp(
-        lambda x, attended, own: layer.attention_outputs(x, attended, bypass(own), tap),
+        lambda x, attended, own: layer.after_attention(x, attended, bypass(own), tap),
         x,
         attended,
         own,
     )
-    d_residual, d_attended, d_own_outputs = pull_outputs(window_of(flow["dx"]))
-    dq, dk, dv = window_attention_backward(
+    d_residual, d_attended, d_own_outputs = pull_outputs(slice_of(flow["stream"]))
+    dq, dk, dv = attention_backward(
         q,
         *keys_and_values,
         attended,
@@ -328,14 +334,14 @@ def layer_unit(
         backend=backend,
     )
     dq, d_own_attention = bypass(own).attend_backward(dq, q, attended, lse, d_attended)
-    d_keys, d_values = window_of(dk).astype(k.dtype), window_of(dv).astype(v.dtype)
+    d_keys, d_values = slice_of(dk).astype(k.dtype), slice_of(dv).astype(v.dtype)
     d_input, d_own_inputs = pull_inputs((dq, d_keys, d_values))
 
-    cleared = jnp.zeros((window, *dk.shape[1:]), jnp.float32)  # ready for the next layer
+    cleared = jnp.zeros((unit_tokens, *dk.shape[1:]), jnp.float32)  # ready for the next layer
     flow = flow | {
-        "dx": with_window(flow["dx"], d_residual + d_input),
-        "dk": with_window(dk, cleared),
-        "dv": with_window(dv, cleared),
+        "stream": with_slice(flow["stream"], d_residual + d_input),
+        "dk": with_slice(dk, cleared),
+        "dv": with_slice(dv, cleared),
     }
     d_own_attention = jax.tree.map(lambda g: g[0], d_own_attention)
     gradients = jax.tree.map(

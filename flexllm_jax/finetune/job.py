@@ -49,9 +49,9 @@ class PackedMicrobatch:
     """Sequences of one job that go through the model together.
 
     token, label, position and sequence_start are int32 [n], n the tokens of all sequences (see
-    `finetune.backward.MicrobatchTable`). `batch` differs between microbatches with an optimizer
-    step in between. `ends_batch`: an optimizer step follows. `validation`: only its loss is wanted;
-    `ends_validation`: it is the last of its pass.
+    `finetune.backward.MicrobatchTable`). `weights_version` differs between microbatches with an
+    optimizer step in between. `ends_batch`: an optimizer step follows. `validation`: only its loss
+    is wanted; `ends_validation`: it is the last of its pass.
     """
 
     microbatch_id: int
@@ -61,7 +61,7 @@ class PackedMicrobatch:
     label: np.ndarray
     position: np.ndarray
     sequence_start: np.ndarray
-    batch: int
+    weights_version: int
     ends_batch: bool = False
     validation: bool = False
     ends_validation: bool = False
@@ -70,7 +70,11 @@ class PackedMicrobatch:
     def as_planned(self) -> Microbatch:
         """What the scheduler needs to know of it."""
         return Microbatch(
-            self.microbatch_id, self.lengths, not self.validation, self.job.name, self.batch
+            self.microbatch_id,
+            self.lengths,
+            not self.validation,
+            self.job.name,
+            self.weights_version,
         )
 
 
@@ -103,8 +107,9 @@ def create_job(
         adapter = load_adapter(config.init_adapter, model, model_path)
     else:
         adapter = init_adapter(_adapter_config(config.peft), model, config.seed)
-    # Two microbatches shall fit at once, and a unit costs a whole window however full it is.
-    half = max(section.window, max_tokens // 2 // section.window * section.window)
+    unit = section.unit_tokens
+    # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
+    half = max(unit, max_tokens // 2 // unit * unit)
     job = FinetuneJob(config, adapter.config, adapter, dataset, validation, max_tokens, half)
     job.messages += [data.summary() for data in (dataset, validation) if data and data.skipped]
     return job
@@ -149,7 +154,10 @@ def _pack_arrays(sequences: list[TrainingSequence], first_position: int) -> dict
 
 @dataclass
 class FinetuneJob:
-    """One job; the engine owns its device state and drives it.
+    """One job in the engine that runs it: its data, what it has handed out and achieved, and the
+    device state that the engine keeps in it. (`llm.JobHandle` is a user's handle on it, the
+    scheduler's `Share` its part of the finetuning tokens, the server's `JobRow` what the database
+    says of it, `JobReport` what an engine tells the server.)
 
     `step` counts optimizer steps whose results are known; `dispatched` those under way too.
     """
@@ -161,7 +169,7 @@ class FinetuneJob:
     validation: Dataset | None
     max_tokens: int  # of a microbatch
     pack_tokens: int  # of a microbatch of several sequences
-    slot: int = 0
+    bank_slot: int = 0
     state: dict = field(default_factory=dict, repr=False)  # on the device
     scales: list = field(
         default_factory=list, repr=False
@@ -194,9 +202,9 @@ class FinetuneJob:
         self.stream = BatchStream(self.dataset, c.batch_tokens, c.seed)
         self.total_steps = c.steps or self.stream.batches_left(c.epochs or 1)
         self._ready: deque[PackedMicrobatch] = deque()
-        self._position: dict = self.stream.state()
+        self._data_position: dict = self.stream.state()
         self._batches_out = 0
-        self._validation_sum = np.zeros(2)
+        self._validation_sum = self._validation_labels = 0.0  # of the pass under way
         self._validations_left = 0  # microbatches prepared and not measured
 
     @property
@@ -211,7 +219,7 @@ class FinetuneJob:
 
     @property
     def running(self) -> bool:
-        """Whether the job still has work."""
+        """Whether the job has not ended; it may be paused."""
         return self.status is JobStatus.RUNNING and not self.closed
 
     @property
@@ -229,9 +237,9 @@ class FinetuneJob:
         return (time.monotonic() - self.started_at) / done * (self.total_steps - self.step)
 
     @property
-    def position(self) -> dict:
+    def data_position(self) -> dict:
         """Where in its data the job is after `dispatched` optimizer steps."""
-        return self._position
+        return self._data_position
 
     def restore(self, step: int, info: dict) -> None:
         """Go on from a checkpoint taken after optimizer step `step`, with what is left of the data.
@@ -246,17 +254,17 @@ class FinetuneJob:
                 f"steps={c.steps}: the checkpoint that job {self.name!r} would go on from has done "
                 f"{step} steps; raise steps, or start anew with resume: false"
             )
-        self._position = self.stream.state()
+        self._data_position = self.stream.state()
         self.step = self.dispatched = self._batches_out = self.resumed_from = step
         self.earlier_tokens = int(info.get("tokens", 0))  # older checkpoints do not say
         self.losses = list(info["losses"])
         self.gradient_norms = list(info["gradient_norms"])
         self.validation_losses = [(int(s), float(v)) for s, v in info["validation_losses"]]
 
-    def checkpoint_info(self, position: dict) -> dict:
+    def checkpoint_info(self, data_position: dict) -> dict:
         """What a checkpoint of the steps done so far keeps beside the arrays."""
         return {
-            "stream": position,
+            "stream": data_position,
             "tokens": self.earlier_tokens + self.tokens,
             "losses": list(self.losses),
             "gradient_norms": list(self.gradient_norms),
@@ -287,7 +295,7 @@ class FinetuneJob:
                     next(ids),
                     self,
                     **_pack_arrays(sequences, self.peft.prefix_tokens),
-                    batch=2 * self._batches_out,
+                    weights_version=2 * self._batches_out,
                     ends_batch=last,
                     stream_state=state if last else None,
                 )
@@ -304,7 +312,7 @@ class FinetuneJob:
                         next(ids),
                         self,
                         **_pack_arrays(sequences, self.peft.prefix_tokens),
-                        batch=2 * self._batches_out + 1,
+                        weights_version=2 * self._batches_out + 1,
                         validation=True,
                         ends_validation=i == len(packed) - 1,
                     )
@@ -315,7 +323,7 @@ class FinetuneJob:
     def step_dispatched(self, microbatch: PackedMicrobatch) -> None:
         """The optimizer step that `microbatch` ends is on its way."""
         self.dispatched += 1
-        self._position = microbatch.stream_state or self._position
+        self._data_position = microbatch.stream_state or self._data_position
 
     def step_done(self, metrics: dict[str, float], tokens: int) -> str | None:
         """An optimizer step's results (see `optimizer_step`), and the run's tokens up to it.
@@ -336,14 +344,15 @@ class FinetuneJob:
         self.gradient_norms.append(metrics["gradient_norm"])
         return None
 
-    def validated(self, totals: np.ndarray, *, ends: bool) -> None:
+    def validated(self, *, loss_sum: float, labels: float, ends: bool) -> None:
         """Add a validation microbatch's sum of losses and number of labels."""
-        self._validation_sum += totals
+        self._validation_sum += loss_sum
+        self._validation_labels += labels
         self._validations_left -= 1
         if ends:
-            total, labels = self._validation_sum
-            self.validation_losses.append((self.step, float(total / max(labels, 1))))
-            self._validation_sum = np.zeros(2)
+            mean = self._validation_sum / max(self._validation_labels, 1)
+            self.validation_losses.append((self.step, mean))
+            self._validation_sum = self._validation_labels = 0.0
 
     @property
     def complete(self) -> bool:

@@ -18,6 +18,8 @@ from flexllm_jax.config import OptimizerConfig
 
 # What `optimizer_step` takes as its float32 vector of hyperparameters, in this order.
 HYPERPARAMETERS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_norm")
+# Shapes of what is counted beside a gradient: the sum of its labels' losses, and their number.
+LOSSES = dict.fromkeys(("loss_sum", "labels"), jax.ShapeDtypeStruct((), jnp.float32))
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -71,27 +73,29 @@ def _adamw(values: Any) -> optax.GradientTransformation:
 def job_state_shapes(master: list) -> dict:
     """Shapes of a job's state on the device, all zeros at its start but the master weights.
 
-    {"master": the adapter's float32 weights, "optimizer": AdamW's state, "totals": the batch's sum
-    of losses and number of labels so far, "gradients": float32 sums over those labels, left from
-    the batch before while there are none}.
+    {"master": the adapter's float32 weights, "optimizer": AdamW's state, "losses": the
+    batch's sum of losses and number of labels so far (`LOSSES`), "gradients": float32 sums over
+    those labels, left from the batch before while there are none}.
     """
     adamw = _adamw([0.0] * len(HYPERPARAMETERS))
     return {
         "master": master,
         "optimizer": jax.eval_shape(adamw.init, master),
         "gradients": master,
-        "totals": jax.ShapeDtypeStruct((2,), jnp.float32),
+        "losses": LOSSES,
     }
 
 
-def commit(gradients: list, totals: jax.Array, state: dict) -> dict:
-    """Add a finished microbatch's gradients and totals to its job's state (donated)."""
-    begun = state["totals"][1] > 0
+def commit(gradients: list, losses: dict, state: dict) -> dict:
+    """Add a finished microbatch's gradients and `LOSSES` to its job's state (donated)."""
+    has_gradient = state["losses"]["labels"] > 0
     return state | {
         "gradients": jax.tree.map(
-            lambda total, own: jnp.where(begun, total, 0.0) + own, state["gradients"], gradients
+            lambda total, own: jnp.where(has_gradient, total, 0.0) + own,
+            state["gradients"],
+            gradients,
         ),
-        "totals": state["totals"] + totals,
+        "losses": jax.tree.map(jnp.add, state["losses"], losses),
     }
 
 
@@ -113,12 +117,12 @@ def optimizer_step(
         values: HYPERPARAMETERS.
 
     Returns:
-        The bank, the state with its totals cleared, and the step's metrics, float32
+        The bank, the state with its losses cleared, and the step's metrics, float32
         scalars: mean loss, gradient norm before clipping, and the updated weights' norm. When one
         of them is not finite, weights and optimizer state stay as they were; the caller sees it in
         the metrics and stops the job.
     """
-    loss, labels = state["totals"]
+    loss_sum, labels = state["losses"]["loss_sum"], state["losses"]["labels"]
     norm_of = reduction.norm if reduction else optax.global_norm
     gradients = state["gradients"]
     if reduction:
@@ -132,7 +136,7 @@ def optimizer_step(
         "optimizer": optimizer,
     }
     weight_norm = norm_of(updated["master"])
-    sound = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(weight_norm)
+    sound = jnp.isfinite(loss_sum) & jnp.isfinite(norm) & jnp.isfinite(weight_norm)
     kept = jax.tree.map(
         lambda new, old: jnp.where(sound, new, old),
         updated,
@@ -142,8 +146,9 @@ def optimizer_step(
         lambda rows, own: rows.at[bank_row].set(own.astype(rows.dtype)), weights, kept["master"]
     )
     metrics = {
-        "loss": loss / jnp.maximum(labels, 1.0),
+        "loss": loss_sum / jnp.maximum(labels, 1.0),
         "gradient_norm": norm,
         "weight_norm": weight_norm,
     }
-    return weights, state | kept | {"totals": jnp.zeros_like(state["totals"])}, metrics
+    cleared = jax.tree.map(jnp.zeros_like, state["losses"])
+    return weights, state | kept | {"losses": cleared}, metrics

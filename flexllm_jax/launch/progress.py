@@ -13,7 +13,7 @@ from rich.table import Table
 from flexllm_jax.launch.replay import Replay
 from flexllm_jax.launch.run import Run
 from flexllm_jax.launch.summary import number
-from flexllm_jax.llm import Job
+from flexllm_jax.llm import JobHandle
 
 _REFRESH_S = 0.25
 _LINE_S = 5.0
@@ -87,7 +87,7 @@ def _latencies(replay: Replay) -> str:
     return ", ".join(texts)
 
 
-def _job(job: Job) -> str:
+def _job(job: JobHandle) -> str:
     text = f"{job.status}, " if job.status != "running" else ""
     text += f"step {job.steps}/{job.total_steps}"
     if job.losses:

@@ -18,7 +18,7 @@ import numpy as np
 from flexllm_jax.engine.cache import peak_memory
 from flexllm_jax.engine.engine import BucketUse
 from flexllm_jax.launch.run import Run
-from flexllm_jax.llm import LLM, Job
+from flexllm_jax.llm import LLM, JobHandle
 from scheduler.slo import summarize
 
 _PACKAGES = ("flexllm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -37,7 +37,7 @@ def make_report(run: Run) -> dict[str, Any]:
     }
 
 
-def _job_section(job: Job) -> dict[str, Any]:
+def _job_section(job: JobHandle) -> dict[str, Any]:
     return {
         "status": job.status,
         "reason": job.reason,

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.launch.replay import Replay, ReplayRequest, prepare_requests
-from flexllm_jax.llm import LLM, Job
+from flexllm_jax.llm import LLM, JobHandle
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.peft.hf_peft import load_adapter
@@ -76,7 +76,7 @@ class Run:
     """Jobs and a replay on an engine, from start to end."""
 
     llm: LLM
-    jobs: list[Job]
+    jobs: list[JobHandle]
     replay: Replay | None = None
     started: float = field(default_factory=time.monotonic)
     ended: float | None = None

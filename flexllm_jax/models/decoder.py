@@ -7,8 +7,8 @@ runs forward and backward:
 - `bypass(x, outputs, join)` adds what an adapter contributes to the outputs, by name, of the
   projections that read `x`; `join` makes them whole where the model is split over devices;
 - `tap(name, value)` sees the activations that the backward may want: the forward records them, the
-  backward puts the recorded ones in their place, so that whatever was needed only to compute them
-  disappears.
+  backward puts the recorded ones in their place. What was needed only to compute the value of a
+  recorded one is then not computed again; what its gradient needs still is.
 
 `split` turns the modules into plain pytrees once; the step programs merge them back while tracing.
 """
@@ -39,7 +39,7 @@ Angles = tuple[jax.Array, jax.Array]
 
 
 def no_tap(name: str, value: jax.Array) -> jax.Array:
-    """Nobody is looking."""
+    """The tap of a layer of which nothing is recorded or recalled."""
     return value
 
 
@@ -53,7 +53,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, axes: Axes = ()):
         c = config
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.input_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
+        self.pre_attn_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
         self.q = Linear(c.d_model, q_size, dtype, c.attention_bias)
         self.k = Linear(c.d_model, kv_size, dtype, c.attention_bias)
         self.v = Linear(c.d_model, kv_size, dtype, c.attention_bias)
@@ -61,13 +61,13 @@ class DecoderLayer(nnx.Module):
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
             self.k_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
-        self.post_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
+        self.pre_mlp_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
         self.gate = Linear(c.d_model, c.d_ff, dtype)
         self.up = Linear(c.d_model, c.d_ff, dtype)
         self.down = Linear(c.d_ff, c.d_model, dtype)
         self.qk_norm, self.head_dim, self.axes = c.qk_norm, c.head_dim, axes
 
-    def attention_inputs(
+    def before_attention(
         self,
         x: Float[Array, "T D"],
         angles: Angles,
@@ -75,7 +75,7 @@ class DecoderLayer(nnx.Module):
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
         """Queries, keys and values of the layer's input, rotated."""
-        h = share_input(self.input_norm(x), self.axes)
+        h = share_input(self.pre_attn_norm(x), self.axes)
         heads = (x.shape[0], -1, self.head_dim)
         outputs = bypass(h, {"q": self.q(h), "k": self.k(h), "v": self.v(h)})
         q, k = tap("query", outputs["q"]).reshape(heads), outputs["k"]
@@ -84,7 +84,7 @@ class DecoderLayer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(tap("key", k).reshape(heads))
         return rotate(q, angles), rotate(k.reshape(heads), angles), v
 
-    def attention_outputs(
+    def after_attention(
         self,
         x: Float[Array, "T D"],
         attended: Float[Array, "T N H"],
@@ -98,7 +98,7 @@ class DecoderLayer(nnx.Module):
 
         attended = attended.reshape(x.shape[0], -1)
         x = tap("residual", x + bypass(attended, {"o": self.o(attended)}, join)["o"])
-        h = share_input(self.post_norm(x), self.axes)
+        h = share_input(self.pre_mlp_norm(x), self.axes)
         outputs = bypass(h, {"gate": self.gate(h), "up": self.up(h)})
         inner = jax.nn.silu(tap("gate", outputs["gate"])) * tap("up", outputs["up"])
         return x + bypass(inner, {"down": self.down(inner)}, join)["down"]
@@ -131,8 +131,8 @@ class Decoder:
 
         def both_halves(x, positions, attended):
             layer = DecoderLayer(c, self.dtype)
-            layer.attention_inputs(x, self.angles(positions), tap=tap)
-            return layer.attention_outputs(x, attended, tap=tap)
+            layer.before_attention(x, self.angles(positions), tap=tap)
+            return layer.after_attention(x, attended, tap=tap)
 
         rows = [jax.ShapeDtypeStruct((1, n), self.dtype) for n in (c.d_model, widths["attended"])]
         jax.eval_shape(both_halves, rows[0], jax.ShapeDtypeStruct((1,), jnp.int32), rows[1])

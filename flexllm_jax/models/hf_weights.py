@@ -73,7 +73,7 @@ def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[_Tensor]:
     biased = {"q", "k", "v"} if config.attention_bias else set()
     biased |= {"o"} if config.output_bias else set()
-    norms = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
+    norms = {"pre_attn_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"}
     sizes = dict.fromkeys(norms, config.d_model)
     if config.qk_norm:
         norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}

@@ -9,6 +9,7 @@ old version finish on it; its slot is free when the last of them is done.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,14 @@ class BankShape:
         return {"a": (d_in, self.rank), "b": (self.rank, d_out)}
 
 
+class AdapterRow(NamedTuple):
+    """What one row of the bank holds, or its shapes: lists by layer, as `weight_shapes` and
+    `scale_shapes` give them."""
+
+    weights: list
+    scales: list
+
+
 def weight_shapes(
     config: ModelConfig, shape: BankShape, rows: int | None, dtype: jnp.dtype
 ) -> list[dict[str, dict[str, jax.ShapeDtypeStruct]]]:
@@ -110,10 +119,8 @@ def copy_row(weights: list, scales: list, source: jax.Array, target: jax.Array):
     return jax.tree.map(lambda w: w.at[target].set(w[source]), (weights, scales))
 
 
-def to_rows(
-    adapter: Adapter, config: ModelConfig, shape: BankShape, name: str
-) -> tuple[list, list]:
-    """An adapter padded to the bank's shapes, float32 on the host: (weights, scales) of one row.
+def to_row(adapter: Adapter, config: ModelConfig, shape: BankShape, name: str) -> AdapterRow:
+    """An adapter padded to the bank's shapes, float32 on the host.
 
     Raises AdapterError when it does not fit the bank.
     """
@@ -126,7 +133,7 @@ def to_rows(
         for key, array in own.items():
             values[layer][site][key][_corner(array.shape)] = array
         factors[layer][site] = np.float32(adapter.config.scale(layer, site))
-    return values, factors
+    return AdapterRow(values, factors)
 
 
 def from_row(values: list, config: AdapterConfig, shapes: Shapes) -> Adapter:
@@ -184,7 +191,7 @@ class Published:
 
     name: str
     version: int
-    slot: int
+    bank_slot: int
     config: AdapterConfig
     shapes: Shapes
     users: int = 0
@@ -203,7 +210,7 @@ class BankDirectory:
     evict: Callable[[], str | None] | None = None
 
     def _free_slot(self, purpose: str) -> int:
-        used = {p.slot for p in [*self.current.values(), *self.retired]}
+        used = {p.bank_slot for p in [*self.current.values(), *self.retired]}
         used |= set(self.training.values())
         for slot in range(1, self.num_slots):
             if slot not in used:

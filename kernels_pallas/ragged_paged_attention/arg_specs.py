@@ -98,7 +98,7 @@ def _cases() -> Iterator[Case]:
         yield attention_case("decode-8x8192", model, [(8192, 1)] * 8)
         yield attention_case("prefill-8192", model, [(8192, 8192)], target=0.5)
         yield attention_case("chunk-512-of-4608", model, [(4608, 512)])
-        yield attention_case("window-1024-of-8192", model, [(8192, 1024)], target=0.5)
+        yield attention_case("chunk-1024-of-8192", model, [(8192, 1024)], target=0.5)
         yield attention_case("mixed-64-448", model, [*decode, (448, 448)])
     model = next(model_shards())
     mixed = [*[(1000, 1)] * 7, (500, 500), (1300, 33)]

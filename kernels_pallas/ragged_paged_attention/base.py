@@ -1,7 +1,7 @@
 """The contract of ragged paged attention, and its XLA reference.
 
 One call serves every kind of token of a step: decode (one query), prefill chunks and finetuning
-windows (many queries). The reference works on blocks of queries of one sequence, a few blocks at a
+chunks (many queries). The reference works on blocks of queries of one sequence, a few blocks at a
 time, and walks the keys in chunks with an online softmax, so its work follows the lengths in the
 batch and not the largest lengths possible. A query's result depends on nothing but its own
 sequence: chunks start at fixed positions.
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 _BLOCKS_AT_ONCE = 4
-_CHUNK_BLOCK = 64  # queries a block of a prefill chunk or finetuning window holds
+_CHUNK_BLOCK = 64  # queries a block of a chunk of prefill or finetuning holds
 _SMALL_BATCH = 32  # up to here every query is a block of its own
 _KEYS_AT_ONCE = 128
 

@@ -4,7 +4,7 @@
    that a few of them fill the GPU too; each split leaves its output and log-sum-exp.
 2. Combine: one program per sequence and kv head adds up its splits.
 3. Chunks: one program per kv head and block of queries of one sequence, for prefill chunks and
-   finetuning windows; what is padding is a block as well, and gets zeros. It writes into the
+   finetuning chunks; what is padding is a block as well, and gets zeros. It writes into the
    combined output, in place.
 
 A row of a program's tile is one query head of one token; the query heads that share a kv head are

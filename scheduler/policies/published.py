@@ -2,7 +2,7 @@
 
 Every step has a budget of 256 tokens: inference first, the rest is one finetuning sequence going
 forward. A sequence whose forward is complete goes backward at a fixed number of layers a step, all
-its windows at once; the next one starts after it. The artifact's step times and throughputs
+its slices at once; the next one starts after it. The artifact's step times and throughputs
 (`flexllm_artifact_e2e_results.csv`) fit one layer a step.
 """
 
@@ -38,8 +38,8 @@ class Published:
         if not step.in_backward:
             return Allowance(math.inf, tokens=max(0, limit - used), units=0)
         progress = step.in_work[0]
-        loss = progress.windows if not progress.units_done else 0
-        return Allowance(math.inf, tokens=0, units=loss + self.layers * progress.windows)
+        loss = progress.slices if not progress.units_done else 0
+        return Allowance(math.inf, tokens=0, units=loss + self.layers * progress.slices)
 
     def planned(self, step: Step, plan: StepPlan) -> None:
         """Nothing to note."""

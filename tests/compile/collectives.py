@@ -33,7 +33,7 @@ from kernels_pallas.backend import XLA
 COLLECTIVE = re.compile(
     r"= .* (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
-PROGRAMS = ("forward/base/8", "forward/adapters/8", "layer_unit", "loss_unit", "optimizer_step")
+PROGRAMS = ("forward/base/8", "forward/adapters/8", "unit/layer", "unit/loss", "optimizer_step")
 
 
 def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
@@ -45,7 +45,7 @@ def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
             "adapters": {"slots": 3, "max_rank": 4},
             "compile": {"token_buckets": [8], "cache_dir": None},
             "scheduler": {"max_tokens_per_step": 8, "max_sequences": 4},
-            "finetune": {"max_tokens": 16, "window": 8, "saved": saved},
+            "finetune": {"max_tokens": 16, "unit_tokens": 8, "saved": saved},
         },
         "test",
     )

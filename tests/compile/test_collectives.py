@@ -40,7 +40,7 @@ def test_two_all_reduces_a_layer_with_and_without_lora(examine, two_layers, tp):
 
 @pytest.mark.parametrize("tp", ["8"])
 def test_two_all_reduces_in_a_layers_backward(two_layers, tp):
-    assert two_layers[tp]["layer_unit"]["collectives"] == {"all-reduce": 2}
+    assert two_layers[tp]["unit/layer"]["collectives"] == {"all-reduce": 2}
 
 
 def test_one_device_has_no_collective(two_layers):

@@ -26,7 +26,7 @@ adapters:
   preload: [{name: math, path: adapters/math}]
 finetune:
   max_tokens: 512
-  window: 64
+  unit_tokens: 64
   jobs:
     - name: mine
       dataset: rows.jsonl
@@ -204,8 +204,8 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
             ["compile.token_buckets: the last bucket is 128", "512"],
         ),
         (
-            {"model": {"path": "m"}, "finetune": {"max_tokens": 100, "window": 64}},
-            ["finetune.window: got 64", "divide", "100"],
+            {"model": {"path": "m"}, "finetune": {"max_tokens": 100, "unit_tokens": 64}},
+            ["finetune.unit_tokens: got 64", "divide", "100"],
         ),
         ({"model": {"path": "m"}, "finetune": {"saved": 3}}, ["finetune.saved: got 3", "list"]),
         ({"model": {"path": "m"}, "workload": {}}, ["workload: neither of trace and arrivals"]),

@@ -32,7 +32,7 @@ KINDS = {
 
 
 def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
-    """Gradients and totals, whole, after every microbatch of a job's only step."""
+    """Gradients and losses, whole, after every microbatch of a job's only step."""
     runner = llm.engine.runner
     seen, commit = [], runner.commit
 
@@ -41,7 +41,7 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
         gradients, shapes = state["gradients"], runner.sizes.job_state["master"]
         on_host = jax.tree.map(runner.to_host, gradients)
         whole = jax.tree.map(add_summands, on_host, jax.tree.map(shardings, gradients), shapes)
-        seen.append((whole, np.array(state["totals"])))
+        seen.append((whole, jax.tree.map(np.array, state["losses"])))
         runner.compilations.count = compiled  # this test's own reading compiles between processes
         return state
 
@@ -59,8 +59,8 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
     runner.commit = commit
     assert done.status == "succeeded", done.reason
     flat = {}
-    for i, (one, totals) in enumerate(seen):
-        flat[f"{i}/totals"] = totals
+    for i, (one, losses) in enumerate(seen):
+        flat |= {f"{i}/{name}": value for name, value in losses.items()}
         for path, leaf in jax.tree_util.tree_leaves_with_path(one):
             flat[f"{i}{jax.tree_util.keystr(path)}"] = leaf
     return flat

@@ -17,16 +17,17 @@ from flexllm_jax.engine.activations import (
     layer_graph,
     with_saved,
 )
-from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.programs import EngineSizes, list_programs
+from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.finetune.optimizer import LOSSES
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
 from kernels_pallas.backend import XLA
 from tests.numerics import dense
 
-LENGTHS = (19, 8)  # packed; windows and forward steps of 16 cut the first
+LENGTHS = (19, 8)  # packed; units and forward steps of 16 cut the first
 PAGES, SEED = 8, 3
 MODEL = ModelConfig(
     architecture="Qwen3ForCausalLM",
@@ -55,8 +56,8 @@ SIZES = EngineSizes(
     max_model_len=32,
     page_size=8,
     rows=2,
-    slots=32,
-    window=16,
+    finetune_slots=32,
+    unit_tokens=16,
     buckets=(16,),
     bank=BankShape(rows=1, rank=3, modules=("q", "k", "v", "o", "gate", "up", "down")),
     columns={},
@@ -89,32 +90,32 @@ def microbatch():
         [t[np.arange(n) // 8] * 8 + np.arange(n) % 8 for t, n in zip(tables, LENGTHS, strict=True)]
     )
     label = np.concatenate([[*t[1:], -1] for t in tokens])
-    table = np.zeros((4, SIZES.slots), np.int32)
-    table[0], table[3] = -1, SIZES.slots
+    table = np.zeros((4, SIZES.finetune_slots), np.int32)
+    table[0], table[3] = -1, SIZES.finetune_slots
     table[:, : sum(LENGTHS)] = label, position, kv_slot, starts
-    flat, vectors, shape = np.concatenate(tokens), [], SIZES.batch_shapes[16]
+    flat, vectors, shape = np.concatenate(tokens), [], SIZES.step_shapes[16]
     # First 16 tokens of one sequence, then the rest of it and the other.
     for pieces in ([(0, 0, 16)], [(0, 16, 19), (1, 0, 8)]):
-        batch, vector = Batch.empty(shape, PAGES * 8, SIZES.slots)
+        inputs, vector = StepInputs.empty(shape, PAGES * 8, SIZES.finetune_slots)
         at = 0
         for s, (which, first, last) in enumerate(pieces):
             rows = (0, LENGTHS[0])[which] + np.arange(first, last)
             where = slice(at, at + last - first)
-            batch.token[where], batch.position[where] = flat[rows], position[rows]
-            batch.kv_slot[where], batch.saved_row[where] = kv_slot[rows], rows
-            batch.adapter[where] = 0
-            batch.kv_lengths[s] = last
-            batch.page_tables[s, : len(tables[which])] = tables[which]
+            inputs.token[where], inputs.position[where] = flat[rows], position[rows]
+            inputs.kv_slot[where], inputs.saved_row[where] = kv_slot[rows], rows
+            inputs.adapter[where] = 0
+            inputs.kv_lengths[s] = last
+            inputs.page_tables[s, : len(tables[which])] = tables[which]
             at += last - first
-            batch.query_starts[s + 1 :] = at
-        batch.num_sequences[...] = len(pieces)
+            inputs.query_starts[s + 1 :] = at
+        inputs.num_sequences[...] = len(pieces)
         vectors.append(vector)
     return SimpleNamespace(tokens=tokens, table=jnp.asarray(table), vectors=vectors)
 
 
 @pytest.fixture(scope="module")
 def weights():
-    master = filled(SIZES.bank_row[0])
+    master = filled(SIZES.adapter_row.weights)
     return SimpleNamespace(
         params=filled(abstract_parameters(MODEL, SIZES.dtype)),
         master=master,
@@ -136,15 +137,15 @@ def gradients_of(sizes, weights, microbatch):
         pages, finetune, *_ = programs["forward/adapters/16"](
             weights.params, bank, pages, finetune, last, vector
         )
-    flow, pending = finetune["flow"], {"totals": jnp.zeros(2), "gradients": None}
+    flow, pending = finetune["flow"], {"losses": zeros(LOSSES), "gradients": None}
     head = {name: weights.params[name] for name in ("norm", "head")}
     for start in (16, 0):
-        flow, pending, _ = programs["loss_unit"](head, None, flow, pending, microbatch.table, start)
+        flow, pending, _ = programs["unit/loss"](head, None, flow, pending, microbatch.table, start)
     gradients = zeros(sizes.job_state["gradients"])
     for layer in reversed(range(MODEL.num_layers)):
         adapter = {"weights": weights.master[layer], "scales": scales[layer]}
         for start in (16, 0):
-            flow, gradients[layer], _ = programs["layer_unit"](
+            flow, gradients[layer], _ = programs["unit/layer"](
                 weights.params["layers"][layer],
                 adapter,
                 pages[layer],
@@ -154,7 +155,7 @@ def gradients_of(sizes, weights, microbatch):
                 microbatch.table,
                 start,
             )
-    return gradients, pending["totals"]
+    return gradients, pending["losses"]
 
 
 PLANS = [plan.saved for plan in all_plans(layer_graph(SIZES))]
@@ -179,9 +180,9 @@ def expected(weights, microbatch):
 def test_every_plan_gives_the_gradients_of_the_whole_sequences(
     saved, weights, microbatch, expected
 ):
-    gradients, totals = gradients_of(with_saved(SIZES, saved), weights, microbatch)
+    gradients, losses = gradients_of(with_saved(SIZES, saved), weights, microbatch)
     loss, exact = expected
-    assert totals[0] == pytest.approx(float(loss), rel=1e-5)
+    assert losses["loss_sum"] == pytest.approx(float(loss), rel=1e-5)
     for (layer, module), factors in exact.items():
         for name, theirs in factors.items():
             ours = np.asarray(gradients[layer][module][name])
@@ -196,7 +197,7 @@ def test_every_plan_gives_the_same_gradients_of_all_kinds_of_adapters(weights, m
     plans = all_plans(layer_graph(sizes))
     own = SimpleNamespace(
         params=weights.params,
-        master=filled(sizes.bank_row[0]),
+        master=filled(sizes.adapter_row.weights),
         scale={"prefix": 3.0, "others": 1.0},
     )
     expected, _ = gradients_of(with_saved(sizes, plans[-1].saved), own, microbatch)
@@ -213,7 +214,7 @@ def config(saved, **cache):
         {
             "model": {"path": "m"},
             "cache": {"page_size": 8} | cache,
-            "finetune": {"max_tokens": 32, "window": 16, "saved": saved},
+            "finetune": {"max_tokens": 32, "unit_tokens": 16, "saved": saved},
         }
     )
 
@@ -252,7 +253,7 @@ def test_auto_leaves_pages_most_of_the_memory():
 @pytest.mark.parametrize(
     ("saved", "columns"),
     [
-        ("inputs", {"x", "attended"}),
+        ("attention", {"x", "attended"}),
         ("all", {"x", *PLANS[-1]}),
         (["up", "query"], {"x", "query", "up"}),
         ([], {"x"}),

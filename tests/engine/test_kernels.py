@@ -19,7 +19,7 @@ SIZES = {
     "max_model_len": 64,
     "cache": {"num_pages": 24},
     "scheduler": {"max_tokens_per_step": 24, "max_sequences": 3},
-    "finetune": {"max_tokens": 40, "window": 20},
+    "finetune": {"max_tokens": 40, "unit_tokens": 20},
     "compile": {"token_buckets": [24]},
     "adapter_bank": {"slots": 4},
 }

@@ -36,8 +36,8 @@ def test_a_forward_updates_pages_and_finetuning_buffers_in_place(llm, bucket):
 @pytest.mark.parametrize(
     ("program", "buffers"),
     [
-        ("loss_unit", lambda r: (r.finetune["flow"], r.pending["totals"])),
-        ("layer_unit", lambda r: (r.finetune["flow"], r.pending["gradients"][0])),
+        ("unit/loss", lambda r: (r.finetune["flow"], r.pending["losses"])),
+        ("unit/layer", lambda r: (r.finetune["flow"], r.pending["gradients"][0])),
         ("optimizer_step", lambda r: (r.bank["weights"],)),
         ("write_row", lambda r: (r.bank,)),
         ("copy_row", lambda r: (r.bank,)),
@@ -61,8 +61,8 @@ def test_programs_hold_no_copy_of_the_weights(llm):
         sizes,
         model=model,
         rows=4,
-        slots=16,
-        window=8,
+        finetune_slots=16,
+        unit_tokens=8,
         buckets=(8,),
         bank=BankShape(rows=2, rank=2, modules=("q", "down")),
         columns=saved_columns(Decoder(model, sizes.dtype), ("attended", "query")),
@@ -72,7 +72,7 @@ def test_programs_hold_no_copy_of_the_weights(llm):
     for name, weights, buffers in (
         ("forward/adapters/8", layers, (sizes.pages(16), sizes.finetune_arrays)),
         (
-            "layer_unit",
+            "unit/layer",
             layers[0],
             (sizes.finetune_arrays["flow"], sizes.pending_arrays["gradients"][0]),
         ),
@@ -106,7 +106,7 @@ def test_buffers_stay_at_their_address_while_serving_and_training(llm, tmp_path)
     assert llm._loop.call(addresses) == before
 
 
-@pytest.mark.parametrize("name", ["forward/adapters/48", "sample/full/6", "layer_unit"])
+@pytest.mark.parametrize("name", ["forward/adapters/48", "sample/full/6", "unit/layer"])
 def test_a_program_that_is_not_listed_is_an_error_at_the_start(llama, tmp_path, monkeypatch, name):
     def without(sizes, num_pages):
         return [program for program in list_programs(sizes, num_pages) if program.name != name]

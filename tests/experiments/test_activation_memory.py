@@ -35,7 +35,7 @@ SECTION = MemorySection.model_validate(
             {
                 "model": "small",
                 "tokens": TOKENS,
-                "window": 64,
+                "unit_tokens": 64,
                 "bypasses": ["LoRA"],
                 "paper_bytes": {"LoRA": [4e6, 3e6, 2e6, 1e6]},
                 "target_gb": 1e-3,

@@ -24,8 +24,8 @@ from flexllm_jax.models.hf_weights import (
 from tests.checkpoints import make_llama, make_qwen2, make_qwen3
 
 MODULES = {
-    "input_norm": "input_layernorm",
-    "post_norm": "post_attention_layernorm",
+    "pre_attn_norm": "input_layernorm",
+    "pre_mlp_norm": "post_attention_layernorm",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
     "q": "self_attn.q_proj",

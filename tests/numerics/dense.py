@@ -1,4 +1,4 @@
-"""A decoder as one would write it on a blackboard: a whole sequence at once, no pages, no windows.
+"""A decoder as one would write it on a blackboard: a whole sequence at once, no pages, no slices.
 
 It shares no code with the engine. Its gradients with respect to an adapter are what token-level
 finetuning must arrive at; run it in float64.
@@ -57,7 +57,7 @@ def logits(config, params, adapter, scales, tokens):
     causal = np.tril(np.ones((length, length), bool))
     x = params["embed"]["weight"][np.asarray(tokens)]
     for i, layer in enumerate(params["layers"]):
-        h = _norm(x, layer["input_norm"]["weight"], eps)
+        h = _norm(x, layer["pre_attn_norm"]["weight"], eps)
         q, k, v = (
             project(i, name, h).reshape(length, -1, config.head_dim).swapaxes(0, 1)
             for name in ("q", "k", "v")
@@ -70,7 +70,7 @@ def logits(config, params, adapter, scales, tokens):
         scores = _rotate(q, angles) @ k.swapaxes(1, 2) / math.sqrt(config.head_dim)
         weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
         x = x + project(i, "o", (weights @ v).swapaxes(0, 1).reshape(length, -1))
-        h = _norm(x, layer["post_norm"]["weight"], eps)
+        h = _norm(x, layer["pre_mlp_norm"]["weight"], eps)
         inner = jax.nn.silu(project(i, "gate", h)) * project(i, "up", h)
         x = x + project(i, "down", inner)
     head = params["embed" if config.tie_embeddings else "head"]["weight"]

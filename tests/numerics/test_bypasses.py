@@ -164,7 +164,7 @@ def case(tmp_path_factory):
             "max_bottleneck": SIZE + 2,
             "max_prefix": PREFIX + 3,
         },
-        finetune={"window": 16},
+        finetune={"unit_tokens": 16},
     )
     adapters = {kind: save_random(path, kind, folder / kind) for kind in KINDS}
     rows = write_rows(folder / "rows.jsonl", letter_rows(40, longest=60, seed=1))

@@ -33,25 +33,25 @@ from tests.engines import (
 )
 from tests.numerics import dense
 
-# Grouped-query ratios 1, 4 and 7; head dimensions 64 and 80; windows of 1, 7 and 64 tokens; odd
+# Grouped-query ratios 1, 4 and 7; head dimensions 64 and 80; units of 1, 7 and 64 tokens; odd
 # token buckets cut the forward at odd places.
 CASES = {
     "llama": (
         make_llama,
         {"num_heads": 2, "num_kv_heads": 2, "head_dim": 64, "rope_scaling": "llama3"},
-        {"window": 1, "max_tokens": 105, "saved": "inputs", "idle_step_ms": 20.0},
+        {"unit_tokens": 1, "max_tokens": 105, "saved": "attention", "idle_step_ms": 20.0},
         [19],
     ),
     "qwen2": (
         make_qwen2,
         {"num_heads": 7, "num_kv_heads": 1, "head_dim": 80, "tie": True},
-        {"window": 7, "max_tokens": 105, "saved": "all", "idle_step_ms": 5.0},
+        {"unit_tokens": 7, "max_tokens": 105, "saved": "all", "idle_step_ms": 5.0},
         [13],
     ),
     "qwen3": (
         make_qwen3,
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64, "sharded": True},
-        {"window": 64, "max_tokens": 128, "saved": ["query", "up"]},
+        {"unit_tokens": 64, "max_tokens": 128, "saved": ["query", "up"]},
         [37],
     ),
 }
@@ -84,11 +84,11 @@ def run_one_step(case, monkeypatch, name, beside=()):
     finish = trainer.finish_microbatch
 
     def spy(microbatch):
-        begun = trainer.in_work[microbatch.microbatch_id]
+        in_work = trainer.in_work[microbatch.microbatch_id]
         pending = jax.tree.map(np.array, runner.pending)
-        logprob = np.array(runner.finetune["flow"]["logprob"])[begun.slot :]
-        case.slots.add(begun.slot)
-        seen.append((begun.packed, pending, logprob))
+        logprob = np.array(runner.finetune["flow"]["logprob"])[in_work.first_token_slot :]
+        case.slots.add(in_work.first_token_slot)
+        seen.append((in_work.packed, pending, logprob))
         return finish(microbatch)
 
     futures = [
@@ -177,14 +177,16 @@ def test_gradients_are_those_of_the_whole_sequences(case, mode, monkeypatch):
         sequences = list(sequences_of(packed))
         loss, gradients = peft_gradients(model, sequences)
         assert_same_gradients(pending["gradients"], gradients)
-        assert pending["totals"] == pytest.approx([loss, (packed.label >= 0).sum()], rel=1e-5)
+        assert pending["losses"] == pytest.approx(
+            {"loss_sum": loss, "labels": (packed.label >= 0).sum()}, rel=1e-5
+        )
     packed, pending, _ = max(seen, key=lambda one: len(one[0].lengths))
     assert len(packed.lengths) > 1, "one sequence: nothing is packed"
     if mode == "overlapping":
         assert max(case.slots) > 0, "no microbatch went forward beside one that went backward"
     loss, gradients = dense_gradients(case, list(sequences_of(packed)))
     assert_same_gradients(pending["gradients"], gradients)
-    assert pending["totals"][0] == pytest.approx(loss, rel=1e-5)
+    assert pending["losses"]["loss_sum"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_logprobs_in_training_are_those_of_serving(case, monkeypatch):

@@ -177,7 +177,10 @@ class SimulatedEngine:
         for other in self.attempts.values():
             theirs = other.forward.microbatch
             if theirs is not microbatch:
-                assert theirs.job != microbatch.job or theirs.batch == microbatch.batch
+                assert (
+                    theirs.job != microbatch.job
+                    or theirs.weights_version == microbatch.weights_version
+                )
                 a, b = self.slots_held(other.forward), self.slots_held(forward)
                 assert a.stop <= b.start or b.stop <= a.start, "finetuning slots are shared"
         assert self.slots_held(forward).stop <= self.scheduler.config.finetune_slots
@@ -200,15 +203,15 @@ class SimulatedEngine:
         ]
 
     def slots_held(self, forward: FinetuneForward) -> range:
-        window = self.scheduler.config.backward_window
-        assert forward.slot % window == 0
-        windows = -(-forward.microbatch.tokens // window)
-        return range(forward.slot, forward.slot + windows * window)
+        unit_tokens = self.scheduler.config.unit_tokens
+        assert forward.first_token_slot % unit_tokens == 0
+        slices = -(-forward.microbatch.tokens // unit_tokens)
+        return range(forward.first_token_slot, forward.first_token_slot + slices * unit_tokens)
 
     def total_units(self, microbatch: Microbatch) -> int:
         config = self.scheduler.config
-        windows = -(-microbatch.tokens // config.backward_window)
-        return windows + (config.num_layers * windows if microbatch.backward else 0)
+        slices = -(-microbatch.tokens // config.unit_tokens)
+        return slices + (config.num_layers * slices if microbatch.backward else 0)
 
     # ---- what must hold ----
 

@@ -24,7 +24,7 @@ def config(buckets):
         token_buckets=buckets,
         num_pages=64,
         num_layers=3,
-        backward_window=4,
+        unit_tokens=4,
     )
 
 
@@ -123,10 +123,10 @@ def test_the_cost_of_units_is_the_sum_of_single_ones():
                 assert progress.affordable(spent * (1 - 1e-6)) == count - 1
 
 
-def test_pairs_of_windows_see_the_keys_of_their_own_sequence_only():
+def test_pairs_of_slices_see_the_keys_of_their_own_sequence_only():
     latency = LatencyModel({}, {"backward_pairs": 1.0})
     progress = Progress(Microbatch(0, (6, 3)), config((16,)), latency)
-    # Windows of 4 over 6 + 3 tokens: [0, 4) of the first; [4, 6) of it and [0, 2) of the second;
+    # Slices of 4 over 6 + 3 tokens: [0, 4) of the first; [4, 6) of it and [0, 2) of the second;
     # and its last token.
     pairs = [1 * 3, 2 * 6 + 2 * 2, 4 * 4]
     costs = [progress.cost(3 + i + 1) - progress.cost(3 + i) for i in range(3)]

@@ -22,7 +22,7 @@ CONFIG = SchedulerConfig(
     num_pages=32,
     page_size=4,
     num_layers=2,
-    backward_window=8,
+    unit_tokens=8,
     max_finetune_segments=4,
     idle_step_s=math.inf,
 )

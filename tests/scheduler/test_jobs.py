@@ -23,7 +23,7 @@ CONFIG = SchedulerConfig(
     num_pages=64,
     page_size=4,
     num_layers=2,
-    backward_window=8,
+    unit_tokens=8,
     finetune_slots=64,
     idle_step_s=math.inf,
 )
@@ -86,8 +86,8 @@ def run(scheduler: Scheduler):
 def test_microbatches_of_a_batch_overlap_and_those_of_the_next_wait():
     config = replace(CONFIG, idle_step_s=0.035)
     scheduler = Scheduler(config, LatencyModel({8: 0.01, 16: 0.02}, {"layer_units": 0.01}))
-    for index, batch in enumerate((0, 0, 1)):
-        scheduler.add(Microbatch(index, (20,), job="a", batch=batch))
+    for index, version in enumerate((0, 0, 1)):
+        scheduler.add(Microbatch(index, (20,), job="a", weights_version=version))
     plans = []
     while plan := run(scheduler):
         plans.append(plan)
@@ -101,9 +101,9 @@ def test_microbatches_of_a_batch_overlap_and_those_of_the_next_wait():
 
 def test_another_jobs_microbatch_may_overlap_at_any_time():
     scheduler = Scheduler(CONFIG, LatencyModel({}))
-    scheduler.add(Microbatch(0, (16,), job="a", batch=0))
-    scheduler.add(Microbatch(1, (16,), job="a", batch=1))
-    scheduler.add(Microbatch(2, (16,), job="b", batch=7))
+    scheduler.add(Microbatch(0, (16,), job="a", weights_version=0))
+    scheduler.add(Microbatch(1, (16,), job="a", weights_version=1))
+    scheduler.add(Microbatch(2, (16,), job="b", weights_version=7))
     first, second = run(scheduler), run(scheduler)
     assert first.forward.microbatch.microbatch_id == 0 and first.backward.done
     assert second.forward.microbatch.microbatch_id == 2

@@ -21,7 +21,7 @@ CONFIG = SchedulerConfig(
     num_pages=20,
     page_size=4,
     num_layers=2,
-    backward_window=8,
+    unit_tokens=8,
     finetune_slots=64,
     slo=Slo(0.05, 1.0),
 )
@@ -40,7 +40,9 @@ def write_log(path, policy):
             slo = Slo(0.2, 2.0, 0.5, "batch") if index % 3 == 0 else None
             made = request(str(index), prompt, 6, arrival=engine.now, slo=slo)
             scheduler.add(made)
-            scheduler.add(Microbatch(index, (7, 9), job="a" if index % 2 else "b", batch=index))
+            scheduler.add(
+                Microbatch(index, (7, 9), job="a" if index % 2 else "b", weights_version=index)
+            )
             for _ in range(generator.randint(1, 6)):
                 engine.step()
             if index % 10 == 5:
@@ -72,6 +74,17 @@ def test_a_plan_that_was_tampered_with_is_seen(tmp_path):
     lines[20] = json.dumps(changed)
     path.write_text("\n".join(lines) + "\n")
     assert [logged != planned for logged, planned in replay(path)].count(True) == 1
+
+
+def test_a_log_written_before_fields_were_renamed_is_replayed(tmp_path):
+    path = tmp_path / "plans.jsonl"
+    write_log(path, "coserving")
+    text = path.read_text()
+    for new, old in (("unit_tokens", "backward_window"), ("weights_version", "batch")):
+        assert f'"{new}":' in text
+        text = text.replace(f'"{new}":', f'"{old}":')
+    path.write_text(text)
+    assert all(logged == planned for logged, planned in replay(path))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]\n", "not json"])

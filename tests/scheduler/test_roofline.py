@@ -71,7 +71,7 @@ def test_a_cold_start_on_a_wrong_roofline_keeps_the_slo(factor):
         num_pages=20_000,
         prefix_caching=False,
         num_layers=32,
-        backward_window=256,
+        unit_tokens=256,
         slo=slo,
         idle_step_s=0.1,
     )

@@ -34,7 +34,7 @@ def make(policy="coserving", *, finetune=True, **fields) -> SimulatedEngine:
         num_pages=20_000,
         prefix_caching=False,
         num_layers=32,
-        backward_window=512,
+        unit_tokens=512,
         slo=SLO,
         idle_step_s=0.05,
     )
@@ -162,7 +162,7 @@ def test_a_supply_packs_within_a_batch_and_a_long_sequence_alone():
     supply = FinetuneSupply([300, 300, 900, 200], 700, accumulation=4)
     made = [supply.next() for _ in range(4)]
     assert [m.lengths for m in made] == [(300, 300), (900,), (200,), (300, 300)]
-    assert [m.batch for m in made] == [0, 0, 0, 1]
+    assert [m.weights_version for m in made] == [0, 0, 0, 1]
     with pytest.raises(ValueError, match="has no sequences"):
         FinetuneSupply([], 10)
 

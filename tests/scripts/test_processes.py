@@ -94,9 +94,9 @@ def test_a_lost_process_ends_the_engine_and_the_job_resumes(workspace: Workspace
 
 
 def test_processes_that_do_not_agree_are_told_the_field(workspace: Workspace) -> None:
-    for process in start(workspace, "finetune.py", "--set", "finetune.window=16"):
+    for process in start(workspace, "finetune.py", "--set", "finetune.unit_tokens=16"):
         status, output = end(process)
-        assert status == 2 and re.search(r"finetune\.window .*differs", output), output
+        assert status == 2 and re.search(r"finetune\.unit_tokens .*differs", output), output
 
 
 def test_a_server_of_two_processes(llama: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def make_workspace(folder: Path, model: Path, **job: Any) -> Workspace:
         "adapters": {"slots": 6, "max_rank": 8},
         "scheduler": {"max_tokens_per_step": 48, "max_sequences": 6},
         "compile": {"token_buckets": [8, 48], "cache_dir": str(COMPILE_CACHE)},
-        "finetune": {"max_tokens": 96, "window": 32, "checkpoint_every": 0, "jobs": [job]},
+        "finetune": {"max_tokens": 96, "unit_tokens": 32, "checkpoint_every": 0, "jobs": [job]},
         "workload": {"trace": str(trace), "prompts": str(prompts)},
         "output_dir": str(folder / "out"),
     }

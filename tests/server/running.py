@@ -41,7 +41,7 @@ def make_config(model: Path, output_dir: Path, **changes: Any) -> dict[str, Any]
         "compile": {"token_buckets": [8, 48], "cache_dir": str(COMPILE_CACHE)},
         "finetune": {
             "max_tokens": 96,
-            "window": 32,
+            "unit_tokens": 32,
             "checkpoint_every": 2,
             "idle_step_ms": 50.0,
         },

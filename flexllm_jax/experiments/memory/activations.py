@@ -8,9 +8,9 @@ are never kept.
 - no optimization: what `jax.vjp` of a layer keeps when every weight gets a gradient, for all
   layers, and logits of all tokens at once;
 - pruning: what it keeps when only the adapter and the layer's input do;
-- rematerialization: the engine's programs with one window as long as the sequence: the plan's
+- rematerialization: the engine's programs with one slice as long as the sequence: the plan's
   activations, keys and values, and the loss in chunks of the vocabulary;
-- token-level: the same with short windows.
+- token-level: the same with short slices.
 
 Each is what is held for all layers at once plus the most that one program needs on top: its
 temporaries and its gradients. Weights, adapters and the optimizer's state are counted apart.
@@ -81,7 +81,7 @@ class MemoryCaseSection(Section):
 
     model: str = Field(description="A name of `models`.")
     tokens: Int = Field(ge=16, description="Length of the sequence.")
-    window: Int = Field(ge=16, description="Tokens of a window; must divide `tokens`.")
+    unit_tokens: Int = Field(ge=16, description="Tokens of a backward unit; must divide `tokens`.")
     bypasses: tuple[str, ...] = Field(min_length=1, description="Names of `bypasses`.")
     paper_bytes: dict[str, tuple[Float, Float, Float, Float]] = Field(
         default={}, description="Bypass -> the paper's bytes of the four stages."
@@ -182,7 +182,7 @@ class StageMemory:
 
 
 def make_sizes(
-    model: ModelConfig, bank: BankShape, tokens: int, window: int, backend: Backend
+    model: ModelConfig, bank: BankShape, tokens: int, unit_tokens: int, backend: Backend
 ) -> EngineSizes:
     """An engine that finetunes one sequence of that many tokens, and nothing else."""
     return EngineSizes(
@@ -192,9 +192,9 @@ def make_sizes(
         max_model_len=tokens,
         page_size=_PAGE,
         rows=1,
-        slots=tokens,
-        window=window,
-        buckets=(window,),
+        finetune_slots=tokens,
+        unit_tokens=unit_tokens,
+        buckets=(unit_tokens,),
         bank=bank,
         columns={"x": slice(0, model.d_model)},
     )
@@ -202,10 +202,10 @@ def make_sizes(
 
 def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> StageMemory:
     """Finetuning as frameworks do it: forward through all layers, then backward."""
-    model, tokens = sizes.model, sizes.slots
+    model, tokens = sizes.model, sizes.finetune_slots
     decoder = Decoder(model, sizes.dtype)
     params = abstract_parameters(model, sizes.dtype)
-    weights, scales = (layers[0] for layers in sizes.bank_row)
+    weights, scales = (layers[0] for layers in sizes.adapter_row)
     scales = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), s.dtype), scales)
     x = jax.ShapeDtypeStruct((tokens, model.d_model), sizes.dtype)
     # In the model's dtype: all layers share them, and no layer keeps a cast of its own.
@@ -262,9 +262,9 @@ def _loss(decoder: Decoder, head: dict, x: jax.Array, labels: jax.Array) -> jax.
 
 
 def measure_engine(compiler: Compiler, sizes: EngineSizes) -> StageMemory:
-    """Finetuning as the engine does it: forward and backward in windows."""
-    num_pages = sizes.slots // sizes.page_size
-    wanted = (f"forward/adapters/{sizes.window}", "loss_unit", "layer_unit")
+    """Finetuning as the engine does it: forward and backward in slices of tokens."""
+    num_pages = sizes.finetune_slots // sizes.page_size
+    wanted = (f"forward/adapters/{sizes.unit_tokens}", "unit/loss", "unit/layer")
     working: dict[str, int] = {}
     for program in list_programs(sizes, num_pages):
         if program.name in wanted:
@@ -274,7 +274,9 @@ def measure_engine(compiler: Compiler, sizes: EngineSizes) -> StageMemory:
     largest = max(working, key=lambda name: working[name])
     kv = tree_bytes(sizes.pages(num_pages))
     names = [name for name in sizes.columns if name != "x"]
-    recomputed = layer_graph(sizes).recomputed(names)[0] / sizes.slots * sizes.model.num_layers
+    recomputed = (
+        layer_graph(sizes).recomputed(names)[0] / sizes.finetune_slots * sizes.model.num_layers
+    )
     held = tree_bytes(sizes.finetune_arrays) + kv
     return StageMemory(held, kv, working[largest], largest, recomputed)
 
@@ -295,18 +297,24 @@ def measure(section: MemorySection, case: MemoryCaseSection, compiler: Compiler)
         if name not in section.bypasses:
             raise ConfigError(f"memory.cases: {name!r} is not one of memory.bypasses; add it there")
         bank = section.bypasses[name].bank()
-        whole, windows = (
-            make_sizes(model, bank, case.tokens, window, compiler.backend)
-            for window in (case.tokens, case.window)
+        whole, sliced = (
+            make_sizes(model, bank, case.tokens, unit_tokens, compiler.backend)
+            for unit_tokens in (case.tokens, case.unit_tokens)
         )
         stages = (
             measure_whole(compiler, whole, pruned=False),
             measure_whole(compiler, whole, pruned=True),
             measure_engine(compiler, with_saved(whole, section.saved)),
-            measure_engine(compiler, with_saved(windows, section.saved)),
+            measure_engine(compiler, with_saved(sliced, section.saved)),
         )
         paper = case.paper_bytes.get(name, (None,) * len(STAGES))
-        same = {"model": case.model, "tokens": case.tokens, "window": case.window, "bypass": name}
+        same = {
+            "model": case.model,
+            "tokens": case.tokens,
+            "unit_tokens": case.unit_tokens,
+            "window": case.unit_tokens,  # what reports called it first
+            "bypass": name,
+        }
         for stage, memory, theirs in zip(STAGES, stages, paper, strict=True):
             yield same | {
                 "stage": stage,
@@ -319,7 +327,7 @@ def measure(section: MemorySection, case: MemoryCaseSection, compiler: Compiler)
                 "paper_bytes": theirs,
             }
         if case.inference_tokens is not None:
-            whole_memory = everything(windows, stages[0], stages[-1], case.inference_tokens)
+            whole_memory = everything(sliced, stages[0], stages[-1], case.inference_tokens)
             yield same | {"stage": "everything in memory", "parts": whole_memory}
 
 

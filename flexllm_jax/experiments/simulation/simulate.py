@@ -71,7 +71,7 @@ class EngineSection(Section):
     max_model_len: Int = Field(default=8192, ge=2, description="Longest prompt plus output.")
     num_pages: Int = Field(default=24_000, ge=1, description="KV pages.")
     page_size: Int = Field(default=16, ge=1, description="Tokens of a page.")
-    window: Int = Field(default=512, ge=1, description="Tokens of a backward unit.")
+    unit_tokens: Int = Field(default=512, ge=1, description="Tokens of a backward unit.")
     finetune_slots: Int = Field(default=16_384, ge=1, description="Tokens in finetuning work.")
     finetune_floor: Float = Field(default=0.0, ge=0, lt=1, description="As finetune.floor.")
 
@@ -263,7 +263,7 @@ def _make_engine(
         page_size=sizes.page_size,
         prefix_caching=False,
         num_layers=MODELS[config.model].layers,
-        backward_window=sizes.window,
+        unit_tokens=sizes.unit_tokens,
         finetune_slots=sizes.finetune_slots,
         slo=slo,
         idle_step_s=slo.tpot_s,
@@ -306,7 +306,7 @@ def device_latency(config: SimulationConfig, share: float | None = None) -> Late
         DEVICES[config.device],
         MODELS[config.model],
         config.engine.token_buckets,
-        config.engine.window,
+        config.engine.unit_tokens,
         tp=config.tp,
         efficiency=Efficiency(**efficiency),
         spread=0.1,

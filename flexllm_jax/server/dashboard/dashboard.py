@@ -124,7 +124,7 @@ class Dashboard:
                 }
             )
         for job in jobs:
-            known = self.jobs.state_of(job["id"])
+            known = self.jobs.report_of(job["id"])
             job["tokens_per_s"] = known.tokens_per_s if known else None
             job["eta_s"] = known.eta_s if known else None
         return {

@@ -17,7 +17,7 @@ from flexllm_jax.engine.loop import EngineLoop
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
-from flexllm_jax.server.engines.protocol import JobState
+from flexllm_jax.server.engines.protocol import JobReport
 
 _FORGOTTEN_AFTER_S = 60.0  # a job's end: it has been told of by then
 
@@ -42,11 +42,11 @@ class EngineCalls:
         """Serve a PEFT folder as a new version of `name`; returns the version."""
         model = self._engine.runner.model
         adapter = load_adapter(Path(path), model, self._config.model.path)
-        rows = self._engine.to_rows(name, adapter)
+        row = self._engine.to_row(name, adapter)
 
         def publish() -> int:
             self._paths[name], self._used[name] = path, time.monotonic()
-            return self._engine.publish(name, adapter, rows).version
+            return self._engine.publish(name, adapter, row).version
 
         return self._loop.call(publish)
 
@@ -121,9 +121,9 @@ class EngineCalls:
         if self._engine.trainer.jobs.get(job.name) is job:
             del self._engine.trainer.jobs[job.name]
 
-    def job_states(self) -> list[JobState]:
+    def job_reports(self) -> list[JobReport]:
         """How all jobs are; of losses, those since the last call."""
-        states = []
+        reports = []
         for job in list(self._engine.trainer.jobs.values()):
             if job.finished_at and time.monotonic() - job.finished_at > _FORGOTTEN_AFTER_S:
                 self._loop.post(partial(self._forget, job))
@@ -131,8 +131,8 @@ class EngineCalls:
             status = "paused" if job.running and job.paused else job.status.value
             told, losses = self._losses_told.get(job.name, 0), list(job.losses)
             self._losses_told[job.name] = len(losses)
-            states.append(
-                JobState(
+            reports.append(
+                JobReport(
                     name=job.name,
                     status=status,
                     reason=job.reason,
@@ -151,4 +151,4 @@ class EngineCalls:
                     eta_s=job.eta_s,
                 )
             )
-        return states
+        return reports

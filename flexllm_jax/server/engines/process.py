@@ -296,7 +296,7 @@ class EngineProcess:
                 AdapterState(p.name, p.version, p.users)
                 for p in list(engine.directory.current.values())
             ],
-            jobs=self._calls.job_states(),
+            jobs=self._calls.job_reports(),
             step_cpu_s=self._step_cpu_s,
             message_cpu_s=time.thread_time() + self._sender_cpu_s,
         )

@@ -141,8 +141,8 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     users: int
 
 
-class JobState(msgspec.Struct, frozen=True, array_like=True):
-    """A finetuning job in the engine. `losses` are those of the steps after `losses_from`.
+class JobReport(msgspec.Struct, frozen=True, array_like=True):
+    """What an engine says of a job in it. `losses` are those of the steps after `losses_from`.
 
     forwarded, backwarded   tokens computed in this run, validation's and repeated ones included
     tokens                  tokens of all finished optimizer steps, earlier runs' too
@@ -183,7 +183,7 @@ class Stats(Message, frozen=True):
     recompiles: int
     steps: list[Step]
     adapters: list[AdapterState]
-    jobs: list[JobState]
+    jobs: list[JobReport]
     step_cpu_s: float = 0.0
     message_cpu_s: float = 0.0
 

@@ -43,8 +43,8 @@ class File(Base):
 
 
 class JobRow(Base):
-    """A finetuning job. `config`: its FinetuneConfig, once its files are validated. `owner`: as a
-    file's."""
+    """What the database says of a finetuning job. `config`: its FinetuneConfig, once its files are
+    validated. `owner`: as a file's."""
 
     __tablename__ = "jobs"
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)

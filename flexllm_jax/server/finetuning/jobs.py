@@ -25,7 +25,7 @@ from flexllm_jax.finetune.data.rows import BadRow, read_rows
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
-from flexllm_jax.server.engines.protocol import JobState, Stats
+from flexllm_jax.server.engines.protocol import JobReport, Stats
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning.database import CheckpointRow, Database, JobRow, now
 from flexllm_jax.server.finetuning.files import UNFINISHED, FileStore
@@ -66,8 +66,8 @@ class JobManager:
         self._vocab_size = ModelConfig.from_hf(config.model.path).vocab_size
         self._validation = ThreadPoolExecutor(1, thread_name_prefix="validation")
         self._tasks: set[asyncio.Task] = set()
-        self._states: asyncio.Queue[JobState] = asyncio.Queue()
-        self._known: dict[str, JobState] = {}  # what its engine last said of a job
+        self._reports: asyncio.Queue[JobReport] = asyncio.Queue()
+        self._known: dict[str, JobReport] = {}  # what its engine last said of a job
         self._in_engine: dict[str, EngineClient] = {}  # which engine a job was given to
         self._records = JobRecords(config, models, files)
         self._scheduling = asyncio.Lock()
@@ -90,7 +90,7 @@ class JobManager:
 
     async def close(self) -> None:
         """After the engine's end: write down the last it said."""
-        await self._states.join()
+        await self._reports.join()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -142,7 +142,7 @@ class JobManager:
             raise ApiError(404, f"no such fine-tuning job: {job_id!r}")
         return job
 
-    def state_of(self, job_id: str) -> JobState | None:
+    def report_of(self, job_id: str) -> JobReport | None:
         """What the engine last said of a job, if it has it."""
         return self._known.get(job_id) if job_id in self._in_engine else None
 
@@ -345,7 +345,7 @@ class JobManager:
 
     async def _engine_lost(self, engine: EngineClient) -> None:
         """Note which jobs ran: one that ends engines again and again is not given to another."""
-        await self._states.join()  # what the engine said before its end counts
+        await self._reports.join()  # what the engine said before its end counts
         lost = [job_id for job_id, holder in self._in_engine.items() if holder is engine]
         for job_id in lost:
             del self._in_engine[job_id]
@@ -368,30 +368,30 @@ class JobManager:
         await self._schedule()
 
     def _take(self, engine: EngineClient, stats: Stats) -> None:
-        """Keep the states that say something new, for `_follow`."""
-        for state in stats.jobs:
-            before = self._known.get(state.name)
-            if before is None or state.losses or _summary(before) != _summary(state):
-                self._known[state.name] = state
-                self._states.put_nowait(state)
+        """Keep the reports that say something new, for `_follow`."""
+        for report in stats.jobs:
+            before = self._known.get(report.name)
+            if before is None or report.losses or _summary(before) != _summary(report):
+                self._known[report.name] = report
+                self._reports.put_nowait(report)
 
     async def _follow(self) -> None:
         """Write down what the engine says of jobs, in order."""
         while True:
-            state = await self._states.get()
+            report = await self._reports.get()
             try:
-                note = partial(self._records.note, state=state)
+                note = partial(self._records.note, report=report)
                 adapters = await self._database.run(note)
                 for adapter in adapters:
                     self._models.adapters[adapter.name] = adapter
-                if state.status in ENDED and state.name in self._in_engine:
-                    del self._in_engine[state.name]
+                if report.status in ENDED and report.name in self._in_engine:
+                    del self._in_engine[report.name]
                     self._spawn(self._schedule())
                 await self._told()
             except Exception:
-                log.exception("the state of %s could not be written down", state.name)
+                log.exception("the report of %s could not be written down", report.name)
             finally:
-                self._states.task_done()
+                self._reports.task_done()
 
     def _serve_finished(self, session: Session) -> None:
         """At the start: every adapter that jobs have made can be asked for."""
@@ -446,5 +446,5 @@ class JobManager:
             log.error("a job's task failed", exc_info=error)
 
 
-def _summary(state: JobState) -> tuple:
-    return state.status, state.step, len(state.messages), len(state.checkpoints)
+def _summary(report: JobReport) -> tuple:
+    return report.status, report.step, len(report.messages), len(report.checkpoints)

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset
-from flexllm_jax.server.engines.protocol import JobState
+from flexllm_jax.server.engines.protocol import JobReport
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning.database import CheckpointRow, EventRow, File, JobRow, now
 from flexllm_jax.server.finetuning.files import FileStore, new_file_id
@@ -37,35 +37,35 @@ class JobRecords:
         self._resumed.discard(job_id)
         self._validations.pop(job_id, None)
 
-    def note(self, session: Session, state: JobState) -> list[ServedAdapter]:
+    def note(self, session: Session, report: JobReport) -> list[ServedAdapter]:
         """In a transaction: what is new of a job. Returns the adapters that can be served now."""
-        job = find_job(session, state.name)
+        job = find_job(session, report.name)
         if job is None or job.status in ("succeeded", "failed"):
             return []
-        if state.resumed_from and job.id not in self._resumed:
+        if report.resumed_from and job.id not in self._resumed:
             self._resumed.add(job.id)
-            tell(session, job.id, f"Resumed from step {state.resumed_from}")
-        total = job.total_steps = state.total_steps
-        validation = dict(state.validation_losses)
-        for index, loss in enumerate(state.losses):
-            step = state.losses_from + index + 1
-            if step <= min(state.resumed_from, job.step):
+            tell(session, job.id, f"Resumed from step {report.resumed_from}")
+        total = job.total_steps = report.total_steps
+        validation = dict(report.validation_losses)
+        for index, loss in enumerate(report.losses):
+            step = report.losses_from + index + 1
+            if step <= min(report.resumed_from, job.step):
                 continue  # told by the engine that took it
             text = f"Step {step}/{total}: training loss={loss:.4f}"
             data = {"step": step, "total_steps": total, "train_loss": loss}
             tell(session, job.id, text, type="metrics", data=data)
-        told = self._validations.get(job.id, state.resumed_from)
-        for step, loss in state.validation_losses:
+        told = self._validations.get(job.id, report.resumed_from)
+        for step, loss in report.validation_losses:
             if step > told:
                 text = f"Step {step}/{total}: validation loss={loss:.4f}"
                 data = {"step": step, "total_steps": total, "valid_loss": loss}
                 tell(session, job.id, text, type="metrics", data=data)
                 self._validations[job.id] = step
-        job.step = state.step
+        job.step = report.step
         adapters = []
-        for step in state.checkpoints:
+        for step in report.checkpoints:
             adapters += self._note_checkpoint(session, job, step, validation)
-        for text in state.messages:
+        for text in report.messages:
             known = select(EventRow.number).where(
                 EventRow.job_id == job.id, EventRow.message == text
             )
@@ -73,18 +73,18 @@ class JobRecords:
                 tell(session, job.id, text, level="warn")
         if job.status == "cancelled":  # whatever became of it; its checkpoints are there
             return adapters
-        if state.status == "succeeded":
-            job.status, job.finished_at, job.trained_tokens = "succeeded", now(), state.tokens
+        if report.status == "succeeded":
+            job.status, job.finished_at, job.trained_tokens = "succeeded", now(), report.tokens
             name, path = self._name(job), str(self._folder(job.id) / "adapter")
             job.fine_tuned_model, job.adapter_path = name, path
             job.result_files = [self._write_losses(session, job)]
             adapters.append(ServedAdapter(name, job.id, path, owner=job.owner))
             tell(session, job.id, f"New fine-tuned model created: {name}")
             tell(session, job.id, "The job has successfully completed")
-        elif state.status == "failed":
+        elif report.status == "failed":
             job.status, job.finished_at = "failed", now()
-            job.error = {"code": "training_failed", "message": state.reason, "param": None}
-            tell(session, job.id, f"The job failed: {state.reason}", level="error")
+            job.error = {"code": "training_failed", "message": report.reason, "param": None}
+            tell(session, job.id, f"The job failed: {report.reason}", level="error")
         return adapters
 
     def _note_checkpoint(

@@ -1,4 +1,4 @@
-"""The attention backward, window by window, against jax.vjp of dense attention over all tokens."""
+"""The attention backward, slice by slice, against jax.vjp of dense attention over all tokens."""
 
 from dataclasses import dataclass
 from functools import cache, partial
@@ -9,25 +9,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kernels_pallas.attention_backward import base, pallas_triton
 from kernels_pallas.backend import Backend
-from kernels_pallas.window_attention_backward import base, pallas_triton
 from tests.kernels.paged import PagePool
 
 # Every implementation of the contract.
 IMPLEMENTATIONS = {
-    "xla": base.window_attention_backward,
-    "pallas": partial(
-        pallas_triton.window_attention_backward, backend=Backend("pallas", interpret=True)
-    ),
+    "xla": base.attention_backward,
+    "pallas": partial(pallas_triton.attention_backward, backend=Backend("pallas", interpret=True)),
 }
 FORWARDS = {
-    "xla": base.window_attention,
-    "pallas": partial(pallas_triton.window_attention, backend=Backend("pallas", interpret=True)),
+    "xla": base.attention_of_slice,
+    "pallas": partial(pallas_triton.attention_of_slice, backend=Backend("pallas", interpret=True)),
 }
 
-LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a window's edge, some inside
+LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a slice's edge, some inside
 TOKENS = sum(LENGTHS)  # the rest of the slots is padding
-SLOTS = 448  # of the microbatch; a multiple of every window
+SLOTS = 448  # of the microbatch; a multiple of every unit
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,8 @@ def _compiled(name: str):
     return jax.jit(IMPLEMENTATIONS[name], donate_argnames=("dk", "dv"))
 
 
-def run_window(backward, problem: Problem, start: int, window: int, dk, dv):
-    rows = {name: x[start : start + window] for name, x in problem.per_token.items()}
+def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv):
+    rows = {name: x[start : start + unit_tokens] for name, x in problem.per_token.items()}
     return backward(
         rows["q"],
         problem.k_pages,
@@ -168,18 +166,18 @@ def assert_close(actual, desired, tolerance):
     )
 
 
-@pytest.mark.parametrize(("name", "window"), CASES)
-def test_windows_in_reverse_order_add_up_to_the_whole_gradient(backward, name, window):
+@pytest.mark.parametrize(("name", "unit_tokens"), CASES)
+def test_slices_in_reverse_order_add_up_to_the_whole_gradient(backward, name, unit_tokens):
     shape, whole = SHAPES[name], problem(name)
     dk, dv = zeros(shape), zeros(shape)
     dq = np.zeros((SLOTS, shape.heads, shape.head_dim), np.float32)
     done = {"dk": np.zeros(dk.shape, np.float32), "dv": np.zeros(dv.shape, np.float32)}
-    for start in reversed(range(0, SLOTS, window)):
-        rows = slice(start, start + window)
-        dq_rows, dk, dv = run_window(backward, whole, start, window, dk, dv)
+    for start in reversed(range(0, SLOTS, unit_tokens)):
+        rows = slice(start, start + unit_tokens)
+        dq_rows, dk, dv = run_slice(backward, whole, start, unit_tokens, dk, dv)
         assert dq_rows.dtype == shape.dtype
         dq[rows] = dq_rows
-        # A window's own keys are complete as soon as it is done: nothing earlier reads them.
+        # A slice's own keys are complete as soon as it is done: nothing earlier reads them.
         done["dk"][rows], done["dv"][rows] = dk[rows], dv[rows]
 
     assert_close(dq[:TOKENS], whole.gradients["dq"], shape.tolerance)
@@ -191,25 +189,27 @@ def test_windows_in_reverse_order_add_up_to_the_whole_gradient(backward, name, w
 
 
 def test_a_window_adds_to_what_the_accumulators_hold(backward):
-    name, window, start = "page16-gqa4-h64-float32", 64, 128
+    name, unit_tokens, start = "page16-gqa4-h64-float32", 64, 128
     shape, whole = SHAPES[name], problem(name)
     rng = np.random.default_rng(1)
     before = rng.standard_normal((2, SLOTS, shape.kv_heads, shape.head_dim)).astype(np.float32)
-    _, *share = run_window(backward, whole, start, window, zeros(shape), zeros(shape))
-    _, *after = run_window(backward, whole, start, window, *map(jnp.asarray, before))
+    _, *share = run_slice(backward, whole, start, unit_tokens, zeros(shape), zeros(shape))
+    _, *after = run_slice(backward, whole, start, unit_tokens, *map(jnp.asarray, before))
     np.testing.assert_allclose(np.stack(after), before + np.stack(share), rtol=0, atol=1e-5)
     # Queries 128..192 see the sequences 0..130, 130, 131..195: keys from 192 on are untouched.
     np.testing.assert_array_equal(np.stack(after)[:, 192:], before[:, 192:])
 
 
 def test_a_window_of_padding_changes_nothing(backward):
-    name, window = "page16-gqa4-h64-float32", 64
+    name, unit_tokens = "page16-gqa4-h64-float32", 64
     shape, whole = SHAPES[name], problem(name)
-    padding = {name: np.roll(x, window - SLOTS + TOKENS, 0) for name, x in whole.per_token.items()}
+    padding = {
+        name: np.roll(x, unit_tokens - SLOTS + TOKENS, 0) for name, x in whole.per_token.items()
+    }
     padding["sequence_starts"][:] = SLOTS
     ones = jnp.ones((SLOTS, shape.kv_heads, shape.head_dim), jnp.float32)
     nothing = Problem(padding, whole.k_pages, whole.v_pages, whole.kv_slots, {})
-    dq, dk, dv = run_window(backward, nothing, SLOTS - window, window, ones, ones + 0)
+    dq, dk, dv = run_slice(backward, nothing, SLOTS - unit_tokens, unit_tokens, ones, ones + 0)
     assert not np.asarray(dq).any()
     assert (np.asarray(dk) == 1).all()
     assert (np.asarray(dv) == 1).all()
@@ -217,12 +217,14 @@ def test_a_window_of_padding_changes_nothing(backward):
 
 def test_rows_that_no_query_sees_are_left_alone(backward):
     """Queries 200..206 see keys 195..206; the same call twice gives the same bits."""
-    name, window, start = "page16-gqa4-h64-float32", 7, 200
+    name, unit_tokens, start = "page16-gqa4-h64-float32", 7, 200
     shape, whole = SHAPES[name], problem(name)
     seen = (np.arange(SLOTS) >= 195) & (np.arange(SLOTS) < 207)
     before = np.where(seen[:, None, None], np.asarray(zeros(shape)), np.nan).astype(np.float32)
     first, second = (
-        np.stack(run_window(backward, whole, start, window, *map(jnp.asarray, [before] * 2))[1:])
+        np.stack(
+            run_slice(backward, whole, start, unit_tokens, *map(jnp.asarray, [before] * 2))[1:]
+        )
         for _ in range(2)
     )
     assert np.isnan(first[:, ~seen]).all()
@@ -231,18 +233,18 @@ def test_rows_that_no_query_sees_are_left_alone(backward):
 
 
 @pytest.mark.parametrize("implementation", FORWARDS)
-@pytest.mark.parametrize(("name", "window"), CASES)
-def test_the_forward_of_a_window(implementation, name, window):
+@pytest.mark.parametrize(("name", "unit_tokens"), CASES)
+def test_the_forward_of_a_slice(implementation, name, unit_tokens):
     """Output and log-sum-exp are those of dense attention, and zeros in padding."""
     shape, whole = SHAPES[name], problem(name)
     forward = jax.jit(FORWARDS[implementation])
-    windows = range(0, SLOTS, window)
-    for start in windows[:: max(1, len(windows) // 8)]:
-        rows = {key: x[start : start + window] for key, x in whole.per_token.items()}
+    starts = range(0, SLOTS, unit_tokens)
+    for start in starts[:: max(1, len(starts) // 8)]:
+        rows = {key: x[start : start + unit_tokens] for key, x in whole.per_token.items()}
         pages = (whole.k_pages, whole.v_pages, whole.kv_slots)
         out, lse = forward(rows["q"], *pages, rows["sequence_starts"], np.int32(start))
         assert out.dtype == shape.dtype
-        tokens = max(0, min(window, TOKENS - start))
+        tokens = max(0, min(unit_tokens, TOKENS - start))
         for ours, expected in ((out, rows["out"]), (lse, rows["lse"])):
             ours, expected = np.asarray(ours, np.float32), np.asarray(expected, np.float32)
             if tokens:

@@ -1,5 +1,5 @@
-"""The attention backward of a window in two Pallas-Triton kernels, without atomics, and its forward
-in one.
+"""The attention backward of a slice of queries in two Pallas-Triton kernels, without atomics, and
+its forward in one.
 
 1. dq: a program owns a block of queries of one head and walks the keys that they see. Where that
    makes too few programs, the keys are split and the partial sums added in a fixed order.
@@ -32,23 +32,23 @@ NEVER = jnp.iinfo(jnp.int32).max
 _LEAST = -1e30  # where a maximum starts
 
 
-def window_attention_backward(
-    q: Float[Array, "W N H"],
+def attention_backward(
+    q: Float[Array, "U N H"],
     k_pages: Float[Array, "P B K H"],
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
-    sequence_starts: Int[Array, " W"],
-    window_start: Int[Array, ""],
-    out: Float[Array, "W N H"],
-    lse: Float[Array, "W N"],
-    d_out: Float[Array, "W N H"],
+    sequence_starts: Int[Array, " U"],
+    first_row: Int[Array, ""],
+    out: Float[Array, "U N H"],
+    lse: Float[Array, "U N"],
+    d_out: Float[Array, "U N H"],
     dk: Float[Array, "S K H"],
     dv: Float[Array, "S K H"],
     backend: Backend,
-) -> tuple[Float[Array, "W N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
-    """See `base.window_attention_backward`."""
+) -> tuple[Float[Array, "U N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
+    """See `base.attention_backward`."""
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
-    token = window_start + jnp.arange(q.shape[0], dtype=jnp.int32)
+    token = first_row + jnp.arange(q.shape[0], dtype=jnp.int32)
     live = sequence_starts <= token
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     rows = _Rows(
@@ -60,7 +60,7 @@ def window_attention_backward(
     )
     bounds = jnp.stack(
         [
-            window_start.astype(jnp.int32),
+            first_row.astype(jnp.int32),
             jnp.min(rows.starts),
             jnp.max(jnp.where(live, token + 1, 0)),
         ]
@@ -69,34 +69,34 @@ def window_attention_backward(
     return dq, *_dkv(bounds, rows, kv_slots, keys, values, dk, dv, backend)
 
 
-def window_attention(
-    q: Float[Array, "W N H"],
+def attention_of_slice(
+    q: Float[Array, "U N H"],
     k_pages: Float[Array, "P B K H"],
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
-    sequence_starts: Int[Array, " W"],
-    window_start: Int[Array, ""],
+    sequence_starts: Int[Array, " U"],
+    first_row: Int[Array, ""],
     backend: Backend,
-) -> tuple[Float[Array, "W N H"], Float[Array, "W N"]]:
-    """See `base.window_attention`: a program owns a block of queries of one head, as in dq."""
-    window, num_heads, head_dim = q.shape
+) -> tuple[Float[Array, "U N H"], Float[Array, "U N"]]:
+    """See `base.attention_of_slice`: a program owns a block of queries of one head, as in dq."""
+    unit_tokens, num_heads, head_dim = q.shape
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
-    token = window_start + jnp.arange(window, dtype=jnp.int32)
+    token = first_row + jnp.arange(unit_tokens, dtype=jnp.int32)
     live = sequence_starts <= token
     starts = jnp.where(live, sequence_starts, NEVER)
     ends = jnp.max(jnp.where(live, token + 1, 0))
-    bounds = jnp.stack([window_start.astype(jnp.int32), jnp.min(starts), ends])
-    tile = dq_tiles(backend.chip, head_dim, q.dtype, window, kv_slots.shape[0])
+    bounds = jnp.stack([first_row.astype(jnp.int32), jnp.min(starts), ends])
+    tile = dq_tiles(backend.chip, head_dim, q.dtype, unit_tokens, kv_slots.shape[0])
     out, lse = pl.pallas_call(
         partial(_attention_kernel, queries=tile["queries"], keys=tile["keys"]),
-        grid=(pl.cdiv(window, tile["queries"]), num_heads),
+        grid=(pl.cdiv(unit_tokens, tile["queries"]), num_heads),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_heads, window), jnp.float32),
+            jax.ShapeDtypeStruct((num_heads, unit_tokens), jnp.float32),
         ),
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
-        name="window_attention",
+        name="attention_of_slice",
     )(bounds, _keys_seen(bounds, starts, tile), starts, q, kv_slots, keys, values)
     return out, lse.T
 
@@ -116,12 +116,12 @@ def _attention_kernel(
     keys: int,
 ):
     """A block of one head's queries against the keys that they see, with an online softmax."""
-    window, num_heads, head_dim = q_ref.shape
+    unit_tokens, num_heads, head_dim = q_ref.shape
     block, head = pl.program_id(0), pl.program_id(1)
     kv_head = lax.div(head, num_heads // k_ref.shape[1])
     row = block * queries + _iota(queries)
     token = bounds_ref[0] + row
-    inside = row < window
+    inside = row < unit_tokens
     starts = _load(starts_ref.at[row], inside, NEVER)
     live = starts < NEVER
     q = _load_rows(q_ref, row, head, live)
@@ -155,10 +155,10 @@ def _attention_kernel(
 
 
 class _Rows(NamedTuple):
-    """The window's queries, as arrays or as references to them.
+    """The slice's queries, as arrays or as references to them.
 
-    starts: [W], first key of each row, `NEVER` in padding. q, d_out: [W, N, H]. lse, in base 2 and
-    infinite in padding, and minus_delta = -sum(out * d_out): [N, W], so that a program's rows lie
+    starts: [U], first key of each row, `NEVER` in padding. q, d_out: [U, N, H]. lse, in base 2 and
+    infinite in padding, and minus_delta = -sum(out * d_out): [N, U], so that a program's rows lie
     side by side. A product that starts from minus_delta frees its registers.
     """
 
@@ -211,18 +211,18 @@ class _Range(NamedTuple):
 
 def _dq(bounds, rows: _Rows, slots, keys, values, backend: Backend) -> jax.Array:
     """Gradient of the queries."""
-    window, num_heads, head_dim = rows.q.shape
-    tile = dq_tiles(backend.chip, head_dim, rows.q.dtype, window, slots.shape[0])
-    blocks = pl.cdiv(window, tile["queries"])
+    unit_tokens, num_heads, head_dim = rows.q.shape
+    tile = dq_tiles(backend.chip, head_dim, rows.q.dtype, unit_tokens, slots.shape[0])
+    blocks = pl.cdiv(unit_tokens, tile["queries"])
     splits = max(1, min(tile["programs"] // (blocks * num_heads), MOST_SPLITS))
     dtype = rows.q.dtype if splits == 1 else jnp.float32
     parts = pl.pallas_call(
         partial(_dq_kernel, queries=tile["queries"], keys=tile["keys"]),
         grid=(blocks, num_heads, splits),
-        out_shape=jax.ShapeDtypeStruct((splits * window, num_heads, head_dim), dtype),
+        out_shape=jax.ShapeDtypeStruct((splits * unit_tokens, num_heads, head_dim), dtype),
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
-        name="window_attention_dq",
+        name="attention_backward_dq",
     )(bounds, _keys_seen(bounds, rows.starts, tile), *rows, slots, keys, values)
     return jnp.sum(parts.reshape(splits, *rows.q.shape), axis=0).astype(rows.q.dtype)
 
@@ -230,14 +230,14 @@ def _dq(bounds, rows: _Rows, slots, keys, values, backend: Backend) -> jax.Array
 def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
     """A block of one head's queries against one split of the keys that they see."""
     rows, (slots_ref, k_ref, v_ref, dq_ref) = _Rows(*refs[:5]), refs[5:]
-    window, num_heads, head_dim = rows.q.shape
+    unit_tokens, num_heads, head_dim = rows.q.shape
     block, head, split = (pl.program_id(i) for i in range(3))
     kv_head = lax.div(head, num_heads // k_ref.shape[1])
     scale = head_dim**-0.5
 
     row = block * queries + _iota(queries)
     token = bounds_ref[0] + row
-    inside = row < window
+    inside = row < unit_tokens
     starts = _load(rows.starts.at[row], inside, NEVER)
     q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, starts < NEVER)
 
@@ -255,13 +255,13 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
 
     seen = _Range.load(seen_ref, block).split(split, pl.num_programs(2))
     dq = seen.accumulate(add_block, 1, jnp.zeros(q.shape, jnp.float32))
-    _store_rows(dq_ref, split * window + row, head, dq, inside)
+    _store_rows(dq_ref, split * unit_tokens + row, head, dq, inside)
 
 
 def _dkv(bounds, rows: _Rows, slots, keys, values, dk, dv, backend: Backend) -> tuple:
-    """The accumulators with this window's share added, in place."""
-    window, _, head_dim = rows.q.shape
-    tile = dkv_tiles(backend.chip, head_dim, rows.q.dtype, window, slots.shape[0])
+    """The accumulators with this slice's share added, in place."""
+    unit_tokens, _, head_dim = rows.q.shape
+    tile = dkv_tiles(backend.chip, head_dim, rows.q.dtype, unit_tokens, slots.shape[0])
     return pl.pallas_call(
         partial(_dkv_kernel, queries=tile["queries"], keys=tile["keys"]),
         # Blocks of late keys are seen by fewer queries: they start last, on every head.
@@ -270,7 +270,7 @@ def _dkv(bounds, rows: _Rows, slots, keys, values, dk, dv, backend: Backend) -> 
         input_output_aliases={10: 0, 11: 1},
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
-        name="window_attention_dkv",
+        name="attention_backward_dkv",
     )(
         bounds,
         _queries_seeing(bounds, rows.starts, slots.shape[0], tile),
@@ -290,7 +290,7 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
         _Rows(*refs[:5]),
         refs[5:],
     )
-    window, num_heads, head_dim = rows.q.shape
+    unit_tokens, num_heads, head_dim = rows.q.shape
     kv_head, block = pl.program_id(0), pl.program_id(1)
     group = num_heads // k_ref.shape[1]
     scale = head_dim**-0.5
@@ -307,7 +307,7 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
             dk, dv = carry
             head = kv_head * group + nth
             row = index * queries + _iota(queries)
-            inside = row < window if masked else None
+            inside = row < unit_tokens if masked else None
             starts = _load(rows.starts.at[row], inside, NEVER)
             live = starts < NEVER if masked else None
             q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
@@ -328,7 +328,7 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
 
 
 def _is_read(bounds_ref, key) -> jax.Array:
-    """Whether some query of the window sees a key: only those hold numbers."""
+    """Whether some query of the slice sees a key: only those hold numbers."""
     return (key >= bounds_ref[1]) & (key < bounds_ref[2])
 
 
@@ -433,20 +433,22 @@ def tuning_key(kernel: str, head_dim: int, dtype) -> str:
     return f"{kernel}/h{head_dim}/{jnp.dtype(dtype).name}"
 
 
-def dq_tiles(chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
+def dq_tiles(chip: str, head_dim: int, dtype, unit_tokens: int, slots: int) -> dict[str, int]:
     """queries and keys of a step; programs: how many to split the keys for."""
-    return _tiles("dq", chip, head_dim, dtype, window, slots)
+    return _tiles("dq", chip, head_dim, dtype, unit_tokens, slots)
 
 
-def dkv_tiles(chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
+def dkv_tiles(chip: str, head_dim: int, dtype, unit_tokens: int, slots: int) -> dict[str, int]:
     """queries and keys of a step."""
-    return _tiles("dkv", chip, head_dim, dtype, window, slots)
+    return _tiles("dkv", chip, head_dim, dtype, unit_tokens, slots)
 
 
-def _tiles(kernel: str, chip: str, head_dim: int, dtype, window: int, slots: int) -> dict[str, int]:
+def _tiles(
+    kernel: str, chip: str, head_dim: int, dtype, unit_tokens: int, slots: int
+) -> dict[str, int]:
     default = {"queries": 16, "keys": 16, "programs": 512, "num_warps": 4, "num_stages": 2}
-    tile = tiles("window_attention_backward", chip, tuning_key(kernel, head_dim, dtype), default)
-    sizes = {"queries": window, "keys": slots}
+    tile = tiles("attention_backward", chip, tuning_key(kernel, head_dim, dtype), default)
+    sizes = {"queries": unit_tokens, "keys": slots}
     return tile | {
         name: min(tile[name], max(16, pl.next_power_of_2(size))) for name, size in sizes.items()
     }

@@ -1,4 +1,4 @@
-"""Turns a step plan into the arrays of a batch: the only per-token work of the host.
+"""Turns a step plan into the arrays of a step: the only per-token work of the host.
 
 Tokens lie in the order decode, prefill, finetuning. The page table of every request row is kept
 between steps, and only pages that are new are written to it.
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from llguidance import LLMatcher
 
-from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
+from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.engine.trainer import MicrobatchInWork
 from scheduler.request import Chunk, Decode, FinetuneForward, Sequence, StepPlan
 
@@ -22,18 +22,18 @@ from scheduler.request import Chunk, Decode, FinetuneForward, Sequence, StepPlan
 class PromptTargets:
     """Prompt tokens whose log-probabilities a step yields.
 
-    tokens: the prompt's tokens from `position` on; the outputs that predict them are the batch's
-    from `batch_start` on.
+    tokens: the prompt's tokens from `position` on; the outputs that predict them are the step's
+    from `first_output` on.
     """
 
     state: RequestState
     position: int
     tokens: tuple[int, ...]
-    batch_start: int
+    first_output: int
 
 
 @dataclass
-class PlannedBatch:
+class PlannedStep:
     """A step ready to run: which forward program, its vector, and who is sampled how.
 
     matchers        of structured outputs, with their rows of `rows`
@@ -51,7 +51,7 @@ class PlannedBatch:
 
 
 class StepBuilder:
-    """Builds batches, and remembers the pages of each request row."""
+    """Builds the inputs of steps, and remembers the pages of each request row."""
 
     def __init__(self, runner: Runner):
         self._runner = runner
@@ -62,14 +62,16 @@ class StepBuilder:
         plan: StepPlan,
         requests: dict[str, RequestState],
         microbatch: MicrobatchInWork | None,
-    ) -> PlannedBatch:
-        """The batch of a plan; `microbatch` is the one whose tokens the plan's forward holds."""
+    ) -> PlannedStep:
+        """The step of a plan; `microbatch` is the one whose tokens the plan's forward holds."""
         runner, page_size = self._runner, self._runner.sizes.page_size
-        shape = runner.sizes.batch_shapes[plan.token_bucket]
-        batch, vector = Batch.empty(shape, runner.num_pages * page_size, runner.sizes.slots)
+        shape = runner.sizes.step_shapes[plan.token_bucket]
+        inputs, vector = StepInputs.empty(
+            shape, runner.num_pages * page_size, runner.sizes.finetune_slots
+        )
         rows = SamplingRows.neutral(shape.samples, no_row=runner.sizes.rows)
-        planned = PlannedBatch("base", vector, [], rows, False, [])
-        self._add_decode(planned, batch, plan.decode, requests)
+        planned = PlannedStep("base", vector, [], rows, False, [])
+        self._add_decode(planned, inputs, plan.decode, requests)
         at = len(plan.decode)
         for s, chunk in enumerate(plan.prefill, start=at):
             sequence = chunk.sequence
@@ -77,38 +79,38 @@ class StepBuilder:
             start, stop, end = chunk.start, chunk.start + chunk.length, at + chunk.length
             where = slice(at, end)
             row = self._prepare_row(sequence, state)
-            batch.token[where] = sequence.tokens[start:stop]
+            inputs.token[where] = sequence.tokens[start:stop]
             self._want_prompt_logprobs(planned, state, chunk, at)
             position = np.arange(start, stop)
-            batch.position[where] = position + state.prefix_tokens
-            batch.kv_slot[where] = (
+            inputs.position[where] = position + state.prefix_tokens
+            inputs.kv_slot[where] = (
                 self._tables[row, position // page_size] * page_size + position % page_size
             )
             if state.adapter:
-                batch.adapter[where] = state.bank_row
+                inputs.adapter[where] = state.bank_row
                 planned.variant = "adapters"
-            batch.kv_lengths[s] = stop
-            batch.page_tables[s] = self._tables[row]
-            batch.query_starts[s + 1 :] = end
+            inputs.kv_lengths[s] = stop
+            inputs.page_tables[s] = self._tables[row]
+            inputs.query_starts[s + 1 :] = end
             if chunk.samples:
-                self._sample(planned, batch, state, sequence, end - 1)
+                self._sample(planned, inputs, state, sequence, end - 1)
             at = end
-        batch.num_decode[...] = len(plan.decode)
+        inputs.num_decode[...] = len(plan.decode)
         sequences = len(plan.decode) + len(plan.prefill)
         if plan.forward is not None and microbatch is not None:
             planned.variant = "adapters"
-            sequences = self._add_finetuning(plan.forward, batch, microbatch, at, sequences)
-        batch.num_sequences[...] = sequences
+            sequences = self._add_finetuning(plan.forward, inputs, microbatch, at, sequences)
+        inputs.num_sequences[...] = sequences
         return planned
 
     def _add_decode(
         self,
-        planned: PlannedBatch,
-        batch: Batch,
+        planned: PlannedStep,
+        inputs: StepInputs,
         decode: Decode,
         requests: dict[str, RequestState],
     ) -> None:
-        """The first tokens of the batch: as there may be thousands, no array is made for one."""
+        """The first tokens of the step: as there may be thousands, no array is made for one."""
         count, page_size = len(decode), self._runner.sizes.page_size
         if not count:
             return
@@ -120,20 +122,20 @@ class StepBuilder:
             rows.append(self._prepare_row(sequence, state))
             adapters.append(state.bank_row)
             prefixes.append(state.prefix_tokens)
-            self._sample(planned, batch, state, sequence, at)
+            self._sample(planned, inputs, state, sequence, at)
         row, position = np.array(rows), np.array(decode.positions)
-        batch.token[:count] = -1 - row
-        batch.position[:count] = position + np.array(prefixes)
-        batch.kv_slot[:count] = (
+        inputs.token[:count] = -1 - row
+        inputs.position[:count] = position + np.array(prefixes)
+        inputs.kv_slot[:count] = (
             self._tables[row, position // page_size] * page_size + position % page_size
         )
-        batch.adapter[:count] = adapters
+        inputs.adapter[:count] = adapters
         if max(adapters) >= 0:
             planned.variant = "adapters"
-        batch.kv_lengths[:count] = position + 1
-        batch.page_tables[:count] = self._tables[row]
-        batch.query_starts[1 : count + 1] = np.arange(1, count + 1)
-        batch.query_starts[count + 1 :] = count
+        inputs.kv_lengths[:count] = position + 1
+        inputs.page_tables[:count] = self._tables[row]
+        inputs.query_starts[1 : count + 1] = np.arange(1, count + 1)
+        inputs.query_starts[count + 1 :] = count
 
     def _prepare_row(self, sequence: Sequence, state: RequestState) -> int:
         """Bring the row's page table up to date; start its history if it is new in the row."""
@@ -158,16 +160,16 @@ class StepBuilder:
 
     def _sample(
         self,
-        planned: PlannedBatch,
-        batch: Batch,
+        planned: PlannedStep,
+        inputs: StepInputs,
         state: RequestState,
         sequence: Sequence,
         token: int,
     ) -> None:
-        """Sample from the output of `token` of the batch."""
+        """Sample from the output of the step's token number `token`."""
         i = len(planned.sampled)
         planned.sampled.append(state)
-        batch.sample[i] = token
+        inputs.sample[i] = token
         index = len(sequence.output) + sequence.in_flight - 1  # the plan has counted this one
         rows, params = planned.rows, state.params
         rows.row[i], rows.adapter[i] = sequence.row, state.bank_row
@@ -187,7 +189,7 @@ class StepBuilder:
             rows.banned[i, : len(banned)] = banned
 
     def _want_prompt_logprobs(
-        self, planned: PlannedBatch, state: RequestState, chunk: Chunk, at: int
+        self, planned: PlannedStep, state: RequestState, chunk: Chunk, at: int
     ) -> None:
         if state.params.prompt_logprobs is None or chunk.start >= len(state.prompt) - 1:
             return
@@ -198,7 +200,7 @@ class StepBuilder:
     def _add_finetuning(
         self,
         forward: FinetuneForward,
-        batch: Batch,
+        inputs: StepInputs,
         current: MicrobatchInWork,
         at: int,
         sequences: int,
@@ -207,19 +209,19 @@ class StepBuilder:
         packed = current.packed
         tokens = slice(forward.start, forward.start + forward.length)
         where = slice(at, at + forward.length)
-        batch.token[where] = packed.token[tokens]
-        batch.position[where] = packed.position[tokens]
-        batch.kv_slot[where] = current.kv_slot[tokens]
-        batch.adapter[where] = packed.job.slot - 1
-        batch.saved_row[where] = forward.slot + np.arange(tokens.start, tokens.stop)
+        inputs.token[where] = packed.token[tokens]
+        inputs.position[where] = packed.position[tokens]
+        inputs.kv_slot[where] = current.kv_slot[tokens]
+        inputs.adapter[where] = packed.job.bank_slot - 1
+        inputs.saved_row[where] = forward.first_token_slot + np.arange(tokens.start, tokens.stop)
         start = 0
         for length, pages in zip(packed.lengths, current.pages, strict=True):
             first, last = max(start, tokens.start), min(start + length, tokens.stop)
             if first < last:
                 at += last - first
-                batch.query_starts[sequences + 1 :] = at
-                batch.kv_lengths[sequences] = last - start
-                batch.page_tables[sequences, : len(pages)] = pages
+                inputs.query_starts[sequences + 1 :] = at
+                inputs.kv_lengths[sequences] = last - start
+                inputs.page_tables[sequences, : len(pages)] = pages
                 sequences += 1
             start += length
         return sequences

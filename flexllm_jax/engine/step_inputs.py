@@ -1,8 +1,8 @@
-"""The layout of a step's batch, and its one-array form.
+"""What a step's forward program takes from the host, and its one-array form.
 
 Everything the host tells the forward program about a step travels as a single int32 vector: one
-transfer a step. A `BatchShape` is a bucket, and a `Batch` names the vector's parts: views that the
-host fills, or slices on the device.
+transfer a step. A `StepShape` is a bucket, and `StepInputs` names the vector's parts: views that
+the host fills, or slices on the device.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class BatchShape:
+class StepShape:
     """Sizes of a bucket.
 
     Token slots, sequences (inference and packed finetuning), pages a sequence, sampled rows.
@@ -28,7 +28,7 @@ class BatchShape:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every field of a batch, in the order of the vector."""
+        """Shape of every field of the inputs, in the order of the vector."""
         return {
             "token": (self.tokens,),
             "position": (self.tokens,),
@@ -56,13 +56,13 @@ class BatchShape:
 
 
 @dataclass
-class Batch:
+class StepInputs:
     """A step's tokens; arrays of numpy on the host, of JAX inside a program; all int32.
 
     token: id, or -1 - row: the newest token of that request row, which only the device knows.
     kv_slot: page * page_size + offset where the token's key goes, past the pages for padding.
-    adapter: row of the bank, -1 for none. saved_row: slot of a finetuning token in its microbatch,
-    past the end for others. sample: the tokens whose outputs are sampled. The rest is as
+    adapter: row of the bank, -1 for none. saved_row: the finetuning slot of a token, past the end
+    for others. sample: the tokens whose outputs are sampled. The rest is as
     `ragged_paged_attention` takes it.
     """
 
@@ -79,18 +79,20 @@ class Batch:
     num_sequences: Any
 
     @classmethod
-    def cut(cls, vector, shape: BatchShape) -> "Batch":
+    def cut(cls, vector, shape: StepShape) -> "StepInputs":
         """The fields of a packed vector; views of it when it is a numpy array."""
         shapes = shape.shapes
         return cls(**{n: vector[part].reshape(shapes[n]) for n, part in shape.parts.items()})
 
     @classmethod
-    def empty(cls, shape: BatchShape, kv_slots: int, saved_rows: int) -> tuple["Batch", np.ndarray]:
-        """A batch of padding to be filled on the host, and the vector that its fields are views
+    def empty(
+        cls, shape: StepShape, kv_slots: int, saved_rows: int
+    ) -> tuple["StepInputs", np.ndarray]:
+        """Inputs of padding to be filled on the host, and the vector that their fields are views
         of."""
         vector = np.zeros(shape.size, np.int32)
-        batch = cls.cut(vector, shape)
-        batch.kv_slot[:] = kv_slots
-        batch.adapter[:] = -1
-        batch.saved_row[:] = saved_rows
-        return batch, vector
+        inputs = cls.cut(vector, shape)
+        inputs.kv_slot[:] = kv_slots
+        inputs.adapter[:] = -1
+        inputs.saved_row[:] = saved_rows
+        return inputs, vector

@@ -1,10 +1,10 @@
 """The contract of the attention backward of token-level finetuning (FlexLLM, section 6), and its
-XLA reference; and of the forward for the same window, where its output was not saved.
+XLA reference; and of the forward for the same slice, where its output was not saved.
 
-A microbatch's sequences lie one after the other. The windows of one layer run from the last to the
-first; each adds into float32 accumulators of the gradients of the keys and values that its queries
-read. When a window has added its own share, its rows of the accumulators are complete, because
-every later query has been there before.
+A microbatch's sequences lie one after the other, and its rows are cut in slices of U tokens. The
+slices of one layer run from the last to the first; each adds into float32 accumulators of the
+gradients of the keys and values that its queries read. When a slice has added its own share, its
+rows of the accumulators are complete, because every later query has been there before.
 """
 
 import math
@@ -18,32 +18,34 @@ _KEYS_AT_ONCE = 128
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 
 
-def window_attention(
-    q: Float[Array, "W N H"],
+def attention_of_slice(
+    q: Float[Array, "U N H"],
     k_pages: Float[Array, "P B K H"],
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
-    sequence_starts: Int[Array, " W"],
-    window_start: Int[Array, ""],
-) -> tuple[Float[Array, "W N H"], Float[Array, "W N"]]:
-    """Causal attention, scaled by 1/sqrt(H), of one window of queries: what the forward's ragged
-    paged attention gave, from the arguments that the backward has (`window_attention_backward`).
+    sequence_starts: Int[Array, " U"],
+    first_row: Int[Array, ""],
+) -> tuple[Float[Array, "U N H"], Float[Array, "U N"]]:
+    """Causal attention, scaled by 1/sqrt(H), of one slice of queries: what the forward's ragged
+    paged attention gave, from the arguments that the backward has (`attention_backward`).
 
     Returns:
         Attention output in q's dtype, and the float32 log-sum-exp of the scaled scores; zeros in
         padding. The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 1).
     """
-    window, num_heads, head_dim = q.shape
+    unit_tokens, num_heads, head_dim = q.shape
     kv_heads, num_slots = k_pages.shape[2], kv_slots.shape[0]
     group = num_heads // kv_heads
     chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
     flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
     flat_values = v_pages.reshape(-1, kv_heads, head_dim)
-    token = window_start + jnp.arange(window)
+    token = first_row + jnp.arange(unit_tokens)
     attends = sequence_starts <= token
     first_key = jnp.min(jnp.where(attends, sequence_starts, num_slots))
     last_key = jnp.max(jnp.where(attends, token, -1))
-    queries = jnp.where(attends[:, None, None], q, 0).reshape(window, kv_heads, group, head_dim)
+    queries = jnp.where(attends[:, None, None], q, 0).reshape(
+        unit_tokens, kv_heads, group, head_dim
+    )
 
     def chunk_of_keys(c, carry):
         total, maximum, accumulated = carry
@@ -52,16 +54,16 @@ def window_attention(
         read = ((index >= first_key) & (index <= last_key))[:, None, None]
         keys, values = (jnp.where(read, x[slots], 0) for x in (flat_keys, flat_values))
         scores = head_dim**-0.5 * jnp.einsum(
-            "wkgh,ckh->wkgc", queries, keys, preferred_element_type=jnp.float32
+            "ukgh,ckh->ukgc", queries, keys, preferred_element_type=jnp.float32
         )
-        visible = (index >= sequence_starts[:, None]) & (index <= token[:, None])  # [W, C]
+        visible = (index >= sequence_starts[:, None]) & (index <= token[:, None])  # [U, C]
         visible = visible[:, None, None]
         scores = jnp.where(visible, scores, _MASKED)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
         correction = jnp.exp(maximum - new_maximum)
         accumulated = accumulated * correction[..., None] + jnp.einsum(
-            "wkgc,ckh->wkgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+            "ukgc,ckh->ukgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
         )
         return total * correction + weights.sum(axis=-1), new_maximum, accumulated
 
@@ -78,34 +80,34 @@ def window_attention(
     live = attends[:, None, None]
     out = jnp.where(live[..., None], accumulated / jnp.where(live, total, 1.0)[..., None], 0)
     lse = jnp.where(live, maximum + jnp.log(jnp.where(live, total, 1.0)), 0.0)
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(window, num_heads)
+    return out.reshape(q.shape).astype(q.dtype), lse.reshape(unit_tokens, num_heads)
 
 
-def window_attention_backward(
-    q: Float[Array, "W N H"],
+def attention_backward(
+    q: Float[Array, "U N H"],
     k_pages: Float[Array, "P B K H"],
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
-    sequence_starts: Int[Array, " W"],
-    window_start: Int[Array, ""],
-    out: Float[Array, "W N H"],
-    lse: Float[Array, "W N"],
-    d_out: Float[Array, "W N H"],
+    sequence_starts: Int[Array, " U"],
+    first_row: Int[Array, ""],
+    out: Float[Array, "U N H"],
+    lse: Float[Array, "U N"],
+    d_out: Float[Array, "U N H"],
     dk: Float[Array, "S K H"],
     dv: Float[Array, "S K H"],
-) -> tuple[Float[Array, "W N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
-    """Gradients of causal attention, scaled by 1/sqrt(H), for one window of queries.
+) -> tuple[Float[Array, "U N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
+    """Gradients of causal attention, scaled by 1/sqrt(H), for one slice of queries.
 
     Args:
-        q: the window's queries; query i is token window_start + i of the microbatch.
+        q: the slice's queries; query i is row first_row + i of the microbatch.
         k_pages: pages of B keys.
         v_pages: pages of values.
         kv_slots: where each of the microbatch's S tokens keeps its key and value: page * B +
             offset; int32. Any slot does for a token that is padding.
         sequence_starts: for each query, the first token of its sequence: it attends to the tokens
-            [sequence_starts[i], window_start + i]. A row that is padding starts past itself,
+            [sequence_starts[i], first_row + i]. A row that is padding starts past itself,
             attends to nothing, and changes nothing whatever its other arguments hold.
-        window_start: first token of the window; int32 scalar.
+        first_row: the slice's first row in the microbatch; int32 scalar.
         out: the forward's output rows.
         lse: the forward's log-sum-exp of the scaled scores; float32.
         d_out: gradient of `out`.
@@ -113,11 +115,11 @@ def window_attention_backward(
         dv: float32 accumulator of the values' gradients.
 
     Returns:
-        dq in q's dtype, and the accumulators with this window's share added.
+        dq in q's dtype, and the accumulators with this slice's share added.
 
     The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2).
     """
-    window, num_heads, head_dim = q.shape
+    unit_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     group = num_heads // kv_heads
     num_slots = kv_slots.shape[0]
@@ -126,11 +128,11 @@ def window_attention_backward(
     flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
     flat_values = v_pages.reshape(-1, kv_heads, head_dim)
 
-    def by_kv_head(x):  # [W, N, ...] -> [K, W*G, ...]
-        x = x.reshape(window, kv_heads, group, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0).reshape(kv_heads, window * group, *x.shape[3:])
+    def by_kv_head(x):  # [U, N, ...] -> [K, U*G, ...]
+        x = x.reshape(unit_tokens, kv_heads, group, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0).reshape(kv_heads, unit_tokens * group, *x.shape[3:])
 
-    token = window_start + jnp.arange(window)
+    token = first_row + jnp.arange(unit_tokens)
     attends = sequence_starts <= token
     # Padding holds anything, NaN too, and 0 * NaN is NaN.
     q, out, d_out = (jnp.where(attends[:, None, None], x, 0) for x in (q, out, d_out))
@@ -144,7 +146,7 @@ def window_attention_backward(
         by_kv_head(lse),
         by_kv_head(delta),
     )
-    index = jnp.repeat(token, group)[:, None]  # [W*G, 1]
+    index = jnp.repeat(token, group)[:, None]  # [U*G, 1]
     start = jnp.repeat(sequence_starts, group)[:, None]
 
     def chunk_of_keys(c, carry):
@@ -174,7 +176,7 @@ def window_attention_backward(
         chunk_of_keys,
         (jnp.zeros(queries.shape, jnp.float32), dk, dv),
     )
-    dq = jnp.moveaxis(dq.reshape(kv_heads, window, group, head_dim), 0, 1)
+    dq = jnp.moveaxis(dq.reshape(kv_heads, unit_tokens, group, head_dim), 0, 1)
     return dq.reshape(q.shape).astype(q.dtype), dk, dv
 
 

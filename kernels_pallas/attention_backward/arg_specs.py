@@ -1,4 +1,4 @@
-"""The window attention backward at the shapes of real models, and the tiles to choose from."""
+"""The attention backward at the shapes of real models, and the tiles to choose from."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.attention_backward import attention_backward, attention_of_slice
+from kernels_pallas.attention_backward.pallas_triton import tuning_key
 from kernels_pallas.cases import Case, ModelShape, model_shards
-from kernels_pallas.window_attention_backward import window_attention, window_attention_backward
-from kernels_pallas.window_attention_backward.pallas_triton import tuning_key
 
 # Sequences of a few hundred tokens that fill a microbatch of 4096 up to some padding.
 PACKED = (700, 200, 450, 310, 620, 90, 540, 380, 260, 480)
 
 
-def _make(key, model: ModelShape, lengths, slots, window, start, page_size, dtype) -> tuple:
-    """One window of a microbatch whose pages lie in the pool in a random order, among as many that
+def _make(key, model: ModelShape, lengths, slots, unit_tokens, start, page_size, dtype) -> tuple:
+    """One slice of a microbatch whose pages lie in the pool in a random order, among as many that
     are not its own and hold NaN, as padding does."""
     keys = iter(jax.random.split(key, 7))
     tokens = sum(lengths)
     sequence_starts = np.full(slots, slots, np.int32)
     sequence_starts[:tokens] = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)
-    padding = jnp.arange(start, start + window) >= tokens
+    padding = jnp.arange(start, start + unit_tokens) >= tokens
     own = -(-slots // page_size)
     pages = jax.random.permutation(next(keys), 2 * own)[:own]
     offset = jnp.arange(slots)
@@ -38,12 +38,12 @@ def _make(key, model: ModelShape, lengths, slots, window, start, page_size, dtyp
         return all_slots.at[kv_slots].set(values).reshape(2 * own, page_size, *shape[1:])
 
     def rows(*shape: int, dtype=dtype):
-        values = jax.random.normal(next(keys), (window, model.num_heads, *shape), dtype)
+        values = jax.random.normal(next(keys), (unit_tokens, model.num_heads, *shape), dtype)
         return jnp.where(padding.reshape(-1, *[1] * (values.ndim - 1)), jnp.nan, values)
 
     k_pages, v_pages, q, out, d_out = pool(), pool(), *(rows(model.head_dim) for _ in range(3))
     # About the log-sum-exp of that many random scores, so that the weights sum to about 1.
-    seen = start + np.arange(window) + 1 - sequence_starts[start : start + window]
+    seen = start + np.arange(unit_tokens) + 1 - sequence_starts[start : start + unit_tokens]
     lse = rows(dtype=jnp.float32) * 0.1 + np.log(np.maximum(seen, 1))[:, None] + 0.5
     accumulator = jnp.zeros((slots, model.num_kv_heads, model.head_dim), jnp.float32)
     return (
@@ -51,7 +51,7 @@ def _make(key, model: ModelShape, lengths, slots, window, start, page_size, dtyp
         k_pages,
         v_pages,
         kv_slots,
-        jnp.asarray(sequence_starts[start : start + window]),
+        jnp.asarray(sequence_starts[start : start + unit_tokens]),
         jnp.int32(start),
         out,
         lse.astype(jnp.float32),
@@ -66,13 +66,13 @@ def _case(
     model: ModelShape,
     lengths: tuple[int, ...],
     slots: int,
-    window: int,
+    unit_tokens: int,
     start: int,
     page_size: int = 64,
     dtype=jnp.bfloat16,
     target: float = 0.0,
 ) -> Case:
-    tokens = np.arange(start, min(start + window, sum(lengths)))
+    tokens = np.arange(start, min(start + unit_tokens, sum(lengths)))
     firsts = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)[tokens]
     pairs = int(np.sum(tokens + 1 - firsts)) * model.num_heads
     item = jnp.dtype(dtype).itemsize
@@ -82,8 +82,8 @@ def _case(
     values += keys_read * model.head_dim * (2 * item + 4 * 4)
     return Case(
         name,
-        window_attention_backward,
-        lambda key: _make(key, model, lengths, slots, window, start, page_size, dtype),
+        attention_backward,
+        lambda key: _make(key, model, lengths, slots, unit_tokens, start, page_size, dtype),
         flops=5.0 * 2 * pairs * model.head_dim,
         bytes=float(values),
         bound="products",
@@ -98,7 +98,7 @@ def _again(case: Case) -> Case:
     return replace(
         case,
         name=f"{case.name}/again",
-        function=window_attention,
+        function=attention_of_slice,
         make=lambda key: case.make(key)[:6],
         flops=case.flops * 2 / 5,
         bytes=case.bytes / 2,
@@ -109,20 +109,22 @@ def _again(case: Case) -> Case:
 
 def _cases() -> Iterator[Case]:
     for model in model_shards():
-        last = partial(_case, model=model, lengths=(8192,), slots=8192, window=1024, start=7168)
+        last = partial(
+            _case, model=model, lengths=(8192,), slots=8192, unit_tokens=1024, start=7168
+        )
         yield last(f"{model.name}/last-1024-of-8192", target=0.4)
         yield _again(last(f"{model.name}/last-1024-of-8192"))
-        packed = partial(_case, model=model, lengths=PACKED, slots=4096, window=512)
+        packed = partial(_case, model=model, lengths=PACKED, slots=4096, unit_tokens=512)
         yield packed(f"{model.name}/packed-512-of-4096", start=2048)
     model = next(model_shards())
-    extra = partial(_case, lengths=PACKED, slots=4096, window=512, start=3584)
+    extra = partial(_case, lengths=PACKED, slots=4096, unit_tokens=512, start=3584)
     for head_dim in (64, 80, 96, 256):
         other = ModelShape(model.name, 0, 16, 4, head_dim, 0)
         yield extra(f"{model.name}/packed-512-of-4096/h{head_dim}", model=other)
     yield extra(f"{model.name}/packed-512-of-4096/float32", model=model, dtype=jnp.float32)
     yield extra(f"{model.name}/packed-512-of-4096/page16", model=model, page_size=16)
     odd = partial(_case, model=model, lengths=(1000, 77), slots=1099, page_size=128)
-    yield odd(f"{model.name}/odd-333-of-1099", window=333, start=766)
+    yield odd(f"{model.name}/odd-333-of-1099", unit_tokens=333, start=766)
 
 
 CASES = tuple(_cases())
@@ -132,7 +134,7 @@ DRY_RUN_CASES = (
         model=ModelShape("tiny", 64, 4, 2, 16, 128),
         lengths=(33, 17),
         slots=50,
-        window=20,
+        unit_tokens=20,
         start=30,
         page_size=16,
     ),
@@ -142,7 +144,7 @@ DRY_RUN_CASES = (
 def tuning_keys(case: Case) -> tuple[str, ...]:
     """The entries of the tuning table that a case uses: of dq and of dkv; the forward takes dq's
     tiles, and has none of its own."""
-    if case.function is window_attention:
+    if case.function is attention_of_slice:
         return ()
     q = jax.eval_shape(case.make, jax.random.key(0))[0]
     dq, dkv = (tuning_key(kernel, q.shape[2], q.dtype) for kernel in ("dq", "dkv"))
