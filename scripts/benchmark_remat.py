@@ -56,7 +56,7 @@ def main() -> int:
     console.print(remat.plan_table(rows, sizes))
     result: dict[str, Any] = {
         "model": str(config.model.path),
-        "tokens": sizes.slots,
+        "tokens": sizes.finetune_slots,
         "saved": saved,
         "activations": activations,
         "plans": rows,

@@ -7,8 +7,8 @@ import pytest
 from flexllm_jax.config import Config, ConfigError, Section, build_config, load_config
 from flexllm_jax.config.load import _walk
 from flexllm_jax.config.renamed import FIELDS, VALUES
-from flexllm_jax.experiments.benchmark import BenchmarkConfig
-from flexllm_jax.experiments.simulation import SimulationConfig
+from flexllm_jax.experiments.comparison.experiment import BenchmarkConfig
+from flexllm_jax.experiments.simulation.simulate import SimulationConfig
 
 # The smallest tree that reads, and the tree's class, by first key of a field.
 ROOTS: dict[str, tuple[type[Section], dict[str, Any]]] = {

@@ -55,7 +55,7 @@ def trained(job, steps):
         job._prepare(itertools.count())
         while job._ready:
             seen += job._ready.popleft().token[::10].tolist()
-    job._position = job.stream.state()
+    job._data_position = job.stream.state()
     return seen
 
 

@@ -167,7 +167,7 @@ class RecordedSupply:
         self.job = job.name
         made = (job.next_microbatch(count()) for _ in range(_MICROBATCHES))
         self._microbatches = [packed.as_planned() for packed in made if packed]
-        self._batches = 1 + max(m.batch for m in self._microbatches)
+        self._versions = 1 + max(m.weights_version for m in self._microbatches)
         self._given = 0
 
     def next(self) -> Microbatch:
@@ -176,5 +176,9 @@ class RecordedSupply:
         self._given += 1
         one = self._microbatches[index]
         return Microbatch(
-            self._given, one.lengths, one.backward, self.job, one.batch + around * self._batches
+            self._given,
+            one.lengths,
+            one.backward,
+            self.job,
+            one.weights_version + around * self._versions,
         )

@@ -102,10 +102,10 @@ def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Arr
         layer = decoder.layer(layer_params)
         q, k, v = (
             heads.reshape(batch, length, -1, config.head_dim)
-            for heads in layer.attention_inputs(x, angles)
+            for heads in layer.before_attention(x, angles)
         )
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        x = layer.attention_outputs(x, attended.reshape(batch * length, -1, config.head_dim))
+        x = layer.after_attention(x, attended.reshape(batch * length, -1, config.head_dim))
     losses = optax.softmax_cross_entropy_with_integer_labels(
         decoder.logits(params, x), rows[:, 1:].reshape(-1)
     )

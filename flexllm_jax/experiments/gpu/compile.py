@@ -37,8 +37,8 @@ _ENGINE_PROGRAMS = (
     "forward/adapters/2048",
     "sample/greedy/256",
     "sample/full/256",
-    "loss_unit",
-    "layer_unit",
+    "unit/loss",
+    "unit/layer",
     "optimizer_step",
 )
 _ENGINE_CONFIG = {
@@ -46,7 +46,7 @@ _ENGINE_CONFIG = {
     "cache": {"page_size": 64},
     "adapters": {"slots": 8, "max_rank": 16},
     "scheduler": {"max_sequences": 256, "max_tokens_per_step": 2048},
-    "finetune": {"max_tokens": 8192, "window": 1024},
+    "finetune": {"max_tokens": 8192, "unit_tokens": 1024},
     "compile": {"token_buckets": [256, 2048]},
 }
 _ENGINE_PAGES = 4096

@@ -36,7 +36,7 @@ def engine_workload(*, dry_run: bool) -> Workload:
             token_buckets=[8, 64],
             engine={
                 "cache": {"page_size": 16},
-                "finetune": {"max_tokens": 64, "window": 32, "checkpoint_every": 0},
+                "finetune": {"max_tokens": 64, "unit_tokens": 32, "checkpoint_every": 0},
             },
         )
     return Workload(
@@ -52,6 +52,6 @@ def engine_workload(*, dry_run: bool) -> Workload:
         token_buckets=[64, 512, 2048],
         engine={
             "cache": {"page_size": 64, "memory_fraction": 0.45},
-            "finetune": {"max_tokens": 8192, "window": 1024, "checkpoint_every": 0},
+            "finetune": {"max_tokens": 8192, "unit_tokens": 1024, "checkpoint_every": 0},
         },
     )

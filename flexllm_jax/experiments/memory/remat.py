@@ -57,7 +57,7 @@ def activations(graph: LayerGraph, saved: tuple[str, ...]) -> list[Row]:
 
 def activation_table(rows: list[Row], sizes: EngineSizes) -> Table:
     """The arrays of one layer."""
-    table = Table(title=f"what a framework keeps of one layer, {sizes.slots:,} tokens")
+    table = Table(title=f"what a framework keeps of one layer, {sizes.finetune_slots:,} tokens")
     for column in ("array", "made by", "shape", "dtype", "MiB", "MFLOP again", "here"):
         table.add_column(column, justify="right" if column.startswith("M") else "left")
     for row in rows:
@@ -93,13 +93,13 @@ def plan_row(plan: Plan, sizes: EngineSizes) -> Row:
     return {
         "saved": [INPUT, *plan.saved],
         "bytes": plan.bytes * layers,
-        "recomputed_flops_per_token": plan.flops * layers / sizes.slots,
+        "recomputed_flops_per_token": plan.flops * layers / sizes.finetune_slots,
     }
 
 
 def plan_table(rows: list[Row], sizes: EngineSizes) -> Table:
     """The plans from the smallest to the largest."""
-    table = Table(title=f"plans for {sizes.slots:,} tokens, all layers")
+    table = Table(title=f"plans for {sizes.finetune_slots:,} tokens, all layers")
     table.add_column("saved")
     measured = "tokens_per_s" in rows[0]
     for column in ("MiB", "MFLOP/token again", *(("tokens/s", "gradients off by") * measured)):

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from flexllm_jax.compile.remat import INPUT, Plan
 from flexllm_jax.config import Config, ConfigError
-from flexllm_jax.engine.batch import Batch
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.runner import Runner
+from flexllm_jax.engine.step_inputs import StepInputs
 
 Row = dict[str, Any]
 
@@ -29,15 +29,15 @@ class Microbatch:
         self.runner, sizes = runner, runner.sizes
         self.bucket = sizes.buckets[-1]
         self.length = sizes.max_model_len // self.bucket * self.bucket
-        count = sizes.slots // self.length if self.length else 0
-        if not count or sizes.slots % self.length:
+        count = sizes.finetune_slots // self.length if self.length else 0
+        if not count or sizes.finetune_slots % self.length:
             raise ConfigError(
-                f"finetune.max_tokens: got {sizes.slots}; to fill it, it must be a multiple of "
-                f"{self.length or self.bucket}, the part of model.max_model_len "
+                f"finetune.max_tokens: got {sizes.finetune_slots}; to fill it, it must be a "
+                f"multiple of {self.length or self.bucket}, the part of model.max_model_len "
                 f"({sizes.max_model_len}) that steps of {self.bucket} tokens fill"
             )
         random = np.random.default_rng(0)
-        self.tokens = random.integers(0, runner.model.vocab_size, sizes.slots)
+        self.tokens = random.integers(0, runner.model.vocab_size, sizes.finetune_slots)
         self.position = np.tile(np.arange(self.length), count)
         pages = -(-self.length // sizes.page_size)
         self.tables = np.arange(count * pages).reshape(count, pages)
@@ -49,7 +49,7 @@ class Microbatch:
         label = np.where(self.position < self.length - 1, np.roll(self.tokens, -1), -1)
         table = np.stack([label, self.position, self.kv_slot, first]).astype(np.int32)
         self.table = jax.device_put(table, runner.device)
-        values, scales = sizes.bank_row
+        values, scales = sizes.adapter_row
         self.weights = jax.tree.map(
             lambda s: random.normal(0, 0.02, s.shape).astype(s.dtype), values
         )
@@ -59,28 +59,31 @@ class Microbatch:
         self.weights = jax.device_put(self.weights, runner.device)
         ones = jax.tree.map(lambda s: np.ones(1, s.dtype), scales)
         self.scales = jax.device_put(ones, runner.device)
-        self.vectors = [self._batch(start) for start in range(0, sizes.slots, self.bucket)]
+        self.vectors = [self._batch(start) for start in range(0, sizes.finetune_slots, self.bucket)]
 
     def _batch(self, start: int) -> np.ndarray:
         sizes = self.runner.sizes
-        shape = sizes.batch_shapes[self.bucket]
+        shape = sizes.step_shapes[self.bucket]
         kv_slots = self.runner.num_pages * sizes.page_size
-        batch, vector = Batch.empty(shape, kv_slots, sizes.slots)
+        inputs, vector = StepInputs.empty(shape, kv_slots, sizes.finetune_slots)
         rows = slice(start, start + self.bucket)
-        batch.token[:], batch.position[:] = self.tokens[rows], self.position[rows]
-        batch.kv_slot[:], batch.saved_row[:] = self.kv_slot[rows], np.arange(rows.start, rows.stop)
-        batch.adapter[:] = 0
-        batch.query_starts[1:] = self.bucket
-        batch.kv_lengths[0] = self.position[rows][-1] + 1
+        inputs.token[:], inputs.position[:] = self.tokens[rows], self.position[rows]
+        inputs.kv_slot[:], inputs.saved_row[:] = (
+            self.kv_slot[rows],
+            np.arange(rows.start, rows.stop),
+        )
+        inputs.adapter[:] = 0
+        inputs.query_starts[1:] = self.bucket
+        inputs.kv_lengths[0] = self.position[rows][-1] + 1
         own = self.tables[start // self.length]
-        batch.page_tables[0, : len(own)] = own
-        batch.num_sequences[...] = 1
+        inputs.page_tables[0, : len(own)] = own
+        inputs.num_sequences[...] = 1
         return vector
 
     def run(self) -> float:
         """Forward and backward once; seconds."""
-        runner, window = self.runner, self.runner.sizes.window
-        starts = list(reversed(range(0, runner.sizes.slots, window)))
+        runner, unit_tokens = self.runner, self.runner.sizes.unit_tokens
+        starts = list(reversed(range(0, runner.sizes.finetune_slots, unit_tokens)))
         began = time.perf_counter()
         for vector in self.vectors:
             runner.forward("adapters", self.bucket, vector)
@@ -114,7 +117,7 @@ def measure(
     expected = microbatches[-1].gradients()
     seconds = [[one.run() for one in microbatches] for _ in range(rounds)]
     for row, one, own in zip(rows, microbatches, zip(*seconds, strict=True), strict=True):
-        slots = one.runner.sizes.slots
+        slots = one.runner.sizes.finetune_slots
         row["rounds"] = [slots / s for s in own]
         row["tokens_per_s"] = median(row["rounds"])
         row["allocated_bytes"] = tree_bytes(one.runner.finetune["saved"])

@@ -10,7 +10,7 @@ import numpy as np
 
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig
 from flexllm_jax.experiments.side_by_side.workload import Workload, random_tokens
-from flexllm_jax.llm import LLM, Job
+from flexllm_jax.llm import LLM, JobHandle
 
 
 class Ours:
@@ -33,7 +33,7 @@ class Ours:
         }
         self.llm = LLM(model, **fields, **workload.engine)
 
-    def start_job(self, rows: Path, steps: int) -> Job:
+    def start_job(self, rows: Path, steps: int) -> JobHandle:
         """A finetuning job of one sequence a step."""
         self.jobs += 1
         return self.llm.finetune(

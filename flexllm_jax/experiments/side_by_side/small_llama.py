@@ -29,7 +29,7 @@ WORKLOAD = Workload(
         "cache": {"page_size": 16},
         "finetune": {
             "max_tokens": SEQUENCE,
-            "window": SEQUENCE // 2,
+            "unit_tokens": SEQUENCE // 2,
             "saved": "all",
             "idle_step_ms": 1000,
             "checkpoint_every": 0,
