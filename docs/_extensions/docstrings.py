@@ -1,4 +1,5 @@
-"""Docstrings as the code writes them, for autodoc: columns of names and meanings become lists.
+"""Docstrings as the code writes them, for autodoc: Google's sections, and columns of names and
+meanings, which become lists.
 
 max_tokens   most output tokens
 top_k        most likely tokens to draw from;
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import re
 from typing import Any
+
+from sphinx.ext import napoleon
 
 _ENTRY = re.compile(r"^(?P<names>[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*) {2,}(?P<text>\S.*)$")
 
@@ -34,4 +37,12 @@ def convert_columns(
                 made.append("")
             inside = False
             made.append(line)
-    lines[:] = made
+    # Not by napoleon's own hook, which takes what a property says before a colon for its type.
+    google: Any = napoleon.GoogleDocstring  # whose types do not say what it takes
+    lines[:] = google(made, napoleon.Config(), app, "function").lines()
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Make it an extension."""
+    app.connect("autodoc-process-docstring", convert_columns)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
