@@ -1,6 +1,7 @@
 """The page of the HTTP API, from the OpenAPI document that a server gives at /openapi.json.
 
-No model is needed: the application is put together over a tokenizer of one word, and not started.
+No weights are needed: the application is put together over a configuration and a tokenizer of one
+word, and not started.
 """
 
 from __future__ import annotations
@@ -27,11 +28,22 @@ _SHELVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Operation", ("/health", "/version", "/metrics", "/dashboard")),
 )
 
+_MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 2,
+    "eos_token_id": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
 
 def openapi_document() -> tuple[dict[str, Any], str]:
     """The document of a server with keys and with folders of adapters, and its text."""
     with tempfile.TemporaryDirectory() as folder:
         _save_tokenizer(Path(folder))
+        (Path(folder) / "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
         tree = {
             "model": {"path": folder},
             "server": {
