@@ -18,7 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 from rich.console import Console
 
-from flexllm_jax.compile.remat import INPUT, all_plans
+from flexllm_jax.compile.layer_graph import INPUT
+from flexllm_jax.compile.remat import all_plans
 from flexllm_jax.config.cli import (
     check_output_dir,
     make_parser,

@@ -9,7 +9,8 @@ from math import inf
 import jax
 import jax.numpy as jnp
 
-from flexllm_jax.compile.remat import LayerGraph, Plan, all_plans, make_plan, trace_layer
+from flexllm_jax.compile.layer_graph import LayerGraph, trace_layer
+from flexllm_jax.compile.remat import Plan, all_plans, make_plan
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.programs import EngineSizes

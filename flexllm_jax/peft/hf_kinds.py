@@ -1,4 +1,4 @@
-"""IA3, prefix tuning and bottleneck adapters in PEFT's file format; LoRA is in `hf_peft`.
+"""IA3, prefix tuning and bottleneck adapters in PEFT's file format; LoRA is in `hf_lora`.
 
 PEFT knows no bottleneck adapters: they use its folder layout and names, `peft_type` is BOTTLENECK.
 Each kind has `read(raw, tensors, model)`, from the configuration and the tensors of a folder, and

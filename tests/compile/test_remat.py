@@ -12,7 +12,9 @@ import pytest
 from jax._src.ad_checkpoint import saved_residuals
 from jax.ad_checkpoint import checkpoint_name
 
-from flexllm_jax.compile.remat import INPUT, PAGES, Plan, all_plans, make_plan, trace, trace_layer
+from flexllm_jax.compile.layer_graph import INPUT, trace, trace_layer
+from flexllm_jax.compile.remat import Plan, all_plans, make_plan
+from flexllm_jax.compile.whole_layer import PAGES
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from flexllm_jax.compile.buckets import Program
-from flexllm_jax.compile.remat import whole_layer
+from flexllm_jax.compile.whole_layer import whole_layer
 from flexllm_jax.config import ConfigError, Section, TargetModule
 from flexllm_jax.config.fields import Float, Int
 from flexllm_jax.engine.activations import layer_graph, with_saved

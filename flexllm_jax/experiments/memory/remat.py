@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
-from flexllm_jax.compile.remat import INPUT, PAGES, LayerGraph, Plan
+from flexllm_jax.compile.layer_graph import INPUT, LayerGraph
+from flexllm_jax.compile.remat import Plan
+from flexllm_jax.compile.whole_layer import PAGES
 from flexllm_jax.config import Config
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import device_memory

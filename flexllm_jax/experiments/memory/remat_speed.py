@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from flexllm_jax.compile.remat import INPUT, Plan
+from flexllm_jax.compile.layer_graph import INPUT
+from flexllm_jax.compile.remat import Plan
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.runner import Runner

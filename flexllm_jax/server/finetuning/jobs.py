@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,23 +19,21 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
-from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
-from flexllm_jax.finetune.data.rows import BadRow, read_rows
-from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import JobReport, Stats
-from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
-from flexllm_jax.server.finetuning.database import CheckpointRow, Database, JobRow, now
+from flexllm_jax.server.engines.registry import ModelRegistry
+from flexllm_jax.server.finetuning.database import Database, JobRow, now
 from flexllm_jax.server.finetuning.files import UNFINISHED, FileStore
 from flexllm_jax.server.finetuning.records import (
     JobRecords,
     find_job,
+    finished_adapters,
     tell,
-    tell_row,
     tell_rows,
 )
 from flexllm_jax.server.finetuning.schema import CreateJob, random_seed
+from flexllm_jax.server.finetuning.validation import FileValidation, UnusableFiles
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.metrics import ServerMetrics
@@ -62,9 +59,7 @@ class JobManager:
     ):
         self._config, self._database, self._files = config, database, files
         self._engines, self._models, self._metrics = engines, models, metrics
-        self._tokenizer = tokenizer  # used by the validation's thread alone
-        self._vocab_size = ModelConfig.from_hf(config.model.path).vocab_size
-        self._validation = ThreadPoolExecutor(1, thread_name_prefix="validation")
+        self._validation = FileValidation(config, database, files, models, tokenizer)
         self._tasks: set[asyncio.Task] = set()
         self._reports: asyncio.Queue[JobReport] = asyncio.Queue()
         self._known: dict[str, JobReport] = {}  # what its engine last said of a job
@@ -94,7 +89,7 @@ class JobManager:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._validation.shutdown(wait=False, cancel_futures=True)
+        self._validation.close()
         self._database.close()
 
     async def create(self, body: CreateJob, client: Client) -> JobRow:
@@ -201,74 +196,27 @@ class JobManager:
     # -- validation -------------------------------------------------------------------------------
 
     async def _validate(self, job_id: str) -> None:
-        """Read the files row by row; then queue the job, or fail it."""
+        """Read a job's files; then queue it, or fail it."""
         job = await self.find(job_id)
-        body = CreateJob.model_validate(job.request)
-        limit = self._config.finetune.max_tokens
-        loop = asyncio.get_running_loop()
-        files = {"training": job.training_file, "validation": job.validation_file}
-        loaded: dict[str, Dataset] = {}
         try:
-            for kind, file_id in files.items():
-                if file_id is not None:
-                    loaded[kind] = await loop.run_in_executor(
-                        self._validation, self._load, file_id, limit, body.train_on
-                    )
-        except DatasetError as error:
-            reason = str(error).replace(f"{self._files.folder}/", "")
-            await self._tell_bad_rows(job_id, files)
-            await self._fail(job_id, "invalid_training_file", reason, param="training_file")
+            validated = await self._validation.read(job)
+        except UnusableFiles as error:
+            await self._fail(job_id, error.code, str(error), error.param)
             return
-        except Exception as error:
-            log.exception("validation of %s", job_id)
-            await self._fail(job_id, "server_error", f"the files could not be read: {error!r}")
-            return
-        data = loaded["training"]
-        tree, shown = body.tree(self._config, job_id, job.request["seed"], data.tokens / len(data))
-        tree["dataset"] = str(self._files.path(job.training_file))
-        tree["validation_every"] = 0
-        if job.validation_file is not None:
-            tree["validation"] = str(self._files.path(job.validation_file))
-        if (adapter := self._models.adapters.get(job.model)) is not None:
-            tree["init_adapter"] = adapter.path
 
         def queue(session: Session) -> None:
             row = find_job(session, job_id)
             if row is None or row.status != "validating_files":
                 return
-            for kind, dataset in loaded.items():
+            for kind, dataset in validated.datasets.items():
                 tell_rows(session, job_id, kind, dataset)
-            row.config, row.hyperparameters, row.status = tree, shown, "queued"
+            row.config, row.hyperparameters = validated.config, validated.hyperparameters
+            row.status = "queued"
             tell(session, job_id, "Files validated, moving job to queued state")
 
         await self._database.run(queue)
         await self._told()
         await self._schedule()
-
-    async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
-        """Add events on the first rows that cannot be read, of files that cannot be used."""
-
-        def tell(session: Session) -> None:
-            for kind, file_id in files.items():
-                rows = read_rows(self._files.path(file_id)) if file_id else iter(())
-                try:
-                    bad = [(n, r.reason) for n, r in rows if isinstance(r, BadRow)]
-                except DatasetError:
-                    continue  # the error that failed the job says it
-                for line, reason in bad[:20]:
-                    tell_row(session, job_id, kind, line, reason)
-
-        await self._database.run(tell)
-
-    def _load(self, file_id: str, limit: int, train_on: Any) -> Dataset:
-        path = self._files.path(file_id)
-        return load_dataset(
-            path,
-            self._tokenizer,
-            max_seq_len=limit,
-            train_on=train_on,
-            vocab_size=self._vocab_size,
-        )
 
     # -- the queue --------------------------------------------------------------------------------
 
@@ -395,27 +343,11 @@ class JobManager:
 
     def _serve_finished(self, session: Session) -> None:
         """At the start: every adapter that jobs have made can be asked for."""
-        for job in session.scalars(select(JobRow).where(JobRow.status == "succeeded")):
-            assert job.fine_tuned_model and job.adapter_path
-            self._serve(
-                ServedAdapter(
-                    job.fine_tuned_model,
-                    job.id,
-                    job.adapter_path,
-                    job.finished_at or now(),
-                    job.owner,
-                )
-            )
-        query = select(CheckpointRow, JobRow.owner).join(JobRow, JobRow.id == CheckpointRow.job_id)
-        for row, owner in session.execute(query.order_by(CheckpointRow.number)):
-            name = f"{row.job_id}.step-{row.step}"
-            self._serve(ServedAdapter(row.name, name, row.path, row.created_at, owner))
-
-    def _serve(self, adapter: ServedAdapter) -> None:
-        if Path(adapter.path, "adapter_config.json").is_file():
-            self._models.adapters[adapter.name] = adapter
-        else:
-            log.warning("adapter %s is gone from %s", adapter.name, adapter.path)
+        for adapter in finished_adapters(session):
+            if Path(adapter.path, "adapter_config.json").is_file():
+                self._models.adapters[adapter.name] = adapter
+            else:
+                log.warning("adapter %s is gone from %s", adapter.name, adapter.path)
 
     # -- small things -----------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,23 @@ def losses_of(session: Session, job_id: str) -> dict[int, float]:
     )
     rows = [data for data in session.scalars(query) if data and "train_loss" in data]
     return {data["step"]: data["train_loss"] for data in rows}
+
+
+def finished_adapters(session: Session) -> Iterator[ServedAdapter]:
+    """Every adapter that jobs have made: of those that succeeded, and of checkpoints."""
+    for job in session.scalars(select(JobRow).where(JobRow.status == "succeeded")):
+        assert job.fine_tuned_model and job.adapter_path
+        yield ServedAdapter(
+            job.fine_tuned_model,
+            job.id,
+            job.adapter_path,
+            job.finished_at or now(),
+            job.owner,
+        )
+    query = select(CheckpointRow, JobRow.owner).join(JobRow, JobRow.id == CheckpointRow.job_id)
+    for row, owner in session.execute(query.order_by(CheckpointRow.number)):
+        name = f"{row.job_id}.step-{row.step}"
+        yield ServedAdapter(row.name, name, row.path, row.created_at, owner)
 
 
 def find_job(session: Session, job_id: str) -> JobRow | None:

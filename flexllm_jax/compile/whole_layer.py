@@ -1,0 +1,124 @@
+"""A decoder layer over one whole sequence, as one differentiable function of the engine's kernels.
+
+The engine never runs it: its forward is a step's, and its backward is cut in units. `layer_graph`
+traces it, and experiments measure what a framework would keep of it: it is the same computation.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from flexllm_jax.models.bypass import BypassFunction
+from flexllm_jax.models.decoder import DecoderLayer, Tap
+from flexllm_jax.peft.bypass import Bypass
+from kernels_pallas.attention_backward import attention_backward
+from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.ragged_paged_attention import ragged_paged_attention
+
+PAGES = "kv"  # the name of keys and values, which are in their pages
+# Operations of the trace that are not looked into.
+ATTENTION = ("attention_forward", "attention_gradient")
+
+MakeBypass = Callable[[Any], BypassFunction]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def causal_attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    adapter: Any,
+    bypass: MakeBypass,
+    backend: Backend,
+) -> Float[Array, "T NH"]:
+    """Attention of one whole sequence, and its bypass, with the engine's kernels."""
+    return _forward(q, k, v, adapter, bypass, backend)[0]
+
+
+@partial(jax.jit, static_argnums=3)
+def attention_forward(q, k, v, backend: Backend):
+    """One operation of the trace."""
+    tokens, pages = q.shape[0], (_paged(k), _paged(v))
+    zero, one = jnp.int32(0), jnp.int32(1)
+    table = jnp.arange(pages[0].shape[0], dtype=jnp.int32)[None]
+    starts, lengths = jnp.array([0, tokens], jnp.int32), jnp.array([tokens], jnp.int32)
+    return ragged_paged_attention(q, *pages, starts, lengths, table, zero, one, backend=backend)
+
+
+@partial(jax.jit, static_argnums=6)
+def attention_gradient(q, k, v, out, lse, d_out, backend: Backend):
+    """One operation of the trace."""
+    slots = jnp.arange(q.shape[0], dtype=jnp.int32)
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dq, dk, dv = attention_backward(
+        q,
+        _paged(k),
+        _paged(v),
+        slots,
+        jnp.zeros_like(slots),
+        jnp.int32(0),
+        out,
+        lse,
+        d_out,
+        zeros,
+        zeros,
+        backend=backend,
+    )
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _paged(x: jax.Array) -> jax.Array:
+    page_size = math.gcd(x.shape[0], 64)
+    return x.reshape(-1, page_size, *x.shape[1:])
+
+
+def _forward(q, k, v, adapter, bypass, backend):
+    # The names reach the arrays that the backward reads.
+    k, v = checkpoint_name(k, PAGES), checkpoint_name(v, PAGES)
+    out, lse = attention_forward(q, k, v, backend)
+    if isinstance(made := bypass(adapter), Bypass):
+        out, lse = made.attend(q, out, lse)
+    # Flat, as the projection reads it, so that both keep the same array.
+    out = checkpoint_name(out.reshape(q.shape[0], -1), "attended")
+    return out, (q, k, v, adapter, out, checkpoint_name(lse, "attended"))
+
+
+def _backward(bypass, backend, residuals, d_out):
+    q, k, v, adapter, out, lse = residuals
+    out, d_out = out.reshape(q.shape), d_out.reshape(q.shape)
+    dq, dk, dv = attention_gradient(q, k, v, out, lse, d_out, backend)
+    if not isinstance(made := bypass(adapter), Bypass):
+        return dq, dk, dv, jax.tree.map(jnp.zeros_like, adapter)
+    dq, gradients = made.attend_backward(dq, q, out, lse, d_out)
+    weights, pull = jax.vjp(lambda adapter: _weights(bypass(adapter)), adapter)
+    return dq, dk, dv, pull(jax.tree.map(jnp.zeros_like, weights) | gradients)[0]
+
+
+def _weights(bypass: BypassFunction) -> dict:
+    assert isinstance(bypass, Bypass)
+    return bypass.weights
+
+
+causal_attention.defvjp(_forward, _backward)
+
+
+def whole_layer(
+    layer: DecoderLayer,
+    x: Float[Array, "T D"],
+    angles: tuple[jax.Array, jax.Array],
+    adapter: Any,
+    bypass: MakeBypass,
+    tap: Tap,
+    backend: Backend = XLA,
+) -> Float[Array, "T D"]:
+    """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`."""
+    made = bypass(adapter)
+    q, k, v = layer.before_attention(x, angles, made, tap)
+    attended: Any = causal_attention(q, k, v, adapter, bypass, backend)
+    return layer.after_attention(x, attended, made, tap)

@@ -1,0 +1,119 @@
+"""What a job's files hold: read row by row, in a thread of their own, before it is queued."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from flexllm_jax.config import Config
+from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
+from flexllm_jax.finetune.data.rows import BadRow, read_rows
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.server.engines.registry import ModelRegistry
+from flexllm_jax.server.finetuning.database import Database, JobRow
+from flexllm_jax.server.finetuning.files import FileStore
+from flexllm_jax.server.finetuning.records import tell_row
+from flexllm_jax.server.finetuning.schema import CreateJob
+
+log = logging.getLogger(__name__)
+
+
+class UnusableFiles(Exception):
+    """A job cannot run with its files; `code` and `param` are those of the job's error."""
+
+    def __init__(self, code: str, message: str, param: str | None = None):
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+@dataclass(frozen=True)
+class ValidatedJob:
+    """What a job's files hold, by kind ("training", "validation"), and what follows from them: the
+    tree of its FinetuneConfig, and the hyperparameters that were left to choose."""
+
+    datasets: dict[str, Dataset]
+    config: dict[str, Any]
+    hyperparameters: dict[str, Any]
+
+
+class FileValidation:
+    """Reads the files of jobs, one job after the other."""
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        files: FileStore,
+        models: ModelRegistry,
+        tokenizer: Any,
+    ):
+        self._config, self._database, self._files = config, database, files
+        self._models = models
+        self._tokenizer = tokenizer  # used by the thread alone
+        self._vocab_size = ModelConfig.from_hf(config.model.path).vocab_size
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
+
+    def close(self) -> None:
+        """Drop what has not begun."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def read(self, job: JobRow) -> ValidatedJob:
+        """Read a job's files row by row. Raises UnusableFiles."""
+        body = CreateJob.model_validate(job.request)
+        limit = self._config.finetune.max_tokens
+        loop = asyncio.get_running_loop()
+        files = {"training": job.training_file, "validation": job.validation_file}
+        loaded: dict[str, Dataset] = {}
+        try:
+            for kind, file_id in files.items():
+                if file_id is not None:
+                    loaded[kind] = await loop.run_in_executor(
+                        self._thread, self._load, file_id, limit, body.train_on
+                    )
+        except DatasetError as error:
+            reason = str(error).replace(f"{self._files.folder}/", "")
+            await self._tell_bad_rows(job.id, files)
+            raise UnusableFiles("invalid_training_file", reason, "training_file") from None
+        except Exception as error:
+            log.exception("validation of %s", job.id)
+            message = f"the files could not be read: {error!r}"
+            raise UnusableFiles("server_error", message) from error
+        data = loaded["training"]
+        tree, shown = body.tree(self._config, job.id, job.request["seed"], data.tokens / len(data))
+        tree["dataset"] = str(self._files.path(job.training_file))
+        tree["validation_every"] = 0
+        if job.validation_file is not None:
+            tree["validation"] = str(self._files.path(job.validation_file))
+        if (adapter := self._models.adapters.get(job.model)) is not None:
+            tree["init_adapter"] = adapter.path
+        return ValidatedJob(loaded, tree, shown)
+
+    async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
+        """Add events on the first rows that cannot be read, of files that cannot be used."""
+
+        def tell(session: Session) -> None:
+            for kind, file_id in files.items():
+                rows = read_rows(self._files.path(file_id)) if file_id else iter(())
+                try:
+                    bad = [(n, r.reason) for n, r in rows if isinstance(r, BadRow)]
+                except DatasetError:
+                    continue  # the error that failed the job says it
+                for line, reason in bad[:20]:
+                    tell_row(session, job_id, kind, line, reason)
+
+        await self._database.run(tell)
+
+    def _load(self, file_id: str, limit: int, train_on: Any) -> Dataset:
+        path = self._files.path(file_id)
+        return load_dataset(
+            path,
+            self._tokenizer,
+            max_seq_len=limit,
+            train_on=train_on,
+            vocab_size=self._vocab_size,
+        )
