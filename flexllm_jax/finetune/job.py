@@ -111,7 +111,8 @@ def create_job(
     # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
     half = max(unit, max_tokens // 2 // unit * unit)
     job = FinetuneJob(config, adapter.config, adapter, dataset, validation, max_tokens, half)
-    job.messages += [data.summary() for data in (dataset, validation) if data and data.skipped]
+    told = [data for data in (dataset, validation) if data and (data.skipped or data.unread)]
+    job.messages += [data.summary() for data in told]
     return job
 
 

@@ -9,8 +9,9 @@ counted, and reported with its line and reason; it never stops a job.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -18,24 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexllm_jax.finetune.data.chat import (
-    Segment,
-    UnusableRow,
-    chat_messages,
-    conversation_segments,
-    sharegpt_messages,
-)
-from flexllm_jax.finetune.data.rows import BadRow, DatasetError, read_rows
+from flexllm_jax.finetune.data.chat import UnusableRow
+from flexllm_jax.finetune.data.readers import FORMATS, Draft, read_row
+from flexllm_jax.finetune.data.rows import DatasetError, read_rows
+from flexllm_jax.models.chat_template import ChatTemplate
 
-# The fields that make a row of a format, the most telling formats first.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "question_answer": ("question", "answer"),
-    "text": ("text",),
-}
 ROWS_PER_TOKENIZER_CALL = 256
 ROWS_FOR_DETECTION = 100
 
@@ -69,6 +57,7 @@ class Dataset:
     sequences: tuple[TrainingSequence, ...]
     skipped: tuple[SkippedRow, ...]
     truncated: int
+    unread: Mapping[str, int] = field(default_factory=dict)  # column -> rows whose was not read
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -99,10 +88,17 @@ class Dataset:
             f"{self.tokens} tokens ({self.trained_tokens} trained), "
             f"{self.truncated} truncated, {len(self.skipped)} rows skipped"
         ]
+        if self.unread:
+            lines.append(f"  {self.describe_unread()}")
         lines += [f"  line {row.line}: {row.reason}" for row in self.skipped[:shown]]
         if len(self.skipped) > shown:
             lines.append(f"  ... and {len(self.skipped) - shown} more")
         return "\n".join(lines)
+
+    def describe_unread(self) -> str:
+        """Which columns were not read, in a line."""
+        columns = ", ".join(f"{name} ({rows} rows)" for name, rows in self.unread.items())
+        return f"columns that {self.format} rows do not use, not read: {columns}"
 
 
 def detect_format(row: Mapping[str, Any]) -> str | None:
@@ -142,15 +138,19 @@ def load_dataset(
     sequences: list[TrainingSequence] = []
     skipped: list[SkippedRow] = []
     rows = truncated = 0
-    reader = read_rows(path)
+    reader, template = read_rows(path), ChatTemplate(tokenizer)
+    unread: Counter[str] = Counter()
     while batch := list(islice(reader, ROWS_PER_TOKENIZER_CALL)):
         rows += len(batch)
-        kept: list[tuple[int, list[_Draft]]] = []
+        kept: list[tuple[int, list[Draft]]] = []
         for line, row in batch:
             try:
-                kept.append((line, _drafts(row, format, tokenizer)))
+                drafts, columns = read_row(row, format, template)
             except UnusableRow as reason:
                 skipped.append(SkippedRow(line, str(reason)))
+            else:
+                kept.append((line, drafts))
+                unread.update(columns)
         for line, outcome in encode(kept):
             if isinstance(outcome, str):
                 skipped.append(SkippedRow(line, outcome))
@@ -161,7 +161,7 @@ def load_dataset(
     if not sequences:
         first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise DatasetError(f"{path}: none of its {rows} rows can be trained on{first}")
-    return Dataset(path, format, rows, tuple(sequences), tuple(skipped), truncated)
+    return Dataset(path, format, rows, tuple(sequences), tuple(skipped), truncated, unread)
 
 
 def _detect(path: Path) -> str:
@@ -176,95 +176,6 @@ def _detect(path: Path) -> str:
         raise DatasetError(f"{path}: no row in it can be read; it must be JSONL or a JSON array")
     known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FORMATS.items())
     raise DatasetError(f"{path}: rows have the fields {', '.join(seen)}; a format needs ({known})")
-
-
-# --- a row as segments of text
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A sequence before tokenization. Raw text gets the tokenizer's BOS and an EOS around it."""
-
-    segments: list[Segment]
-    raw: bool
-
-
-def _drafts(row: dict[str, Any] | BadRow, format: str, tokenizer: Any) -> list[_Draft]:
-    if isinstance(row, BadRow):
-        raise UnusableRow(row.reason)
-    missing = [field for field in FORMATS[format] if field not in row]
-    if missing:
-        raise UnusableRow(f"no field `{missing[0]}`, which {format} rows have")
-    drafts = _READERS[format](row, tokenizer)
-    try:
-        for segment in (segment for draft in drafts for segment in draft.segments):
-            segment.text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UnusableRow("text with half a surrogate pair, which is no character") from None
-    return drafts
-
-
-def _text(row: dict[str, Any], field: str, may_be_empty: bool = False) -> str:
-    value = row[field]
-    if not isinstance(value, str):
-        raise UnusableRow(f"`{field}` must be text, not {type(value).__name__}")
-    if not value.strip() and not may_be_empty:
-        raise UnusableRow(f"`{field}` is empty")
-    return value
-
-
-def _read_chat(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise UnusableRow(f"`tools` must be a list, not {type(tools).__name__}")
-    messages = chat_messages(row)
-    return [_Draft(s, raw=False) for s in conversation_segments(tokenizer, messages, tools)]
-
-
-def _read_sharegpt(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
-    messages = sharegpt_messages(row)
-    return [_Draft(s, raw=False) for s in conversation_segments(tokenizer, messages)]
-
-
-def _read_prompt_completion(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
-    prompt = Segment(_text(row, "prompt", may_be_empty=True), False)
-    return [_Draft([prompt, Segment(_text(row, "completion"), True)], raw=True)]
-
-
-def _read_text(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
-    return [_Draft([Segment(_text(row, "text"), True)], raw=True)]
-
-
-def _read_alpaca(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
-    instruction, answer = _text(row, "instruction"), _text(row, "output")
-    context = _text(row, "input", may_be_empty=True) if row.get("input") is not None else ""
-    question = f"{instruction}\n\n{context}" if context.strip() else instruction
-    plain = f"### Instruction:\n{instruction}\n\n"
-    plain += f"### Input:\n{context}\n\n" if context.strip() else ""
-    return _single_turn(tokenizer, question, answer, plain + "### Response:\n")
-
-
-def _read_question_answer(row: dict[str, Any], tokenizer: Any) -> list[_Draft]:
-    question, answer = _text(row, "question"), _text(row, "answer")
-    return _single_turn(tokenizer, question, answer, f"Question: {question}\nAnswer: ")
-
-
-def _single_turn(tokenizer: Any, question: str, answer: str, plain: str) -> list[_Draft]:
-    """A question and its answer: a conversation if the model has a chat template, else plain."""
-    if not tokenizer.chat_template:
-        return [_Draft([Segment(plain, False), Segment(answer, True)], raw=True)]
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return [_Draft(s, raw=False) for s in conversation_segments(tokenizer, messages)]
-
-
-_READERS: dict[str, Callable[[dict[str, Any], Any], list[_Draft]]] = {
-    "chat": _read_chat,
-    "sharegpt": _read_sharegpt,
-    "prompt_completion": _read_prompt_completion,
-    "alpaca": _read_alpaca,
-    "question_answer": _read_question_answer,
-    "text": _read_text,
-}
 
 
 # --- segments as tokens
@@ -287,7 +198,7 @@ class _Encoder:
         self.prefix = [t for t in tokenizer("")["input_ids"] if t != self.eos]
 
     def __call__(
-        self, rows: list[tuple[int, list[_Draft]]]
+        self, rows: list[tuple[int, list[Draft]]]
     ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
         """Yield (line, (sequence, was cut)) or (line, reason) for every draft, in order."""
         texts = [s.text for _, drafts in rows for draft in drafts for s in draft.segments]
@@ -300,7 +211,7 @@ class _Encoder:
                 yield line, self._sequence(draft, pieces)
 
     def _sequence(
-        self, draft: _Draft, pieces: list[tuple[list[int], bool]]
+        self, draft: Draft, pieces: list[tuple[list[int], bool]]
     ) -> tuple[TrainingSequence, bool] | str:
         tokens: list[int] = []
         mask: list[bool] = []

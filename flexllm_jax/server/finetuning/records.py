@@ -183,6 +183,8 @@ def tell_rows(session: Session, job_id: str, kind: str, dataset: Dataset) -> Non
         f"({dataset.trained_tokens} trained); {dataset.truncated} rows are truncated, "
         f"{len(dataset.skipped)} cannot be used",
     )
+    if dataset.unread:
+        tell(session, job_id, f"{kind} file: {dataset.describe_unread()}", level="warn")
     for row in dataset.skipped[:_SHOWN_ROWS]:
         tell_row(session, job_id, kind, row.line, row.reason)
 

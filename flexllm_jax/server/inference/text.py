@@ -16,7 +16,8 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from flexllm_jax.engine.structured_outputs import quote
-from flexllm_jax.finetune.data.chat import UnusableRow, chat_messages
+from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.messages import ConversationError, read_conversation
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.tool_calls import Format, find_format
 
@@ -41,6 +42,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
+        self.template = ChatTemplate(tokenizer)
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.longest_token = max(map(len, vocabulary))
         self.token_text = lru_cache(maxsize=100_000)(self._token_text)
@@ -96,14 +98,11 @@ class TextCodec:
         return f"<[{self.backend.token_to_id(text)}]>" if self.is_special(text) else quote(text)
 
     def tool_format(self) -> Format | None:
-        """How this model's chat template asks for tool calls; ApiError when it knows no tools."""
-        template = self.tokenizer.chat_template
-        if template:
-            template = self.tokenizer.get_chat_template(tools=[{}])
-        if not template or "tools" not in template:
-            message = "tools: this model's chat template has no place for them; leave them out"
-            raise ApiError(400, message, param="tools")
-        return find_format(template)
+        """How this model's chat template asks for tool calls; ApiError when there is none."""
+        try:
+            return find_format(self.template.source(with_tools=True))
+        except ConversationError as error:
+            raise ApiError(400, str(error), param=error.field) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
@@ -111,40 +110,30 @@ class TextCodec:
 
     async def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Any],
         tools: Sequence[Any] | None = None,
         options: Mapping[str, Any] | None = None,
         *,
-        add_generation_prompt: bool = True,
+        documents: Sequence[Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        source: str | None = None,
     ) -> str:
-        """A conversation through the chat template; ApiError when it refuses it."""
-        if not self.tokenizer.chat_template:
-            raise ApiError(
-                400,
-                "this model's tokenizer has no chat template: use /v1/completions",
-                param="messages",
-            )
-        try:
-            checked = chat_messages({"messages": list(messages)})
-        except UnusableRow as error:
-            raise ApiError(400, str(error).replace("`", ""), param="messages") from None
+        """A conversation through the chat template, in a thread: templates are programs. ApiError
+        for one that cannot be used."""
 
         def run() -> str:
-            return self.tokenizer.apply_chat_template(
-                checked,
-                tools=list(tools) if tools else None,
-                tokenize=False,
-                **{"add_generation_prompt": add_generation_prompt, **(options or {})},
+            return self.template.render(
+                read_conversation(messages, tools, documents, options),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                source=source,
             )
 
         try:
-            size = sum(len(message["content"]) for message in checked)
-            return run() if size < _LONG_TEXT else await asyncio.to_thread(run)
-        except Exception as error:  # templates are programs: they raise what they like
-            reason = " ".join(str(error).split())
-            raise ApiError(
-                400, f"the chat template refuses the conversation: {reason}", param="messages"
-            ) from None
+            return await asyncio.to_thread(run)
+        except ConversationError as error:
+            raise ApiError(400, str(error).replace("`", ""), param=error.field) from None
 
 
 class Detokenizer:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from flexllm_jax.finetune.data.chat import UnusableRow, chat_messages
+from flexllm_jax.models.messages import read_messages
 from flexllm_jax.server.inference.tool_calls import ToolCallParser, find_format, join_calls
 from tests.engines import write_rows
 
@@ -125,13 +125,9 @@ def test_arguments_reach_the_template_as_objects():
     """In requests and in rows to train on alike; OpenAI sends them as JSON text."""
     function: dict[str, Any] = {"name": "add", "arguments": '{"a": 1}'}
     message = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
-    (checked,) = chat_messages({"messages": [message]})
+    (checked,) = read_messages([message])
     assert checked["content"] == ""
     assert checked["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
-    for arguments in ("[1]", "{", 3, "[" * 100_000):
-        function["arguments"] = arguments
-        with pytest.raises(UnusableRow, match=r"tool_calls\[0\].function.arguments must be"):
-            chat_messages({"messages": [message]})
 
 
 TOOLS = [

@@ -1,0 +1,273 @@
+"""Rows of every format as conversations or plain text, with what is trained marked.
+
+Besides the fields that make its format, a row may say more that changes what it means: `system`,
+`tools` or `functions` (also as JSON text), `history`, `context`, `documents`,
+`chat_template_kwargs`. They mean the same in every format that has a place for them. A `Row` knows
+which of its columns were read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexllm_jax.finetune.data.chat import Segment, UnusableRow, conversation_segments
+from flexllm_jax.finetune.data.rows import BadRow
+from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.messages import (
+    Conversation,
+    ConversationError,
+    read_documents,
+    read_messages,
+    read_options,
+    read_tools,
+    short,
+)
+
+# The fields that make a row of a format, the most telling formats first.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A sequence before tokenization. Raw text gets the tokenizer's BOS and an EOS around it."""
+
+    segments: list[Segment]
+    raw: bool
+
+
+class Row:
+    """The columns of a row, and which of them were read."""
+
+    def __init__(self, columns: Mapping[str, Any]):
+        self._columns = columns
+        self._read: set[str] = set()
+
+    def get(self, column: str) -> Any:
+        """A column's value; None if there is none."""
+        self._read.add(column)
+        return self._columns.get(column)
+
+    def text(self, column: str, may_be_empty: bool = False) -> str:
+        """A column that must be text."""
+        value = self.get(column)
+        if not isinstance(value, str):
+            raise UnusableRow(f"`{column}` must be text, not {type(value).__name__}")
+        if not value.strip() and not may_be_empty:
+            raise UnusableRow(f"`{column}` is empty")
+        return value
+
+    def texts(self, column: str) -> str:
+        """A column that may be missing, a text, or several, which are joined by empty lines."""
+        value = self.get(column)
+        texts = list(value) if isinstance(value, list | tuple) else [value or ""]
+        if not all(isinstance(text, str) for text in texts):
+            raise UnusableRow(f"`{column}` must be text, not {short(value)}")
+        return _join(*texts)
+
+    def unread(self) -> list[str]:
+        """Columns that say something and were not read."""
+        return [c for c, v in self._columns.items() if c not in self._read and v not in _NOTHING]
+
+
+_NOTHING = (None, "", [], {})
+
+
+def read_row(
+    row: dict[str, Any] | BadRow, format: str, template: ChatTemplate
+) -> tuple[list[Draft], list[str]]:
+    """The sequences of a row, and its columns that were not read. Raises UnusableRow."""
+    if isinstance(row, BadRow):
+        raise UnusableRow(row.reason)
+    missing = [field for field in FORMATS[format] if field not in row]
+    if missing:
+        raise UnusableRow(f"no field `{missing[0]}`, which {format} rows have")
+    columns = Row(row)
+    try:
+        drafts = _READERS[format](columns, template)
+    except ConversationError as error:
+        raise UnusableRow(str(error)) from None
+    try:
+        for segment in (segment for draft in drafts for segment in draft.segments):
+            segment.text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UnusableRow("text with half a surrogate pair, which is no character") from None
+    return drafts, columns.unread()
+
+
+def _join(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text.strip())
+
+
+def _read_chat(row: Row, template: ChatTemplate) -> list[Draft]:
+    messages = read_messages(row.get("messages"))
+    return _drafts(template, _conversation(row, _with_context(row, messages)))
+
+
+def _read_sharegpt(row: Row, template: ChatTemplate) -> list[Draft]:
+    messages = _sharegpt_messages(row.get("conversations"), "conversations")
+    return _drafts(template, _conversation(row, _with_context(row, messages)))
+
+
+def _read_prompt_completion(row: Row, template: ChatTemplate) -> list[Draft]:
+    history = (turn["content"] for turn in _history(row))
+    before = _join(row.texts("system"), *history, row.texts("context"))
+    prompt = row.text("prompt", may_be_empty=True)
+    prompt = f"{before}\n\n{prompt}" if before else prompt
+    return [Draft([Segment(prompt, False), Segment(row.text("completion"), True)], raw=True)]
+
+
+def _read_text(row: Row, template: ChatTemplate) -> list[Draft]:
+    return [Draft([Segment(row.text("text"), True)], raw=True)]
+
+
+def _read_alpaca(row: Row, template: ChatTemplate) -> list[Draft]:
+    instruction, answer = row.text("instruction"), row.text("output")
+    given = _join(row.texts("input"), row.texts("context"))
+    plain = f"### Instruction:\n{instruction}\n\n"
+    plain += f"### Input:\n{given}\n\n" if given else ""
+    question = f"{instruction}\n\n{given}" if given else instruction
+    return _single_turn(row, template, question, answer, plain + "### Response:\n")
+
+
+def _read_question_answer(row: Row, template: ChatTemplate) -> list[Draft]:
+    question, answer = row.text("question"), row.text("answer")
+    question = _join(row.texts("context"), question)
+    return _single_turn(row, template, question, answer, f"Question: {question}\nAnswer: ")
+
+
+_READERS: dict[str, Callable[[Row, ChatTemplate], list[Draft]]] = {
+    "chat": _read_chat,
+    "sharegpt": _read_sharegpt,
+    "prompt_completion": _read_prompt_completion,
+    "alpaca": _read_alpaca,
+    "question_answer": _read_question_answer,
+    "text": _read_text,
+}
+
+
+def _single_turn(
+    row: Row, template: ChatTemplate, question: str, answer: str, plain: str
+) -> list[Draft]:
+    """A question and its answer: a conversation if the model has a chat template, else plain."""
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    conversation = _conversation(row, messages)
+    if template.exists:
+        return _drafts(template, conversation)
+    if conversation.tools or conversation.documents or conversation.options:
+        raise UnusableRow("tools and documents need a chat template; the tokenizer has none")
+    before = "".join(message["content"] + "\n\n" for message in conversation.messages[:-2])
+    return [Draft([Segment(before + plain, False), Segment(answer, True)], raw=True)]
+
+
+def _drafts(template: ChatTemplate, conversation: Conversation) -> list[Draft]:
+    return [
+        Draft(segments, raw=False) for segments in conversation_segments(template, conversation)
+    ]
+
+
+# --- columns of conversations
+
+
+def _conversation(row: Row, messages: Sequence[dict[str, Any]]) -> Conversation:
+    """`messages` with what the row says besides: the system prompt and the turns before them come
+    first."""
+    own = [message for message in messages[:1] if message["role"] == "system"]
+    system = row.texts("system")
+    if system and system != (own and own[0]["content"]):
+        own = [{"role": "system", "content": system}, *own]
+    rest = messages[1:] if messages[0]["role"] == "system" else messages
+    return Conversation(
+        [*own, *_history(row), *rest],
+        read_tools(row.get("tools")) + read_tools(row.get("functions"), "functions"),
+        read_documents(row.get("documents")),
+        read_options(row.get("chat_template_kwargs")),
+    )
+
+
+def _history(row: Row) -> list[dict[str, Any]]:
+    """Turns before the row's own: pairs of a question and its answer, or messages of any form."""
+    turns = row.get("history") or []
+    if isinstance(turns, list) and turns and all(map(_is_pair, turns)):
+        roles = ("user", "assistant")
+        return [
+            {"role": role, "content": text}
+            for pair in turns
+            for role, text in zip(roles, pair, strict=True)
+        ]
+    if isinstance(turns, list) and all(isinstance(t, dict) and "from" in t for t in turns):
+        return _sharegpt_messages(turns, "history") if turns else []
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        return read_messages(turns, "history")
+    raise UnusableRow(f"`history` must be [question, answer] pairs or messages, not {short(turns)}")
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
+
+
+def _with_context(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row's context before its first question, unless a message has it."""
+    context = row.texts("context")
+    if not context or any(context in message["content"] for message in messages):
+        return messages
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
+    if first is None:
+        raise UnusableRow("`context` belongs to a question, and there is no user message")
+    asked = {**messages[first], "content": _join(context, messages[first]["content"])}
+    return [*messages[:first], asked, *messages[first + 1 :]]
+
+
+def _sharegpt_messages(turns: Any, field: str) -> list[dict[str, Any]]:
+    """The messages of a list of turns `{from, value}`."""
+    if not isinstance(turns, list) or not turns:
+        raise UnusableRow(f"`{field}` must be a list of turns, not {short(turns)}")
+    messages = []
+    for index, turn in enumerate(turns):
+        where = f"{field}[{index}]"
+        if not isinstance(turn, dict):
+            raise UnusableRow(f"{where} must have `from` and `value`, not be {short(turn)}")
+        speaker, value = str(turn.get("from")).lower(), turn.get("value")
+        if speaker not in SHAREGPT_ROLES:
+            raise UnusableRow(
+                f"{where}.from is {short(turn.get('from'))}, not human, gpt or system"
+            )
+        if not isinstance(value, str):
+            raise UnusableRow(f"{where}.value must be text, not {short(value)}")
+        said = {"tool_calls": _calls(value, where)} if speaker == "function_call" else {}
+        rest = {key: turn[key] for key in turn.keys() - {"from", "value"}}
+        content = "" if said else value
+        messages.append({**rest, "role": SHAREGPT_ROLES[speaker], "content": content, **said})
+    return read_messages(messages, field)
+
+
+def _calls(value: str, where: str) -> list[dict[str, Any]]:
+    """The calls of a turn: `{name, arguments}` as JSON text, or a list of them."""
+    try:
+        text = value if value.lstrip().startswith("[") else f"[{value}]"
+        functions = read_tools(text, where)
+    except ConversationError:
+        raise UnusableRow(f"{where}.value must be calls as JSON, not {short(value)}") from None
+    return functions
