@@ -15,64 +15,22 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from flexllm_jax.config import Config, FinetuneConfig, build_config
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.job_handle import JobHandle
 from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
-from flexllm_jax.engine.request import RequestState, TokenLogprobs
+from flexllm_jax.engine.outputs import CompletionOutput, RequestOutput
+from flexllm_jax.engine.prompts import read_prompt, read_prompts
+from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.messages import read_conversation
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.hf_peft import save_adapter, save_merged
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One output of a prompt. `logprobs`: for each token, token id -> log-probability."""
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str | None
-    logprobs: list[TokenLogprobs] | None
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """What came of one prompt; the attributes of a single output are here too.
-
-    `prompt_logprobs` has None for the first token, which nothing precedes.
-    """
-
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    prompt_logprobs: list[TokenLogprobs | None] | None
-    ttft_s: float | None
-    tpot_s: float | None
-
-    @property
-    def text(self) -> str:
-        """Text of the first output."""
-        return self.outputs[0].text
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Tokens of the first output."""
-        return self.outputs[0].token_ids
-
-    @property
-    def logprobs(self) -> list[TokenLogprobs] | None:
-        """Log-probabilities of the first output."""
-        return self.outputs[0].logprobs
-
-    @property
-    def finish_reason(self) -> str | None:
-        """Why the first output ended: "stop" or "length"."""
-        return self.outputs[0].finish_reason
 
 
 class LLM:
@@ -115,21 +73,21 @@ class LLM:
     def _start(self, config: Config, progress: bool) -> None:
         self.config = config
         self.tokenizer = load_tokenizer(config.model.path)
+        self.template = ChatTemplate(self.tokenizer)
         self.engine = Engine(config, self.tokenizer, progress=progress)
         self._loop = EngineLoop(self.engine)
         weakref.finalize(self, self._loop.stop)  # also when the program ends without close()
 
     # -- inference --------------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, with the tokenizer's special tokens."""
-        return (
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-        )
+        read = read_prompt(prompt)
+        return self.tokenizer.encode(read) if isinstance(read, str) else read
 
     def submit(
         self,
-        prompt: Prompt,
+        prompt: Any,
         sampling_params: SamplingParams | None = None,
         adapter: str | None = None,
         arrival: float | None = None,
@@ -145,7 +103,7 @@ class LLM:
         return futures
 
     def _requests(
-        self, prompt: Prompt, params: SamplingParams, adapter: str | None, arrival: float | None
+        self, prompt: Any, params: SamplingParams, adapter: str | None, arrival: float | None
     ) -> list[NewRequest]:
         tokens = tuple(self.encode(prompt))
         arrival = time.monotonic() if arrival is None else arrival
@@ -175,16 +133,18 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: str | None = None,
     ) -> list[RequestOutput]:
-        """Answer prompts (texts or token ids) with the base model or an adapter, in order.
+        """Answer prompts with the base model or an adapter, in order.
 
-        A job that runs goes on beside it. Raises ValueError for a prompt that can never be served;
-        nothing is generated then.
+        `prompts`: one or several, each a text or token ids (lists, arrays), or what the tokenizer
+        returns, whose attention mask leaves out padding, or vLLM's `{"prompt": ...}` and
+        `{"prompt_token_ids": ...}`. A job that runs goes on beside it. Raises ValueError for a
+        prompt that can never be served; nothing is generated then.
         """
-        prompts = _as_list(prompts)
+        prompts = read_prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts):
@@ -203,15 +163,31 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Mapping[str, str]] | Sequence[Sequence[Mapping[str, str]]],
+        messages: Sequence[Any],
         sampling_params: SamplingParams | None = None,
         adapter: str | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several, through the tokenizer's chat template."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        """Answer one conversation, or several, through the tokenizer's chat template.
+
+        The prompt is that of the HTTP server for the same fields. Raises ValueError for what the
+        template has no place for.
+        """
+        several = bool(messages) and isinstance(messages[0], list | tuple)
         prompts = [
-            self.tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False)
-            for c in conversations
+            self.template.render(
+                read_conversation(conversation, tools, documents, chat_template_kwargs),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                source=chat_template,
+            )
+            for conversation in (messages if several else [messages])
         ]
         tokens = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompts]
         return self.generate(tokens, sampling_params, adapter)
@@ -303,9 +279,3 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as several."""
-    one = isinstance(prompts, str) or (prompts and isinstance(prompts[0], int))
-    return cast(list[Prompt], [prompts] if one else list(prompts))
