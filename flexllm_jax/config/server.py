@@ -79,6 +79,11 @@ class ServerSection(Section):
         default=(),
         description="Folders whose adapters /v1/load_lora_adapter may load. None: it is off.",
     )
+    trust_request_chat_template: Bool = Field(
+        default=False,
+        description="Whether requests may bring a `chat_template`: a program, run without limits "
+        "of time and memory.",
+    )
     stuck_after_s: Float = Field(
         default=60.0, gt=0, description="Seconds without a step, having work, that fail /health."
     )

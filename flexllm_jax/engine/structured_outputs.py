@@ -90,6 +90,15 @@ class StructuredOutputsParams:
         options: Any = {"whitespace_flexible": not self.disable_any_whitespace}
         return LLMatcher.grammar_from_json_schema(text, overrides=options)
 
+    def as_lark(self) -> str:
+        """It as a part of a rule in Lark's syntax. ValueError if it has none."""
+        if self.grammar is not None:
+            return f"%lark {{\n{self.grammar}\n}}"
+        (whole,) = json.loads(self.to_grammar())["grammars"]
+        if whole["lark_grammar"] is not None:
+            return f"%lark {{\n{whole['lark_grammar']}\n}}"
+        return f"%json {json.dumps(whole['json_schema'])}"
+
 
 def mask_words(tokens: int) -> int:
     """Words of a mask of that many tokens."""

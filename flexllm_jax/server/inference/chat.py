@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -11,17 +10,11 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference
-from flexllm_jax.server.inference.schema import (
-    ChatCompletionRequest,
-    Tool,
-    dump_tools,
-    refuse_unsupported,
-)
+from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.inference.tool_calls import (
     START,
@@ -29,9 +22,9 @@ from flexllm_jax.server.inference.tool_calls import (
     Format,
     Parsed,
     ToolCallParser,
-    calls_of,
     join_calls,
 )
+from flexllm_jax.server.inference.unsupported import refuse_unsupported
 
 
 class _Chat:
@@ -80,13 +73,11 @@ async def chat(
     """Answer a chat request, at once or as a stream."""
     _refuse_unsupported(body)
     limit, codec = inference.max_model_len(), inference.codec
-    tools, form, structure = None, None, await inference.structure(body)
-    if body.tools and body.tool_choice != "none":
-        form, tools = codec.tool_format(), dump_tools(body.tools)
-    if forced := _forced_tools(body):
-        structure = await asyncio.to_thread(_calls, body, form, forced, codec)
-    text = await codec.render(body.messages, tools, body.chat_template_kwargs)
-    prompt = await codec.encode(text, limit, add_special_tokens=False)
+    text = await inference.render(body, body.tools if body.may_call else None)
+    form = codec.tool_format() if body.may_call else None
+    structure = await inference.structure(body, form)
+    special = bool(body.add_special_tokens)
+    prompt = await codec.encode(text, limit, add_special_tokens=special)
     max_tokens = body.max_completion_tokens
     max_tokens = body.max_tokens if max_tokens is None else max_tokens
     max_tokens = inference.room(prompt) if max_tokens is None else max_tokens
@@ -111,53 +102,10 @@ async def chat(
 
 
 def _refuse_unsupported(body: ChatCompletionRequest) -> None:
-    refuse_unsupported(body)
+    refuse_unsupported(body, CompletionRequest)
     if body.top_logprobs is not None and not body.logprobs:
         message = "top_logprobs: needs logprobs=true; set it or leave this out"
         raise ApiError(400, message, param="top_logprobs")
-
-
-def _forced_tools(body: ChatCompletionRequest) -> list[Tool]:
-    """The tools of which one must be called; none if the model may choose."""
-    choice, tools = body.tool_choice, body.tools or []
-    if choice in (None, "none", "auto"):
-        return []
-    if choice != "required":
-        tools = [
-            t
-            for t in tools
-            if choice == {"type": "function", "function": {"name": t.function.name}}
-        ]
-    if not tools:
-        raise ApiError(
-            400,
-            f"tool_choice: got {choice!r}; must be none, auto, or, with tools, required or one of "
-            f'them: {{"type": "function", "function": {{"name": ...}}}}',
-            param="tool_choice",
-        )
-    return tools
-
-
-def _calls(
-    body: ChatCompletionRequest, form: Format | None, tools: list[Tool], codec: TextCodec
-) -> StructuredOutputsParams:
-    """An answer that calls one of `tools`, or several of them in parallel."""
-    if form is None:
-        message = "tool_choice: it is not known how this model writes calls; leave the choice to it"
-        raise ApiError(400, message, param="tool_choice")
-    if body.response_format is not None or body.structured_outputs is not None:
-        message = "tool_choice: an answer cannot be a call and have a format; leave out one of them"
-        raise ApiError(400, message, param="tool_choice")
-    functions = [tool.function for tool in tools]
-    try:
-        parallel = body.tool_choice == "required" and body.parallel_tool_calls is not False
-        structure = calls_of(
-            form, {f.name: f.parameters for f in functions}, codec.literal, parallel=parallel
-        )
-        structure.check()
-    except ValueError as error:
-        raise ApiError(400, f"tools: {error}", param="tools") from None
-    return structure
 
 
 async def _whole(conversation: _Chat) -> Response:

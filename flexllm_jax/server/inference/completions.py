@@ -15,8 +15,9 @@ from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference, Logprobs
-from flexllm_jax.server.inference.schema import CompletionRequest, refuse_unsupported
+from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
+from flexllm_jax.server.inference.unsupported import refuse_unsupported
 
 
 @dataclass
@@ -123,7 +124,7 @@ async def complete(
         raise ApiError(
             400, "max_tokens: got 0; must be at least 1 without echo", param="max_tokens"
         )
-    refuse_unsupported(body)
+    refuse_unsupported(body, ChatCompletionRequest)
     if body.best_of not in (None, body.n or 1):
         raise ApiError(400, f"best_of: got {body.best_of}; must equal n", param="best_of")
     answer = inference.open(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,14 @@ from flexllm_jax.server.engines.protocol import Output
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.http.access import Admission, Client
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference.schema import InferenceRequest
+from flexllm_jax.server.inference.schema import (
+    ChatCompletionRequest,
+    InferenceRequest,
+    TokenizeRequest,
+    Tool,
+)
 from flexllm_jax.server.inference.text import Detokenizer, TextCodec
+from flexllm_jax.server.inference.tool_calls import Format
 from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
 
 Logprobs = dict[int, float]
@@ -141,17 +147,46 @@ class Inference:
             limit = min(limit, info.num_pages * info.page_size + 1)  # the last has no KV
         return max(1, limit - len(prompt))
 
-    async def structure(self, body: InferenceRequest) -> StructuredOutputsParams | None:
-        """What the outputs must match, if anything; ApiError when that cannot be kept to."""
+    async def structure(
+        self, body: InferenceRequest, form: Format | None = None
+    ) -> StructuredOutputsParams | None:
+        """What the outputs must match, if anything; ApiError when that cannot be kept to. `form`:
+        how the model writes calls."""
         field = "response_format" if body.structured_outputs is None else "structured_outputs"
-        try:
-            structure = body.structure()
-            if structure:
-                await asyncio.to_thread(structure.check)
-        except ValueError as error:
-            message = str(error).replace("structured_outputs", field, 1)
-            raise ApiError(400, message, param=field) from None
-        return structure
+
+        def make() -> StructuredOutputsParams | None:
+            answer = _checked(body.format, field)
+            whole = _checked(lambda: body.structure(form, self.codec.literal), "tools")
+            return answer if whole == answer else whole
+
+        return None if body.is_free else await asyncio.to_thread(make)
+
+    async def render(
+        self, body: ChatCompletionRequest | TokenizeRequest, tools: Sequence[Tool] | None
+    ) -> str:
+        """A request's messages through the chat template. ApiError for what cannot be used."""
+        if body.chat_template is not None and not self.config.server.trust_request_chat_template:
+            raise ApiError(
+                400,
+                "chat_template: is a program, which this server runs for nobody unless "
+                "server.trust_request_chat_template is set; leave it out",
+                param="chat_template",
+            )
+        options = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            if not self.codec.template.reads("reasoning_effort"):
+                message = "reasoning_effort: this model's chat template does not read it; leave it"
+                raise ApiError(400, f"{message} out", param="reasoning_effort")
+            options["reasoning_effort"] = body.reasoning_effort
+        return await self.codec.render(
+            body.messages or [],
+            [tool.model_dump(exclude_unset=True) for tool in tools or ()],
+            options,
+            documents=body.documents,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=bool(body.continue_final_message),
+            source=body.chat_template,
+        )
 
     def open(
         self,
@@ -241,6 +276,20 @@ class Inference:
                 f"{info.vocab_size - 1}: use this model's tokenizer",
                 param="prompt",
             )
+
+
+def _checked(
+    make: Callable[[], StructuredOutputsParams | None], field: str
+) -> StructuredOutputsParams | None:
+    """What is made, if it can be kept to; else ApiError that names the field."""
+    try:
+        structure = make()
+        if structure is not None:
+            structure.check()
+    except ValueError as error:
+        message = str(error).replace("structured_outputs", field, 1)
+        raise ApiError(400, message, param=field) from None
+    return structure
 
 
 def not_ready(engines: Engines) -> ApiError:

@@ -16,8 +16,8 @@ from flexllm_jax.server.inference.schema import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    dump_tools,
 )
+from flexllm_jax.server.inference.unsupported import refuse_unsupported
 
 
 def routes(inference: Inference) -> APIRouter:
@@ -50,14 +50,12 @@ def routes(inference: Inference) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, client: Known) -> Response:
+        refuse_unsupported(body)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give exactly one of prompt and messages", param="prompt")
         limit = inference.config.server.max_body_bytes  # tokens; what the body allows
         if body.messages is not None:
-            generation = body.add_generation_prompt
-            text = await codec.render(
-                body.messages, dump_tools(body.tools), add_generation_prompt=generation
-            )
+            text = await inference.render(body, body.tools)
         else:
             text = body.prompt or ""
         special = body.add_special_tokens

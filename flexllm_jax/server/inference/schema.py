@@ -1,20 +1,22 @@
 """Bodies of the OpenAI inference requests, with the extras of vLLM that are supported.
 
 Fields that are not known are ignored, as OpenAI's clients send ones that mean nothing here; those
-that are known and would change the answer, but are not supported, are refused.
+of other servers that would change the answer are refused (unsupported.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.tool_calls import Format, calls_of
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -27,20 +29,6 @@ class StreamOptions(Body):
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
-
-
-# With the values that ask for nothing.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("logit_bias", "functions"), (None, {}, [])),
-    **dict.fromkeys(("function_call", "suffix"), (None, "", "none")),
-    **dict.fromkeys(("modalities",), (None, ["text"])),
-    # vLLM's
-    **dict.fromkeys(("allowed_token_ids", "bad_words"), (None, [])),
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), (None,)),
-    **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "prompt_embeds"), (None,)),
-    **dict.fromkeys(("use_beam_search", "include_stop_str_in_output"), (None, False)),
-    "skip_special_tokens": (None, True),
-}
 
 
 class JsonSchema(Body):
@@ -100,8 +88,13 @@ class InferenceRequest(Body):
         """Strings that end an output."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def structure(self) -> StructuredOutputsParams | None:
-        """What the output must match. ValueError for what makes no sense."""
+    @property
+    def is_free(self) -> bool:
+        """Whether the output may be anything."""
+        return self.response_format is None and self.structured_outputs is None
+
+    def format(self) -> StructuredOutputsParams | None:
+        """What an answer must match. ValueError for what makes no sense."""
         form, given = self.response_format, self.structured_outputs
         wanted: dict[str, Any] = {}
         if form is not None and form.type == "json_object":
@@ -114,6 +107,12 @@ class InferenceRequest(Body):
         if unknown := sorted(given.keys() - known):
             raise ValueError(f"structured_outputs has {unknown[0]}; must be of {', '.join(known)}")
         return StructuredOutputsParams(**(given | wanted))
+
+    def structure(
+        self, form: Format | None = None, literal: Callable[[str], str] = quote
+    ) -> StructuredOutputsParams | None:
+        """What the output must match. ValueError for what makes no sense."""
+        return self.format()
 
     def sampling_params(
         self,
@@ -144,13 +143,6 @@ class InferenceRequest(Body):
             prompt_logprobs=prompt_logprobs,
             structured_outputs=structure,
         )
-
-
-def refuse_unsupported(body: InferenceRequest) -> None:
-    """ApiError 400 for fields of OpenAI and vLLM that would change the answer, and cannot here."""
-    for name, value in (body.model_extra or {}).items():
-        if name in _UNSUPPORTED and value not in _UNSUPPORTED[name]:
-            raise ApiError(400, f"{name}: is not supported; leave it out", param=name)
 
 
 class CompletionRequest(InferenceRequest):
@@ -189,11 +181,6 @@ class Tool(Body):
     function: ToolFunction
 
 
-def dump_tools(tools: list[Tool] | None) -> list[dict[str, Any]]:
-    """Tools as they were given."""
-    return [tool.model_dump(exclude_unset=True) for tool in tools or ()]
-
-
 class ChatCompletionRequest(InferenceRequest):
     """POST /v1/chat/completions."""
 
@@ -205,19 +192,89 @@ class ChatCompletionRequest(InferenceRequest):
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    add_special_tokens: bool | None = False
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the answer may be calls of tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the output may be anything."""
+        return super().is_free and self.tool_choice in (None, "none", "auto")
+
+    def forced_tools(self) -> list[Tool]:
+        """The tools of which one must be called; none if the model may choose."""
+        choice, tools = self.tool_choice, self.tools or []
+        if choice in (None, "none", "auto"):
+            return []
+        if choice != "required":
+            named = {t.function.name: t for t in tools}
+            tools = [t for n, t in named.items() if choice == _call_of(n)]
+        if not tools:
+            raise ApiError(
+                400,
+                f"tool_choice: got {choice!r}; must be none, auto, or, with tools, required or one "
+                f'of them: {{"type": "function", "function": {{"name": ...}}}}',
+                param="tool_choice",
+            )
+        return tools
+
+    def structure(
+        self, form: Format | None = "hermes", literal: Callable[[str], str] = quote
+    ) -> StructuredOutputsParams | None:
+        """What the output must match. A response format binds an answer, and no calls, as OpenAI
+        has it; `structured_outputs` binds the whole output, as vLLM has it. `form`: how the model
+        writes calls, `literal`: its marks in a grammar."""
+        answer, forced = self.format(), self.forced_tools()
+        named = self.response_format is not None and self.response_format.type != "text"
+        if forced and answer and not named:
+            message = "tool_choice: an output cannot be a call and have a structure; leave out one"
+            raise ApiError(400, message, param="tool_choice")
+        if not forced and not (self.may_call and named):
+            return answer
+        if form is None:
+            field = "tool_choice" if forced else "response_format"
+            message = f"{field}: it is not known how this model writes calls; leave out it or tools"
+            raise ApiError(400, message, param=field)
+        functions = [tool.function for tool in forced or self.tools or ()]
+        return calls_of(
+            form,
+            {function.name: function.parameters for function in functions},
+            literal,
+            parallel=self.tool_choice in (None, "auto", "required")
+            and self.parallel_tool_calls is not False,
+            answer=None if forced else answer,
+        )
+
+
+def _call_of(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or messages through the chat template."""
 
+    model_config = ConfigDict(extra="allow")
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    return_token_strs: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = False
 
 
 class DetokenizeRequest(Body):

@@ -73,24 +73,31 @@ def calls_of(
     literal: Callable[[str], str],
     *,
     parallel: bool,
+    answer: StructuredOutputsParams | None = None,
 ) -> StructuredOutputsParams:
     """Outputs that call one of `functions`, which are given with the schemas of their arguments;
-    with `parallel` more than one, if the format can. `literal` writes a mark in a grammar. White
-    space is as templates write it, which models are trained on."""
+    with `parallel` more than one, if the format can. Or, instead, what matches `answer`. `literal`
+    writes a mark in a grammar. White space is as templates write it, which models are trained on.
+    """
     key = "arguments" if form == "hermes" else "parameters"
     names = " | ".join(f"function{i}" for i in range(len(functions)))
     rules = [f"body: {names}"]
     for i, (name, schema) in enumerate(functions.items()):
-        head = quote(f'{{"name": {json.dumps(name)}, "{key}": ')
+        # In the pieces of JSON, so that an answer in JSON can begin with the same ones.
+        pieces = ("{", '"name"', ": ", json.dumps(name), ", ", json.dumps(key), ": ")
+        head = " ".join(map(quote, pieces))
         rules += [
             f'function{i}: {head} arguments{i} "}}"',
             f"arguments{i}: %json {json.dumps({'type': 'object'} | (schema or {}) | _SPACED)}",
         ]
     if form == "hermes":
         rules.append(f'call: {literal(START)} "\\n"? body "\\n"? {literal(_END)}')
-        rules.append('start: call ("\\n"? call)*' if parallel else "start: call")
+        rules.append('calls: call ("\\n"? call)*' if parallel else "calls: call")
     else:
-        rules.append("start: body")
+        rules.append("calls: body")
+    rules.append("start: calls" if answer is None else "start: calls | answer")
+    if answer is not None:
+        rules.append(f"answer: {answer.as_lark()}")
     return StructuredOutputsParams(grammar="\n".join(rules))
 
 

@@ -25,6 +25,31 @@ BAD = {
     "suffix": ("after", "suffix"),
     "stop_token_ids": ([-1], "stop_token_ids"),
     "repetition_penalty": (0, "repetition_penalty"),
+    "regex": ("a+", "regex"),
+    "ebnf": ("root ::= 'a'", "ebnf"),
+    "cache_salt": ("mine", "cache_salt"),
+    "priority": (1, "priority"),
+    "thinking_token_budget": (0, "thinking_token_budget"),
+    "prompt_logprobs": (0, "prompt_logprobs"),
+    "messages": ([{"role": "user", "content": "a"}], "messages"),
+    "continue_final_message": (True, "continue_final_message"),
+    "documents": ([{"text": "a"}], "documents"),
+    "chat_template": ("{{ 1 }}", "chat_template"),
+}
+QUESTION = {"role": "user", "content": "a"}
+# In chat and, but for the sampling, in /tokenize.
+BAD_CHAT = {
+    "regex": ("a+", "regex"),
+    "cache_salt": ("mine", "cache_salt"),
+    "priority": (-1, "priority"),
+    "thinking_token_budget": (64, "thinking_token_budget"),
+    "truncate_prompt_tokens": (10, "truncate_prompt_tokens"),
+    "mm_processor_kwargs": ({"a": 1}, "mm_processor_kwargs"),
+    "chat_template": ("{{ 1 }}", "chat_template"),
+    "chat_template_kwargs": ({"chat_template": "{{ 1 }}"}, "chat_template_kwargs"),
+    "documents": ([{"text": "a"}], "documents"),
+    "reasoning_effort": ("high", "reasoning_effort"),
+    "messages": ([{"role": "robot", "content": "a"}], "messages"),
 }
 
 
@@ -43,6 +68,24 @@ def test_a_bad_value_names_its_field(server, field):
     assert status == 400, body
     message = check_error(body, param)
     assert field in message
+
+
+@pytest.mark.parametrize("field", BAD_CHAT)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_bad_value_of_a_conversation_names_its_field(server, path, field):
+    value, param = BAD_CHAT[field]
+    body = {"model": "tiny", "messages": [QUESTION], field: value}
+    status, _, answer = server.post(path, json.dumps(body).encode())
+    assert status == 400, answer
+    check_error(answer, param)
+
+
+@pytest.mark.parametrize("field", ["echo", "best_of", "suffix", "prompt"])
+def test_fields_of_completions_are_none_of_a_chat(server, field):
+    body = {"model": "tiny", "messages": [QUESTION], field: {"best_of": 2}.get(field, "a")}
+    status, _, answer = server.post("/v1/chat/completions", json.dumps(body).encode())
+    assert status == 400, answer
+    check_error(answer, field)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +111,7 @@ def test_bodies_that_make_no_sense(server, body, says):
 
 def test_what_asks_for_nothing_is_let_through(server):
     nothing = {"logit_bias": {}, "suffix": None, "guided_json": None, "skip_special_tokens": True}
+    nothing |= {"priority": 0, "length_penalty": 1.0, "user": "me", "metadata": {"a": "b"}}
     status, _, body = server.post("/v1/completions", json.dumps(GOOD | nothing).encode())
     assert status == 200, body
 

@@ -1,14 +1,22 @@
 """OpenAI's inference interfaces through the unmodified openai SDK, against transformers and LLM."""
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import openai
 import pytest
 
 from flexllm_jax import SamplingParams
+from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.requests import Inference
+from flexllm_jax.server.inference.schema import TokenizeRequest
+from flexllm_jax.server.inference.text import TextCodec
 from tests.engines import (
     load_with_adapter,
     random_prompts,
@@ -163,6 +171,7 @@ def test_models_are_listed(client, adapter):
     assert error.value.code == "model_not_found"
 
 
+SHOWN = "{% for message in messages %} {{ message.content }}{% endfor %}"
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
 
 
@@ -193,6 +202,49 @@ def test_chat_goes_through_the_template(client, tokenizer, llama_reference):
         assert entry.logprob == pytest.approx(logprobs[i, expected[i]], abs=1e-4)
         assert len(entry.top_logprobs) == 2
         assert entry.top_logprobs[0].logprob == entry.logprob  # greedy: its own is the best
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"continue_final_message": True},
+        {"continue_final_message": True, "add_generation_prompt": False},
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": True},
+    ],
+)
+def test_what_follows_the_last_message_is_as_asked(
+    server, client, tokenizer, llm, monkeypatch, fields
+):
+    """In chats, in /tokenize and in the Python API as transformers has it."""
+    messages = [*MESSAGES, {"role": "assistant", "content": "I am"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **fields)
+    body = {"model": "tiny", "messages": messages, **fields}
+    told = json.loads(server.post("/tokenize", json.dumps(body).encode())[2])
+    assert tokenizer.decode(told["tokens"]) == text
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=1, extra_body=fields
+    )
+    assert answer.usage.prompt_tokens == told["count"]
+    monkeypatch.setattr(llm, "template", ChatTemplate(tokenizer))
+    (output,) = llm.chat(messages, SamplingParams(max_tokens=1), **fields)
+    assert output.prompt_token_ids == told["tokens"]
+
+
+def test_a_template_of_a_client_where_it_is_trusted(tokenizer):
+    body = {"messages": MESSAGES, "chat_template": "{{ messages | length }}" + SHOWN}
+
+    def render(trusted):
+        server = SimpleNamespace(trust_request_chat_template=trusted)
+        config = SimpleNamespace(server=server, scheduler=SimpleNamespace(slo_classes={}))
+        unused: Any = None
+        codec = TextCodec(tokenizer)
+        inference = Inference(cast(Any, config), unused, codec, unused, unused, unused)
+        return asyncio.run(inference.render(TokenizeRequest.model_validate(body), None))
+
+    assert render(True) == "2 be brief hello"
+    with pytest.raises(ApiError, match=r"server\.trust_request_chat_template"):
+        render(False)
 
 
 def test_a_stop_token_is_named(client, llama_reference):

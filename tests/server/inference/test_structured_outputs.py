@@ -9,7 +9,7 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from flexllm_jax.engine.structured_outputs import TokenMatchers, quote
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers, quote
 from flexllm_jax.server.inference.tool_calls import calls_of
 from tests.server.inference.test_tool_calls import parse
 
@@ -134,6 +134,64 @@ def test_what_the_grammar_of_calls_allows_is_what_the_parser_finds(form, tokeniz
     assert (max(counts) > 1) == (form == "hermes")
 
 
+ANSWERS = {
+    "json": {"json": schema_format({"const": {"a": 1}})["json_schema"]["schema"]},
+    "choice": {"choice": ("yes", "no / never")},
+    "regex": {"regex": "a{2,3}/[b}]"},
+    "grammar": {"grammar": 'start: word+\nword: "a}" | "b"'},
+}
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama"])
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_an_answer_with_a_structure_or_calls(form, kind, tokenizer):
+    """Every answer that the structure alone allows, every call, and nothing else."""
+    matchers = TokenMatchers(tokenizer, 272, [tokenizer.eos_token_id])
+    schemas = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
+    answer = StructuredOutputsParams(**ANSWERS[kind])
+    whole = calls_of(form, schemas, quote, parallel=True, answer=answer)
+    whole.check()
+    call = calls_of(form, schemas, quote, parallel=True)
+
+    def allows(structure, text):
+        matcher = matchers.match(structure)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    key = "arguments" if form == "hermes" else "parameters"
+    called = f'{{"name": "get_weather", "{key}": {{"place": "Oslo"}}}}'
+    called = f"<tool_call>{called}</tool_call>" if form == "hermes" else called
+    assert allows(whole, called) and allows(call, called) and not allows(answer, called)
+    texts = ['{"a": 1}', '{"a": 2}', "yes", "no / never", "aa/b", "aaa/}", "a/b", "a}b", "b", "c"]
+    for text in texts:
+        assert allows(whole, text) == allows(answer, text), text
+        assert not allows(call, text)
+    assert any(allows(answer, text) for text in texts)
+
+
+def test_a_format_is_for_answers(client):
+    """A call that has to be made is none; beside tools that may be called either is whole."""
+    form = schema_format(Pet.model_json_schema())
+    extra = {"structured_outputs": {"disable_any_whitespace": True}}
+    ask = ASK | {"tools": TOOLS, "response_format": form, "extra_body": extra}
+    forced = client.chat.completions.create(
+        **ask | {"temperature": 1.0}, seed=1, tool_choice="required", parallel_tool_calls=False
+    ).choices[0]
+    assert forced.finish_reason == "tool_calls" and forced.message.tool_calls
+    for seed in range(4):
+        free = client.chat.completions.create(**ask | {"temperature": 1.5}, seed=seed).choices[0]
+        if not free.message.tool_calls:
+            jsonschema.validate(json.loads(free.message.content), form["json_schema"]["schema"])
+    text = client.chat.completions.create(
+        **ask | {"response_format": {"type": "text"}, "extra_body": {}}, max_tokens=4
+    )
+    assert text.usage.completion_tokens == 4
+    chosen = client.chat.completions.create(
+        **ASK, tools=TOOLS, extra_body={"structured_outputs": {"choice": ["left", "right"]}}
+    )  # vLLM's: the whole output
+    assert chosen.choices[0].message.content in ("left", "right")
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -153,9 +211,9 @@ def test_what_the_grammar_of_calls_allows_is_what_the_parser_finds(form, tokeniz
             {
                 "tools": TOOLS,
                 "tool_choice": "required",
-                "response_format": {"type": "json_object"},
+                "extra_body": {"structured_outputs": {"regex": "a"}},
             },
-            "tool_choice: an answer cannot be a call and have a format",
+            "tool_choice: an output cannot be a call and have a structure",
         ),
         (
             {"tools": [tool("odd", a={"type": "strin"})], "tool_choice": "required"},
