@@ -236,16 +236,16 @@ class LLM:
 
     def load_adapter(self, name: str, path: str | Path) -> int:
         """Serve a PEFT folder as `name`; returns its version."""
-        return self._loop.call(lambda: self.engine.load_adapter(name, path).version)
+        return self._loop.call(lambda: self.engine.adapters.load(name, path).version)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that use it finish."""
-        self._loop.call(self.engine.unload_adapter, name)
+        self._loop.call(self.engine.adapters.unload, name)
 
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters that can be asked for."""
-        return self._loop.call(lambda: sorted(self.engine.directory.current))
+        return self._loop.call(lambda: sorted(self.engine.adapters.directory.current))
 
     def export_adapter(self, name: str, out_dir: str | Path) -> None:
         """Write a served adapter in PEFT's format."""
@@ -265,7 +265,7 @@ class LLM:
         )
 
     def _read(self, name: str) -> Adapter:
-        return self._loop.call(self.engine.read_adapter, name)
+        return self._loop.call(self.engine.adapters.read, name)
 
     # -- the end ----------------------------------------------------------------------------------
 

@@ -11,9 +11,8 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,64 +21,25 @@ from llguidance import LLMatcher
 from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
 from flexllm_jax.engine.activations import describe_saved
-from flexllm_jax.engine.plan_step import PlannedStep, PromptTargets, StepBuilder
+from flexllm_jax.engine.adapters import ServedAdapters
+from flexllm_jax.engine.in_flight import (
+    BucketUse,
+    StepInFlight,
+    StepObservation,
+    read_prompt_logprobs,
+    request_prompt_logprobs,
+)
+from flexllm_jax.engine.plan_step import PlannedStep, StepBuilder
 from flexllm_jax.engine.processes import make_runner
-from flexllm_jax.engine.programs import FINETUNE_SEQUENCES
 from flexllm_jax.engine.request import RequestState, top_logprobs
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
 from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
 from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
-from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.bank import AdapterRow, BankDirectory, Published, from_row, to_row
-from flexllm_jax.peft.hf_peft import load_adapter
-from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
-from scheduler.plan_log import LoggedScheduler
-from scheduler.policies import make_policy
-from scheduler.request import BackwardUnits, Request, Slo, StepPlan
+from scheduler.request import BackwardUnits, Request, StepPlan
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepObservation:
-    """What a step held, and the seconds it took and was predicted to take on the device."""
-
-    decode_tokens: int
-    prefill_tokens: int
-    forward_tokens: int
-    backward_units: int
-    preempted: int
-    measured_s: float
-    predicted_s: float
-
-
-@dataclass
-class _InFlight:
-    """A dispatched step: what will have to be read, and what to do with it."""
-
-    plan: StepPlan
-    started: float
-    sampled: list[RequestState]
-    report: dict | None  # from the sampler
-    prompt_logprobs: list[tuple[PromptTargets, dict]]
-    last_unit: jax.Array | None  # ready when the step's backward units are done
-    hidden: jax.Array | None
-    after: list[Callable[[], None]] = field(default_factory=list)
-
-
-@dataclass
-class BucketUse:
-    """How often a bucket's program ran, and how many tokens were in its slots."""
-
-    steps: int = 0
-    tokens: int = 0
-
-    def count(self, plan: StepPlan) -> None:
-        """Another step."""
-        self.steps += 1
-        self.tokens += plan.num_tokens
 
 
 class Engine:
@@ -100,25 +60,26 @@ class Engine:
         log.info("%s", runner.memory.describe())
         if config.finetune.jobs or config.finetune.saved != "attention":
             log.info("%s", "\n".join(describe_saved(runner.sizes)))
-        slos = {"standard": config.scheduler.slo, **config.scheduler.slo_classes}
-        self.slos = {
-            name: Slo(slo.tpot_ms / 1e3, slo.ttft_ms / 1e3, slo.weight, name)
-            for name, slo in slos.items()
-        }
-        self._plan_log: TextIO | None = None
+        self.slos = slo_classes(config)
         latency = profile.latency_model(runner, config, progress=progress)
-        self.scheduler = self._make_scheduler(latency)
-        self.directory = BankDirectory(config.adapters.slots)
+        self.scheduler, self._plan_log = make_scheduler(
+            config, runner.sizes, runner.num_pages, self.slos["standard"], latency
+        )
+        self.adapters = ServedAdapters(runner, config.adapters.slots, config.model.path)
         self.trainer = Trainer(
-            config, runner, self.scheduler, self.publish_job, self.directory.stop_training
+            config,
+            runner,
+            self.scheduler,
+            self.adapters.publish_job,
+            self.adapters.directory.stop_training,
         )
         self._builder = StepBuilder(runner)
         model = runner.model
         self.matchers = TokenMatchers(tokenizer, model.vocab_size, model.eos_token_ids)
         self._requests: dict[str, RequestState] = {}
         self._matching = 0  # those of them with structured outputs
-        self._in_flight: deque[_InFlight] = deque()
-        self._unsettled: _InFlight | None = None  # its tokens are read, its units maybe running
+        self._in_flight: deque[StepInFlight] = deque()
+        self._unsettled: StepInFlight | None = None  # its tokens are read, its units maybe running
         self._device_free_at = 0.0
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.workload.seed if config.workload else 0)
@@ -128,36 +89,11 @@ class Engine:
         self.progressed: list[RequestState] = []  # whose tokens the last `step` read
         self.observations: deque[StepObservation] = deque(maxlen=1000)  # newest last
         for adapter in config.adapters.preload:
-            self.load_adapter(adapter.name, adapter.path)
+            self.adapters.load(adapter.name, adapter.path)
         self.startup_s = time.monotonic() - started
         gc.collect()
         gc.freeze()  # what lives now lives on: later collections need not walk it between steps
         runner.compilations.count = 0
-
-    def _make_scheduler(self, latency: LatencyModel) -> Scheduler:
-        config, sizes = self.config, self.runner.sizes
-        limits = SchedulerConfig(
-            max_sequences=sizes.rows,
-            max_tokens_per_step=sizes.buckets[-1],
-            max_model_len=sizes.max_model_len,
-            token_buckets=sizes.buckets,
-            num_pages=self.runner.num_pages,
-            page_size=sizes.page_size,
-            prefix_caching=config.cache.prefix_caching,
-            num_layers=sizes.model.num_layers,
-            unit_tokens=sizes.unit_tokens,
-            finetune_slots=sizes.finetune_slots,
-            max_finetune_segments=FINETUNE_SEQUENCES,
-            slo=self.slos["standard"],
-            idle_step_s=config.finetune.idle_step_ms / 1e3,
-            finetune_floor=config.finetune.floor,
-        )
-        policy = config.scheduler.policy
-        if not config.log.plans:
-            return Scheduler(limits, latency, make_policy(policy))
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        self._plan_log = (config.output_dir / "plans.jsonl").open("w", encoding="utf-8")
-        return LoggedScheduler(limits, latency, policy, self._plan_log)
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -190,7 +126,7 @@ class Engine:
             )
         if slo_class not in self.slos:
             raise ValueError(f"slo_class={slo_class!r} must be one of {', '.join(self.slos)}")
-        published = self.directory.lookup(adapter) if adapter else None
+        published = self.adapters.directory.lookup(adapter) if adapter else None
         if params.structured_outputs and not matcher:
             matcher = self.matchers.match(params.structured_outputs)
         seed = params.seed
@@ -232,54 +168,17 @@ class Engine:
         self._requests.pop(state.request_id, None)
         self._matching -= state.matcher is not None
         if state.adapter:
-            self.directory.release(state.adapter)
-
-    # -- adapters ---------------------------------------------------------------------------------
-
-    def load_adapter(self, name: str, path) -> Published:
-        """Load a PEFT folder as a new version of `name`."""
-        adapter = load_adapter(path, self.runner.model, self.config.model.path)
-        return self.publish(name, adapter)
-
-    def to_row(self, name: str, adapter: Adapter) -> AdapterRow:
-        """What `publish` writes to the bank: may be made in another thread beforehand."""
-        return to_row(adapter, self.runner.model, self.runner.sizes.bank, name)
-
-    def publish(self, name: str, adapter: Adapter, row: AdapterRow | None = None) -> Published:
-        """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
-        weights, scales = row or self.to_row(name, adapter)
-        published = self.directory.publish(name, adapter.config, adapter.shapes)
-        self.runner.write_adapter(published.bank_slot, weights, scales)
-        return published
-
-    def publish_job(self, job: FinetuneJob) -> Published:
-        """Serve what a job has learnt so far under its name: a copy of its slot on the device.
-        ValueError when it has ended: its slot may be another's."""
-        if not job.running:
-            raise ValueError(f"job {job.name!r} has ended: load its adapter from its folder")
-        published = self.directory.publish(job.name, job.peft, job.shapes)
-        self.runner.copy_adapter(job.bank_slot, published.bank_slot)
-        return published
-
-    def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; requests that use it finish."""
-        self.directory.unload(name)
-
-    def read_adapter(self, name: str) -> Adapter:
-        """A served adapter's weights on the host; waits for the device."""
-        published = self.directory.lookup(name)
-        values = self.runner.read_adapter(published.bank_slot)
-        return from_row(values, published.config, published.shapes)
+            self.adapters.directory.release(state.adapter)
 
     # -- jobs -------------------------------------------------------------------------------------
 
     def add_job(self, job: FinetuneJob) -> None:
         """Start a finetuning job beside whatever runs."""
-        job.bank_slot = self.directory.start_training(job.name)
+        job.bank_slot = self.adapters.directory.start_training(job.name)
         try:
             self.trainer.start(job)
         except Exception:
-            self.directory.stop_training(job.name)
+            self.adapters.directory.stop_training(job.name)
             raise
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -298,7 +197,7 @@ class Engine:
         self.trainer.feed()
         plan, finished = self.scheduler.plan(time.monotonic()), []
         if plan is not None:
-            step = _InFlight(plan, time.monotonic(), [], None, [], None, None)
+            step = StepInFlight(plan, time.monotonic(), [], None, [], None, None)
             if plan.token_bucket:
                 planned, hidden_rows = self._forward(step)
                 if planned.awaits_tokens and self._in_flight:
@@ -317,7 +216,7 @@ class Engine:
             self._settle()
         return finished
 
-    def _forward(self, step: _InFlight) -> tuple[PlannedStep, jax.Array]:
+    def _forward(self, step: StepInFlight) -> tuple[PlannedStep, jax.Array]:
         """Send a step's forward program to the device; the planned step, and the outputs to sample
         from [R, D]."""
         plan = step.plan
@@ -329,7 +228,7 @@ class Engine:
         )
         return planned, hidden_rows
 
-    def _sample(self, step: _InFlight, planned: PlannedStep, hidden_rows: jax.Array) -> None:
+    def _sample(self, step: StepInFlight, planned: PlannedStep, hidden_rows: jax.Array) -> None:
         if planned.sampled:
             allowed = None
             if planned.matchers:
@@ -339,32 +238,21 @@ class Engine:
                 hidden_rows, planned.rows, full=planned.full, allowed=allowed
             )
             jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
-        self._request_prompt_logprobs(step, planned)
+        request_prompt_logprobs(self.runner, step, planned)
 
-    def _backward(self, step: _InFlight, units: BackwardUnits) -> None:
+    def _backward(self, step: StepInFlight, units: BackwardUnits) -> None:
         step.last_unit = self.trainer.backward(units)
         if units.done:
             step.after = self.trainer.finish_microbatch(units.microbatch)
 
-    def _request_prompt_logprobs(self, step: _InFlight, planned: PlannedStep) -> None:
-        if step.hidden is None or not planned.prompt_targets:
-            return
-        targets = np.zeros((2, step.plan.token_bucket), np.int32)
-        targets[1] = -1
-        for target in planned.prompt_targets:
-            where = slice(target.first_output, target.first_output + len(target.tokens))
-            targets[0, where], targets[1, where] = target.tokens, target.state.bank_row
-        report = self.runner.prompt_logprobs(step.hidden, targets)
-        step.prompt_logprobs = [(target, report) for target in planned.prompt_targets]
-
-    def _postprocess(self, step: _InFlight) -> list[RequestState]:
+    def _postprocess(self, step: StepInFlight) -> list[RequestState]:
         """Read a step's tokens, find out who is done, and let the scheduler know."""
         self._settle()
         plan = step.plan
         if step.report is None and step.last_unit is None:
             jax.block_until_ready(step.hidden)  # nothing to read: still, stay one step ahead only
         sampled, stopped, finished = self._read_tokens(step)
-        self._read_prompt_logprobs(step)
+        read_prompt_logprobs(step)
         now = time.monotonic()
         measured = (
             None if step.last_unit is not None else now - max(step.started, self._device_free_at)
@@ -410,7 +298,9 @@ class Engine:
             )
         )
 
-    def _read_tokens(self, step: _InFlight) -> tuple[dict[str, int], set[str], list[RequestState]]:
+    def _read_tokens(
+        self, step: StepInFlight
+    ) -> tuple[dict[str, int], set[str], list[RequestState]]:
         """The tokens by request, the requests they end, and those that cannot go on."""
         if step.report is None:
             return {}, set(), []
@@ -438,20 +328,6 @@ class Engine:
                 self.cancel(state, reason)
                 failed.append(state)
         return sampled, stopped, failed
-
-    def _read_prompt_logprobs(self, step: _InFlight) -> None:
-        step.prompt_logprobs = [(t, jax.tree.map(np.asarray, r)) for t, r in step.prompt_logprobs]
-        for target, report in step.prompt_logprobs:
-            state = target.state
-            for i, token in enumerate(target.tokens):
-                at = target.first_output + i
-                state.prompt_logprobs[target.position + i] = top_logprobs(
-                    token,
-                    float(report["logprobs"][at]),
-                    report["top_tokens"][at],
-                    report["top_logprobs"][at],
-                    state.params.prompt_logprobs or 0,
-                )
 
     def stop(self) -> None:
         """End cleanly: unfinished requests get an error, running jobs write a checkpoint."""

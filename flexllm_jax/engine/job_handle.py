@@ -87,7 +87,7 @@ class JobHandle:
 
     def publish(self) -> int:
         """Serve what it has learnt so far under its name; returns the version."""
-        return self._loop.call(lambda: self._loop.engine.publish_job(self._job).version)
+        return self._loop.call(lambda: self._loop.engine.adapters.publish_job(self._job).version)
 
     def pause(self) -> None:
         """Let it wait from the next step on; what it has learnt stays on the device."""

@@ -20,13 +20,9 @@ from flexllm_jax.engine.placement import ALL, GATHERED, Placement
 from flexllm_jax.engine.step import forward_step
 from flexllm_jax.engine.step_inputs import StepShape
 from flexllm_jax.engine.structured_outputs import mask_words
-from flexllm_jax.finetune.backward import (
-    flow_shapes,
-    layer_unit,
-    loss_unit,
-    saved_columns,
-    saved_shapes,
-)
+from flexllm_jax.finetune.backward import layer_unit
+from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shapes
+from flexllm_jax.finetune.loss import loss_unit
 from flexllm_jax.finetune.optimizer import (
     HYPERPARAMETERS,
     LOSSES,
@@ -61,7 +57,7 @@ class EngineSizes:
 
     rows: most running requests. finetune_slots: tokens of the microbatches in work. unit_tokens:
     tokens of a backward unit. buckets: token slots of the forward programs. columns: where a
-    saved activation lies in its row (`finetune.backward.saved_columns`), on one device. placement:
+    saved activation lies in its row (`finetune.buffers.saved_columns`), on one device. placement:
     where arrays lie when the model is split over devices; None: whole, on one.
     """
 

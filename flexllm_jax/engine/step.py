@@ -33,13 +33,13 @@ def forward_step(
     Args:
         decoder: the model's functions.
         shape: the bucket, static.
-        columns: what to keep of finetuning tokens (`finetune.backward.saved_columns`), static.
+        columns: what to keep of finetuning tokens (`finetune.buffers.saved_columns`), static.
         backend: which kernels to use, static.
         params: frozen parameters.
         bank: {"weights", "scales"} lists by layer, or None: a step without adapters runs a program
             without bypasses.
         pages: per layer {"k", "v"} [P, B, K, H]; donated.
-        finetune: {"saved": per layer, "flow"} (see `finetune.backward`), or None for a step
+        finetune: {"saved": per layer, "flow"} (see `finetune.buffers`), or None for a step
             without finetuning tokens; donated.
         last_tokens: newest token of each request row.
         vector: packed `StepInputs`.

@@ -37,7 +37,7 @@ _QUEUED = 3  # microbatches of a job with the scheduler: one backward, one forwa
 @dataclass(frozen=True)
 class MicrobatchInWork:
     """A microbatch on the device: the first of its finetuning slots, its pages, where each token's
-    key is, and its table (`finetune.backward.MicrobatchTable`)."""
+    key is, and its table (`finetune.buffers.MicrobatchTable`)."""
 
     packed: PackedMicrobatch
     first_token_slot: int

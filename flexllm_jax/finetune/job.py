@@ -49,7 +49,7 @@ class PackedMicrobatch:
     """Sequences of one job that go through the model together.
 
     token, label, position and sequence_start are int32 [n], n the tokens of all sequences (see
-    `finetune.backward.MicrobatchTable`). `weights_version` differs between microbatches with an
+    `finetune.buffers.MicrobatchTable`). `weights_version` differs between microbatches with an
     optimizer step in between. `ends_batch`: an optimizer step follows. `validation`: only its loss
     is wanted; `ends_validation`: it is the last of its pass.
     """

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from flexllm_jax.engine.cache import peak_memory
-from flexllm_jax.engine.engine import BucketUse
+from flexllm_jax.engine.in_flight import BucketUse
 from flexllm_jax.launch.run import Run
 from flexllm_jax.llm import LLM, JobHandle
 from scheduler.slo import summarize

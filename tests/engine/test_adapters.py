@@ -95,7 +95,7 @@ def test_steps_without_adapters_run_a_program_without_bypasses(llm, loaded, monk
 def test_requests_finish_on_the_version_they_started_with(llm, llama, adapters, tmp_path):
     (old, old_model), new = adapters["seven"], save_random_adapter(llama, tmp_path / "new", seed=9)
     new_model = load_with_adapter(llama, new)
-    directory = llm.engine.directory
+    directory = llm.engine.adapters.directory
     params = SamplingParams(max_tokens=110, ignore_eos=True)
     (prompt,) = random_prompts([20], seed=3)
     first = llm.load_adapter("live", old)

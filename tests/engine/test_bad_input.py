@@ -121,14 +121,14 @@ class TestDatasets:
         with pytest.raises(DatasetError, match="none of its 1 rows can be trained on") as error:
             llm.finetune(job_config("unusable", path))
         assert "\n" not in str(error.value)
-        assert "unusable" not in llm.engine.directory.training
+        assert "unusable" not in llm.engine.adapters.directory.training
 
     def test_an_adapter_the_bank_has_no_room_for(self, llm, tmp_path):
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps(letter_rows(1)[0]))
         with pytest.raises(AdapterError, match="has rank 9, the bank holds at most 8"):
             llm.finetune(job_config("wide", path, peft={"r": 9}))
-        assert "wide" not in llm.engine.directory.training
+        assert "wide" not in llm.engine.adapters.directory.training
 
 
 def test_a_checkpoint_without_a_tokenizer(tmp_path):

@@ -126,11 +126,11 @@ def test_a_job_that_diverges_fails_alone(llm, llama, rows, starts, alone, lr):
 
 def test_a_name_in_use_is_refused_and_the_running_job_keeps_its_slot(llm, llama, rows, starts):
     job = llm.finetune(job_config("twice", rows[0], steps=500))
-    slot = llm.engine.directory.training["twice"]
+    slot = llm.engine.adapters.directory.training["twice"]
     with pytest.raises(ValueError, match="'twice' is running already: use another name"):
         llm.finetune(job_config("twice", rows[1]))
     llm.load_adapter("visitor", starts[0])
-    assert llm.engine.directory.current["visitor"].bank_slot != slot
+    assert llm.engine.adapters.directory.current["visitor"].bank_slot != slot
     assert job.status == "running", job.reason
     job.cancel()
     assert job.wait(10).status == "cancelled"

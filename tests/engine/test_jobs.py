@@ -158,7 +158,7 @@ class TestResuming:
         with pytest.raises(CheckpointError, match=r"peft\.r=4 \(now 8\)") as error:
             llm.finetune(config)
         assert "\n" not in str(error.value)
-        assert "first" not in llm.engine.directory.training
+        assert "first" not in llm.engine.adapters.directory.training
 
     def test_other_batches_take_the_rest_of_the_data(self, llm, rows):
         fields = {"steps": None, "epochs": 2}

@@ -11,7 +11,7 @@ from flexllm_jax import SamplingParams
 from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.engine import runner as runner_module
 from flexllm_jax.engine.programs import list_programs
-from flexllm_jax.finetune.backward import saved_columns
+from flexllm_jax.finetune.buffers import saved_columns
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape

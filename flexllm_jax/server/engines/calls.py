@@ -32,7 +32,7 @@ class EngineCalls:
         self._paths = {a.name: str(a.path) for a in config.adapters.preload}
         self._used: dict[str, float] = {}  # when an adapter was last asked for
         self._checkpoints: dict[str, list[int]] = {}  # steps with an adapter on disk, by job
-        engine.directory.evict = self._least_used
+        engine.adapters.directory.evict = self._least_used
         engine.trainer.on_checkpoint = self._keep_checkpoint
         self._losses_told: dict[str, int] = {}  # by job: how many were in the last statistics
 
@@ -42,22 +42,22 @@ class EngineCalls:
         """Serve a PEFT folder as a new version of `name`; returns the version."""
         model = self._engine.runner.model
         adapter = load_adapter(Path(path), model, self._config.model.path)
-        row = self._engine.to_row(name, adapter)
+        row = self._engine.adapters.to_row(name, adapter)
 
         def publish() -> int:
             self._paths[name], self._used[name] = path, time.monotonic()
-            return self._engine.publish(name, adapter, row).version
+            return self._engine.adapters.publish(name, adapter, row).version
 
         return self._loop.call(publish)
 
     def is_loaded(self, name: str) -> bool:
         """In the engine's thread: whether requests for `name` can be queued; counts as use."""
         self._used[name] = time.monotonic()
-        return name in self._engine.directory.current
+        return name in self._engine.adapters.directory.current
 
     def _least_used(self) -> str | None:
         """The idle adapter that was asked for the longest ago, of those that can come back."""
-        current = self._engine.directory.current
+        current = self._engine.adapters.directory.current
         idle = [name for name in self._paths if name in current and not current[name].users]
         return min(idle, key=lambda name: self._used.get(name, 0.0), default=None)
 
@@ -66,8 +66,8 @@ class EngineCalls:
 
         def unload() -> None:
             self._paths.pop(name, None)
-            if name in self._engine.directory.current:
-                self._engine.unload_adapter(name)
+            if name in self._engine.adapters.directory.current:
+                self._engine.adapters.unload(name)
 
         self._loop.call(unload)
 

@@ -294,7 +294,7 @@ class EngineProcess:
             steps=observations,
             adapters=[
                 AdapterState(p.name, p.version, p.users)
-                for p in list(engine.directory.current.values())
+                for p in list(engine.adapters.directory.current.values())
             ],
             jobs=self._calls.job_reports(),
             step_cpu_s=self._step_cpu_s,

@@ -1,0 +1,81 @@
+"""A step from its dispatch to its end: what will have to be read of it, and what was observed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from flexllm_jax.engine.plan_step import PlannedStep, PromptTargets
+from flexllm_jax.engine.request import RequestState, top_logprobs
+from flexllm_jax.engine.runner import Runner
+from scheduler.request import StepPlan
+
+
+@dataclass(frozen=True)
+class StepObservation:
+    """What a step held, and the seconds it took and was predicted to take on the device."""
+
+    decode_tokens: int
+    prefill_tokens: int
+    forward_tokens: int
+    backward_units: int
+    preempted: int
+    measured_s: float
+    predicted_s: float
+
+
+@dataclass
+class StepInFlight:
+    """A dispatched step: what will have to be read, and what to do with it."""
+
+    plan: StepPlan
+    started: float
+    sampled: list[RequestState]
+    report: dict | None  # from the sampler
+    prompt_logprobs: list[tuple[PromptTargets, dict]]
+    last_unit: jax.Array | None  # ready when the step's backward units are done
+    hidden: jax.Array | None
+    after: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass
+class BucketUse:
+    """How often a bucket's program ran, and how many tokens were in its slots."""
+
+    steps: int = 0
+    tokens: int = 0
+
+    def count(self, plan: StepPlan) -> None:
+        """Another step."""
+        self.steps += 1
+        self.tokens += plan.num_tokens
+
+
+def request_prompt_logprobs(runner: Runner, step: StepInFlight, planned: PlannedStep) -> None:
+    """Send off the log-probabilities of the prompt tokens whose outputs the step has."""
+    if step.hidden is None or not planned.prompt_targets:
+        return
+    targets = np.zeros((2, step.plan.token_bucket), np.int32)
+    targets[1] = -1
+    for target in planned.prompt_targets:
+        where = slice(target.first_output, target.first_output + len(target.tokens))
+        targets[0, where], targets[1, where] = target.tokens, target.state.bank_row
+    report = runner.prompt_logprobs(step.hidden, targets)
+    step.prompt_logprobs = [(target, report) for target in planned.prompt_targets]
+
+
+def read_prompt_logprobs(step: StepInFlight) -> None:
+    """Give the requests the log-probabilities of their prompt tokens; waits for the device."""
+    step.prompt_logprobs = [(t, jax.tree.map(np.asarray, r)) for t, r in step.prompt_logprobs]
+    for target, report in step.prompt_logprobs:
+        state = target.state
+        for i, token in enumerate(target.tokens):
+            at = target.first_output + i
+            state.prompt_logprobs[target.position + i] = top_logprobs(
+                token,
+                float(report["logprobs"][at]),
+                report["top_tokens"][at],
+                report["top_logprobs"][at],
+                state.params.prompt_logprobs or 0,
+            )
