@@ -138,6 +138,21 @@ def test_make_targets_exist(page):
     assert named <= set(targets)
 
 
+@cache
+def words() -> frozenset[str]:
+    """Every word of the Python code."""
+    packages = ("flexllm_jax", "kernels_pallas", "scheduler", "scripts", "tests")
+    files = (path for package in packages for path in (ROOT / package).rglob("*.py"))
+    return frozenset(word for path in files for word in re.findall(r"\w+", prose(path)))
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/add").glob("*.md")), ids=ids)
+def test_names_of_the_code_exist(page):
+    """The checklists name functions and tables: `BankShape.sites`, `_FAMILIES`."""
+    named = re.findall(r"`(?:\w+\.)?(\w+)`", prose(page))
+    assert {name for name in named if name not in words()} <= {"KIND"}
+
+
 def python_blocks() -> Iterator[tuple[str, str]]:
     for page in PAGES:
         for _, language, block in _FENCE.findall(prose(page)):
