@@ -18,6 +18,7 @@ from flexllm_jax.experiments.load.outside_clients import OUTPUT, REQUESTS, Outsi
 from flexllm_jax.experiments.load.report import make_report
 from flexllm_jax.experiments.load.run import run_load
 from flexllm_jax.experiments.load.server import Sample, ServerProcess
+from flexllm_jax.experiments.load.step_cost import compare, cost_table
 from tests.engines import letter_rows, write_rows
 from tests.scripts.workspace import SCRIPTS
 from tests.server.running import make_config
@@ -35,19 +36,41 @@ class Answers(BaseHTTPRequestHandler):
         "cut": tokens[:2],
     }
 
+    asked_for_metrics = 0
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            self._answer(200, '{"data": [{"id": "whole"}]}')
+            return
+        Answers.asked_for_metrics += 1
+        at = Answers.asked_for_metrics
+        cpu = 'flexllm:engine_cpu_seconds_total{engine="0",thread='
+        lines = [
+            "# HELP flexllm:step_seconds A step.",
+            f'flexllm:step_seconds_count{{engine="0"}} {10 * at}',
+            f'flexllm:step_seconds_sum{{engine="0"}} {0.5 * at}',
+            f'vllm:generation_tokens_total{{kind="a"}} {4 * at}',
+            f'vllm:generation_tokens_total{{kind="b"}} {2 * at}',
+            f'{cpu}"step"}} {0.2 * at}',
+            f'{cpu}"messages"}} {0.1 * at}',
+        ]
+        self._answer(200, "\n".join(lines))
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/v1/files":
             assert b'name="purpose"\r\n\r\nfine-tune' in body and b'filename="a.jsonl"' in body
             self._answer(200, json.dumps({"id": "file-1"}))
             return
-        kind = json.loads(body)["model"]
+        asked = json.loads(body)
+        kind = asked["model"]
         if kind == "busy":
             self._answer(429, "{}", **{"Retry-After": "2"})
         elif kind == "wrong":
             self._answer(400, '{"error": "what is that?"}')
-        elif kind == "at once":
-            self._answer(200, '{"usage": {"completion_tokens": 6}}')
+        elif not asked["stream"]:
+            counted = 3 * len(asked["prompt"])
+            self._answer(200, json.dumps({"usage": {"completion_tokens": counted}}))
         else:
             self._answer(200, "".join(f"data: {event}\n\n" for event in self.streams[kind]))
 
@@ -125,6 +148,16 @@ def test_an_upload_is_a_form(url: str) -> None:
     assert asyncio.run(once()) == "file-1"
 
 
+def test_the_cost_of_a_step_is_a_difference_of_metrics(url: str) -> None:
+    whole, streams = compare(url, "", 3, prompt_tokens=4, output_tokens=3, repeat=1)
+    for (cost,) in (whole, streams):
+        assert (cost.steps, cost.tokens, cost.failed) == (10, 6, 0)
+        assert cost.step_s == pytest.approx(0.05) and cost.step_cpu_s == pytest.approx(0.02)
+        assert cost.message_cpu_s == pytest.approx(0.01)
+    assert len(streams[0].ttft_s) == 3 and whole[0].ttft_s == []
+    assert cost_table(whole, streams).row_count == 2
+
+
 def sample(at: float, **changes: float) -> Sample:
     values = {"http_rss": 100e6, "engine_rss": 500e6, "http_fds": 10, "engine_fds": 20}
     values |= {"kv_usage": 0.0, "running": 0, "waiting": 0, "finetune_tokens": 100 * at}
@@ -183,7 +216,7 @@ def test_a_load_on_a_server_beside_a_job(tmp_path: Path, llama: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(make_config(llama, tmp_path / "out")))  # JSON is YAML
     rows = write_rows(tmp_path / "rows.jsonl", letter_rows(20))
-    shape = LoadShape(8, 5.0, 0.2, (4, 20), (4, 12), uploads=5)
+    shape = LoadShape(8, 3.0, 0.2, (4, 20), (4, 12), uploads=5)
     overrides = ["finetune.floor=0.3"]
     out = tmp_path / "load"
     report = run_load(SCRIPTS / "serve.py", config, overrides, out, shape, 1, rows)

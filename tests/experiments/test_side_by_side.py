@@ -1,0 +1,70 @@
+"""Both sides of the comparison get the same model and the same tokens."""
+
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexllm_jax.experiments.gpu.workload import engine_workload
+from flexllm_jax.experiments.side_by_side.peft import Theirs, make_model
+from flexllm_jax.experiments.side_by_side.report import plot, show
+from flexllm_jax.experiments.side_by_side.workload import random_tokens, write_rows
+from flexllm_jax.finetune.data import load_dataset
+
+WORKLOAD = engine_workload(dry_run=True)
+RESULT = {
+    "finetune": {"theirs": [100.0, 200.0, 300.0], "ours": [150.0, 250.0, 350.0], "ratio": 1.25},
+    "decode": {"theirs": [10.0], "ours": [20.0], "ratio": 2.0},
+    "coserving": {
+        "sequential_s": 10.0,
+        "together_s": 7.0,
+        "finetune_tokens_per_s_beside_requests": 123.0,
+        "tpot_ms_alone": 4.0,
+        "tpot_ms_coserved": 5.0,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("model")
+    make_model(folder, WORKLOAD)
+    return folder
+
+
+def test_a_row_becomes_exactly_its_tokens(model, tmp_path) -> None:
+    tokens = random_tokens(np.random.default_rng(0), 3, 50)
+    file = write_rows(tmp_path / "rows.jsonl", tokens)
+    dataset = load_dataset(file, AutoTokenizer.from_pretrained(model), "text", max_seq_len=64)
+    assert [list(s.tokens)[:50] for s in dataset.sequences] == tokens.tolist()
+
+
+def test_what_is_there_is_not_made_again(model) -> None:
+    before = AutoModelForCausalLM.from_pretrained(model).lm_head.weight.clone()
+    make_model(model, WORKLOAD)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(model).lm_head.weight, before)
+
+
+def test_their_side_trains_and_decodes(model) -> None:
+    theirs = Theirs(model, WORKLOAD)
+    tokens = random_tokens(np.random.default_rng(0), 2, WORKLOAD.sequence)
+    adapter = {name: p.clone() for name, p in theirs.peft.named_parameters() if p.requires_grad}
+    assert theirs.finetune(tokens) > 0
+    assert any(
+        not torch.equal(p, adapter[n]) for n, p in theirs.peft.named_parameters() if n in adapter
+    )
+    assert theirs.decode(random_tokens(np.random.default_rng(1), 2, WORKLOAD.prompt)) > 0
+
+
+def test_the_report(tmp_path) -> None:
+    console = Console(width=120, record=True, quiet=False, file=(tmp_path / "out").open("w"))
+    show(WORKLOAD, RESULT, console)
+    told = console.export_text()
+    assert "200.0" in told and "1.25" in told and "7.0 s together, 10.0 s one after" in told
+    plot(RESULT, tmp_path / "plot.png")
+    assert matplotlib.image.imread(tmp_path / "plot.png").shape[1] == 1650
+    json.dumps(RESULT)
