@@ -17,7 +17,7 @@ from tests.server.running import make_config
 def config(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     tree = make_config(llama, tmp_path_factory.mktemp("out"), adapters={"slots": 2})
     tree["model"]["max_model_len"] = 96
-    tree["finetune"] = {"max_tokens": 96, "window": 48, "saved": "inputs"}
+    tree["finetune"] = {"max_tokens": 96, "unit_tokens": 48, "saved": "attention"}
     tree["compile"]["token_buckets"] = [48]
     return build_config(tree)
 
@@ -30,7 +30,7 @@ def test_the_analysis_accounts_for_every_array(config: Config) -> None:
     assert sum(row["bytes"] for row in rows) == graph.bytes_of(graph.kept)
     fates = {row["fate"] for row in rows}
     assert "recomputed" in fates and "pruned" in fates
-    assert all(row["flops"] == 0 for row in rows if row["fate"] != "recomputed")
+    assert any(row["flops"] > 0 for row in rows if row["fate"] == "recomputed")
     told = remat.summary(graph, ())
     assert told[0].startswith("a framework keeps: ") and told[-1].endswith(" MFLOP")
 

@@ -43,7 +43,12 @@ def test_what_peft_has_not_is_left_out() -> None:
             "models": {"small": CONFIG | {"num_hidden_layers": 1}},
             "bypasses": {"LoRA": LORA.model_dump(), "bottleneck": {"kind": "bottleneck"}},
             "cases": [
-                {"model": "small", "tokens": 128, "window": 64, "bypasses": ["LoRA", "bottleneck"]}
+                {
+                    "model": "small",
+                    "tokens": 128,
+                    "unit_tokens": 64,
+                    "bypasses": ["LoRA", "bottleneck"],
+                }
             ],
         }
     )
