@@ -230,6 +230,11 @@ def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
     )
 
 
+def tensor_names(config: ModelConfig) -> set[str]:
+    """Names of the model's tensors, that of a tied head too."""
+    return {tensor.name for tensor in _tensors(config)} | {"lm_head.weight"}
+
+
 def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -> bool | None:
     """Whether `other`, an open slice of a safetensors file, has the values that the model at `path`
     uses for its tensor `name`, rounded to other's dtype; None when it has no such tensor."""

@@ -2,6 +2,7 @@
 `adapter_model.safetensors`. What is missing or broken is an AdapterError that names the file."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.hf_weights import holds_tensor, tensor_names
 from flexllm_jax.peft.adapter import AdapterError
 
+logger = logging.getLogger(__name__)
+
+ROOT = "base_model.model."  # before the base model's names
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -44,13 +50,38 @@ def open_weights(directory: Path) -> Any:
         raise AdapterError(f"{file} is not a whole safetensors file: {error}") from None
 
 
-def read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors of a small adapter, float32."""
-    tensors = {}
+def read_tensors(
+    directory: Path, model: ModelConfig, base_model_path: str | Path | None
+) -> dict[str, np.ndarray]:
+    """The tensors of an adapter, float32.
+
+    PEFT also saves weights of the base model (with the head as a target, or after a change of the
+    vocabulary): copies of what the base model at `base_model_path` has are left out, and said;
+    others are refused, for the requests of all adapters share the base model.
+    """
+    base_names = tensor_names(model)
+    tensors, copies = {}, []
     with open_weights(directory) as checkpoint:
-        for name in checkpoint.keys():  # noqa: SIM118 (it is no dictionary)
-            stored = checkpoint.get_tensor(name)
-            if not jnp.issubdtype(stored.dtype, jnp.floating):
-                raise AdapterError(f"tensor {name} has dtype {stored.dtype}, not a float")
-            tensors[name] = stored.astype(np.float32)
+        for name in sorted(checkpoint.keys()):
+            base_name = name.removeprefix(ROOT).replace(".base_layer.", ".")
+            if base_name in base_names:
+                stored = checkpoint.get_slice(name)
+                if base_model_path is None or not holds_tensor(
+                    base_model_path, model, base_name, stored
+                ):
+                    raise AdapterError(
+                        f"{directory / WEIGHTS}: tensor {name} {stored.get_shape()} is not the "
+                        "base model's (it was trained or resized), which all adapters share; train "
+                        "the adapter without it, or merge it and serve that model"
+                    )
+                copies.append(name)
+                continue
+            values = checkpoint.get_tensor(name)
+            if not jnp.issubdtype(values.dtype, jnp.floating):
+                raise AdapterError(
+                    f"{directory / WEIGHTS}: tensor {name} has dtype {values.dtype}, not a float"
+                )
+            tensors[name] = values.astype(np.float32)
+    if copies:
+        logger.warning("%s: copies of the base model's %s are not used", directory, copies)
     return tensors

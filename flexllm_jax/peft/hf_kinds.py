@@ -5,7 +5,7 @@ Each kind has `read(raw, tensors, model)`, from the configuration and the tensor
 `write(adapter, model)`, the other way round.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,15 @@ class FileKind:
     peft_type: str
     read: Callable[[Mapping[str, Any], Tensors, ModelConfig], Adapter]
     write: Callable[[Adapter, ModelConfig], tuple[dict[str, Any], Tensors]]
+
+
+def _refuse_others(tensors: Tensors, known: Set[str]) -> None:
+    """AdapterError for a tensor that would not be used."""
+    if others := sorted(tensors.keys() - known):
+        raise AdapterError(
+            f"tensor {others[0]} ({len(others)} such) has no place in this kind of adapter on this "
+            "base model: use the adapter with the model it was trained on"
+        )
 
 
 def _read_ia3(raw: Mapping[str, Any], tensors: Tensors, model: ModelConfig) -> Adapter:
@@ -83,6 +92,7 @@ def _write_ia3(adapter: Adapter, model: ModelConfig) -> tuple[dict[str, Any], Te
 
 
 def _read_prefix(raw: Mapping[str, Any], tensors: Tensors, model: ModelConfig) -> Adapter:
+    _refuse_others(tensors, {"prompt_embeddings"})
     count = raw.get("num_virtual_tokens")
     config = PrefixConfig(count if isinstance(count, int) else 0)
     width = model.num_layers * 2 * model.num_kv_heads * model.head_dim
@@ -139,6 +149,7 @@ def _read_bottleneck(raw: Mapping[str, Any], tensors: Tensors, model: ModelConfi
     if raw.get("non_linearity", "relu") != "relu":
         raise AdapterError(f"non_linearity={raw['non_linearity']!r} is not supported, only 'relu'")
     names, expected = _bottleneck_names(model), bottleneck.shapes(model, config.bottleneck_size)
+    _refuse_others(tensors, names.keys())
     weights: dict = {}
     for tensor, (site, name) in names.items():
         if tensor not in tensors:

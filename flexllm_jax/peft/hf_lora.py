@@ -5,17 +5,14 @@ beyond plain LoRA on the seven projections and the output head is refused by nam
 """
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import (
-    ALL_LINEAR,
     TARGET_MODULES,
     Adapter,
     AdapterError,
@@ -23,12 +20,11 @@ from flexllm_jax.peft.adapter import (
     Site,
     module_path,
 )
-from flexllm_jax.peft.hf_files import CONFIG, WEIGHTS, open_weights
+from flexllm_jax.peft.hf_files import CONFIG, ROOT, WEIGHTS, read_tensors
 from flexllm_jax.peft.hf_kinds import FILE_KINDS
+from flexllm_jax.peft.hf_targets import target_fields, targeted_sites
 
 logger = logging.getLogger(__name__)
-
-_EMBEDDINGS = ("lm_head.base_layer.weight", "lm_head.weight", "embed_tokens.weight")
 
 # Fields that make an adapter more than x A B on frozen projections, and what to do about it.
 _RETRAIN = "train the adapter without it"
@@ -66,14 +62,17 @@ _KNOWN = {
 
 
 def load_lora(
-    directory: Path, raw: Mapping[str, Any], model_config: ModelConfig, named: str | None
+    directory: Path,
+    raw: Mapping[str, Any],
+    model_config: ModelConfig,
+    base_model_path: str | Path | None,
 ) -> Adapter:
-    """The LoRA adapter in a folder. `raw`: its configuration; `named`: the base model it names."""
+    """The LoRA adapter in a folder. `raw`: its configuration."""
     _refuse_unsupported(directory, raw)
-    targets = _targets(directory, raw, model_config)
-    modules = {module for _, module in targets}
-    layers = {layer for layer, _ in targets}
     try:
+        targets = targeted_sites(raw, model_config)
+        modules = {module for _, module in targets}
+        layers = {layer for layer, module in targets if module != "head"}
         config = LoraConfig(
             r=raw.get("r", 8),
             alpha=raw.get("lora_alpha", 8),
@@ -84,12 +83,15 @@ def load_lora(
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             layers_to_transform=(
-                None if len(layers) == model_config.num_layers else tuple(sorted(layers))
+                None if len(layers) in (0, model_config.num_layers) else tuple(sorted(layers))
             ),
         )
     except AdapterError as error:
         raise AdapterError(f"{directory / CONFIG}: {error}") from None
-    return Adapter(config, _read_weights(directory, config, model_config, targets, named))
+    tensors = read_tensors(directory, model_config, base_model_path)
+    named = raw.get("base_model_name_or_path")
+    weights = _take_weights(tensors, directory / WEIGHTS, config, model_config, targets, named)
+    return Adapter(config, weights)
 
 
 def _refuse_unsupported(directory: Path, raw: Mapping[str, Any]) -> None:
@@ -117,44 +119,37 @@ def _refuse_unsupported(directory: Path, raw: Mapping[str, Any]) -> None:
             logger.warning("%s: %s=%r is ignored", directory / CONFIG, field, raw[field])
 
 
-def _read_weights(
-    directory: Path,
+def _take_weights(
+    tensors: dict[str, np.ndarray],
+    file: Path,
     config: LoraConfig,
     model_config: ModelConfig,
-    targets: Iterable[tuple[int, str]],
+    targets: Iterable[Site],
     base_model: str | None,
 ) -> dict[Site, dict[str, np.ndarray]]:
-    file = directory / WEIGHTS
+    """The factors of all targets; takes them out of `tensors`, which must be empty then."""
     weights = {}
-    with open_weights(directory) as checkpoint:
-        # With the head as a target PEFT saves the base model's embeddings too.
-        names = {name for name in set(checkpoint.keys()) if not name.endswith(_EMBEDDINGS)}
-        for layer, module in targets:
-            shapes = _shapes(config, model_config, layer, module)
-            factors = []
-            for name, shape in zip(_tensor_names(layer, module), shapes, strict=True):
-                if name not in names:
-                    raise AdapterError(
-                        f"{file}: tensor {name} is missing, but {CONFIG} targets its module"
-                    )
-                names.remove(name)
-                stored = checkpoint.get_tensor(name)
-                if stored.shape != shape[::-1]:
-                    raise AdapterError(
-                        f"{file}: tensor {name} has shape {list(stored.shape)}, but rank and base "
-                        f"model ask for {list(shape[::-1])}; the adapter was trained on "
-                        f"{base_model or 'another base model'}"
-                    )
-                if not jnp.issubdtype(stored.dtype, jnp.floating):
-                    raise AdapterError(
-                        f"{file}: tensor {name} has dtype {stored.dtype}, not a float"
-                    )
-                factors.append(np.ascontiguousarray(stored.T.astype(np.float32)))
-            weights[layer, module] = dict(zip(("a", "b"), factors, strict=True))
-    if names:
+    for layer, module in targets:
+        shapes = _shapes(config, model_config, layer, module)
+        factors = []
+        for name, shape in zip(_tensor_names(layer, module), shapes, strict=True):
+            stored = tensors.pop(name, None)
+            if stored is None:
+                raise AdapterError(
+                    f"{file}: tensor {name} is missing, but {CONFIG} targets its module"
+                )
+            if stored.shape != shape[::-1]:
+                raise AdapterError(
+                    f"{file}: tensor {name} has shape {list(stored.shape)}, but rank and base "
+                    f"model ask for {list(shape[::-1])}; the adapter was trained on "
+                    f"{base_model or 'another base model'}"
+                )
+            factors.append(np.ascontiguousarray(stored.T))
+        weights[layer, module] = dict(zip(("a", "b"), factors, strict=True))
+    if tensors:
         raise AdapterError(
-            f"{file}: tensor {min(names)} ({len(names)} such) belongs to no module that {CONFIG} "
-            "targets in this base model; use the adapter with the model it was trained on"
+            f"{file}: tensor {min(tensors)} ({len(tensors)} such) belongs to no module that "
+            f"{CONFIG} targets in this base model; use the adapter with the model it was trained on"
         )
     return weights
 
@@ -188,99 +183,16 @@ def lora_files(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        **_target_fields(adapter, model_config.num_layers),
+        **target_fields(adapter, model_config),
     }
     return fields, tensors
 
 
-def _target_fields(adapter: Adapter, num_layers: int) -> dict[str, Any]:
-    """PEFT's fields that select exactly the adapter's projections."""
-    targets = set(adapter.weights)
-    layers = sorted({layer for layer, _ in targets})
-    modules = [
-        name for name, module in TARGET_MODULES.items() if any(module == m for _, m in targets)
-    ]
-    if len(targets) != len(layers) * len(modules):
-        paths = [module_path(layer, module) for layer, module in sorted(targets)]
-        return {"target_modules": paths, "layers_to_transform": None}
-    some = None if layers == list(range(num_layers)) else layers
-    return {"target_modules": modules, "layers_to_transform": some}
-
-
-# -- modules and tensors -------------------------------------------------------------------------
-
-
-def _targets(
-    directory: Path, raw: Mapping[str, Any], model_config: ModelConfig
-) -> tuple[tuple[int, str], ...]:
-    """The projections an adapter changes, by PEFT's rules (`check_target_module_exists`)."""
-    names = raw.get("target_modules")
-    if isinstance(names, str) and names.lower() == "all-linear":
-        names = list(ALL_LINEAR)
-    candidates = {
-        module_path(layer, module): (layer, module)
-        for layer in range(model_config.num_layers)
-        for module in TARGET_MODULES.values()
-        if module != "head"
-    }
-    head = (model_config.num_layers, "head")
-    candidates[module_path(*head)] = head
-    others = ["model.embed_tokens"]  # what else PEFT's LoRA could be put on
-    for name in names if isinstance(names, list) else []:
-        if not any(_names_module(name, path) for path in candidates):
-            raise AdapterError(
-                f"{directory / CONFIG}: target_modules={name!r} is not a projection of this base "
-                f"model; supported are {', '.join(TARGET_MODULES)} in {model_config.num_layers} "
-                "layers"
-            )
-    try:
-        matched = [path for path in [*candidates, *others] if _is_target(raw, names, path)]
-    except (re.error, TypeError) as error:
-        raise AdapterError(
-            f"{directory / CONFIG}: target_modules={names!r} with exclude_modules="
-            f"{raw.get('exclude_modules')!r} cannot be matched with modules: {error}"
-        ) from None
-    unsupported = [path for path in matched if path in others]
-    if unsupported or not matched:
-        found = f"matches {unsupported[0]}" if unsupported else "matches no module of this model"
-        raise AdapterError(
-            f"{directory / CONFIG}: target_modules={names!r} {found}; supported are "
-            f"{', '.join(TARGET_MODULES)}"
-        )
-    return tuple(candidates[path] for path in matched)
-
-
-def _names_module(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _matches(spec: str | list[str], path: str) -> bool:
-    if isinstance(spec, str):
-        return re.fullmatch(spec, path) is not None
-    return any(_names_module(name, path) for name in spec)
-
-
-def _is_target(raw: Mapping[str, Any], names: Any, path: str) -> bool:
-    excluded = raw.get("exclude_modules")
-    if excluded and _matches(excluded, path):
-        return False
-    if not _matches(names, path):
-        return False
-    layers = raw.get("layers_to_transform")
-    if isinstance(names, str) or layers is None or layers == []:
-        return True
-    patterns = raw.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        # PEFT's two expressions, with and without a pattern, agree on these paths.
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", path)
-        if match:
-            return int(match["layer"]) in ([layers] if isinstance(layers, int) else layers)
-    return False
+# -- tensors -------------------------------------------------------------------------------------
 
 
 def _tensor_names(layer: int, module: str) -> tuple[str, str]:
-    prefix = f"base_model.model.{module_path(layer, module)}"
+    prefix = f"{ROOT}{module_path(layer, module)}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 

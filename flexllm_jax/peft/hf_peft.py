@@ -37,15 +37,18 @@ def load_adapter(
 ) -> Adapter:
     """Load a PEFT adapter for the base model that `model_config` describes.
 
-    `base_model_path`, if given, is compared with the base model the adapter names; a difference is
-    only logged, as the same model may lie anywhere. Raises AdapterError, in one line, for what is
-    missing, unsupported, or of another base model. Dropout is not used at inference and is ignored.
+    `base_model_path` (default: what the adapter names, if that is a folder) is where copies of the
+    base model's weights are compared. When the adapter names another one, that is only logged, as
+    the same model may lie anywhere. Raises AdapterError, in one line, for what is missing,
+    unsupported, or of another base model. Dropout is not used at inference and is ignored.
     """
     directory = Path(path)
     raw = read_config(directory / CONFIG)
     named = raw.get("base_model_name_or_path")
     if base_model_path is not None and named and Path(named).name != Path(base_model_path).name:
         logger.warning("%s names base model %s, not %s", directory, named, base_model_path)
+    if base_model_path is None and named and Path(named).is_dir():
+        base_model_path = named
     for kind in FILE_KINDS.values():
         if raw.get("peft_type") == kind.peft_type:
             if raw.get("modules_to_save"):
@@ -53,11 +56,12 @@ def load_adapter(
                     f"{directory / CONFIG}: modules_to_save={raw['modules_to_save']!r} is not "
                     f"supported; {UNSUPPORTED['modules_to_save']}"
                 )
+            tensors = read_tensors(directory, model_config, base_model_path)
             try:
-                return kind.read(raw, read_tensors(directory), model_config)
+                return kind.read(raw, tensors, model_config)
             except AdapterError as error:
                 raise AdapterError(f"{directory}: {error}") from None
-    return load_lora(directory, raw, model_config, named)
+    return load_lora(directory, raw, model_config, base_model_path)
 
 
 def save_adapter(

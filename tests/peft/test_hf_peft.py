@@ -22,7 +22,10 @@ from flexllm_jax.peft.adapter import (
     init_adapter,
     merge_adapter,
 )
+from flexllm_jax.peft.bottleneck import BottleneckConfig
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
+from flexllm_jax.peft.ia3 import Ia3Config
+from flexllm_jax.peft.prefix import PrefixConfig
 from tests.checkpoints import make_llama, make_qwen2
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,6 +87,15 @@ CONFIGS = {
         "target_modules": ["q_proj"],
         "layers_to_transform": [1],
         "layers_pattern": ["h", "layers"],
+    },
+    "a full path in a layer that is not listed": {
+        "target_modules": ["model.layers.1.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [0],
+    },
+    "names that match nothing": {"target_modules": ["q_proj", "c_attn", "layers.7.mlp.up_proj"]},
+    "an excluded full path": {
+        "target_modules": ["q_proj", "up_proj"],
+        "exclude_modules": ["model.layers.0.mlp.up_proj", "v_proj"],
     },
     "rslora": {"target_modules": ["q_proj", "v_proj"], "r": 8, "lora_alpha": 5, "use_rslora": True},
     "patterns": {
@@ -310,6 +322,102 @@ def test_missing_and_extra_tensors_are_named(base, saved, tmp_path):
     assert "q_proj.lora_magnitude_vector" in refusal(path, base.config)
     path = copy_with(saved, tmp_path, {"r": 8})
     assert "has shape [4, 64]" in refusal(path, base.config)
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def model(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp(request.param)
+    make_qwen2(path, tie=request.param == "tied", dtype="bfloat16")
+    return SimpleNamespace(path=path, config=ModelConfig.from_hf(path))
+
+
+class TestWeightsOfTheBaseModel:
+    """PEFT saves embeddings and head too, with the head as a target or when asked to. The base
+    model is shared: copies are left out and said, changed ones refused."""
+
+    def save(self, base, path, change=lambda model: None, dtype=torch.float32, **options):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype)
+        if size := options.pop("size", None):
+            model.resize_token_embeddings(size)
+        options = {"target_modules": ["q_proj"]} | options
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **options))
+        with torch.no_grad():
+            change(model)
+        model.save_pretrained(path, save_embedding_layers="auto" if size else True)
+        return path
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("modules", [["q_proj"], ["q_proj", "lm_head"]])
+    def test_copies_are_left_out_and_said(self, model, tmp_path, caplog, dtype, modules):
+        path = self.save(model, tmp_path, dtype=dtype, target_modules=modules)
+        stored = load_file(path / "adapter_model.safetensors").keys()
+        copies = [name for name in stored if "lora_" not in name]
+        assert copies
+        with caplog.at_level(logging.WARNING):
+            adapter = load_adapter(path, model.config, model.path)
+        assert len(adapter.weights) == 2 + ("lm_head" in modules)
+        assert all(name in caplog.text for name in copies) and "are not used" in caplog.text
+        assert load_adapter(path, model.config).weights.keys() == adapter.weights.keys()
+
+    @pytest.mark.parametrize("size", [100, 140])
+    def test_resized_ones_are_refused(self, model, tmp_path, size):
+        message = refusal(self.save(model, tmp_path, size=size), model.config)
+        assert f"[{size}, 64] is not the base model's" in message
+
+    def test_a_changed_value_is_refused(self, model, tmp_path):
+        def change(peft_model):
+            peft_model.get_input_embeddings().weight[-1, -1] += 0.1
+
+        message = refusal(self.save(model, tmp_path, change), model.config)
+        assert "embed_tokens.weight" in message or "lm_head.weight" in message
+        assert "is not the base model's" in message
+
+    def test_so_is_a_changed_head(self, base, tmp_path):
+        def change(peft_model):
+            peft_model.get_output_embeddings().weight[3] = 0
+
+        assert "lm_head.weight" in refusal(self.save(base, tmp_path, change), base.config)
+
+    def test_any_other_weight_of_the_base_model(self, base, saved, tmp_path, caplog):
+        name = "model.layers.0.input_layernorm.weight"
+        norm = load_file(base.path / "model.safetensors")[name]
+        extra = {f"base_model.model.{name}": norm}
+        load_adapter(copy_with(saved, tmp_path, tensors=lambda t: t.update(extra)), base.config)
+        assert name in caplog.text
+        extra = {f"base_model.model.{name}": norm * 1.01}
+        path = copy_with(saved, tmp_path, tensors=lambda t: t.update(extra))
+        assert f"{name} [64] is not the base model's" in refusal(path, base.config)
+
+    def test_what_cannot_be_compared_is_refused(self, model, tmp_path):
+        path = self.save(model, tmp_path)
+        raw = json.loads((path / "adapter_config.json").read_text())
+        raw["base_model_name_or_path"] = "someone/some-model"
+        (path / "adapter_config.json").write_text(json.dumps(raw))
+        assert "is not the base model's" in refusal(path, model.config)
+        load_adapter(path, model.config, model.path)
+
+    @pytest.mark.parametrize("kind", ["ia3", "prefix", "bottleneck"])
+    def test_in_adapters_of_other_kinds(self, base, tmp_path, caplog, kind):
+        configs = {
+            "ia3": Ia3Config(),
+            "prefix": PrefixConfig(4),
+            "bottleneck": BottleneckConfig(4),
+        }
+        adapter = init_adapter(configs[kind], base.config, seed=0)
+        save_adapter(adapter, base.config, base.path, tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        stored = load_file(file)
+        embeddings = load_file(base.path / "model.safetensors")["model.embed_tokens.weight"]
+        name = "base_model.model.model.embed_tokens.weight"
+        save_file({**stored, name: embeddings}, file)
+        with caplog.at_level(logging.WARNING):
+            load_adapter(tmp_path, base.config, base.path)
+        assert name in caplog.text
+        save_file({**stored, name: embeddings + 1}, file)
+        assert f"{name} [128, 64] is not the base model's" in refusal(tmp_path, base.config)
+        save_file({**stored, "base_model.model.model.layers.0.extra": embeddings}, file)
+        assert "layers.0.extra" in refusal(tmp_path, base.config)
 
 
 def test_missing_and_broken_files_are_named(base, saved, tmp_path):
