@@ -29,7 +29,7 @@ from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.messages import read_conversation
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.hf_peft import save_adapter, save_merged
+from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 
 
 class LLM:
@@ -236,7 +236,10 @@ class LLM:
 
     def load_adapter(self, name: str, path: str | Path) -> int:
         """Serve a PEFT folder as `name`; returns its version."""
-        return self._loop.call(lambda: self.engine.adapters.load(name, path).version)
+        adapters = self.engine.adapters
+        adapter = load_adapter(path, self.engine.runner.model, self.config.model.path)
+        row = adapters.to_row(name, adapter)
+        return self._loop.call(lambda: adapters.publish(name, adapter, row).version)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that use it finish."""
