@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -32,7 +32,18 @@ _MOST_SHAPES = 10_000
 _WORD = "zq{}qz"  # made up: no template says it by itself
 
 Message = dict[str, Any]
-Shape = tuple[tuple[str, int, bool], ...]  # of each message: role, calls, whether it has content
+
+
+class _Form(NamedTuple):
+    """What of a message can make a template write it otherwise."""
+
+    role: str
+    calls: int
+    has_content: bool
+    has_objects: bool  # all arguments of its calls are objects
+
+
+Shape = tuple[_Form, ...]  # of a conversation
 
 
 @dataclass(frozen=True)
@@ -41,55 +52,69 @@ class _Style:
 
     keep_developer: bool  # else such messages are system messages
     keep_places: bool  # else all system messages are one, the first
-    values: bool  # the arguments of calls as values, else as JSON text
-    empty_text: bool  # no content is "", else None
+    arguments: Literal["values", "text", "objects"]  # of calls: as they are, as JSON, in an object
+    empty: Literal["text", "none", "absent"]  # what no content beside calls is
     texts: bool  # contents are texts, else lists of parts
 
     def write(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in this style."""
         written = [self._write(message) for message in messages]
-        if self.keep_places:
-            return written
-        system = [message for message in written if message["role"] in SYSTEM_ROLES]
-        content = "\n\n".join(message["content"] for message in system)
-        others = [message for message in written if message["role"] not in SYSTEM_ROLES]
-        return [self._part({**system[0], "content": content}), *map(self._part, others)]
+        if not self.keep_places:
+            system = [message for message in written if message["role"] in SYSTEM_ROLES]
+            content = "\n\n".join(message["content"] for message in system)
+            others = [message for message in written if message["role"] not in SYSTEM_ROLES]
+            written = [{**system[0], "content": content}, *others]
+        return written if self.texts else [_in_parts(message) for message in written]
 
     def _write(self, message: Message) -> Message:
         message = dict(message)
         if message["role"] == "developer" and not self.keep_developer:
             message["role"] = "system"
         if calls := message.get("tool_calls"):
-            if not self.values:
-                message["tool_calls"] = [_with_text_arguments(call) for call in calls]
-            if not message["content"] and not self.empty_text:
+            message["tool_calls"] = [self._call(call) for call in calls]
+            if not message["content"] and self.empty != "text":
                 message["content"] = None
-        return self._part(message) if self.keep_places else message
+                if self.empty == "absent":
+                    del message["content"]
+        return message
 
-    def _part(self, message: Message) -> Message:
-        if self.texts or message["content"] is None:
-            return message
-        return {**message, "content": [{"type": "text", "text": message["content"]}]}
+    def _call(self, call: Mapping[str, Any]) -> Message:
+        function = call["function"]
+        arguments = function["arguments"]
+        if self.arguments == "text" and not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        if self.arguments == "objects" and not isinstance(arguments, Mapping):
+            arguments = {"arguments": arguments}
+        return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _in_parts(message: Message) -> Message:
+    if message.get("content") is None:
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 class ChatTemplate:
     """The chat template of a tokenizer, if it has one."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._styles: dict[bytes, _Style] = {}  # by a digest: shapes can be long
 
     @property
     def exists(self) -> bool:
         """Whether there is one."""
-        return bool(self._tokenizer.chat_template)
+        return bool(self.tokenizer.chat_template)
 
     def source(self, *, with_tools: bool = False) -> str:
         """Its text; some tokenizers have another one for conversations with tools."""
         if not self.exists:
             reason = "this model's tokenizer has no chat template: give a prompt instead"
             raise ConversationError("messages", reason)
-        return self._tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+        try:
+            return self.tokenizer.get_chat_template(tools=[{}] if with_tools else None)
+        except ValueError as error:  # it has several, and none for this
+            raise ConversationError("messages", " ".join(str(error).split())) from None
 
     def reads(self, name: str) -> bool:
         """Whether it makes use of a variable."""
@@ -152,7 +177,7 @@ class ChatTemplate:
                 tools=list(conversation.tools) or None,
                 documents=list(conversation.documents) or None,
                 chat_template=source,
-                **{**self._tokenizer.special_tokens_map, **conversation.options, **options},
+                **{**self.tokenizer.special_tokens_map, **conversation.options, **options},
             )
         except Exception as error:  # templates are programs: they raise what they like
             reason = " ".join(str(error).split())[:300]
@@ -189,23 +214,23 @@ class ChatTemplate:
             return styles[0]
         raise ConversationError(
             "messages",
-            f"messages[{missing}]: the chat template leaves out this {shape[missing][0]} message; "
-            "it cannot be there",
+            f"messages[{missing}]: the chat template leaves out {shape[missing].role} messages, "
+            "or this one where it stands; it cannot be there",
         )
 
 
 def _styles(shape: Shape, source: str) -> Iterator[_Style]:
-    roles = {role for role, _, _ in shape}
-    has_calls = any(calls for _, calls, _ in shape)
-    has_empty = any(calls and not content for _, calls, content in shape)
-    late = any(role in SYSTEM_ROLES for role, _, _ in shape[1:])
-    knows_developer = "developer" in source and "developer" in roles
+    has_calls = any(form.calls for form in shape)
+    has_empty = any(form.calls and not form.has_content for form in shape)
+    has_odd = not all(form.has_objects for form in shape)
+    late = any(form.role in SYSTEM_ROLES for form in shape[1:])
+    knows_developer = "developer" in source and any(form.role == "developer" for form in shape)
     yield from (
-        _Style(developer, places, values, empty, texts)
-        for texts, values, empty, places, developer in product(
+        _Style(developer, places, arguments, empty, texts)
+        for texts, arguments, empty, places, developer in product(
             (True, False),
-            (True, False) if has_calls else (True,),
-            (True, False) if has_empty else (True,),
+            ("values", "text", "objects")[: 1 + has_calls + has_odd],
+            ("text", "none", "absent") if has_empty else ("text",),
             (True, False) if late else (True,),
             (True, False) if knows_developer else (False,),
         )
@@ -213,41 +238,41 @@ def _styles(shape: Shape, source: str) -> Iterator[_Style]:
 
 
 def _shape(messages: Sequence[Message]) -> Shape:
-    return tuple((m["role"], len(m.get("tool_calls", ())), bool(m["content"])) for m in messages)
+    return tuple(
+        _Form(m["role"], len(calls), bool(m["content"]), all(map(_has_object, calls)))
+        for m in messages
+        for calls in [m.get("tool_calls", ())]
+    )
+
+
+def _has_object(call: Mapping[str, Any]) -> bool:
+    return isinstance(call["function"]["arguments"], Mapping)
 
 
 def _sample(shape: Shape) -> list[Message]:
     """A conversation of made-up words: a message's own is its content, or in each of its calls."""
     messages: list[Message] = []
     call_id = ""
-    for i, (role, calls, content) in enumerate(shape):
+    for i, form in enumerate(shape):
         word = _WORD.format(i)
-        message: Message = {"role": role, "content": word if content or not calls else ""}
-        if calls:
+        content = word if form.has_content or not form.calls else ""
+        message: Message = {"role": form.role, "content": content}
+        if form.calls:
             call_id = f"{i:09d}"[-9:]  # as long as Mistral's are
-            function = {"name": word, "arguments": {"a": word}}
+            function = {"name": word, "arguments": {"a": word} if form.has_objects else [word]}
             message["tool_calls"] = [
-                {"id": call_id, "type": "function", "function": function} for _ in range(calls)
+                {"id": call_id, "type": "function", "function": function} for _ in range(form.calls)
             ]
-        if role == "tool":
+        if form.role == "tool":
             message |= {"tool_call_id": call_id, "name": "f"}
         messages.append(message)
     return messages
 
 
-def _shows(text: str, index: int, form: tuple[str, int, bool]) -> bool:
+def _shows(text: str, index: int, form: _Form) -> bool:
     """Whether a message is in the text. Of an assistant's, templates leave out what was thought
     before a later turn, or said beside a call: only its calls have to be there."""
-    role, calls, _ = form
-    return text.count(_WORD.format(index)) >= (calls if role == "assistant" else 1)
-
-
-def _with_text_arguments(call: Mapping[str, Any]) -> Message:
-    function = call["function"]
-    arguments = function["arguments"]
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}
+    return text.count(_WORD.format(index)) >= (form.calls if form.role == "assistant" else 1)
 
 
 class _Generation(Extension):

@@ -147,6 +147,14 @@ def test_sharegpt_calls_are_calls(load):
     assert trained == f"{said}Ho</s>"
 
 
+def test_prompt_and_completion_may_be_messages(load):
+    """TRL's; the answers within the prompt are not trained."""
+    row = {"prompt": [*MESSAGES, MESSAGES[0]], "completion": [MESSAGES[1]], "tools": [TOOL]}
+    ((whole, trained),), _ = load(row)
+    assert whole == "[tide]" + "<user>Hi\n<assistant>Ho</s>\n" * 2
+    assert trained == "Ho</s>"
+
+
 def test_functions_as_openai_once_had_them(load):
     call = {"name": "tide", "arguments": "{}"}
     messages = [
@@ -217,5 +225,5 @@ class TestAnyTemplate:
         assert whole == "<system>Arr.\n<user>Hi\n<assistant>Ho</s>\n"
         drops = "{% for m in messages if m.role in ('user', 'assistant') %}"
         template = CHAT.replace("{% for m in messages %}", drops)
-        with pytest.raises(DatasetError, match="leaves out this developer message"):
+        with pytest.raises(DatasetError, match="leaves out developer messages"):
             load({"messages": messages}, template=template)

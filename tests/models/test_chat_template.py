@@ -47,6 +47,13 @@ TEXT_ARGUMENTS = (
     "{{ '\\n' }}{% endfor %}" + END
 )
 # As some vision models': contents are lists of parts.
+# As some others': an object's arguments, and content only where the key is.
+OBJECTS = (
+    "{% for m in messages %}{% if 'content' in m %}<{{ m.role }}>{{ m.content }}{% else %}"
+    "{% for c in m.tool_calls %}<call>{{ c.function.name }}"
+    "{% for key, value in c.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}"
+    "{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}" + END
+)
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}"
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}"
@@ -136,6 +143,7 @@ def test_what_a_system_or_developer_message_says_reaches_the_model(template, mes
     [
         (TESTS_KEYS, '<call>add {"a": 3}'),
         (TEXT_ARGUMENTS, '<call>add{"a": 3}'),
+        (OBJECTS, "<call>add a=3"),
     ],
 )
 def test_calls_reach_the_model(template, call):
@@ -195,8 +203,23 @@ def test_arguments_are_what_the_model_wrote(arguments, shown):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text", "objects"),
+    [
+        ("null", "{}", ""),
+        ("3", "3", " arguments=3"),
+        ("[1]", "[1]", " arguments=[1]"),
+        ("plain", "plain", " arguments=plain"),
+    ],
+)
+def test_arguments_that_are_no_object_are_there_in_all_templates(arguments, text, objects):
+    messages = [USER, calling(arguments), RESULT]
+    assert f"<call>add{text}\n" in render(TEXT_ARGUMENTS, messages)
+    assert f"<call>add{objects}\n" in render(OBJECTS, messages)
+
+
 def test_what_a_template_has_no_place_for_is_refused():
-    with pytest.raises(ConversationError, match="leaves out this tool message") as error:
+    with pytest.raises(ConversationError, match="leaves out tool messages") as error:
         render(NO_TOOL_ROLE, [USER, calling("{}"), RESULT])
     assert error.value.field == "messages"
     tools = [{"type": "function", "function": {"name": "add"}}]

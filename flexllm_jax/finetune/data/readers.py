@@ -132,6 +132,10 @@ def _read_sharegpt(row: Row, template: ChatTemplate) -> list[Draft]:
 
 
 def _read_prompt_completion(row: Row, template: ChatTemplate) -> list[Draft]:
+    if isinstance(row.get("prompt"), list):  # messages, as TRL has them
+        asked = [{**m, "weight": 0} for m in read_messages(row.get("prompt"), "prompt")]
+        said = read_messages(row.get("completion"), "completion")
+        return _drafts(template, _conversation(row, _with_context(row, [*asked, *said])))
     history = (turn["content"] for turn in _history(row))
     before = _join(row.texts("system"), *history, row.texts("context"))
     prompt = row.text("prompt", may_be_empty=True)

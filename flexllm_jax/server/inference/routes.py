@@ -12,6 +12,7 @@ from flexllm_jax.server.inference.chat import chat
 from flexllm_jax.server.inference.completions import complete
 from flexllm_jax.server.inference.requests import Inference
 from flexllm_jax.server.inference.schema import (
+    CONVERSATION_FIELDS,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -57,6 +58,9 @@ def routes(inference: Inference) -> APIRouter:
         if body.messages is not None:
             text = await inference.render(body, body.tools)
         else:
+            given = body.model_dump(exclude_defaults=True).keys() & CONVERSATION_FIELDS
+            if name := min(given, default=None):
+                raise ApiError(400, f"{name}: goes with messages, not with a prompt", param=name)
             text = body.prompt or ""
         special = body.add_special_tokens
         special = body.messages is None if special is None else special

@@ -259,6 +259,18 @@ def _call_of(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+# What a request says of a conversation besides its messages.
+CONVERSATION_FIELDS = {
+    "tools",
+    "documents",
+    "reasoning_effort",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+}
+
+
 class TokenizeRequest(Body):
     """POST /tokenize: a prompt, or messages through the chat template."""
 

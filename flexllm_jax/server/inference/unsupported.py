@@ -94,6 +94,7 @@ _OTHERS = (  # of llama.cpp, Text Generation Inference and transformers
 _UNSUPPORTED = {*_OPENAI, *_VLLM, *_SGLANG, *_OTHERS}
 # Values that ask for nothing besides, or instead of, those that mostly do.
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
     "function_call": (*_NOTHING, "none", "auto"),  # among no functions
     "include_reasoning": (None, True),
     "modalities": (*_NOTHING, ["text"]),
@@ -117,7 +118,8 @@ def refuse_unsupported(body: BaseModel, *others: type[BaseModel]) -> None:
         if name in _UNSUPPORTED and not _is_among(value, _DEFAULTS.get(name, _NOTHING)):
             raise ApiError(400, f"{name}: is not supported; leave it out", param=name)
         fields = [kind.model_fields[name] for kind in others if name in kind.model_fields]
-        if fields and not _is_among(value, (*_NOTHING, fields[0].default)):
+        nothing = (*_DEFAULTS.get(name, _NOTHING), *(field.default for field in fields))
+        if fields and not _is_among(value, nothing):
             raise ApiError(400, f"{name}: is no field of this request; leave it out", param=name)
 
 

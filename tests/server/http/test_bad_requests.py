@@ -80,6 +80,13 @@ def test_a_bad_value_of_a_conversation_names_its_field(server, path, field):
     check_error(answer, param)
 
 
+def test_fields_of_a_conversation_are_none_of_a_prompt(server):
+    body = {"model": "tiny", "prompt": "a", "add_generation_prompt": False}
+    status, _, answer = server.post("/tokenize", json.dumps(body).encode())
+    assert status == 400
+    check_error(answer, "add_generation_prompt")
+
+
 @pytest.mark.parametrize("field", ["echo", "best_of", "suffix", "prompt"])
 def test_fields_of_completions_are_none_of_a_chat(server, field):
     body = {"model": "tiny", "messages": [QUESTION], field: {"best_of": 2}.get(field, "a")}
