@@ -8,6 +8,7 @@ leaves the other half out.
 import json
 import os
 import platform
+import sys
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +21,6 @@ from flexllm_jax.config.cli import (
     make_parser,
     read_config,
     run_script,
-    shows_progress,
 )
 from flexllm_jax.experiments.comparison import run
 from flexllm_jax.experiments.comparison.experiment import BenchmarkConfig
@@ -34,7 +34,7 @@ def main() -> int:
     config = read_config(arguments, BenchmarkConfig)
     check_output_dir(config.output_dir)
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if shows_progress() else 110)
+    console = Console(width=None if sys.stdout.isatty() else 110)
     results: dict[str, Any] = {"title": config.title, "config": config.model_dump(mode="json")}
     if config.paper_rows and arguments.only != "engine":
         results["paper_rows"] = run.compare_with_paper(config.paper_rows, console)

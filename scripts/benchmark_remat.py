@@ -10,6 +10,7 @@ remat.json in output_dir.
 import json
 import os
 import platform
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -25,7 +26,6 @@ from flexllm_jax.config.cli import (
     make_parser,
     read_config,
     run_script,
-    shows_progress,
     without_jobs,
 )
 from flexllm_jax.engine.activations import layer_graph
@@ -41,7 +41,7 @@ def main() -> int:
     config = without_jobs(read_config(arguments))
     config.require_inputs()
     check_output_dir(config.output_dir)
-    console = Console(width=None if shows_progress() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     device = jax.devices()[0]
     sizes = remat.planned_sizes(config, device)
     graph = layer_graph(sizes)

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from rich import get_console
+from rich.console import Console
 from rich.markup import escape
 
 from flexllm_jax import LLM
@@ -59,12 +60,12 @@ def main() -> int:
     check_output_dir(config.output_dir)
     inputs = prepare(config)
     questions = encode_prompts(arguments.ask, inputs, ANSWER_TOKENS, "--ask")
-    console = get_console()
-    console.print(f"starting {config.model.path}: loading, compiling, profiling")
+    console, progress = get_console(), Console(stderr=True)
+    progress.print(f"starting {config.model.path}: loading, compiling, profiling")
     llm = LLM.from_config(config, progress=shows_progress())
     run, answers, interrupted = Run(llm, []), {}, False
     try:
-        console.print(f"ready after {llm.engine.startup_s:.1f} s")
+        progress.print(f"ready after {llm.engine.startup_s:.1f} s")
         answers["before"] = answer_greedily(llm, questions, ANSWER_TOKENS)
         run = Run.start(llm, inputs)
         with ProgressDisplay() as display:
@@ -77,7 +78,7 @@ def main() -> int:
                 answers[f"after, {job.name}"] = adapted
     except KeyboardInterrupt:
         interrupted = True
-        console.print("stopping: jobs write checkpoints, unfinished requests fail")
+        progress.print("stopping: jobs write checkpoints, unfinished requests fail")
     finally:
         run.close()
     status = conclude(run, interrupted=interrupted)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from rich import get_console
+from rich.console import Console
 
 from flexllm_jax import LLM
 from flexllm_jax.config import ConfigError
@@ -37,18 +37,18 @@ def main() -> int:
         return follow(config)
     check_output_dir(config.output_dir)
     inputs = prepare(config)
-    console = get_console()
-    console.print(f"starting {config.model.path}: loading, compiling, profiling")
+    progress = Console(stderr=True)
+    progress.print(f"starting {config.model.path}: loading, compiling, profiling")
     llm = LLM.from_config(config, progress=shows_progress())
     run, interrupted = Run(llm, []), False
     try:
-        console.print(f"ready after {llm.engine.startup_s:.1f} s")
+        progress.print(f"ready after {llm.engine.startup_s:.1f} s")
         run = Run.start(llm, inputs)
         with ProgressDisplay() as display:
             run.watch(display)
     except KeyboardInterrupt:
         interrupted = True
-        console.print("stopping: jobs write checkpoints; the next run goes on from them")
+        progress.print("stopping: jobs write checkpoints; the next run goes on from them")
     finally:
         run.close()
     return conclude(run, interrupted=interrupted)

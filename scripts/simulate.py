@@ -4,6 +4,7 @@ Prints a summary, and writes report.json (what the engine reports) and report.pn
 """
 
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -25,8 +26,8 @@ def main() -> int:
     arguments = make_parser(__doc__, SimulationConfig).parse_args()
     config = read_config(arguments, SimulationConfig)
     check_output_dir(config.output_dir)
-    console = Console(width=None if shows_progress() else 110)
-    with Progress(console=console, disable=not shows_progress()) as bar:
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    with Progress(console=Console(stderr=True), disable=not shows_progress()) as bar:
         task = bar.add_task("requests", total=None)
         made = simulate(config, lambda done, total: bar.update(task, completed=done, total=total))
     console.print(comparison_table([(config.policy, figures(made.report))]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax._src import monitoring
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
@@ -62,6 +63,7 @@ def compile_programs(
         MofNCompleteColumn(),
         TextColumn("{task.fields[name]}"),
         TimeElapsedColumn(),
+        console=Console(stderr=True),
         disable=not progress,
     )
 

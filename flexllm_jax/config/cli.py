@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import transformers
-from rich import get_console
+from rich.console import Console
 
 from flexllm_jax.config import Config, ConfigError, Section, describe, load_config
 from flexllm_jax.config.load import Root
@@ -136,5 +136,5 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def shows_progress() -> bool:
-    """Whether the console is a terminal, on which bars can move."""
-    return get_console().is_terminal
+    """Whether stderr is a terminal, on which bars can move."""
+    return Console(stderr=True).is_terminal

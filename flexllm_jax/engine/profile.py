@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from flexllm_jax.config import Config
@@ -100,7 +101,8 @@ def measure(runner: Runner, *, progress: bool) -> LatencyModel:
     cases = list(_cases(runner))
     samples = []
     started = time.perf_counter()
-    for features, run in track(cases, "profiling", disable=not progress, transient=True):
+    bar = {"console": Console(stderr=True), "disable": not progress, "transient": True}
+    for features, run in track(cases, "profiling", **bar):
         jax.block_until_ready(run())
         seconds = []
         for _ in range(_REPEATS):

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 
 from flexllm_jax.config import Config, ConfigError, PreloadedAdapter
 from flexllm_jax.config.cli import find_adapter
+from flexllm_jax.engine.outputs import RequestOutput
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.launch.replay import encode_prompt
 from flexllm_jax.launch.run import Inputs
-from flexllm_jax.llm import LLM, RequestOutput
+from flexllm_jax.llm import LLM
+from flexllm_jax.models.chat_template import ChatTemplate
 
 ADAPTER = "requested"  # the name by which `with_adapter` has an adapter served
 
@@ -26,10 +28,9 @@ def encode_prompts(
     Raises ConfigError, naming the command line's `option`, for one that is empty or leaves no room
     in the context for an answer of so many tokens.
     """
-    prompts = []
+    prompts, template = [], ChatTemplate(inputs.tokenizer)
     for text in texts:
-        tokenizer = inputs.tokenizer
-        tokens = tokenizer.encode(text) if raw else encode_prompt(tokenizer, text)
+        tokens = inputs.tokenizer.encode(text) if raw else encode_prompt(template, text)
         if not tokens:
             raise ConfigError(
                 f"{option}: the prompt {text[:40]!r} has no tokens; give a longer one"

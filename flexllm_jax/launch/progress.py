@@ -1,11 +1,11 @@
-"""Live progress of a run: bars on a terminal, a plain line every few seconds elsewhere."""
+"""Live progress of a run on stderr: bars on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import time
 
 import numpy as np
-from rich import get_console
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -23,7 +23,7 @@ class ProgressDisplay:
     """Shows a run while it goes on; a context manager."""
 
     def __init__(self):
-        self._console = get_console()
+        self._console = Console(stderr=True)
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
         self._shown = 0.0
         self._run: Run | None = None

@@ -22,6 +22,8 @@ from flexllm_jax.config import ConfigError, WorkloadSection
 from flexllm_jax.engine.loop import NewRequest, RequestFuture
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.llm import LLM
+from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.messages import read_conversation
 from scheduler.slo import RequestTiming
 from scheduler.workload import Arrival, Lengths, load_trace, make_arrivals
 
@@ -59,7 +61,8 @@ def prepare_requests(
             )
         ]
     texts = read_prompts(workload.prompts, "workload.prompts")[: len(arrivals)]
-    prompts = [tokens for text in texts if (tokens := encode_prompt(tokenizer, text))]
+    template = ChatTemplate(tokenizer)
+    prompts = [tokens for text in texts if (tokens := encode_prompt(template, text))]
     if not prompts:
         raise ConfigError(f"workload.prompts: the tokenizer makes no tokens of {workload.prompts}")
     return [
@@ -72,13 +75,12 @@ def prepare_requests(
     ]
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a user's message, through the chat template if there is one."""
-    if tokenizer.chat_template is None:
+def encode_prompt(template: ChatTemplate, text: str) -> list[int]:
+    """Token ids of a user's message, through the chat template if the tokenizer has one."""
+    tokenizer = template.tokenizer
+    if not template.exists:
         return tokenizer.encode(text)
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
+    rendered = template.render(read_conversation([{"role": "user", "content": text}]))
     return tokenizer.encode(rendered, add_special_tokens=False)
 
 

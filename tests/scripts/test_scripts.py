@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 from pathlib import Path
 
@@ -64,8 +65,11 @@ def test_coserve_answers_trains_and_reports(workspace: Workspace) -> None:
 
     assert (workspace.output / "report.png").read_bytes().startswith(PNG)
     assert "before: " in done.stdout and "after, mine: " in done.stdout
-    said_at_start = ("memory: ", "finetuning saves ", "  smallest: ", "  largest: ")
-    assert [s for s in done.stderr.splitlines() if not s.startswith(said_at_start)] == []
+    said = ("starting ", "ready after ", "memory: ", "finetuning saves ", "  smallest: ")
+    said += ("  largest: ",)
+    told = re.compile(rf"({'|'.join(said)}|\s*\d+ s \| )")  # of the way, which is on stderr
+    assert all(map(told.match, done.stderr.splitlines())), done.stderr
+    assert not any(map(told.match, done.stdout.splitlines())), done.stdout
 
 
 def test_jobs_may_end_with_the_workload(tmp_path: Path, llama: Path) -> None:

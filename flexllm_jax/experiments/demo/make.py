@@ -10,6 +10,7 @@ import random
 import shutil
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexllm_jax.experiments.demo.documents import document
@@ -36,7 +37,7 @@ def make(folder: Path, steps: int, seed: int, seconds: float) -> None:
         TextColumn("step {task.completed}/{task.total}  loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task("training the demo's base model", total=steps, loss=float("nan"))
         params = train(
             config,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -152,7 +153,14 @@ def compilations(chips: Sequence[str], match: str, quick: bool) -> list[Compilat
 def compile_all(jobs: Sequence[Compilation]) -> tuple[Table, list[dict[str, Any]]]:
     """Compile, as many at once as there are cores; a table, and a row with `faults` for each."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(track(pool.map(compile_job, jobs), "compiling", total=len(jobs)))
+        results = list(
+            track(
+                pool.map(compile_job, jobs),
+                "compiling",
+                total=len(jobs),
+                console=Console(stderr=True),
+            )
+        )
     table = Table(title="compiled without a GPU")
     for column in COLUMNS:
         table.add_column(column, overflow="fold")

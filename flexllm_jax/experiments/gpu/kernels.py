@@ -67,7 +67,12 @@ def compile_all(cases: list[tuple[str, Case]], backend: Backend) -> dict[str, Ca
 
     names = [f"{kernel}/{case.name}" for kernel, case in cases]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        compiled = track(pool.map(compile_one, cases), "compiling kernels", total=len(cases))
+        compiled = track(
+            pool.map(compile_one, cases),
+            "compiling kernels",
+            total=len(cases),
+            console=Console(stderr=True),
+        )
         return dict(zip(names, compiled, strict=True))
 
 
@@ -78,7 +83,7 @@ def run_kernels(
     calls, runs = _DRY_REPEATS if dry_run else _REPEATS
     compiled = compile_all(cases, backend)
     rows = []
-    for kernel, case in track(cases, "checking and timing"):
+    for kernel, case in track(cases, "checking and timing", console=Console(stderr=True)):
         name = f"{kernel}/{case.name}"
         run, seed = compiled[name], secrets.randbits(31)
         function = partial(case.function, backend=backend)

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 
 import jax
+from rich.console import Console
 from rich.progress import track
 
 from kernels_pallas.backend import Backend
@@ -67,9 +68,12 @@ def tune(
     times: list[tuple[float, int]] = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         calls = pool.map(compiled, items)
-        for i, call in enumerate(track(calls, f"{kernel}/{key}", total=len(items))):
+        for i, call in enumerate(
+            track(calls, f"{kernel}/{key}", total=len(items), console=Console(stderr=True))
+        ):
             if call is not None:
                 times.append((call.seconds(case.make(jax.random.key(0)), runs), i))
+    print(f"{kernel}/{key}")
     for seconds, i in sorted(times)[:3]:
         print(f"  {1e6 * seconds:10.1f} us  {items[i][0]}")
     return items[min(times)[1]][0] if times else None

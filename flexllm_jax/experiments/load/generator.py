@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import httpx2
 import numpy as np
-from rich import get_console
+from rich.console import Console
 
 from flexllm_jax.experiments.load.client import Completion, Outcome, complete, open_clients, upload
 from flexllm_jax.experiments.load.server import Sample, ServerProcess
@@ -114,7 +114,7 @@ async def run_and_watch(server: ServerProcess, load: Load) -> list[Sample]:
 
 async def _watch(server: ServerProcess, load: Load, samples: list[Sample]) -> None:
     """Sample the server and tell how it goes, until cancelled."""
-    console, told = get_console(), 0.0
+    console, told = Console(stderr=True), 0.0
     while True:
         samples.append(now := await asyncio.to_thread(server.sample, load.began))
         if now.at - told >= _LINE_S:

@@ -7,6 +7,7 @@ one after the other.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,7 @@ def compare(workload: Workload, out: Path, rounds: int, steps: int) -> dict[str,
         result["decode"]["theirs"].append(theirs.decode(prompts))
         result["decode"]["ours"].append(ours.decode(prompts))
         latest = {k: {s: round(v[-1], 1) for s, v in r.items()} for k, r in result.items()}
-        print(f"round {i + 1}: {latest}", flush=True)
+        print(f"round {i + 1}: {latest}", file=sys.stderr)
     for kind in result.values():
         ratios = [a / b for a, b in zip(kind["ours"], kind["theirs"], strict=True)]
         kind["ratio"] = median(ratios)
