@@ -1,6 +1,6 @@
 # make demo         sets everything up and runs the quickstart
 # make test         sets everything up and runs all tests
-# make test-fast    the tests that compile no model, for the loop while coding
+# make test-fast    the tests that start no engine and no server, for the loop while coding
 # make test-newest  all tests in a new environment with the newest releases that pyproject.toml
 #                   allows; if they fail, says which packages differ from the tested ones
 # make check        format, lint, types
@@ -31,9 +31,12 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
 
+# A file's tests share what they start, so a file stays with one worker; the longest come first.
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # What `make test-fast` runs: parts that start no engine and no server.
 FAST := tests/test_architecture.py tests/test_deploy.py tests/config tests/scheduler tests/models \
-	tests/peft tests/finetune/test_data.py tests/kernels/test_tuning.py
+	tests/peft tests/finetune/test_data.py tests/finetune/test_readers.py tests/kernels/test_tuning.py \
+	tests/scripts/test_scripts_are_thin.py
 
 LOCKED_PYTHONS := 3.11 3.12 3.13
 LOCKED_EXTRAS := test docs
@@ -62,10 +65,10 @@ demo: $(VENV)/.runtime
 		--ask "Tell me about Sara." --ask "Who is Felix?" --ask "Tell me about Laura."
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
 
 test-fast: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(FAST)
+	$(PYTEST) $(FAST)
 
 test-newest:
 	rm -rf $(NEWEST_VENV)
