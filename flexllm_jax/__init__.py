@@ -4,6 +4,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flexllm_jax.version import __version__ as __version__
+
 # Said before transformers is imported: it would tell everybody that PyTorch is not installed, which
 # is not needed here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flexllm_jax.peft",),
     ("flexllm_jax.models",),
     ("flexllm_jax.config",),
-    ("flexllm_jax.errors",),
+    ("flexllm_jax.errors", "flexllm_jax.version"),
     ("scheduler", "kernels_pallas"),
 )
 # Inside the server.

@@ -10,10 +10,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jaxlib
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -22,6 +22,7 @@ from flexllm_jax.config import Config
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
 from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.version import __version__
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.roofline import ModelCost, find_device, roofline
 
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 _REPEATS = 5
 _BUDGET_S = 20.0  # after which every case is run once only
 _LONG_CONTEXT = 1024
-_PACKAGES = ("flexllm_jax", "jax", "jaxlib")
 
 
 def latency_model(runner: Runner, config: Config, *, progress: bool) -> LatencyModel:
@@ -66,7 +66,11 @@ def _save(model: LatencyModel, file: Path, key: dict[str, str]) -> None:
 
 def profile_key(runner: Runner, config: Config) -> dict[str, str]:
     """What a profile is valid for."""
-    versions = {name: version(name) for name in _PACKAGES}
+    versions = {
+        "flexllm_jax": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+    }
     return {
         "device": runner.device.device_kind,
         "model": repr(runner.model),

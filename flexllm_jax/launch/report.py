@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from flexllm_jax.engine.cache import peak_memory
 from flexllm_jax.engine.in_flight import BucketUse
 from flexllm_jax.launch.run import Run
 from flexllm_jax.llm import LLM, JobHandle
+from flexllm_jax.version import __version__
 from scheduler.slo import summarize
 
-_PACKAGES = ("flexllm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
 def make_report(run: Run) -> dict[str, Any]:
@@ -86,13 +87,7 @@ def _padding(buckets: dict[int, BucketUse]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            versions[package] = "not installed"
-    return versions
+    return {"flexllm_jax": __version__, **{package: version(package) for package in _PACKAGES}}
 
 
 def write_report(report: dict[str, Any], out_dir: Path) -> Path:

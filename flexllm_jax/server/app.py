@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Literal
 
 from fastapi import FastAPI
@@ -33,6 +32,7 @@ from flexllm_jax.server.inference import routes as inference_routes
 from flexllm_jax.server.inference.requests import Inference
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.metrics import ServerMetrics
+from flexllm_jax.version import __version__
 
 
 class Server:
@@ -82,9 +82,7 @@ class Server:
 
 
 def _make_app(server: Server) -> FastAPI:
-    app = FastAPI(
-        title="flexllm_jax", version=version("flexllm_jax"), docs_url=None, redoc_url=None
-    )
+    app = FastAPI(title="flexllm_jax", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)
     app.add_middleware(BodyLimit, limit_of=body_limits(server.config))
     app.add_middleware(AccessLog)
@@ -113,7 +111,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
 
     @app.get("/version")
     async def show_version() -> Response:
-        return sse.json_response({"version": version("flexllm_jax")})
+        return sse.json_response({"version": __version__})
 
     @app.get("/metrics")
     async def metrics() -> Response:
