@@ -5,6 +5,7 @@ Keys and values are written to their pages and the finetuning tokens' activation
 place: `pages`, `saved` and `flow` are donated. Layers are unrolled, so that XLA copies no weights.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -53,23 +54,26 @@ def forward_step(
     token = jnp.where(inputs.token < 0, from_device, inputs.token)
     angles = decoder.angles(inputs.position)
     x = decoder.embed(params, token)
-    saved_layers, new_pages = [], []
-    for i, layer_params in enumerate(params["layers"]):
+
+    @jax.jit
+    def run_layer(layer_params, layer_bank, layer_pages, layer_saved, x):
+        # A function of its own, so that it is traced and lowered for one layer and not for each:
+        # that would take most of a start. XLA inlines the calls.
         layer = decoder.layer(layer_params)
         adapters = None
-        if bank is not None:
-            adapters = Bypass(bank["weights"][i], bank["scales"][i], inputs.adapter, backend)
+        if layer_bank is not None:
+            adapters = Bypass(*layer_bank, inputs.adapter, backend)
         bypass = adapters or no_bypass
         activations = {"x": x}
         q, k, v = layer.before_attention(x, angles, bypass, activations.setdefault)
-        own_pages = {
-            "k": _write(pages[i]["k"], inputs.kv_slot, k),
-            "v": _write(pages[i]["v"], inputs.kv_slot, v),
+        new_pages = {
+            "k": _write(layer_pages["k"], inputs.kv_slot, k),
+            "v": _write(layer_pages["v"], inputs.kv_slot, v),
         }
         attended, lse = ragged_paged_attention(
             q,
-            own_pages["k"],
-            own_pages["v"],
+            new_pages["k"],
+            new_pages["v"],
             inputs.query_starts,
             inputs.kv_lengths,
             inputs.page_tables,
@@ -81,19 +85,26 @@ def forward_step(
             attended, lse = adapters.attend(q, attended, lse)
         activations["attended"] = attended
         x = layer.after_attention(x, attended, bypass, activations.setdefault)
-        new_pages.append(own_pages)
-        if finetune is not None:
+        new_saved = None
+        if layer_saved is not None:
             kept = [activations[name].reshape(x.shape[0], -1) for name in columns]
             values = {"activations": jnp.concatenate(kept, axis=1), "lse": lse}
-            saved_layers.append(
-                {
-                    name: slots.at[inputs.saved_row].set(values[name], mode="drop")
-                    for name, slots in finetune["saved"][i].items()
-                }
-            )
+            new_saved = {
+                name: _set_rows(slots, inputs.saved_row, values[name])
+                for name, slots in layer_saved.items()
+            }
+        return new_pages, new_saved, x
+
+    new_pages, new_saved = [], []
+    for i, layer_params in enumerate(params["layers"]):
+        layer_bank = None if bank is None else (bank["weights"][i], bank["scales"][i])
+        layer_saved = None if finetune is None else finetune["saved"][i]
+        layer_pages, layer_saved, x = run_layer(layer_params, layer_bank, pages[i], layer_saved, x)
+        new_pages.append(layer_pages)
+        new_saved.append(layer_saved)
     if finetune is not None:
-        outputs = finetune["flow"]["stream"].at[inputs.saved_row].set(x, mode="drop")
-        finetune = {"saved": saved_layers, "flow": finetune["flow"] | {"stream": outputs}}
+        outputs = _set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
+        finetune = {"saved": new_saved, "flow": finetune["flow"] | {"stream": outputs}}
     return new_pages, finetune, x, x[inputs.sample]
 
 
@@ -102,4 +113,9 @@ def _write(
 ) -> Float[Array, "P B K H"]:
     """Put each token's row in its slot of the pages; slots past the end are padding."""
     flat = pages.reshape(-1, *pages.shape[2:])
-    return flat.at[slots].set(values, mode="drop").reshape(pages.shape)
+    return _set_rows(flat, slots, values).reshape(pages.shape)
+
+
+def _set_rows(array: jax.Array, rows: Int[Array, " T"], values: jax.Array) -> jax.Array:
+    """Overwrite rows, no two of them the same; those past the end are dropped."""
+    return array.at[rows].set(values, mode="drop", unique_indices=True)

@@ -62,8 +62,9 @@ class StepInputs:
     token: id, or -1 - row: the newest token of that request row, which only the device knows.
     kv_slot: page * page_size + offset where the token's key goes, past the pages for padding.
     adapter: row of the bank, -1 for none. saved_row: the finetuning slot of a token, past the end
-    for others. sample: the tokens whose outputs are sampled. The rest is as
-    `ragged_paged_attention` takes it.
+    for others. No two tokens have the same kv_slot or saved_row, not even in padding, so that XLA
+    writes them with plain stores and not with compare-and-swap. sample: the tokens whose outputs
+    are sampled. The rest is as `ragged_paged_attention` takes it.
     """
 
     token: Any
@@ -89,10 +90,13 @@ class StepInputs:
         cls, shape: StepShape, kv_slots: int, saved_rows: int
     ) -> tuple["StepInputs", np.ndarray]:
         """Inputs of padding to be filled on the host, and the vector that their fields are views
-        of."""
+        of.
+
+        kv_slots, saved_rows: how many there are; padding has those that come after.
+        """
         vector = np.zeros(shape.size, np.int32)
         inputs = cls.cut(vector, shape)
-        inputs.kv_slot[:] = kv_slots
+        inputs.kv_slot[:] = np.arange(kv_slots, kv_slots + shape.tokens)
         inputs.adapter[:] = -1
-        inputs.saved_row[:] = saved_rows
+        inputs.saved_row[:] = np.arange(saved_rows, saved_rows + shape.tokens)
         return inputs, vector
