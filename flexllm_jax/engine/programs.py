@@ -7,6 +7,7 @@ compile for a GPU that is not there.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +206,18 @@ class EngineSizes:
             },
         }
 
+    def zeroed(self, num_pages: int) -> dict[str, Any]:
+        """Everything that begins as zeros, by what it is allocated for; a part of a job's state
+        that is not read from a checkpoint is one of them."""
+        return {
+            "bank": self.bank_arrays,
+            "finetune": self.finetune_arrays,
+            "pending": self.pending_arrays,
+            "pages": self.pages(num_pages),
+            "requests": self.request_arrays,
+            **{f"job_state/{name}": part for name, part in self.job_state.items()},
+        }
+
     def pages(self, num_pages: int) -> list:
         """The KV pages of all layers."""
         pages = page_shapes(self.model, self.dtype, num_pages, self.page_size)
@@ -235,6 +248,7 @@ def list_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         *_sampling_programs(sizes),
         *_adapter_programs(sizes),
         *_finetuning_programs(sizes, num_pages),
+        *_zero_programs(sizes, num_pages),
     ]
     return [sizes.placement.distribute(p) for p in programs] if sizes.placement else programs
 
@@ -355,6 +369,21 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             (weights, state, _WHOLE),
         ),
     ]
+
+
+def _zero_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
+    """Zeros made where they are needed: from the host they would take seconds to copy."""
+    return [
+        Program(f"zeros/{name}", partial(_zeros, shapes), (), results=shapes)
+        for name, shapes in sizes.zeroed(num_pages).items()
+    ]
+
+
+def _zeros(shapes):
+    def own(s: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros(s.sharding.shard_shape(s.shape) if s.sharding else s.shape, s.dtype)
+
+    return jax.tree.map(own, shapes)
 
 
 def _with_done(unit: Callable) -> Callable:

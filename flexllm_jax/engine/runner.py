@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +21,7 @@ from flexllm_jax.compile.parallel import Mesh, plan_parallel
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.activations import choose_saved
-from flexllm_jax.engine.cache import device_memory, plan_memory, tree_bytes
+from flexllm_jax.engine.cache import MemoryPlan, device_memory, plan_memory, tree_bytes
 from flexllm_jax.engine.placement import Placement
 from flexllm_jax.engine.programs import EngineSizes, bank_shape, head_parameters, list_programs
 from flexllm_jax.engine.structured_outputs import mask_words
@@ -68,13 +67,16 @@ class Runner:
             self.sizes.dtype,
             self._shardings(self.sizes.parameters) if placement else self.device,
         )
-        self._allocate(config, int(available))
+        self.memory = self._plan(config, int(available))
+        self.num_pages = self.memory.num_pages
         started = time.monotonic()
+        # Before the pages take what memory there is: XLA tries kernels out on arrays of its own.
         self.programs = compile_programs(
             list_programs(self.sizes, self.num_pages), progress=progress
         )
         self._check_lattice()
         self.compile_s = time.monotonic() - started
+        self._allocate()
         self.compilations = CompilationCounter()
 
     def _check_lattice(self) -> None:
@@ -85,6 +87,7 @@ class Runner:
             *(f"forward/{variant}/{n}" for variant in ("base", "adapters") for n in shapes),
             *(f"sample/{kind}/{s.samples}" for kind in ("greedy", "full") for s in shapes.values()),
             *(f"prompt_logprobs/{n}" for n in shapes),
+            *(f"zeros/{name}" for name in self.sizes.zeroed(1)),
             *_PROGRAMS,
         }
         if missing := sorted(wanted - self.programs.keys()):
@@ -95,9 +98,9 @@ class Runner:
 
     # -- arrays -----------------------------------------------------------------------------------
 
-    def _allocate(self, config: Config, available: int) -> None:
+    def _plan(self, config: Config, available: int) -> MemoryPlan:
         sizes = self.sizes
-        self.memory = plan_memory(
+        return plan_memory(
             available,
             weights=tree_bytes(self.params),
             adapters=tree_bytes(sizes.bank_arrays),
@@ -106,32 +109,21 @@ class Runner:
             wanted_pages=sizes.wanted_pages,
             fixed_pages=config.cache.num_pages,
         )
-        self.num_pages = self.memory.num_pages
-        self.bank = self._zeros(sizes.bank_arrays)
-        self.finetune = self._zeros(sizes.finetune_arrays)
-        self.pending = self._zeros(sizes.pending_arrays)
-        self.pages = self._zeros(sizes.pages(self.num_pages))
-        self.last_tokens = self._zeros(sizes.request_arrays["last_tokens"])
-        self.history = self._zeros(sizes.request_arrays["history"])
+
+    def _allocate(self) -> None:
+        self.bank, self.finetune, self.pending, self.pages, requests = (
+            self._zeros(name) for name in ("bank", "finetune", "pending", "pages", "requests")
+        )
+        self.last_tokens, self.history = requests["last_tokens"], requests["history"]
         words = mask_words(self.model.vocab_size)
         self._all_allowed = {
             rows: self.put(np.full((rows, words), -1, np.int32))
-            for rows in {shape.samples for shape in sizes.step_shapes.values()}
+            for rows in {shape.samples for shape in self.sizes.step_shapes.values()}
         }
 
-    def _zeros(self, shapes):
-        """Arrays of zeros on the device, without compiling anything."""
-        if not self.sizes.placement:
-            return jax.tree.map(
-                lambda s: jax.device_put(np.zeros(s.shape, s.dtype), self.device), shapes
-            )
-
-        def part(sharding: Any, s: Any) -> jax.Array:
-            return jax.make_array_from_callback(
-                s.shape, sharding, lambda _: np.zeros(sharding.shard_shape(s.shape), s.dtype)
-            )
-
-        return jax.tree.map(part, self._shardings(shapes), shapes)
+    def _zeros(self, name: str):
+        """New arrays of one kind (`EngineSizes.zeroed`)."""
+        return self.programs[f"zeros/{name}"]()
 
     def _put(self, tree, shapes):
         """Arrays of the host on the device, sharded as `shapes` are; without those, the same on
@@ -244,8 +236,8 @@ class Runner:
     def new_job_state(self, kept: dict) -> dict:
         """A job's state: the parts in `kept`, from the host, and zeros for the others."""
         shapes = self.sizes.job_state
-        others = {name: shape for name, shape in shapes.items() if name not in kept}
-        return self._zeros(others) | self._put(kept, {name: shapes[name] for name in kept})
+        zeros = {name: self._zeros(f"job_state/{name}") for name in shapes if name not in kept}
+        return zeros | self._put(kept, {name: shapes[name] for name in kept})
 
     def begin_backward(self) -> None:
         """Forget what a microbatch that did not finish its backward has accumulated."""

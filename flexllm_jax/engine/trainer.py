@@ -84,12 +84,11 @@ class Trainer:
         runner = self._runner
         job.made_with = made_with(job, runner.sizes.bank)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
-        moments = runner.sizes.job_state["optimizer"]
-        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), moments)
-        kept = {"master": values, "optimizer": zeros}
+        kept = {"master": values}
+        like = kept | {"optimizer": runner.sizes.job_state["optimizer"]}
         checkpoint = None
         if job.config.resume:
-            checkpoint = self._checkpoints(job).restore_latest(kept, partial(refusal, job))
+            checkpoint = self._checkpoints(job).restore_latest(like, partial(refusal, job))
         if checkpoint is not None:
             job.restore(checkpoint.step, checkpoint.info)
             kept = checkpoint.arrays
