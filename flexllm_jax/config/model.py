@@ -17,6 +17,11 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Type of weights, activations and KV pages on the device."
     )
+    load_format: Literal["auto", "dummy"] = Field(
+        default="auto",
+        description="auto: the checkpoint's weights. dummy: random ones made on the device, for "
+        "trials and benchmarks; path then needs only config.json and a tokenizer.",
+    )
     max_model_len: Int | None = Field(
         default=None,
         ge=2,

@@ -61,7 +61,9 @@ class Engine:
         if config.finetune.jobs or config.finetune.saved != "attention":
             log.info("%s", "\n".join(describe_saved(runner.sizes)))
         self.slos = slo_classes(config)
+        profiling = time.monotonic()
         latency = profile.latency_model(runner, config, progress=progress)
+        self.start_seconds = runner.start_seconds | {"profile": time.monotonic() - profiling}
         self.scheduler, self._plan_log = make_scheduler(
             config, runner.sizes, runner.num_pages, self.slos["standard"], latency
         )

@@ -8,7 +8,8 @@ from one program to the next. Nothing here waits for a result or compiles one af
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import jax
@@ -27,6 +28,7 @@ from flexllm_jax.engine.programs import EngineSizes, bank_shape, head_parameters
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import load_parameters
+from flexllm_jax.models.random_weights import random_parameters
 from kernels_pallas.backend import select_backend
 
 log = logging.getLogger(__name__)
@@ -61,22 +63,21 @@ class Runner:
         placement = plan_placement(config, self.model)
         sizes = EngineSizes.from_config(config, self.model, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
-        self.params = load_parameters(
-            config.model.path,
-            self.model,
-            self.sizes.dtype,
-            self._shardings(self.sizes.parameters) if placement else self.device,
-        )
+        self.start_seconds: dict[str, float] = {}
+        with self._timed("weights"):
+            self.params = jax.block_until_ready(self._load(config))
         self.memory = self._plan(config, int(available))
         self.num_pages = self.memory.num_pages
-        started = time.monotonic()
-        # Before the pages take what memory there is: XLA tries kernels out on arrays of its own.
-        self.programs = compile_programs(
-            list_programs(self.sizes, self.num_pages), progress=progress
-        )
+        # Compiled before the pages take what memory there is: XLA tries kernels out on arrays of
+        # its own.
+        with self._timed("programs"):
+            self.programs = compile_programs(
+                list_programs(self.sizes, self.num_pages), progress=progress
+            )
         self._check_lattice()
-        self.compile_s = time.monotonic() - started
-        self._allocate()
+        with self._timed("arrays"):
+            self._allocate()
+            jax.block_until_ready(self.pages)
         self.compilations = CompilationCounter()
 
     def _check_lattice(self) -> None:
@@ -96,7 +97,21 @@ class Runner:
                 f"engine.programs.list_programs does not list them for buckets {tuple(shapes)}"
             )
 
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Note in `start_seconds` how long a phase of the start takes."""
+        started = time.monotonic()
+        yield
+        self.start_seconds[phase] = time.monotonic() - started
+
     # -- arrays -----------------------------------------------------------------------------------
+
+    def _load(self, config: Config) -> dict:
+        placement = self.sizes.placement
+        where = self._shardings(self.sizes.parameters) if placement else self.device
+        if config.model.load_format == "dummy":
+            return random_parameters(self.model, self.sizes.dtype, where)
+        return load_parameters(config.model.path, self.model, self.sizes.dtype, where)
 
     def _plan(self, config: Config, available: int) -> MemoryPlan:
         sizes = self.sizes

@@ -64,7 +64,7 @@ def _engine_section(llm: LLM, wall_s: float) -> dict[str, Any]:
         "wall_s": wall_s,
         "steps": engine.steps,
         "startup_s": engine.startup_s,
-        "compile_s": runner.compile_s,
+        "compile_s": runner.start_seconds["programs"],
         "recompiles_after_warmup": runner.compilations.count,
         "programs": len(runner.programs),
         "padding": _padding(engine.buckets),
