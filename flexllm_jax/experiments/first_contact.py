@@ -1,0 +1,433 @@
+"""First contact with a GPU, in phases that each leave a JSON file, written after every measurement,
+so that a run that is cut off leaves what it has measured.
+
+    smoke     the device's rates; a tiny float32 engine with XLA's kernels and with ours
+    kernels   the kernels that matter most at the shapes of Llama-3.1-8B: errors against float32,
+              and times by name from a trace
+    engine    a model of that shape with random weights: start-up by phase, decode, sampling,
+              finetuning, both at once, and what the time goes to
+
+No checkpoint and no torch are needed: weights are made on the device. `toy` goes through the same
+at sizes for a CPU; its times mean nothing.
+"""
+
+import glob
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, build_config
+from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.llm import LLM, Job
+from kernels_pallas.backend import XLA, Backend, select_backend
+from kernels_pallas.benchmark import seconds_per_call
+from kernels_pallas.cases import Case
+from kernels_pallas.check import relative_error, widened
+
+_WORDS = 4096  # of the tokenizer: a Chinese character each
+_TOY_MODEL = {
+    "vocab_size": _WORDS,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_TOY_ENGINE = {
+    "model": {"max_model_len": 256},
+    "adapters": {"slots": 4, "max_rank": 16},
+    "cache": {"page_size": 16, "num_pages": 64},
+    "scheduler": {"max_tokens_per_step": 64, "max_sequences": 4, "slo": {"tpot_ms": 50.0}},
+    "finetune": {"max_tokens": 128, "window": 64, "checkpoint_every": 0},
+    "compile": {"token_buckets": [8, 64]},
+}
+_ENGINE = {
+    "model": {"max_model_len": 8192},
+    "adapters": {"slots": 4, "max_rank": 16},
+    "cache": {"page_size": 64, "memory_fraction": 0.85},
+    "scheduler": {"max_tokens_per_step": 2048, "max_sequences": 64, "slo": {"tpot_ms": 50.0}},
+    "finetune": {"max_tokens": 8192, "window": 1024, "checkpoint_every": 0},
+    "compile": {"token_buckets": [64, 512, 2048]},
+}
+_CASES = (
+    "ragged_paged_attention/llama-3.1-8b/tp1/decode-64x2048",
+    "ragged_paged_attention/llama-3.1-8b/tp1/decode-8x8192",
+    "ragged_paged_attention/llama-3.1-8b/tp1/prefill-8192",
+    "ragged_paged_attention/llama-3.1-8b/tp1/window-1024-of-8192",
+    "ragged_paged_attention/llama-3.1-8b/tp1/mixed-64-448",
+    "ragged_paged_attention/llama-3.1-8b/tp1/mixed/page16",
+    "window_attention_backward/llama-3.1-8b/tp1/last-1024-of-8192",
+    "window_attention_backward/llama-3.1-8b/tp1/packed-512-of-4096",
+    "grouped_lora/llama-3.1-8b/tp1/qkv/decode-256-of-64",
+    "grouped_lora/llama-3.1-8b/tp1/gate_up/decode-256-of-64",
+    "grouped_lora/llama-3.1-8b/tp1/down/prefill-4096-of-4",
+    "grouped_lora/llama-3.1-8b/tp1/qkv/train-1024-backward",
+)
+_OURS = ("attention", "window_attention", "grouped_lora")  # how our kernels' names begin
+
+
+class Notes:
+    """Measurements by name, in a JSON file that is whole after each of them."""
+
+    def __init__(self, file: Path, **first: Any):
+        self._file, self._started = file, time.monotonic()
+        device = jax.devices()[0]
+        self.values: dict[str, Any] = {
+            **first,
+            "device": device.device_kind,
+            "platform_version": device.client.platform_version,
+            "versions": {
+                "python": platform.python_version(),
+                "jax": jax.__version__,
+                "jaxlib": jaxlib.__version__,
+            },
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, value: Any) -> None:
+        """Note a measurement, and show it."""
+        self.values[name] = value
+        self.values["seconds"] = round(time.monotonic() - self._started, 1)
+        text = json.dumps(self.values, indent=1, default=str)
+        unfinished = self._file.with_suffix(".tmp")
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(self._file)
+        shown = json.dumps(value, default=str)[:600]
+        print(f"[{self.values['seconds']:7.1f} s] {name}: {shown}", flush=True)
+
+
+# -- the device ------------------------------------------------------------------------------------
+
+
+def measure_rates(toy: bool) -> dict[str, float]:
+    """Bytes/s of a large copy (read and written) and FLOP/s of a large bfloat16 product."""
+    values, side = (2**20, 256) if toy else (2**30, 8192)
+    key = jax.random.key(0)
+    normal = jax.jit(partial(jax.random.normal, dtype=jnp.bfloat16), static_argnums=1)
+    x = normal(key, (values,))
+    size = x.nbytes
+    copied = seconds_per_call(lambda x: x + 1, (x,), donated=(0,))
+    del x
+    a = normal(key, (side, side))
+    product = seconds_per_call(jnp.matmul, (a, a))
+    return {"bytes_per_s": 2 * size / copied, "flops_per_s": 2 * side**3 / product}
+
+
+def kernel_times(run: Callable[[], Any], calls: int = 1) -> dict[str, list[float]]:
+    """Device microseconds and launches of a call by kernel, the longest first, from a trace.
+
+    XLA uses no CUDA graphs in one. Kernels that differ by a number only are counted together.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    total, launches = defaultdict(float), defaultdict(int)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(calls):
+                jax.block_until_ready(run())
+        for file in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
+            for name, microseconds in _device_events(file):
+                name = re.sub(r"(_\d+)+$", "", name)
+                total[name] += microseconds / calls
+                launches[name] += 1
+    ordered = sorted(total, key=lambda name: -total[name])
+    return {name: [round(total[name], 1), launches[name] / calls] for name in ordered}
+
+
+def _device_events(file: str) -> Iterator[tuple[str, float]]:
+    for plane in jax.profiler.ProfileData.from_file(file).planes:
+        if plane.name.startswith("/device:GPU"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        yield event.name, event.duration_ns / 1e3
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+def kernels(notes: Notes, *, toy: bool, match: str = "") -> None:
+    """Errors and times of a few calls of every kernel."""
+    notes.add("rates", measure_rates(toy))
+    backend = select_backend("pallas", jax.devices()[0])
+    cases = {name: case for name, case in _cases(toy) if match in name}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        compiled = {name: pool.submit(_compile, case, backend) for name, case in cases.items()}
+        for name, case in cases.items():
+            try:
+                notes.add(name, _run_case(case, *compiled[name].result(), calls=2 if toy else 10))
+            except Exception as error:  # one that fails must not hide the others
+                notes.add(name, {"failed": f"{type(error).__name__}: {error}"[:2000]})
+
+
+def _cases(toy: bool) -> Iterator[tuple[str, Case]]:
+    for kernel in ("ragged_paged_attention", "window_attention_backward", "grouped_lora"):
+        specs = import_module(f"kernels_pallas.{kernel}.arg_specs")
+        for case in specs.DRY_RUN_CASES if toy else specs.CASES:
+            name = f"{kernel}/{case.name}"
+            if toy or name in _CASES:
+                yield name, case
+
+
+def _compile(case: Case, backend: Backend) -> tuple[Callable, Callable, Callable]:
+    """Programs of a case: its arguments, the call, and the reference in float32."""
+    shapes = jax.eval_shape(case.make, jax.random.key(0))
+    with jax.default_matmul_precision("highest"):
+        reference = jax.jit(lambda *arguments: case.function(*widened(arguments), backend=XLA))
+        expected = reference.lower(*shapes).compile()
+    call = jax.jit(partial(case.function, backend=backend)).lower(*shapes).compile()
+    return jax.jit(case.make).lower(jax.random.key(0)).compile(), call, expected
+
+
+def _run_case(case: Case, make: Callable, call: Callable, expected: Callable, calls: int) -> dict:
+    arguments = make(jax.random.key(1))
+    error = relative_error(call(*arguments), expected(*arguments))
+    times = kernel_times(lambda: call(*arguments), calls)
+    ours = sum(time for name, (time, _) in times.items() if name.startswith(_OURS))
+    speed = {"GB/s": case.bytes / ours / 1e3, "TFLOP/s": case.flops / ours / 1e6} if ours else {}
+    return {
+        "error": error,
+        "ok": error <= case.tolerance,
+        "us": ours,
+        **speed,
+        "bound": case.bound,
+        "kernels": times,
+    }
+
+
+# -- engines ---------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, hf_config: dict[str, Any]) -> Path:
+    """A folder that an engine with random weights starts from: `config.json` and a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config), encoding="utf-8")
+    words = {_word(token): token for token in range(_WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=_word(0)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _word(token: int) -> str:
+    return chr(0x4E00 + token)
+
+
+def _start(
+    folder: Path, hf_config: dict[str, Any], sections: dict[str, dict], *changes: dict[str, Any]
+) -> LLM:
+    """An engine with random weights in a folder of its own."""
+    path = str(write_model(folder / "model", hf_config))
+    tree: dict[str, Any] = {"output_dir": str(folder / "runs")}
+    for change in ({"model": {"path": path, "load_format": "dummy"}}, sections, *changes):
+        for name, value in change.items():
+            tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
+    return LLM.from_config(build_config(tree), progress=False)
+
+
+class _Engine:
+    """An engine under measurement: prompts and jobs of random tokens."""
+
+    def __init__(self, llm: LLM, folder: Path):
+        self.llm, self._folder, self._random = llm, folder, np.random.default_rng(0)
+
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        return self._random.integers(10, _WORDS, (count, length)).tolist()
+
+    def job(self, name: str, steps: int, tokens: int, rows: int = 6, lr: float = 1e-4) -> Job:
+        """A job of sequences of `tokens`, one an optimizer step."""
+        texts = ("".join(map(_word, row)) for row in self.prompts(rows, tokens))
+        file = self._folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+        return self.llm.finetune(
+            FinetuneConfig(
+                name=name,
+                dataset=file,
+                format="text",
+                steps=steps,
+                batch_tokens=tokens,
+                max_seq_len=tokens,
+                train_on="all",
+                peft=PeftConfig(r=16, alpha=32.0),
+                optimizer=OptimizerConfig(lr=lr),
+                resume=False,
+            )
+        )
+
+    def decode(self, prompts: list[list[int]], new: int, **options: Any) -> dict[str, Any]:
+        """Decode `new` tokens of every prompt; medians of the steps that did nothing else but, at
+        most, finetune."""
+        engine, seen = self.llm.engine, len(self.llm.engine.host_seconds)
+        params = SamplingParams(max_tokens=new, ignore_eos=True, **options)
+        begun = time.perf_counter()
+        outputs = self.llm.generate(prompts, params)
+        wall = time.perf_counter() - begun
+        host = list(engine.host_seconds)[seen:]
+        steps = [
+            step
+            for step in list(engine.observations)[-len(host) :]
+            if step.decode_tokens == len(prompts) and not step.prefill_tokens
+        ]
+
+        def median(values: Sequence[float]) -> float | None:
+            return 1e3 * float(np.median(values)) if values else None
+
+        return {
+            "steps": len(steps),
+            "step_ms": median([step.measured_s for step in steps]),
+            "predicted_ms": median([step.predicted_s for step in steps]),
+            "tpot_ms": median([o.tpot_s for o in outputs if o.tpot_s is not None]),
+            "ttft_ms": median([o.ttft_s for o in outputs if o.ttft_s is not None]),
+            "host_ms p50, p99": [1e3 * float(q) for q in np.percentile(host, [50, 99])],
+            "wall_s": wall,
+        }
+
+
+def _tokens_per_s(times: Sequence[float], tokens: int) -> float | None:
+    """From when optimizer steps of `tokens` each were done."""
+    return tokens * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+
+
+def smoke(notes: Notes, hf_config: dict[str, Any], cache_dir: Path) -> None:
+    """Rates, and the same tiny engine with XLA's kernels and with ours: greedy tokens, losses of a
+    job, tokens of the adapter it made."""
+    notes.add("memory_stats", jax.devices()[0].memory_stats())
+    notes.add("rates", measure_rates(jax.devices()[0].platform == "cpu"))
+    jax.config.update("jax_default_matmul_precision", "highest")
+    results, cache = {}, {"compile": {"cache_dir": str(cache_dir)}}
+    for choice in ("xla", "auto"):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            own = {"model": {"dtype": "float32"}, "kernels": choice}
+            with _start(folder, hf_config | _TOY_MODEL, _TOY_ENGINE, cache, own) as llm:
+                engine = _Engine(llm, folder)
+                prompts = engine.prompts(4, 40)
+                greedy = SamplingParams(max_tokens=16, ignore_eos=True)
+                base = llm.generate(prompts, greedy)
+                job = engine.job("tiny", steps=4, tokens=64, lr=3e-3).wait()
+                adapted = llm.generate(prompts, greedy, adapter="tiny")
+                results[choice] = {
+                    "tokens": [o.token_ids for o in base],
+                    "losses": job.losses,
+                    "status": str(job.status),
+                    "adapted": [o.token_ids for o in adapted],
+                    "start_s": llm.engine.start_seconds,
+                    "recompiles": llm.engine.runner.compilations.count,
+                }
+                notes.add(f"tiny engine, kernels={choice}", results[choice])
+    xla, ours = results["xla"], results["auto"]
+    notes.add(
+        "agree",
+        {
+            "tokens": xla["tokens"] == ours["tokens"],
+            "adapted": xla["adapted"] == ours["adapted"],
+            "losses": float(np.max(np.abs(np.subtract(xla["losses"], ours["losses"])))),
+        },
+    )
+
+
+def engine(
+    notes: Notes, hf_config: dict[str, Any], cache_dir: Path, *, toy: bool, saved: str = "inputs"
+) -> None:
+    """Start-up, decode, sampling, finetuning, both at once, and where the time goes. `saved`: which
+    activations finetuning keeps (`finetune.saved`)."""
+    rates = measure_rates(toy)
+    notes.add("rates", rates)
+    own = {"compile": {"cache_dir": str(cache_dir)}, "finetune": {"saved": saved}}
+    model, sections = (_TOY_MODEL, _TOY_ENGINE) if toy else ({}, _ENGINE)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with _start(folder, hf_config | model, sections, own) as llm:
+            _measure(notes, _Engine(llm, folder), rates["bytes_per_s"], toy)
+
+
+def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, toy: bool) -> None:
+    llm = engine.llm
+    runner, rows = llm.engine.runner, llm.config.scheduler.max_sequences
+    device = jax.devices()[0]
+    notes.add(
+        "start",
+        {
+            "seconds": llm.engine.start_seconds | {"all": llm.engine.startup_s},
+            "plan": runner.memory.describe(),
+            "memory": device.memory_stats(),
+        },
+    )
+    length, new = (32, 8) if toy else (2048, 64)
+    prompts = engine.prompts(rows, length)
+    first = SamplingParams(max_tokens=1, ignore_eos=True)
+    begun = time.perf_counter()
+    llm.generate(prompts, first)
+    seconds = time.perf_counter() - begun
+    notes.add("prefill", {"tokens": rows * length, "tokens_per_s": rows * length / seconds})
+
+    # From here on the prompts are in the prefix cache: what follows hardly prefills.
+    weights = tree_bytes(runner.params) - (
+        0 if runner.model.tie_embeddings else runner.params["embed"]["weight"].nbytes
+    )
+    kv_bytes = tree_bytes(runner.sizes.pages(1)) / runner.sizes.page_size
+    for count in sorted({1, max(1, rows // 8), rows}):
+        measured = engine.decode(prompts[:count], new)
+        least = weights + count * (length + new / 2) * kv_bytes
+        measured |= {"bytes": least, "floor_ms": 1e3 * least / bytes_per_s}
+        notes.add(f"decode/{count}", measured)
+    sampled = {
+        "top_p": {"temperature": 0.8, "top_p": 0.9},
+        "temperature": {"temperature": 1.0},
+        "logprobs": {"temperature": 0.0, "logprobs": 5},
+    }
+    for name, options in sampled.items():
+        notes.add(f"decode/{rows}/{name}", engine.decode(prompts, new // 2, **options))
+
+    tokens = llm.config.finetune.max_tokens // 2
+    for name, steps in (("warm", 2), ("alone", 3 if toy else 8)):
+        job = engine.job(name, steps, tokens).wait()
+        notes.add(
+            f"finetune/{name}",
+            {
+                "status": str(job.status),
+                "losses": job.losses,
+                "tokens_per_s": _tokens_per_s(job.step_times, tokens),
+            },
+        )
+    beside = engine.job("beside", 1000, tokens)
+    begun = time.monotonic()
+    measured = engine.decode(prompts, 3 * new)
+    times = [t for t in beside.step_times if t > begun]
+    notes.add(
+        "decode and finetune",
+        measured | {"steps": len(times), "finetune_tokens_per_s": _tokens_per_s(times, tokens)},
+    )
+    beside.cancel()
+    beside.wait()
+    notes.add("recompiles", runner.compilations.count)
+    notes.add("memory", device.memory_stats())
+    short = SamplingParams(max_tokens=8, ignore_eos=True)
+    notes.add("trace/decode", kernel_times(lambda: llm.generate(prompts, short)))
+    traced = engine.job("traced", 1000, tokens)
+    time.sleep(1.0)
+    notes.add("trace/finetune", kernel_times(lambda: time.sleep(0.1 if toy else 1.0)))
+    traced.cancel()
+    traced.wait()
