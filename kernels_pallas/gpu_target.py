@@ -114,7 +114,7 @@ def compile_only(
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.sharding), arguments
     )
-    jitted = jax.jit(function, donate_argnums=donated)
+    jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
     with use_abstract_mesh(target.mesh):
         return jitted.lower(*placed).compile(compiler_options=options)
 

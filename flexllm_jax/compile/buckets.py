@@ -68,7 +68,9 @@ def compile_programs(
     )
 
     def compile_one(program: Program) -> jax.stages.Compiled:
-        jitted = jax.jit(program.function, donate_argnums=program.donated)
+        # Donated arguments that are only overwritten are kept too: dropped, as jit would, they
+        # would stay beside what takes their place.
+        jitted = jax.jit(program.function, donate_argnums=program.donated, keep_unused=True)
         return jitted.lower(*program.arguments).compile()
 
     with bar, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -39,6 +39,8 @@ def test_a_forward_updates_pages_and_finetuning_buffers_in_place(llm, bucket):
         ("unit/loss", lambda r: (r.finetune["flow"], r.pending["losses"])),
         ("unit/layer", lambda r: (r.finetune["flow"], r.pending["gradients"][0])),
         ("optimizer_step", lambda r: (r.bank["weights"],)),
+        ("begin_backward", lambda r: (r.finetune["flow"], r.pending)),
+        ("clear", lambda r: (r.finetune,)),
         ("write_row", lambda r: (r.bank,)),
         ("copy_row", lambda r: (r.bank,)),
         ("sample/full/6", lambda r: (r.history, r.last_tokens)),
@@ -87,9 +89,7 @@ def test_buffers_stay_at_their_address_while_serving_and_training(llm, tmp_path)
     runner = llm.engine.runner
 
     def addresses():  # buffers of one shape may change places
-        zeroed_anew = ("dk", "dv")  # for every microbatch: nothing is copied
-        flow = {k: v for k, v in runner.finetune["flow"].items() if k not in zeroed_anew}
-        arrays = jax.tree.leaves((runner.pages, runner.finetune["saved"], flow, runner.bank))
+        arrays = jax.tree.leaves((runner.pages, runner.finetune, runner.bank))
         return sorted((array.shape, array.unsafe_buffer_pointer()) for array in arrays)
 
     rows = write_rows(tmp_path / "rows.jsonl", letter_rows(20))
