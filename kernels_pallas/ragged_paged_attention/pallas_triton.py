@@ -295,14 +295,22 @@ def _attend(q, pages, kv_head, position, length, first, last, state, shape: _Sha
     sequence, page_tables_ref, k_ref, v_ref, scale_refs = pages
     column = _iota(shape.keys)
 
+    # Loaded one iteration before the keys of the block, whose addresses then depend on nothing that
+    # the iteration itself loads: so Triton keeps num_stages - 1 blocks of keys in flight, not none.
+    def page_numbers(block):
+        key = block * shape.keys + column
+        return pltriton.load(
+            page_tables_ref.at[jnp.full_like(key, sequence), key // shape.page_size],
+            mask=key < length,
+            other=0,
+        )
+
     def add_block(block, state):
-        accumulated, maximum, total = state
+        accumulated, maximum, total, page = state
         key = block * shape.keys + column
         exists = key < length
         guard = {"mask": exists, "other": 0} if masked else {}
-        page = pltriton.load(
-            page_tables_ref.at[jnp.full_like(key, sequence), key // shape.page_size], **guard
-        )
+        next_page = page_numbers(block + 1)
         places = (page, key % shape.page_size, jnp.full_like(key, kv_head))
         index, mask = _with_columns(places, exists if masked else None, shape)
         other = None if mask is None else 0.0
@@ -329,9 +337,9 @@ def _attend(q, pages, kv_head, position, length, first, last, state, shape: _Sha
             weights *= pltriton.load(scale_refs[1].at[page, places[2]], **guard)[None, :]
         v = _load_keys(v_ref, index, mask, other, q.dtype)
         accumulated = accumulated * correction[:, None] + _dot(weights.astype(q.dtype), v)
-        return accumulated, larger, total
+        return accumulated, larger, total, next_page
 
-    return lax.fori_loop(first, last, add_block, state)
+    return lax.fori_loop(first, last, add_block, (*state, page_numbers(first)))[:3]
 
 
 def _empty(shape: _Shape):
