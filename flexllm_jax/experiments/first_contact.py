@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -38,7 +39,6 @@ from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.llm import LLM, Job
 from kernels_pallas.backend import XLA, Backend, select_backend
-from kernels_pallas.benchmark import seconds_per_call
 from kernels_pallas.cases import Case
 from kernels_pallas.check import relative_error, widened
 
@@ -123,21 +123,29 @@ class Notes:
 def measure_rates(toy: bool) -> dict[str, float]:
     """Bytes/s of a large copy (read and written) and FLOP/s of a large bfloat16 product."""
     values, side = (2**20, 256) if toy else (2**30, 8192)
-    key = jax.random.key(0)
     normal = jax.jit(partial(jax.random.normal, dtype=jnp.bfloat16), static_argnums=1)
-    x = normal(key, (values,))
-    size = x.nbytes
-    copied = seconds_per_call(lambda x: x + 1, (x,), donated=(0,))
-    del x
-    a = normal(key, (side, side))
-    product = seconds_per_call(jnp.matmul, (a, a))
-    return {"bytes_per_s": 2 * size / copied, "flops_per_s": 2 * side**3 / product}
+    x = normal(jax.random.key(0), (values,))
+    copied = _seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
+    a = normal(jax.random.key(0), (side, side))
+    product = _seconds(jax.jit(lambda x: x @ a), a)
+    return {"bytes_per_s": 4 * values / copied, "flops_per_s": 2 * side**3 / product}
+
+
+def _seconds(step: Callable[[jax.Array], jax.Array], x: jax.Array, calls: int = 20) -> float:
+    """Time of a call that takes far longer than its dispatch, in a chain of them."""
+    x = jax.block_until_ready(step(step(x)))
+    begun = time.perf_counter()
+    for _ in range(calls):
+        x = step(x)
+    jax.block_until_ready(x)
+    return (time.perf_counter() - begun) / calls
 
 
 def kernel_times(run: Callable[[], Any], calls: int = 1) -> dict[str, list[float]]:
     """Device microseconds and launches of a call by kernel, the longest first, from a trace.
 
-    XLA uses no CUDA graphs in one. Kernels that differ by a number only are counted together.
+    XLA uses no CUDA graphs in one: begin it while the device is idle. Kernels that differ by a
+    number only are counted together.
     """
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
@@ -204,12 +212,13 @@ def _run_case(case: Case, make: Callable, call: Callable, expected: Callable, ca
     arguments = make(jax.random.key(1))
     error = relative_error(call(*arguments), expected(*arguments))
     times = kernel_times(lambda: call(*arguments), calls)
-    ours = sum(time for name, (time, _) in times.items() if name.startswith(_OURS))
-    speed = {"GB/s": case.bytes / ours / 1e3, "TFLOP/s": case.flops / ours / 1e6} if ours else {}
+    ours = [time for name, (time, _) in times.items() if name.startswith(_OURS)]
+    us = sum(ours or [time for time, _ in times.values()])  # a case may have no kernel of ours
+    speed = {"GB/s": case.bytes / us / 1e3, "TFLOP/s": case.flops / us / 1e6} if us else {}
     return {
         "error": error,
         "ok": error <= case.tolerance,
-        "us": ours,
+        "us": us,
         **speed,
         "bound": case.bound,
         "kernels": times,
@@ -276,13 +285,15 @@ class _Engine:
             )
         )
 
-    def decode(self, prompts: list[list[int]], new: int, **options: Any) -> dict[str, Any]:
+    def decode(
+        self, prompts: list[list[int]], new: int, adapter: str | None = None, **options: Any
+    ) -> dict[str, Any]:
         """Decode `new` tokens of every prompt; medians of the steps that did nothing else but, at
         most, finetune."""
         engine, seen = self.llm.engine, len(self.llm.engine.host_seconds)
         params = SamplingParams(max_tokens=new, ignore_eos=True, **options)
         begun = time.perf_counter()
-        outputs = self.llm.generate(prompts, params)
+        outputs = self.llm.generate(prompts, params, adapter)
         wall = time.perf_counter() - begun
         host = list(engine.host_seconds)[seen:]
         steps = [
@@ -316,36 +327,51 @@ def smoke(notes: Notes, hf_config: dict[str, Any], cache_dir: Path) -> None:
     notes.add("memory_stats", jax.devices()[0].memory_stats())
     notes.add("rates", measure_rates(jax.devices()[0].platform == "cpu"))
     jax.config.update("jax_default_matmul_precision", "highest")
-    results, cache = {}, {"compile": {"cache_dir": str(cache_dir)}}
+    results, adapters = {}, {}
+    cache = {"compile": {"cache_dir": str(cache_dir)}}
     for choice in ("xla", "auto"):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             own = {"model": {"dtype": "float32"}, "kernels": choice}
             with _start(folder, hf_config | _TOY_MODEL, _TOY_ENGINE, cache, own) as llm:
                 engine = _Engine(llm, folder)
-                prompts = engine.prompts(4, 40)
-                greedy = SamplingParams(max_tokens=16, ignore_eos=True)
-                base = llm.generate(prompts, greedy)
-                job = engine.job("tiny", steps=4, tokens=64, lr=3e-3).wait()
-                adapted = llm.generate(prompts, greedy, adapter="tiny")
-                results[choice] = {
-                    "tokens": [o.token_ids for o in base],
-                    "losses": job.losses,
-                    "status": str(job.status),
-                    "adapted": [o.token_ids for o in adapted],
-                    "start_s": llm.engine.start_seconds,
-                    "recompiles": llm.engine.runner.compilations.count,
-                }
+                results[choice], adapters[choice] = _run_tiny(llm, engine)
                 notes.add(f"tiny engine, kernels={choice}", results[choice])
     xla, ours = results["xla"], results["auto"]
-    notes.add(
-        "agree",
-        {
-            "tokens": xla["tokens"] == ours["tokens"],
-            "adapted": xla["adapted"] == ours["adapted"],
-            "losses": float(np.max(np.abs(np.subtract(xla["losses"], ours["losses"])))),
-        },
-    )
+    far = {
+        name: np.abs(np.subtract(xla[name], ours[name])).max() for name in ("losses", "logprobs")
+    }
+    a, b = adapters.values()
+    far["adapter, relative"] = np.linalg.norm(a - b) / np.linalg.norm(a)
+    same = {name: xla[name] == ours[name] for name in ("tokens", "adapted")}
+    notes.add("agree", same | {name: float(value) for name, value in far.items()})
+
+
+def _run_tiny(llm: LLM, engine: _Engine) -> tuple[dict[str, Any], np.ndarray]:
+    """What came of it, and the weights of the adapter."""
+    prompts = engine.prompts(4, 40)
+    greedy = SamplingParams(max_tokens=16, ignore_eos=True)
+    base = llm.generate(prompts, greedy)
+    job = engine.job("tiny", steps=4, tokens=64, lr=3e-3).wait()
+    logprobs = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    adapted = llm.generate(prompts, greedy, adapter="tiny")
+    weights = load_file(str(job.adapter_dir / "adapter_model.safetensors"))
+    flat = np.concatenate([weights[name].ravel() for name in sorted(weights)])
+    return {
+        "backend": str(llm.engine.runner.sizes.backend),
+        "tokens": [o.token_ids for o in base],
+        "losses": job.losses,
+        "status": str(job.status),
+        "adapted": [o.token_ids for o in adapted],
+        "logprobs": [
+            logprob
+            for output in llm.generate(prompts, logprobs, adapter="tiny")
+            for token in output.prompt_logprobs or ()
+            for logprob in (token or {}).values()
+        ],
+        "start_s": llm.engine.start_seconds,
+        "recompiles": llm.engine.runner.compilations.count,
+    }, flat
 
 
 def engine(
@@ -412,6 +438,9 @@ def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, toy: bool) -> No
                 "tokens_per_s": _tokens_per_s(job.step_times, tokens),
             },
         )
+    llm.generate(prompts, first, "alone")  # into the prefix cache
+    notes.add(f"decode/{rows}/adapter", engine.decode(prompts, new, "alone"))
+    llm.unload_adapter("alone")
     beside = engine.job("beside", 1000, tokens)
     begun = time.monotonic()
     measured = engine.decode(prompts, 3 * new)
@@ -424,10 +453,8 @@ def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, toy: bool) -> No
     beside.wait()
     notes.add("recompiles", runner.compilations.count)
     notes.add("memory", device.memory_stats())
-    short = SamplingParams(max_tokens=8, ignore_eos=True)
-    notes.add("trace/decode", kernel_times(lambda: llm.generate(prompts, short)))
-    traced = engine.job("traced", 1000, tokens)
-    time.sleep(1.0)
-    notes.add("trace/finetune", kernel_times(lambda: time.sleep(0.1 if toy else 1.0)))
-    traced.cancel()
-    traced.wait()
+    short = SamplingParams(max_tokens=16, ignore_eos=True)
+    for own in (prompts[:1], prompts):
+        trace = kernel_times(partial(llm.generate, own, short))
+        notes.add(f"trace/decode/{len(own)} x 16", trace)
+    notes.add("trace/finetune", kernel_times(lambda: engine.job("traced", 2, tokens).wait()))
