@@ -40,6 +40,7 @@ class LLM:
         adapters: name -> PEFT folder, served from the start.
         dtype: "float32" or "bfloat16".
         max_model_len: longest prompt + output, tokens.
+        load_format: "dummy" for random weights; only `config.json` and a tokenizer are read then.
         adapter_bank: size of the bank, e.g. `{"slots": 8, "max_rank": 16}` (section `adapters`).
         progress: show progress bars while starting.
         config_fields: other sections of the configuration, e.g. `cache={"num_pages": 512}`.
@@ -52,11 +53,17 @@ class LLM:
         *,
         dtype: str | None = None,
         max_model_len: int | None = None,
+        load_format: str | None = None,
         adapter_bank: Mapping[str, Any] | None = None,
         progress: bool = True,
         **config_fields: Any,
     ):
-        section = {"path": str(model), "dtype": dtype, "max_model_len": max_model_len}
+        section = {
+            "path": str(model),
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "load_format": load_format,
+        }
         tree = {"model": {k: v for k, v in section.items() if v is not None}, **config_fields}
         preload = [{"name": name, "path": str(path)} for name, path in (adapters or {}).items()]
         tree["adapters"] = {**(adapter_bank or {}), "preload": preload}
