@@ -93,6 +93,9 @@ def forward_step(
                 name: _set_rows(slots, inputs.saved_row, values[name])
                 for name, slots in layer_saved.items()
             }
+            # Written before the next layer: else XLA writes all layers' at the end, and holds what
+            # it writes until then.
+            x, new_saved = jax.lax.optimization_barrier((x, new_saved))
         return new_pages, new_saved, x
 
     new_pages, new_saved = [], []
