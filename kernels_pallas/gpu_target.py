@@ -23,6 +23,9 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, use_abstrac
 # A line of XLA's list of thunks: "    007: kCustomKernel [...] name grid: [...]  shared_memory: 0".
 _THUNK = re.compile(r"^(?P<indent> *)\d+: (?P<kind>k\w+)\s*(?:\[.*?\])?\s*(?P<name>[\w.]*)")
 _SHARED = re.compile(r"shared_memory: (\d+) bytes")
+# A few registers in memory cost little: the tile of dk and dv that spills 312 bytes is 2.5 times as
+# fast on an H100 as the largest that spills none (docs/results/gpu). Whole tiles there cost a lot.
+_MOST_SPILLED = 512
 _CONTAINERS = ("kCommandBuffer", "kSequential", "kWhile", "kConditional")
 _PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)'.*?"
@@ -86,12 +89,13 @@ class CompiledProgram:
     outside_graphs: dict[str, int]
 
     def faults(self, target: Target) -> list[str]:
-        """What must not be: copies of donated buffers, spills, too much shared memory."""
+        """What must not be: copies of donated buffers, more than a few spilled registers, too much
+        shared memory."""
         found = []
         if self.aliased < self.donated:
             found.append(f"copies {self.donated - self.aliased:,} donated bytes")
         for kernel in self.kernels:
-            if kernel.spilled:
+            if kernel.spilled > _MOST_SPILLED:
                 found.append(f"{kernel.name} spills {kernel.spilled} bytes")
             if kernel.shared > target.shared_limit:
                 found.append(f"{kernel.name} wants {kernel.shared:,} bytes of shared memory")

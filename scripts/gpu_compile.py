@@ -3,7 +3,7 @@
 Each kernel compiles at the shapes of its `arg_specs.py`, the engine's programs at those of
 Llama-3.1-8B (nothing is allocated). Prints a table and writes it as JSON: shared memory, registers
 and spills of the kernels, temporary bytes, donated bytes updated in place, launches and how many of
-them no CUDA graph holds. Exit status 1 when something does not compile, spills, or is copied.
+them no CUDA graph holds. Exit status 1 when something does not compile, spills much, or is copied.
 """
 
 import os

@@ -149,7 +149,7 @@ def candidates(key: str) -> Iterator[dict[str, int]]:
     else:
         for rows in (64, 128):
             for keys in (32, 64, 128):
-                for num_warps, num_stages in ((4, 2), (4, 3), (8, 2), (8, 3)):
+                for num_warps, num_stages in ((4, 2), (4, 3), (8, 2), (8, 3), (8, 4)):
                     yield {
                         "rows": rows,
                         "keys": keys,

@@ -41,6 +41,8 @@ _ENGINE_PROGRAMS = (
     "unit/loss",
     "unit/layer",
     "optimizer_step",
+    "begin_backward",
+    "clear",
 )
 _ENGINE_CONFIG = {
     "model": {"path": "llama-3.1-8b", "dtype": "bfloat16", "max_model_len": 16384},
