@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,15 +48,31 @@ def test_tuning_runs_dry_and_leaves_the_tables_alone():
     assert table.read_text() == before
 
 
-def test_without_a_gpu_both_say_so():
+@pytest.mark.parametrize("phase", ["smoke", "engine"])
+def test_first_contact_leaves_what_it_measured(tmp_path, phase):
+    """Half a minute a phase: what is wrong here would be found on a rented GPU."""
+    script = "scripts/gpu_first_contact.py"
+    run(script, phase, "--toy", "--out", str(tmp_path), "--cache", str(tmp_path / "cache"))
+    noted = json.loads((tmp_path / f"{phase}.json").read_text())
+    if phase == "smoke":
+        assert noted["agree"]["tokens"] and noted["agree"]["adapted"]
+        assert noted["tiny engine, kernels=auto"]["status"] == "succeeded"
+    else:
+        assert noted["decode/4"]["step_ms"] > 0 and noted["recompiles"] == 0
+        assert noted["finetune/alone"]["tokens_per_s"] > 0
+        assert noted["decode and finetune"]["finetune_tokens_per_s"] > 0
+
+
+def test_without_a_gpu_all_say_so():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    for script in ("gpu_suite.py", "tune_kernels.py"):
+    for script in ("gpu_suite.py", "tune_kernels.py", "gpu_first_contact.py"):
+        phase = ["smoke"] if script == "gpu_first_contact.py" else []
         done = subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / script)],
+            [sys.executable, str(ROOT / "scripts" / script), *phase],
             env=environment,
             capture_output=True,
             text=True,
             timeout=120,
         )
         assert done.returncode == 2
-        assert "use --dry-run" in done.stderr
+        assert "use --dry-run" in done.stderr or "use --toy" in done.stderr
