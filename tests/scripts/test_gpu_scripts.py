@@ -52,7 +52,7 @@ def test_tuning_runs_dry_and_leaves_the_tables_alone():
 def test_first_contact_leaves_what_it_measured(tmp_path, phase):
     """Half a minute a phase: what is wrong here would be found on a rented GPU."""
     script = "scripts/gpu_first_contact.py"
-    run(script, phase, "--toy", "--out", str(tmp_path), "--cache", str(tmp_path / "cache"))
+    run(script, phase, "--dry-run", "--out", str(tmp_path), "--cache", str(tmp_path / "cache"))
     noted = json.loads((tmp_path / f"{phase}.json").read_text())
     if phase == "smoke":
         assert noted["agree"]["tokens"] and noted["agree"]["adapted"]
@@ -75,4 +75,4 @@ def test_without_a_gpu_all_say_so():
             timeout=120,
         )
         assert done.returncode == 2
-        assert "use --dry-run" in done.stderr or "use --toy" in done.stderr
+        assert "use --dry-run" in done.stderr

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from flexllm_jax.experiments.gpu.measure import measure_roofline
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.benchmark import seconds_per_call
 from kernels_pallas.cases import KERNELS, Case, arg_specs
@@ -28,16 +29,6 @@ from kernels_pallas.check import relative_error, widened
 
 Row = dict[str, Any]
 _REPEATS, _DRY_REPEATS = (20, 5), (2, 1)  # calls of a kernel in a row, and how often
-
-
-def measure_roofline(*, dry_run: bool) -> dict[str, float]:
-    """Bytes/s of a large copy and FLOP/s of a large bfloat16 product, here and now."""
-    values, side = (2**20, 256) if dry_run else (2**30, 8192)
-    x = jnp.zeros(values, jnp.bfloat16)
-    copied = seconds_per_call(lambda x: x + 1, (x,), donated=(0,))
-    a = jnp.ones((side, side), jnp.bfloat16)
-    product = seconds_per_call(jnp.matmul, (a, a))
-    return {"bytes_per_s": 2 * x.nbytes / copied, "flops_per_s": 2 * side**3 / product}
 
 
 def kernel_cases(match: str, *, dry_run: bool) -> list[tuple[str, Case]]:

@@ -7,28 +7,21 @@ so that a run that is cut off leaves what it has measured.
     engine    a model of that shape with random weights: start-up by phase, decode, sampling,
               finetuning, both at once, and what the time goes to
 
-No checkpoint and no torch are needed: weights are made on the device. `toy` goes through the same
-at sizes for a CPU; its times mean nothing.
+No checkpoint and no torch are needed: weights are made on the device. A dry run goes through
+the same at sizes for a CPU; its times mean nothing.
 """
 
-import glob
 import json
 import os
-import platform
-import re
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -37,9 +30,11 @@ from transformers import PreTrainedTokenizerFast
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, build_config
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.llm import LLM, Job
+from flexllm_jax.experiments.gpu.llama_8b import HF_CONFIG
+from flexllm_jax.experiments.gpu.measure import Notes, kernel_times, measure_roofline
+from flexllm_jax.llm import LLM, JobHandle
 from kernels_pallas.backend import XLA, Backend, select_backend
-from kernels_pallas.cases import Case
+from kernels_pallas.cases import KERNELS, Case, arg_specs
 from kernels_pallas.check import relative_error, widened
 
 _WORDS = 4096  # of the tokenizer: a Chinese character each
@@ -59,7 +54,7 @@ _TOY_ENGINE = {
     "adapters": {"slots": 4, "max_rank": 16},
     "cache": {"page_size": 16, "num_pages": 64},
     "scheduler": {"max_tokens_per_step": 64, "max_sequences": 4, "slo": {"tpot_ms": 50.0}},
-    "finetune": {"max_tokens": 128, "window": 64, "checkpoint_every": 0},
+    "finetune": {"max_tokens": 128, "unit_tokens": 64, "checkpoint_every": 0},
     "compile": {"token_buckets": [8, 64]},
 }
 _ENGINE = {
@@ -67,7 +62,7 @@ _ENGINE = {
     "adapters": {"slots": 4, "max_rank": 16},
     "cache": {"page_size": 64, "memory_fraction": 0.85},
     "scheduler": {"max_tokens_per_step": 2048, "max_sequences": 64, "slo": {"tpot_ms": 50.0}},
-    "finetune": {"max_tokens": 8192, "window": 1024, "checkpoint_every": 0},
+    "finetune": {"max_tokens": 8192, "unit_tokens": 1024, "checkpoint_every": 0},
     "compile": {"token_buckets": [64, 512, 2048]},
 }
 _CASES = (
@@ -87,114 +82,31 @@ _CASES = (
 _OURS = ("attention", "window_attention", "grouped_lora")  # how our kernels' names begin
 
 
-class Notes:
-    """Measurements by name, in a JSON file that is whole after each of them."""
-
-    def __init__(self, file: Path, **first: Any):
-        self._file, self._started = file, time.monotonic()
-        device = jax.devices()[0]
-        self.values: dict[str, Any] = {
-            **first,
-            "device": device.device_kind,
-            "platform_version": device.client.platform_version,
-            "versions": {
-                "python": platform.python_version(),
-                "jax": jax.__version__,
-                "jaxlib": jaxlib.__version__,
-            },
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(self, name: str, value: Any) -> None:
-        """Note a measurement, and show it."""
-        self.values[name] = value
-        self.values["seconds"] = round(time.monotonic() - self._started, 1)
-        text = json.dumps(self.values, indent=1, default=str)
-        unfinished = self._file.with_suffix(".tmp")
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(self._file)
-        shown = json.dumps(value, default=str)[:600]
-        print(f"[{self.values['seconds']:7.1f} s] {name}: {shown}", flush=True)
-
-
-# -- the device ------------------------------------------------------------------------------------
-
-
-def measure_rates(toy: bool) -> dict[str, float]:
-    """Bytes/s of a large copy (read and written) and FLOP/s of a large bfloat16 product."""
-    values, side = (2**20, 256) if toy else (2**30, 8192)
-    normal = jax.jit(partial(jax.random.normal, dtype=jnp.bfloat16), static_argnums=1)
-    x = normal(jax.random.key(0), (values,))
-    copied = _seconds(jax.jit(lambda x: x + 1, donate_argnums=0), x)
-    a = normal(jax.random.key(0), (side, side))
-    product = _seconds(jax.jit(lambda x: x @ a), a)
-    return {"bytes_per_s": 4 * values / copied, "flops_per_s": 2 * side**3 / product}
-
-
-def _seconds(step: Callable[[jax.Array], jax.Array], x: jax.Array, calls: int = 20) -> float:
-    """Time of a call that takes far longer than its dispatch, in a chain of them."""
-    x = jax.block_until_ready(step(step(x)))
-    begun = time.perf_counter()
-    for _ in range(calls):
-        x = step(x)
-    jax.block_until_ready(x)
-    return (time.perf_counter() - begun) / calls
-
-
-def kernel_times(run: Callable[[], Any], calls: int = 1) -> dict[str, list[float]]:
-    """Device microseconds and launches of a call by kernel, the longest first, from a trace.
-
-    XLA uses no CUDA graphs in one: begin it while the device is idle. Kernels that differ by a
-    number only are counted together.
-    """
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
-    total, launches = defaultdict(float), defaultdict(int)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(calls):
-                jax.block_until_ready(run())
-        for file in glob.glob(f"{folder}/**/*.xplane.pb", recursive=True):
-            for name, microseconds in _device_events(file):
-                name = re.sub(r"(_\d+)+$", "", name)
-                total[name] += microseconds / calls
-                launches[name] += 1
-    ordered = sorted(total, key=lambda name: -total[name])
-    return {name: [round(total[name], 1), launches[name] / calls] for name in ordered}
-
-
-def _device_events(file: str) -> Iterator[tuple[str, float]]:
-    for plane in jax.profiler.ProfileData.from_file(file).planes:
-        if plane.name.startswith("/device:GPU"):
-            for line in plane.lines:
-                if line.name.startswith("Stream"):
-                    for event in line.events:
-                        yield event.name, event.duration_ns / 1e3
-
-
 # -- kernels ---------------------------------------------------------------------------------------
 
 
-def kernels(notes: Notes, *, toy: bool, match: str = "") -> None:
+def kernels(notes: Notes, *, dry_run: bool, match: str = "") -> None:
     """Errors and times of a few calls of every kernel."""
-    notes.add("rates", measure_rates(toy))
+    notes.add("rates", measure_roofline(dry_run=dry_run))
     backend = select_backend("pallas", jax.devices()[0])
-    cases = {name: case for name, case in _cases(toy) if match in name}
+    cases = {name: case for name, case in _cases(dry_run) if match in name}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         compiled = {name: pool.submit(_compile, case, backend) for name, case in cases.items()}
         for name, case in cases.items():
             try:
-                notes.add(name, _run_case(case, *compiled[name].result(), calls=2 if toy else 10))
+                notes.add(
+                    name, _run_case(case, *compiled[name].result(), calls=2 if dry_run else 10)
+                )
             except Exception as error:  # one that fails must not hide the others
                 notes.add(name, {"failed": f"{type(error).__name__}: {error}"[:2000]})
 
 
-def _cases(toy: bool) -> Iterator[tuple[str, Case]]:
-    for kernel in ("ragged_paged_attention", "window_attention_backward", "grouped_lora"):
-        specs = import_module(f"kernels_pallas.{kernel}.arg_specs")
-        for case in specs.DRY_RUN_CASES if toy else specs.CASES:
+def _cases(dry_run: bool) -> Iterator[tuple[str, Case]]:
+    for kernel in KERNELS:
+        specs = arg_specs(kernel)
+        for case in specs.DRY_RUN_CASES if dry_run else specs.CASES:
             name = f"{kernel}/{case.name}"
-            if toy or name in _CASES:
+            if dry_run or name in _CASES:
                 yield name, case
 
 
@@ -265,7 +177,7 @@ class _Engine:
     def prompts(self, count: int, length: int) -> list[list[int]]:
         return self._random.integers(10, _WORDS, (count, length)).tolist()
 
-    def job(self, name: str, steps: int, tokens: int, rows: int = 6, lr: float = 1e-4) -> Job:
+    def job(self, name: str, steps: int, tokens: int, rows: int = 6, lr: float = 1e-4) -> JobHandle:
         """A job of sequences of `tokens`, one an optimizer step."""
         texts = ("".join(map(_word, row)) for row in self.prompts(rows, tokens))
         file = self._folder / f"{name}.jsonl"
@@ -321,11 +233,11 @@ def _tokens_per_s(times: Sequence[float], tokens: int) -> float | None:
     return tokens * (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
 
-def smoke(notes: Notes, hf_config: dict[str, Any], cache_dir: Path) -> None:
+def smoke(notes: Notes, cache_dir: Path, *, dry_run: bool) -> None:
     """Rates, and the same tiny engine with XLA's kernels and with ours: greedy tokens, losses of a
     job, tokens of the adapter it made."""
     notes.add("memory_stats", jax.devices()[0].memory_stats())
-    notes.add("rates", measure_rates(jax.devices()[0].platform == "cpu"))
+    notes.add("rates", measure_roofline(dry_run=dry_run))
     jax.config.update("jax_default_matmul_precision", "highest")
     results, adapters = {}, {}
     cache = {"compile": {"cache_dir": str(cache_dir)}}
@@ -333,7 +245,7 @@ def smoke(notes: Notes, hf_config: dict[str, Any], cache_dir: Path) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             own = {"model": {"dtype": "float32"}, "kernels": choice}
-            with _start(folder, hf_config | _TOY_MODEL, _TOY_ENGINE, cache, own) as llm:
+            with _start(folder, HF_CONFIG | _TOY_MODEL, _TOY_ENGINE, cache, own) as llm:
                 engine = _Engine(llm, folder)
                 results[choice], adapters[choice] = _run_tiny(llm, engine)
                 notes.add(f"tiny engine, kernels={choice}", results[choice])
@@ -374,22 +286,20 @@ def _run_tiny(llm: LLM, engine: _Engine) -> tuple[dict[str, Any], np.ndarray]:
     }, flat
 
 
-def engine(
-    notes: Notes, hf_config: dict[str, Any], cache_dir: Path, *, toy: bool, saved: str = "inputs"
-) -> None:
+def engine(notes: Notes, cache_dir: Path, *, dry_run: bool, saved: str = "attention") -> None:
     """Start-up, decode, sampling, finetuning, both at once, and where the time goes. `saved`: which
     activations finetuning keeps (`finetune.saved`)."""
-    rates = measure_rates(toy)
+    rates = measure_roofline(dry_run=dry_run)
     notes.add("rates", rates)
     own = {"compile": {"cache_dir": str(cache_dir)}, "finetune": {"saved": saved}}
-    model, sections = (_TOY_MODEL, _TOY_ENGINE) if toy else ({}, _ENGINE)
+    model, sections = (_TOY_MODEL, _TOY_ENGINE) if dry_run else ({}, _ENGINE)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        with _start(folder, hf_config | model, sections, own) as llm:
-            _measure(notes, _Engine(llm, folder), rates["bytes_per_s"], toy)
+        with _start(folder, HF_CONFIG | model, sections, own) as llm:
+            _measure(notes, _Engine(llm, folder), rates["bytes_per_s"], dry_run)
 
 
-def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, toy: bool) -> None:
+def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, dry_run: bool) -> None:
     llm = engine.llm
     runner, rows = llm.engine.runner, llm.config.scheduler.max_sequences
     device = jax.devices()[0]
@@ -401,7 +311,7 @@ def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, toy: bool) -> No
             "memory": device.memory_stats(),
         },
     )
-    length, new = (32, 8) if toy else (2048, 64)
+    length, new = (32, 8) if dry_run else (2048, 64)
     prompts = engine.prompts(rows, length)
     first = SamplingParams(max_tokens=1, ignore_eos=True)
     begun = time.perf_counter()
@@ -428,7 +338,7 @@ def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, toy: bool) -> No
         notes.add(f"decode/{rows}/{name}", engine.decode(prompts, new // 2, **options))
 
     tokens = llm.config.finetune.max_tokens // 2
-    for name, steps in (("warm", 2), ("alone", 3 if toy else 8)):
+    for name, steps in (("warm", 2), ("alone", 3 if dry_run else 8)):
         job = engine.job(name, steps, tokens).wait()
         notes.add(
             f"finetune/{name}",
