@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -69,7 +69,7 @@ def profile_key(runner: Runner, config: Config) -> dict[str, str]:
     versions = {
         "flexllm_jax": __version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": jaxlib.version.__version__,
     }
     return {
         "device": runner.device.device_kind,

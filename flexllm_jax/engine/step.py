@@ -62,7 +62,7 @@ def forward_step(
         layer = decoder.layer(layer_params)
         adapters = None
         if layer_bank is not None:
-            adapters = Bypass(*layer_bank, inputs.adapter, backend)
+            adapters = Bypass(layer_bank[0], layer_bank[1], inputs.adapter, backend)
         bypass = adapters or no_bypass
         activations = {"x": x}
         q, k, v = layer.before_attention(x, angles, bypass, activations.setdefault)

@@ -19,7 +19,7 @@ def test_they_are_as_transformers_initializes_them(tmp_path):
     params = random_parameters(model, jnp.float32)
     assert jax.eval_shape(lambda: params) == abstract_parameters(model, jnp.float32)
     layer = params["layers"][0]
-    assert np.all(layer["input_norm"]["weight"] == 1) and np.all(layer["q"]["bias"] == 0)
+    assert np.all(layer["pre_attn_norm"]["weight"] == 1) and np.all(layer["q"]["bias"] == 0)
     std = AutoConfig.from_pretrained(path).initializer_range
     for matrix in (params["embed"]["weight"], layer["q"]["kernel"], layer["down"]["kernel"]):
         assert abs(float(jnp.std(matrix)) / std - 1) < 0.1

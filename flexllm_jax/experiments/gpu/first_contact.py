@@ -267,6 +267,8 @@ def _run_tiny(llm: LLM, engine: _Engine) -> tuple[dict[str, Any], np.ndarray]:
     job = engine.job("tiny", steps=4, tokens=64, lr=3e-3).wait()
     logprobs = SamplingParams(max_tokens=1, prompt_logprobs=0)
     adapted = llm.generate(prompts, greedy, adapter="tiny")
+    if job.adapter_dir is None:
+        raise RuntimeError(f"the tiny job made no adapter: {job.status}, {job.reason}")
     weights = load_file(str(job.adapter_dir / "adapter_model.safetensors"))
     flat = np.concatenate([weights[name].ravel() for name in sorted(weights)])
     return {

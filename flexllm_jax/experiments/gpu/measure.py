@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 
 
 class Notes:
@@ -32,7 +32,7 @@ class Notes:
             "versions": {
                 "python": platform.python_version(),
                 "jax": jax.__version__,
-                "jaxlib": jaxlib.__version__,
+                "jaxlib": jaxlib.version.__version__,
             },
         }
         file.parent.mkdir(parents=True, exist_ok=True)
