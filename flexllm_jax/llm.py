@@ -27,7 +27,7 @@ from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.messages import read_conversation
-from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.models.tokenizer import encode_text, load_tokenizer
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 
@@ -89,7 +89,7 @@ class LLM:
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, with the tokenizer's special tokens."""
         read = read_prompt(prompt)
-        return self.tokenizer.encode(read) if isinstance(read, str) else read
+        return encode_text(self.tokenizer, read) if isinstance(read, str) else read
 
     def submit(
         self,
@@ -195,7 +195,7 @@ class LLM:
             )
             for conversation in (messages if several else [messages])
         ]
-        tokens = [self.tokenizer.encode(p, add_special_tokens=False) for p in prompts]
+        tokens = [encode_text(self.tokenizer, p, add_special_tokens=False) for p in prompts]
         return self.generate(tokens, sampling_params, adapter)
 
     def _output(self, states: list[RequestState]) -> RequestOutput:
@@ -208,7 +208,7 @@ class LLM:
             outputs=[
                 CompletionOutput(
                     token_ids=state.output,
-                    text=state.text(self.tokenizer),
+                    text=state.text(self.engine.detokenizer),
                     finish_reason=state.finish_reason,
                     logprobs=None if params.logprobs is None else state.logprobs,
                 )

@@ -37,6 +37,8 @@ from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
 from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
 from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
+from flexllm_jax.models.detokenizer import Detokenizer
+from flexllm_jax.models.tokenizer import end_token_ids
 from scheduler.request import BackwardUnits, Request, StepPlan
 
 log = logging.getLogger(__name__)
@@ -47,14 +49,14 @@ class Engine:
 
     Args:
         config: the whole configuration.
-        tokenizer: a Hugging Face tokenizer, for stop strings.
+        tokenizer: a Hugging Face tokenizer: its end tokens, and texts for stop strings.
         progress: show progress bars while starting.
 
     `step` does one step and returns the requests that finished; everything else queues work.
     """
 
     def __init__(self, config: Config, tokenizer: Any, *, progress: bool = True):
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.detokenizer = config, Detokenizer(tokenizer)
         started = time.monotonic()
         self.runner = runner = make_runner(config, progress=progress)
         log.info("%s", runner.memory.describe())
@@ -77,7 +79,9 @@ class Engine:
         )
         self._builder = StepBuilder(runner)
         model = runner.model
-        self.matchers = TokenMatchers(tokenizer, model.vocab_size, model.eos_token_ids)
+        ends = end_token_ids(tokenizer, model.eos_token_ids)
+        self.end_token_ids = tuple(token for token in ends if token < model.vocab_size)
+        self.matchers = TokenMatchers(tokenizer, model.vocab_size, self.end_token_ids)
         self._requests: dict[str, RequestState] = {}
         self._matching = 0  # those of them with structured outputs
         self._in_flight: deque[StepInFlight] = deque()
@@ -117,8 +121,7 @@ class Engine:
         outside the vocabulary, a prompt and max_tokens beyond the context, an adapter that is not
         loaded, an unknown class of service, a structured output that cannot be kept to.
         """
-        eos = self.runner.model.eos_token_ids
-        params.check_banned(eos)
+        params.check_banned(self.end_token_ids)
         vocab_size = self.runner.model.vocab_size
         outside = [t for t in prompt if not 0 <= t < vocab_size]
         if outside:
@@ -139,7 +142,7 @@ class Engine:
             params=params,
             seed=seed & 0x7FFFFFFF,
             arrival=time.monotonic() if arrival is None else arrival,
-            stop_ids=params.stop_ids(eos),
+            stop_ids=params.stop_ids(self.end_token_ids),
             adapter=published,
             slo=self.slos[slo_class],
             matcher=matcher,
@@ -324,7 +327,7 @@ class Engine:
                         state.params.logprobs,
                     )
                 )
-            if state.append(token, self.tokenizer):
+            if state.append(token, self.detokenizer):
                 stopped.add(state.request_id)
             elif state.matcher and (reason := failure(state.matcher)):
                 self.cancel(state, reason)

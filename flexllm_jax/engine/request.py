@@ -5,13 +5,12 @@ The scheduler knows tokens and pages; this knows sampling, stop conditions and l
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher
-from tokenizers.decoders import DecodeStream
 
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.models.detokenizer import Detokenizer, OutputText
 from flexllm_jax.peft.bank import Published
 from scheduler.request import Slo
 from scheduler.slo import RequestTiming
@@ -49,9 +48,7 @@ class RequestState:
     row: int = -1
     preemptions: int = -1
     copied_pages: int = 0
-    stop_text: str | None = None  # the output before the stop string that ended it
-    _text: str = ""
-    _stream: DecodeStream | None = None
+    _text: OutputText | None = None  # of a request with stop strings
 
     @property
     def finished(self) -> bool:
@@ -92,11 +89,11 @@ class RequestState:
             or self.matcher is not None
         )
 
-    def append(self, token: int, tokenizer: Any) -> str | None:
+    def append(self, token: int, detokenizer: Detokenizer) -> str | None:
         """Take in a sampled token; returns "stop" when it is the last one.
 
         The request's own stop tokens and strings are looked at here; the scheduler knows about
-        max_tokens. A stop token stays in `output` (as in vLLM's token_ids); text leaves it out.
+        max_tokens. A stop token stays in `output` (as in vLLM's token_ids).
         """
         now = time.monotonic()
         self.first_token_at = self.first_token_at or now
@@ -104,33 +101,34 @@ class RequestState:
         self.output.append(token)
         if self.matcher:
             self.matcher.consume_token(token)
-        if token in self.stop_ids and len(self.output) > self.params.min_tokens:
+        if self._ended_by_token:
             return "stop"
-        if self.params.stop and self._stop_string(token, tokenizer):
-            return "stop"
-        return None
+        if not self.params.stop:
+            return None
+        if self._text is None:
+            self._text = OutputText(
+                detokenizer,
+                self.prompt,
+                self.params.stop,
+                self.params.min_tokens,
+                include_stop=self.params.include_stop_str_in_output,
+            )
+        return "stop" if self._text.push(token) else None
 
-    def _stop_string(self, token: int, tokenizer: Any) -> bool:
-        if self._stream is None:
-            self._stream = DecodeStream(skip_special_tokens=True)
-        piece = self._stream.step(tokenizer._tokenizer, token)
-        if not piece:
-            return False
-        longest = max(map(len, self.params.stop))
-        searched = max(0, len(self._text) - longest + 1)
-        self._text += piece
-        if len(self.output) <= self.params.min_tokens:
-            return False
-        found = [at for s in self.params.stop if (at := self._text.find(s, searched)) >= 0]
-        if found:
-            self.stop_text = self._text[: min(found)]
-        return bool(found)
+    @property
+    def _ended_by_token(self) -> bool:
+        """Whether its last token is a stop token where one ends it."""
+        last = self.output[-1:]
+        return self.stop_ids.issuperset(last) and len(self.output) > self.params.min_tokens
 
-    def text(self, tokenizer: Any) -> str:
-        """The output as text, without special tokens and without the stop string."""
-        if self.stop_text is not None:
-            return self.stop_text
-        return tokenizer.decode(self.output, skip_special_tokens=True)
+    def text(self, detokenizer: Detokenizer) -> str:
+        """The output as text, without special tokens; the stop token or string that ended it is
+        left out unless it was asked for."""
+        if self._text is not None and self._text.stopped:
+            return self._text.text
+        left_out = self._ended_by_token and not self.params.include_stop_str_in_output
+        tokens = self.output[:-1] if left_out else self.output
+        return detokenizer.output_text(self.prompt, tokens)
 
 
 def top_logprobs(

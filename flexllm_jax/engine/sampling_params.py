@@ -23,6 +23,7 @@ class SamplingParams:
     seed                 makes draws reproducible whatever else runs; None: the engine picks one
     stop                 strings that end the output, which then ends before them
     stop_token_ids       tokens that end the output; end-of-sequence tokens do unless ignore_eos
+    include_stop_str_in_output   leave the stop string or token that ended the output in its text
     logprobs             number of alternatives to report per output token; None: no report
     prompt_logprobs      the same for the prompt
     n                    outputs per prompt
@@ -42,6 +43,7 @@ class SamplingParams:
     stop: tuple[str, ...] = field(default=())
     stop_token_ids: tuple[int, ...] = field(default=())
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1

@@ -100,6 +100,7 @@ def create_job(
         max_seq_len=longest,
         train_on=config.train_on,
         vocab_size=model.vocab_size,
+        eos_token_ids=model.eos_token_ids,
     )
     dataset = load(config.dataset)
     validation = load(config.validation) if config.validation else None

@@ -1,11 +1,18 @@
-"""A checkpoint's tokenizer."""
+"""A checkpoint's tokenizer: how a prompt becomes tokens, and which tokens end an output.
 
+Training and serving ask the same functions, so that what is trained is what is served.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from transformers import AutoTokenizer
 
 from flexllm_jax.config import ConfigError
+from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.messages import Conversation, ConversationError
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -17,3 +24,57 @@ def load_tokenizer(path: Path) -> Any:
             f"model.path={str(path)!r} has no usable tokenizer ({str(error).splitlines()[0]}): "
             f"give a complete Hugging Face checkpoint"
         ) from None
+
+
+def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a prompt. The special tokens that the tokenizer puts before a text (a BOS) are
+    not put before one that begins with them."""
+    encoding, twice = _encode(tokenizer, text, add_special_tokens)
+    return encoding.ids[twice:]
+
+
+def token_starts(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Where the tokens of `encode_text` stand in `text`: for each, the characters before it that
+    are complete, so that it says what is between its start and the next one's."""
+    encoding, twice = _encode(tokenizer, text, add_special_tokens)
+    starts, reached = [], 0
+    for start, end in encoding.offsets[twice:]:
+        # Some tokenizers tell offsets without the space before a word, or none for special tokens.
+        starts.append(min(start, reached) if start < end else reached)
+        reached = max(reached, end)
+    return starts
+
+
+def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[Encoding, int]:
+    """The encoding of a text, and how many of its first tokens are there twice."""
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    if not add_special_tokens:
+        return encoding, 0
+    own = [at for at, added in enumerate(encoding.special_tokens_mask) if not added]
+    before = own[0] if own else 0
+    return encoding, before if encoding.ids[before : 2 * before] == encoding.ids[:before] else 0
+
+
+def end_token_ids(tokenizer: Any, of_model: Sequence[int] = ()) -> tuple[int, ...]:
+    """The tokens that end an output: those of the checkpoint's generation config or config
+    (`of_model`), the tokenizer's, and the one that ends a turn in the chat template. Training ends
+    texts and turns with the latter two, which the former may not name: base models with a ChatML
+    template, say."""
+    ends = [*of_model, tokenizer.eos_token_id, _turn_end(tokenizer)]
+    return tuple(dict.fromkeys(token for token in ends if token is not None))
+
+
+def _turn_end(tokenizer: Any) -> int | None:
+    """The special token that the chat template puts behind what the assistant says, if any."""
+    answer = "Four."
+    question = {"role": "user", "content": "What is two plus two?"}
+    conversation = Conversation([question, {"role": "assistant", "content": answer}])
+    try:
+        text = ChatTemplate(tokenizer).render(conversation, add_generation_prompt=False)
+    except ConversationError:
+        return None  # none, or one of other things than a question and its answer
+    _, said, behind = text.rpartition(answer)
+    backend = tokenizer.backend_tokenizer
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    tokens = backend.encode(behind if said else "", add_special_tokens=False).ids
+    return next((token for token in tokens if token in special), None)

@@ -24,7 +24,7 @@ class UnusableRow(ValueError):
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text, tokenized on its own: a trained turn or what stands before it."""
+    """A stretch of text: a trained turn or what stands before it."""
 
     text: str
     trained: bool

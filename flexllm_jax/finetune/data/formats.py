@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -22,7 +22,9 @@ import numpy as np
 from flexllm_jax.finetune.data.chat import UnusableRow
 from flexllm_jax.finetune.data.readers import FORMATS, Draft, read_row
 from flexllm_jax.finetune.data.rows import DatasetError, read_rows
+from flexllm_jax.finetune.data.tokens import split_tokens
 from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.tokenizer import encode_text, end_token_ids
 
 ROWS_PER_TOKENIZER_CALL = 256
 ROWS_FOR_DETECTION = 100
@@ -116,13 +118,15 @@ def load_dataset(
     max_seq_len: int | None = None,
     train_on: Literal["completion", "all"] = "completion",
     vocab_size: int | None = None,
+    eos_token_ids: Sequence[int] = (),
 ) -> Dataset:
     """Read, tokenize and mask a JSONL or JSON file.
 
-    `tokenizer` is a Hugging Face tokenizer; conversations need its chat template. Sequences longer
-    than `max_seq_len` tokens are cut, and dropped if nothing trained is left; so are those with
-    tokens that a model of `vocab_size` embeddings does not have. Raises DatasetError for a file of
-    which nothing can be used.
+    `tokenizer` is a Hugging Face tokenizer; conversations need its chat template. `eos_token_ids`:
+    what else ends an output of the model, as its config says. Sequences longer than `max_seq_len`
+    tokens are cut, and dropped if nothing trained is left; so are those with tokens that a model of
+    `vocab_size` embeddings does not have. Raises DatasetError for a file of which nothing can be
+    used.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
@@ -134,7 +138,7 @@ def load_dataset(
             f"{path}: {format} rows need a chat template and the model's tokenizer has none; "
             "use a chat model or prompt/completion rows"
         )
-    encode = _Encoder(tokenizer, max_seq_len, train_on == "all", vocab_size)
+    encode = _Encoder(tokenizer, eos_token_ids, max_seq_len, train_on == "all", vocab_size)
     sequences: list[TrainingSequence] = []
     skipped: list[SkippedRow] = []
     rows = truncated = 0
@@ -187,46 +191,45 @@ class _Encoder:
     def __init__(
         self,
         tokenizer: Any,
+        eos_token_ids: Sequence[int],
         max_seq_len: int | None,
         train_on_all: bool,
         vocab_size: int | None,
     ):
         self.tokenizer, self.max_seq_len, self.train_on_all = tokenizer, max_seq_len, train_on_all
         self.vocab_size = vocab_size
-        self.eos = tokenizer.eos_token_id
+        self.ends = end_token_ids(tokenizer, eos_token_ids)
+        own = tokenizer.eos_token_id
+        self.eos = own if own is not None else next(iter(self.ends), None)
         # What the tokenizer puts before any text (Llama 3's BOS); an EOS is added here, not by it.
-        self.prefix = [t for t in tokenizer("")["input_ids"] if t != self.eos]
+        self.prefix = [t for t in encode_text(tokenizer, "") if t != self.eos]
 
     def __call__(
         self, rows: list[tuple[int, list[Draft]]]
     ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
         """Yield (line, (sequence, was cut)) or (line, reason) for every draft, in order."""
-        texts = [s.text for _, drafts in rows for draft in drafts for s in draft.segments]
-        if not texts:
-            return
-        ids = iter(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        texts = [draft.texts for _, drafts in rows for draft in drafts]
+        pieces = iter(split_tokens(self.tokenizer, texts))
         for line, drafts in rows:
             for draft in drafts:
-                pieces = [(next(ids), segment.trained) for segment in draft.segments]
-                yield line, self._sequence(draft, pieces)
+                yield line, self._sequence(draft, next(pieces))
 
     def _sequence(
-        self, draft: Draft, pieces: list[tuple[list[int], bool]]
+        self, draft: Draft, pieces: list[list[int]]
     ) -> tuple[TrainingSequence, bool] | str:
         tokens: list[int] = []
         mask: list[bool] = []
-        if draft.raw:
-            tokens += self.prefix
-            mask += [False] * len(self.prefix)
-        for piece, trained in pieces:
+        for piece, segment in zip(pieces, draft.segments, strict=True):
             tokens += piece
-            # Serving stops at the end-of-turn token: what a template puts behind it (a newline,
-            # mostly) is never to be said.
-            said = len(piece)
-            if not draft.raw and self.eos in piece:
-                said -= piece[::-1].index(self.eos)
-            mask += [trained] * said + [False] * (len(piece) - said)
-        if draft.raw and self.eos is not None:
+            # Serving stops at a token that ends an output: what a template puts behind it (a
+            # newline, mostly) is never to be said.
+            end = next((at for at, token in enumerate(piece) if token in self.ends), len(piece))
+            said = len(piece) if draft.raw else min(end + 1, len(piece))
+            mask += [segment.trained] * said + [False] * (len(piece) - said)
+        if draft.raw and tokens[: len(self.prefix)] != self.prefix:
+            tokens, mask = self.prefix + tokens, [False] * len(self.prefix) + mask
+        ended = bool(tokens) and tokens[-1] in self.ends
+        if draft.raw and self.eos is not None and not ended:
             tokens.append(self.eos)
             mask.append(True)
         if self.train_on_all:

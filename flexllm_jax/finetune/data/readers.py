@@ -57,6 +57,11 @@ class Draft:
     segments: list[Segment]
     raw: bool
 
+    @property
+    def texts(self) -> list[str]:
+        """Of its segments."""
+        return [segment.text for segment in self.segments]
+
 
 class Row:
     """The columns of a row, and which of them were read."""

@@ -102,7 +102,7 @@ class EngineProcess:
             Ready(
                 max_model_len=runner.sizes.max_model_len,
                 vocab_size=runner.model.vocab_size,
-                eos_token_ids=list(runner.model.eos_token_ids),
+                eos_token_ids=list(self.engine.end_token_ids),
                 num_pages=runner.num_pages,
                 page_size=runner.sizes.page_size,
                 adapter_slots=config.adapters.slots,

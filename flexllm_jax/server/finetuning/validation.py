@@ -55,7 +55,7 @@ class FileValidation:
         self._config, self._database, self._files = config, database, files
         self._models = models
         self._tokenizer = tokenizer  # used by the thread alone
-        self._vocab_size = ModelConfig.from_hf(config.model.path).vocab_size
+        self._model = ModelConfig.from_hf(config.model.path)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
 
     def close(self) -> None:
@@ -115,5 +115,6 @@ class FileValidation:
             self._tokenizer,
             max_seq_len=limit,
             train_on=train_on,
-            vocab_size=self._vocab_size,
+            vocab_size=self._model.vocab_size,
+            eos_token_ids=self._model.eos_token_ids,
         )

@@ -54,17 +54,16 @@ class _Chat:
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
         """The log-probabilities of a token, as OpenAI shows them; None when not asked for."""
-        if delta.logprobs is None:
+        report = delta.report
+        if report is None:
             return None
 
-        def entry(token: int, value: float) -> dict[str, Any]:
-            text = self.codec.token_text(token)
-            data = list(self.codec.token_bytes(token))
+        def entry(token: int, text: str, value: float | None) -> dict[str, Any]:
+            data = list(self.codec.detokenizer.token_bytes(token, text))
             return {"token": text, "logprob": value, "bytes": data}
 
-        ranked = sorted(delta.logprobs.items(), key=lambda item: -item[1])
-        top = [entry(*item) for item in ranked[: self.body.top_logprobs or 0]]
-        return {**entry(delta.token, delta.logprobs[delta.token]), "top_logprobs": top}
+        top = [entry(*item) for item in report.likeliest[: self.body.top_logprobs or 0]]
+        return {**entry(report.token, report.text, report.logprob), "top_logprobs": top}
 
 
 async def chat(

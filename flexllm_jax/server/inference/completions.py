@@ -14,7 +14,8 @@ from fastapi.responses import Response
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference.requests import Answer, Delta, Inference, Logprobs
+from flexllm_jax.server.inference.logprobs import TokenReport, report_prompt
+from flexllm_jax.server.inference.requests import Answer, Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.inference.unsupported import refuse_unsupported
@@ -24,7 +25,6 @@ from flexllm_jax.server.inference.unsupported import refuse_unsupported
 class _Choice:
     """One output as it grows. With `echo`, the prompt comes before it."""
 
-    codec: TextCodec
     count: int | None  # alternatives to report; None: no log-probabilities
     text: str = ""
     finish_reason: str | None = None
@@ -33,22 +33,19 @@ class _Choice:
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
-    offset: int = 0
 
-    def add_token(self, token: int, logprobs: Logprobs | None) -> None:
-        """Report a token; `logprobs` is None for the first of a prompt."""
-        name = self.codec.token_text(token)
-        self.tokens.append(name)
-        self.text_offset.append(self.offset)
-        self.offset += len(name)
-        self.token_logprobs.append(None if logprobs is None else logprobs[token])
+    def add_token(self, report: TokenReport, before: int) -> None:
+        """Report a token of a text that `before` characters are before."""
+        self.tokens.append(report.text)
+        self.text_offset.append(before + report.offset)
+        self.token_logprobs.append(report.logprob)
         top = None
-        if logprobs is not None and self.count:
+        if report.logprob is not None and self.count:
             top = {}
-            ranked = sorted(logprobs.items(), key=lambda item: -item[1])[: self.count]
+            itself = (report.token, report.text, report.logprob)
             # The token itself is always among them; of tokens that look alike the likeliest counts.
-            for other, value in [*ranked, (token, logprobs[token])]:
-                top.setdefault(self.codec.token_text(other), value)
+            for _, text, value in [*report.likeliest[: self.count], itself]:
+                top.setdefault(text, value)
         self.top_logprobs.append(top)
 
     def take_logprobs(self) -> dict[str, Any] | None:
@@ -65,15 +62,26 @@ class _Choice:
         return report
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt: its tokens, and if it was sent as text that text, and where they start in it."""
+
+    tokens: list[int]
+    text: str | None
+    starts: list[int]
+
+
 class _Completion:
     """A request being answered."""
 
-    def __init__(self, body: CompletionRequest, answer: Answer, codec: TextCodec):
-        self.body, self.answer, self.codec = body, answer, codec
-        self.echo, self.only_echo = bool(body.echo), body.max_tokens == 0
+    def __init__(
+        self, body: CompletionRequest, answer: Answer, prompts: list[_Prompt], codec: TextCodec
+    ):
+        self.body, self.answer, self.prompts, self.codec = body, answer, prompts, codec
+        self.only_echo = body.max_tokens == 0
         self.n = body.n or 1
-        self.choices = [_Choice(codec, body.logprobs) for _ in answer.output_tokens]
-        self._begun = [False] * len(self.choices)
+        self.choices = [_Choice(body.logprobs) for _ in answer.output_tokens]
+        self._echoed: dict[int, str] = {}  # the prompts, by choice
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -84,23 +92,28 @@ class _Completion:
     def take(self, delta: Delta) -> str:
         """Take in a token; returns the text it adds."""
         choice, text = self.choices[delta.index], ""
-        if self.echo and not self._begun[delta.index]:
-            prompt = self.answer.prompts[delta.index // self.n]
-            text = self.codec.decode(prompt)
-            if choice.count is not None:
-                for token, logprobs in zip(prompt, delta.prompt_logprobs or [], strict=True):
-                    choice.add_token(token, logprobs)
-        self._begun[delta.index] = True
+        if self.body.echo and delta.index not in self._echoed:
+            text = self._echoed[delta.index] = self._echo(choice, delta)
         choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
         if self.only_echo:
             choice.finish_reason, choice.stop_reason = "length", None
             self.answer.output_tokens[delta.index] = 0
         else:
             text += delta.text
-            if choice.count is not None:
-                choice.add_token(delta.token, delta.logprobs)
+            if delta.report is not None:
+                choice.add_token(delta.report, len(self._echoed.get(delta.index, "")))
         choice.text += text
         return text
+
+    def _echo(self, choice: _Choice, delta: Delta) -> str:
+        """The prompt as it was sent, or the text of its tokens if it was sent as those."""
+        prompt, detokenizer = self.prompts[delta.index // self.n], self.codec.detokenizer
+        if choice.count is not None:
+            sent = None if prompt.text is None else (prompt.text, prompt.starts)
+            logprobs = delta.prompt_logprobs or []
+            for report in report_prompt(detokenizer, prompt.tokens, logprobs, sent):
+                choice.add_token(report, 0)
+        return detokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
 
     def choice(self, index: int, text: str) -> dict[str, Any]:
         """A choice of an answer or of a chunk of one."""
@@ -130,13 +143,13 @@ async def complete(
     answer = inference.open(
         client,
         body,
-        prompts,
+        [prompt.tokens for prompt in prompts],
         max(1, max_tokens),
         body.logprobs,
         body.logprobs if body.echo else None,
         structure=await inference.structure(body),
     )
-    completion = _Completion(body, answer, inference.codec)
+    completion = _Completion(body, answer, prompts, inference.codec)
     if body.stream:
         return sse.EventStream(_stream(completion), answer.close)
     try:
@@ -145,19 +158,23 @@ async def complete(
         await answer.close()
 
 
-async def _encode(body: CompletionRequest, inference: Inference) -> list[list[int]]:
+async def _encode(body: CompletionRequest, inference: Inference) -> list[_Prompt]:
     given: list[Any] = (
         [body.prompt]
         if isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
         else list(body.prompt)
     )
     special, limit = body.add_special_tokens is not False, inference.max_model_len()
-    return [
-        await inference.codec.encode(prompt, limit, add_special_tokens=special)
-        if isinstance(prompt, str)
-        else prompt
-        for prompt in given
-    ]
+    codec, prompts = inference.codec, []
+    for prompt in given:
+        if not isinstance(prompt, str):
+            prompts.append(_Prompt(prompt, None, []))
+            continue
+        tokens, starts = await codec.encode(prompt, limit, add_special_tokens=special), []
+        if body.echo and body.logprobs is not None:
+            starts = await codec.token_starts(prompt, add_special_tokens=special)
+        prompts.append(_Prompt(tokens, prompt, starts))
+    return prompts
 
 
 async def _whole(completion: _Completion) -> Response:

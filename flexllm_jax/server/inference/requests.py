@@ -14,23 +14,23 @@ from typing import Any
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.models.detokenizer import OutputText
 from flexllm_jax.server.engines.client import EngineUnavailable, Generation
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import Output
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.http.access import Admission, Client
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.logprobs import Logprobs, TokenReport, report_token
 from flexllm_jax.server.inference.schema import (
     ChatCompletionRequest,
     InferenceRequest,
     TokenizeRequest,
     Tool,
 )
-from flexllm_jax.server.inference.text import Detokenizer, TextCodec
+from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.inference.tool_calls import Format
 from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
-
-Logprobs = dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Delta:
     index: int
     token: int
     text: str
-    logprobs: Logprobs | None
+    report: TokenReport | None  # where log-probabilities are asked for
     prompt_logprobs: list[Logprobs | None] | None
     finish_reason: str | None
     stop_reason: str | int | None  # the stop string or the one of stop_token_ids that ended it
@@ -56,14 +56,14 @@ class Answer:
         self,
         prompts: Sequence[list[int]],
         generation: Generation,
-        detokenizers: list[Detokenizer],
+        texts: list[OutputText],
         metrics: list[RequestMetrics],
-        stop_ids: Sequence[int],
+        params: SamplingParams,
     ):
-        self.prompts, self._stop_ids = prompts, stop_ids
-        self.output_tokens = [0] * len(detokenizers)
-        self._cached_tokens = [0] * len(detokenizers)
-        self._generation, self._detokenizers, self._metrics = generation, detokenizers, metrics
+        self.prompts, self._params = prompts, params
+        self.output_tokens = [0] * len(texts)
+        self._cached_tokens = [0] * len(texts)
+        self._generation, self._texts, self._metrics = generation, texts, metrics
 
     async def close(self) -> None:
         """Drop what has not ended, and give back what the request holds."""
@@ -90,28 +90,37 @@ class Answer:
                 raise ApiError(400 if output.invalid else 503, output.error)
             for position, token in enumerate(output.token_ids):
                 yield self._take(index, at, token, output, position)
-                if self._detokenizers[index].stopped:
+                if self._texts[index].stopped:
                     break
 
     def _take(self, index: int, at: float, token: int, output: Output, position: int) -> Delta:
-        detokenizer = self._detokenizers[index]
+        text = self._texts[index]
+        logprobs = output.logprobs[position] if output.logprobs else None
         self.output_tokens[index] += 1
         self._cached_tokens[index] = max(self._cached_tokens[index], output.cached_tokens)
         self._metrics[index].token(at, output.queued_s)
         last = position == len(output.token_ids) - 1
         reason = output.finish_reason if last else None
-        # The engine stops at stop tokens only, whose text is no part of the answer.
-        if reason != "stop" and detokenizer.push(token):
+        told = {other: text.would_add(other) for other in logprobs or {}}
+        # The engine stops at stop tokens only, whose text is part of the answer if asked for.
+        is_text = reason != "stop" or self._params.include_stop_str_in_output
+        if is_text and text.push(token):
             reason = "stop"
             self._generation.drop(index)
         if reason:
+            text.finish()
             self._metrics[index].end(reason)
-        stopped_by = token if reason == "stop" and token in self._stop_ids else detokenizer.stop
+        if is_text:
+            told[token] = text.piece
+        offset = text.offset if is_text else len(text.text)
+        stopped_by = text.stop
+        if reason == "stop" and token in self._params.stop_token_ids:
+            stopped_by = token
         return Delta(
             index,
             token,
-            detokenizer.take(final=reason is not None),
-            output.logprobs[position] if output.logprobs else None,
+            text.take(),
+            report_token(token, told, offset, logprobs) if logprobs else None,
             output.prompt_logprobs if position == 0 else None,
             reason,
             stopped_by,
@@ -226,23 +235,27 @@ class Inference:
         except BaseException:
             admitted.close(0)
             raise
-        stops = body.stop_strings
         batch = self._metrics.batch(admitted, outputs)
         name = adapter.name if adapter else None
         return Answer(
             prompts,
             generation,
             [
-                Detokenizer(
-                    self.codec, stops, params.min_tokens, skip_special_tokens=skip_special_tokens
+                OutputText(
+                    self.codec.detokenizer,
+                    prompts[i // n],
+                    body.stop_strings,
+                    params.min_tokens,
+                    skip_special_tokens=skip_special_tokens,
+                    include_stop=params.include_stop_str_in_output,
                 )
-                for _ in range(outputs)
+                for i in range(outputs)
             ],
             [
                 RequestMetrics(batch, arrival, len(prompts[i // n]), name, slo)
                 for i in range(outputs)
             ],
-            params.stop_token_ids,
+            params,
         )
 
     def _check_size(self, prompt: list[int], params: SamplingParams) -> None:

@@ -81,7 +81,7 @@ def routes(inference: Inference) -> APIRouter:
         if outside := [token for token in body.tokens if token >= known]:
             message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"
             raise ApiError(400, message, param="tokens")
-        return sse.json_response({"prompt": codec.decode(body.tokens)})
+        return sse.json_response({"prompt": codec.detokenizer.decode(body.tokens)})
 
     @router.get("/tokenizer_info")
     async def tokenizer_info(client: Known) -> Response:

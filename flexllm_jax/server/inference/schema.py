@@ -74,6 +74,7 @@ class InferenceRequest(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0)] | None = 1.0
     ignore_eos: bool | None = False
+    include_stop_str_in_output: bool | None = False
     min_tokens: Count | None = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     response_format: ResponseFormat | None = None
@@ -139,6 +140,7 @@ class InferenceRequest(Body):
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             structured_outputs=structure,

@@ -36,7 +36,6 @@ _VLLM = (
     "guided_regex",
     "guided_whitespace_pattern",
     "include_reasoning",
-    "include_stop_str_in_output",
     "kv_transfer_params",
     "length_penalty",
     "logits_processors",
