@@ -175,6 +175,18 @@ class TestEnds:
         (output,) = llm.generate(PROMPT, SamplingParams(max_tokens=30, stop_token_ids=(token,)))
         assert output.token_ids == greedy[: at + 1]
         assert output.finish_reason == "stop"
+        assert output.text == llm.tokenizer.decode(greedy[:at], skip_special_tokens=True)
+
+    def test_text_that_ends_an_output_is_in_it_if_asked_for(self, llm, text):
+        prompt, tokens, stop, at = text
+        fields = {"max_tokens": 30, "ignore_eos": True, "include_stop_str_in_output": True}
+        by_string = llm.generate([prompt], SamplingParams(**fields, stop=stop))[0]
+        assert by_string.text == llm.tokenizer.decode(tokens[: at + 2], skip_special_tokens=True)
+        token = tokens[at]
+        by_token = llm.generate([prompt], SamplingParams(**fields, stop_token_ids=(token,)))[0]
+        ended = tokens[: tokens.index(token) + 1]
+        assert by_token.token_ids == ended
+        assert by_token.text == llm.tokenizer.decode(ended, skip_special_tokens=True)
 
     def test_min_tokens_holds_stop_tokens_back(self, llm, greedy, llama_reference):
         stops = (greedy[2], greedy[4])
