@@ -61,7 +61,7 @@ def trained(job, steps):
 
 def info_of(job):
     """What a checkpoint keeps, as it comes back from disk."""
-    return json.loads(json.dumps(job.checkpoint_info(job.position)))
+    return json.loads(json.dumps(job.checkpoint_info(job.data_position)))
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,19 @@ def test_what_follows_the_last_message_is_as_asked(
     assert output.prompt_token_ids == told["tokens"]
 
 
+def test_templates_are_not_rendered_on_the_event_loop(tokenizer, monkeypatch):
+    codec, threads = TextCodec(tokenizer), []
+    render = codec.template.render
+
+    def watched(*args, **options):
+        threads.append(threading.current_thread())
+        return render(*args, **options)
+
+    monkeypatch.setattr(codec.template, "render", watched)
+    assert asyncio.run(codec.render(MESSAGES)).endswith("<assistant>")
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+
+
 def test_a_template_of_a_client_where_it_is_trusted(tokenizer):
     body = {"messages": MESSAGES, "chat_template": "{{ messages | length }}" + SHOWN}
 
