@@ -1,7 +1,7 @@
 """How Sphinx builds these pages: `make docs`."""
 
+import runpy
 import sys
-from importlib import metadata
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -9,7 +9,7 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS / "_extensions")]
 
 project = "flexllm_jax"
 author = "the flexllm_jax authors"
-release = metadata.version("flexllm_jax")
+release = runpy.run_path(str(DOCS.parent / "flexllm_jax/version.py"))["__version__"]
 
 extensions = [
     "myst_parser",
