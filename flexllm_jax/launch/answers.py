@@ -16,6 +16,7 @@ from flexllm_jax.launch.replay import encode_prompt
 from flexllm_jax.launch.run import Inputs
 from flexllm_jax.llm import LLM
 from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.tokenizer import encode_text
 
 ADAPTER = "requested"  # the name by which `with_adapter` has an adapter served
 
@@ -30,7 +31,7 @@ def encode_prompts(
     """
     prompts, template = [], ChatTemplate(inputs.tokenizer)
     for text in texts:
-        tokens = inputs.tokenizer.encode(text) if raw else encode_prompt(template, text)
+        tokens = encode_text(inputs.tokenizer, text) if raw else encode_prompt(template, text)
         if not tokens:
             raise ConfigError(
                 f"{option}: the prompt {text[:40]!r} has no tokens; give a longer one"

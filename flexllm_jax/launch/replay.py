@@ -24,6 +24,7 @@ from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.llm import LLM
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.messages import read_conversation
+from flexllm_jax.models.tokenizer import encode_text
 from scheduler.slo import RequestTiming
 from scheduler.workload import Arrival, Lengths, load_trace, make_arrivals
 
@@ -79,9 +80,9 @@ def encode_prompt(template: ChatTemplate, text: str) -> list[int]:
     """Token ids of a user's message, through the chat template if the tokenizer has one."""
     tokenizer = template.tokenizer
     if not template.exists:
-        return tokenizer.encode(text)
+        return encode_text(tokenizer, text)
     rendered = template.render(read_conversation([{"role": "user", "content": text}]))
-    return tokenizer.encode(rendered, add_special_tokens=False)
+    return encode_text(tokenizer, rendered, add_special_tokens=False)
 
 
 def fit_prompt(tokens: list[int], length: int) -> tuple[int, ...]:
