@@ -133,6 +133,18 @@ def test_every_room_exists():
     assert not missing
 
 
+def test_a_file_holds_one_idea():
+    """At least it is short enough for one. A section of the configuration is shorter."""
+    most = {"flexllm_jax": 400, "flexllm_jax/config": 275, "scheduler": 400}
+    long = [
+        f"{path.relative_to(ROOT)}: {lines} lines"
+        for folder, limit in most.items()
+        for path in (ROOT / folder).rglob("*.py")
+        if (lines := len(path.read_text().splitlines())) > limit
+    ]
+    assert not long, "\n".join(long)
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [

@@ -10,11 +10,11 @@ from flexllm_jax.config.finetune import (
     FinetuneConfig,
     FinetuneSection,
     OptimizerConfig,
-    PeftConfig,
 )
 from flexllm_jax.config.load import build_config, describe, load_config
 from flexllm_jax.config.memory import AdaptersSection, CacheSection, PreloadedAdapter
 from flexllm_jax.config.model import ModelSection, ParallelSection
+from flexllm_jax.config.peft import PeftConfig
 from flexllm_jax.config.scheduler import CompileSection, SchedulerSection, SloSection
 from flexllm_jax.config.server import ApiKey, LogSection, RaySection, ServerSection
 from flexllm_jax.config.tree import Config

@@ -13,7 +13,7 @@ from flexllm_jax.compile.layer_graph import LayerGraph, trace_layer
 from flexllm_jax.compile.remat import Plan, all_plans, make_plan
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.programs import EngineSizes
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.finetune.backward import job_bypass
 from flexllm_jax.finetune.buffers import saved_columns
 from flexllm_jax.models.config import ModelConfig

@@ -1,239 +1,37 @@
-"""The engine's programs and the shapes of its arrays, from the configuration alone.
+"""The engine's programs: each with its function, the shapes it is compiled for (`sizes`), and what
+it updates in place.
 
-Nothing here touches a device: the runner allocates and compiles these shapes, and the same programs
-compile for a GPU that is not there.
+Nothing here touches a device: the same programs compile for a GPU that is not there.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flexllm_jax.compile.buckets import Program, token_buckets
-from flexllm_jax.config import Config
+from flexllm_jax.compile.buckets import Program
 from flexllm_jax.engine import sampler
-from flexllm_jax.engine.cache import page_shapes
-from flexllm_jax.engine.placement import ALL, GATHERED, Placement
+from flexllm_jax.engine.placement import GATHERED
+from flexllm_jax.engine.sizes import EngineSizes, ints
 from flexllm_jax.engine.step import forward_step
-from flexllm_jax.engine.step_inputs import StepShape
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.finetune.backward import layer_unit
-from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shapes
 from flexllm_jax.finetune.loss import loss_unit
 from flexllm_jax.finetune.optimizer import (
     HYPERPARAMETERS,
-    LOSSES,
     commit,
-    job_state_shapes,
     optimizer_step,
 )
-from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.hf_weights import abstract_parameters
-from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import (
-    AdapterRow,
-    BankShape,
     copy_row,
     read_row,
-    scale_shapes,
-    weight_shapes,
     write_row,
 )
-from kernels_pallas.backend import Backend
 
-# Most packed finetuning sequences whose tokens one step's forward may hold.
-FINETUNE_SEQUENCES = 32
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _WHOLE = PartitionSpec()  # results that every device has
-
-
-@dataclass(frozen=True)
-class EngineSizes:
-    """The sizes that all arrays and programs of an engine follow from.
-
-    rows: most running requests. finetune_slots: tokens of the microbatches in work. unit_tokens:
-    tokens of a backward unit. buckets: token slots of the forward programs. columns: where a
-    saved activation lies in its row (`finetune.buffers.saved_columns`), on one device. placement:
-    where arrays lie when the model is split over devices; None: whole, on one.
-    """
-
-    model: ModelConfig
-    dtype: jnp.dtype
-    backend: Backend
-    max_model_len: int
-    page_size: int
-    rows: int
-    finetune_slots: int
-    unit_tokens: int
-    buckets: tuple[int, ...]
-    bank: BankShape
-    columns: dict[str, slice]
-    placement: Placement | None = None
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Config,
-        model: ModelConfig,
-        backend: Backend,
-        placement: Placement | None = None,
-    ) -> "EngineSizes":
-        """What the configuration asks for, but for `finetune.saved`, of which
-        `engine.activations.choose_saved` takes care: these are the sizes of `attention`.
-
-        ValueError for what the model or its placement does not have."""
-        dtype = jnp.dtype(config.model.dtype)
-        bank = bank_shape(config)
-        if placement and bank.has_head:
-            raise ValueError(
-                "adapters.target_modules: lm_head cannot have LoRA with parallel.tp > 1; drop it"
-            )
-        return cls(
-            model=model,
-            dtype=dtype,
-            backend=backend,
-            max_model_len=model.context_length(config.model.max_model_len),
-            page_size=config.cache.page_size,
-            rows=config.scheduler.max_sequences,
-            finetune_slots=config.finetune.max_tokens,
-            unit_tokens=config.finetune.unit_tokens,
-            buckets=config.compile.token_buckets
-            or token_buckets(config.scheduler.max_tokens_per_step),
-            bank=bank,
-            columns=saved_columns(
-                Decoder(placement.local if placement else model, dtype), ("attended",)
-            ),
-            placement=placement,
-        )
-
-    @property
-    def devices(self) -> int:
-        """Over how many devices the model is split."""
-        return self.placement.plan.mesh.tp if self.placement else 1
-
-    @cached_property
-    def decoder(self) -> Decoder:
-        """The model's functions, as programs use them: over one device's part of the model."""
-        if self.placement:
-            return Decoder(self.placement.local, self.dtype, ALL)
-        return Decoder(self.model, self.dtype)
-
-    @cached_property
-    def parameters(self) -> dict:
-        """The frozen parameters."""
-        abstract = abstract_parameters(self.model, self.dtype)
-        return self.placement.parameters(abstract) if self.placement else abstract
-
-    @property
-    def pages_per_sequence(self) -> int:
-        """Columns of the page tables."""
-        return -(-self.max_model_len // self.page_size)
-
-    @property
-    def wanted_pages(self) -> int:
-        """KV pages that the largest possible load fills; packed sequences end within a page."""
-        finetuning = self.finetune_slots // self.page_size + FINETUNE_SEQUENCES
-        return self.rows * self.pages_per_sequence + finetuning
-
-    @cached_property
-    def step_shapes(self) -> dict[int, StepShape]:
-        """The layout of a step's inputs in each bucket."""
-        return {
-            bucket: StepShape(
-                tokens=bucket,
-                sequences=min(bucket, self.rows + FINETUNE_SEQUENCES),
-                pages=self.pages_per_sequence,
-                samples=min(bucket, self.rows),
-            )
-            for bucket in self.buckets
-        }
-
-    @cached_property
-    def bank_arrays(self) -> dict:
-        """The adapter bank: {"weights", "scales"}, lists by layer."""
-        weights = weight_shapes(self.model, self.bank, self.bank.rows, self.dtype)
-        if self.placement:
-            weights = self.placement.adapters(weights, rows=True)
-        return {
-            "weights": weights,
-            "scales": scale_shapes(self.model, self.bank, self.bank.rows),
-        }
-
-    @cached_property
-    def adapter_row(self) -> AdapterRow:
-        """One adapter in the bank's padded shapes, float32."""
-        weights = weight_shapes(self.model, self.bank, None, jnp.float32)
-        if self.placement:
-            weights = self.placement.adapters(weights, rows=False)
-        return AdapterRow(weights, scale_shapes(self.model, self.bank, None))
-
-    @cached_property
-    def job_state(self) -> dict:
-        """A finetuning job's state on the device."""
-        state = job_state_shapes(self.adapter_row.weights)
-        return self.placement.job_state(state) if self.placement else state
-
-    @cached_property
-    def finetune_arrays(self) -> dict:
-        """The buffers of the microbatches in work: {"saved": by layer, "flow"}."""
-        model = self.decoder.config
-        saved = saved_shapes(model, self.dtype, self.finetune_slots, self.columns)
-        flow = flow_shapes(model, self.dtype, self.finetune_slots)
-        if self.placement:
-            saved = self.placement.own(saved)
-            flow |= self.placement.own({name: flow[name] for name in ("dk", "dv")})
-        return {"saved": saved, "flow": flow}
-
-    @cached_property
-    def pending_arrays(self) -> dict:
-        """What the microbatch that goes backward has accumulated."""
-        return {"gradients": self.job_state["gradients"], "losses": LOSSES}
-
-    @cached_property
-    def request_arrays(self) -> dict:
-        """By request row: its newest token, and what the penalties know of it."""
-        history = (self.rows, self.model.vocab_size)
-        return {
-            "last_tokens": _ints(self.rows),
-            "history": {
-                "counts": _ints(*history),
-                "prompt": jax.ShapeDtypeStruct(history, jnp.bool_),
-            },
-        }
-
-    def zeroed(self, num_pages: int) -> dict[str, Any]:
-        """Everything that begins as zeros, by what it is allocated for; a part of a job's state
-        that is not read from a checkpoint is one of them."""
-        return {
-            "bank": self.bank_arrays,
-            "finetune": self.finetune_arrays,
-            "pending": self.pending_arrays,
-            "pages": self.pages(num_pages),
-            "requests": self.request_arrays,
-            **{f"job_state/{name}": part for name, part in self.job_state.items()},
-        }
-
-    def pages(self, num_pages: int) -> list:
-        """The KV pages of all layers."""
-        pages = page_shapes(self.model, self.dtype, num_pages, self.page_size)
-        return self.placement.pages(pages) if self.placement else pages
-
-
-def bank_shape(config: Config) -> BankShape:
-    """The size of the adapter bank that the configuration asks for."""
-    return BankShape(
-        rows=config.adapters.slots - 1,
-        rank=config.adapters.max_rank,
-        modules=tuple(TARGET_MODULES[name] for name in config.adapters.target_modules),
-        kinds=config.adapters.kinds,
-        bottleneck=config.adapters.max_bottleneck,
-        prefix=config.adapters.max_prefix,
-    )
 
 
 def head_parameters(params: dict) -> dict:
@@ -264,7 +62,7 @@ def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     for bucket, shape in sizes.step_shapes.items():
         forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend)
         for variant, (bank, finetune) in variants.items():
-            arguments = (params, bank, pages, finetune, last_tokens, _ints(shape.size))
+            arguments = (params, bank, pages, finetune, last_tokens, ints(shape.size))
             results = (pages, finetune, _WHOLE, _WHOLE)
             programs.append(
                 Program(f"forward/{variant}/{bucket}", forward, arguments, (2, 3), results)
@@ -287,13 +85,13 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
         Program(
             f"prompt_logprobs/{n}",
             prompt_logprobs,
-            (head, bank, hidden(n), _ints(2, n)),
+            (head, bank, hidden(n), ints(2, n)),
             results=_WHOLE,
         )
         for n in sizes.buckets
     ]
     for rows in sorted({shape.samples for shape in sizes.step_shapes.values()}):
-        packed = _ints(sampler.PACKED_ROWS, rows)
+        packed = ints(sampler.PACKED_ROWS, rows)
         greedy, full = (
             partial(sample, decoder) for sample in (sampler.sample_greedy, sampler.sample_full)
         )
@@ -303,12 +101,12 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
             Program(
                 f"sample/full/{rows}",
                 full,
-                (*arguments, history, packed, _ints(rows, mask_words(sizes.model.vocab_size))),
+                (*arguments, history, packed, ints(rows, mask_words(sizes.model.vocab_size))),
                 (3, 4),
                 _WHOLE,
             ),
         ]
-    counts = _ints(sizes.model.vocab_size)
+    counts = ints(sizes.model.vocab_size)
     prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)
     written = (history, _INT, counts, prompt)
     return [*programs, Program("write_history", sampler.write_history, written, (0,), _WHOLE)]
@@ -328,7 +126,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     decoder, unit_tokens, params = sizes.decoder, sizes.unit_tokens, sizes.parameters
     finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
     flow, weights = finetune["flow"], sizes.bank_arrays["weights"]
-    table = _ints(4, sizes.finetune_slots)
+    table = ints(4, sizes.finetune_slots)
     adapter = {
         "weights": state["master"][0],
         "scales": dict.fromkeys(state["master"][0], _floats(1)),
@@ -407,10 +205,6 @@ def _clear(tree):
 
 def _copy(tree):
     return jax.tree.map(jnp.copy, tree)
-
-
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:

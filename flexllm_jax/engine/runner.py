@@ -24,7 +24,8 @@ from flexllm_jax.engine import sampler
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import MemoryPlan, device_memory, plan_memory, tree_bytes
 from flexllm_jax.engine.placement import Placement
-from flexllm_jax.engine.programs import EngineSizes, bank_shape, head_parameters, list_programs
+from flexllm_jax.engine.programs import head_parameters, list_programs
+from flexllm_jax.engine.sizes import EngineSizes, bank_shape
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import load_parameters

@@ -3,7 +3,7 @@
 from typing import TextIO
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.programs import FINETUNE_SEQUENCES, EngineSizes
+from flexllm_jax.engine.sizes import FINETUNE_SEQUENCES, EngineSizes
 from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.latency import LatencyModel
 from scheduler.plan_log import LoggedScheduler

@@ -25,8 +25,9 @@ from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.config import build_config
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.programs import EngineSizes, list_programs
+from flexllm_jax.engine.programs import list_programs
 from flexllm_jax.engine.runner import plan_placement
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import XLA
 

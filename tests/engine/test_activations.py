@@ -18,7 +18,8 @@ from flexllm_jax.engine.activations import (
     with_saved,
 )
 from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.programs import EngineSizes, list_programs
+from flexllm_jax.engine.programs import list_programs
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.finetune.optimizer import LOSSES
 from flexllm_jax.models.config import ModelConfig

@@ -34,7 +34,7 @@ PADDED = {"input_ids": [[0, 5, 6], [7, 8, 9]], "attention_mask": [[0, 1, 1], [1,
         ((prompt for prompt in ("a", "b")), ["a", "b"]),
         ([], []),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_prompts(given, prompts):
     assert read_prompts(given) == prompts
@@ -60,7 +60,7 @@ def test_prompts(given, prompts):
         ({}, "dictionary"),
         ([PADDED], "2 of them where one is expected"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_prompt(given, says):
     with pytest.raises(ValueError, match=says):

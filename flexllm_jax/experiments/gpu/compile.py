@@ -22,7 +22,8 @@ from rich.progress import track
 from rich.table import Table
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.programs import EngineSizes, list_programs
+from flexllm_jax.engine.programs import list_programs
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.experiments.gpu.llama_8b import write_config
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import Backend

@@ -69,17 +69,17 @@ _CASES = (
     "ragged_paged_attention/llama-3.1-8b/tp1/decode-64x2048",
     "ragged_paged_attention/llama-3.1-8b/tp1/decode-8x8192",
     "ragged_paged_attention/llama-3.1-8b/tp1/prefill-8192",
-    "ragged_paged_attention/llama-3.1-8b/tp1/window-1024-of-8192",
+    "ragged_paged_attention/llama-3.1-8b/tp1/chunk-1024-of-8192",
     "ragged_paged_attention/llama-3.1-8b/tp1/mixed-64-448",
     "ragged_paged_attention/llama-3.1-8b/tp1/mixed/page16",
-    "window_attention_backward/llama-3.1-8b/tp1/last-1024-of-8192",
-    "window_attention_backward/llama-3.1-8b/tp1/packed-512-of-4096",
+    "attention_backward/llama-3.1-8b/tp1/last-1024-of-8192",
+    "attention_backward/llama-3.1-8b/tp1/packed-512-of-4096",
     "grouped_lora/llama-3.1-8b/tp1/qkv/decode-256-of-64",
     "grouped_lora/llama-3.1-8b/tp1/gate_up/decode-256-of-64",
     "grouped_lora/llama-3.1-8b/tp1/down/prefill-4096-of-4",
     "grouped_lora/llama-3.1-8b/tp1/qkv/train-1024-backward",
 )
-_OURS = ("attention", "window_attention", "grouped_lora")  # how our kernels' names begin
+_OURS = ("attention", "grouped_lora")  # how our kernels' names begin
 
 
 # -- kernels ---------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ from flexllm_jax.config import ConfigError, Section, TargetModule
 from flexllm_jax.config.fields import Float, Int
 from flexllm_jax.engine.activations import layer_graph, with_saved
 from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.programs import EngineSizes, head_parameters, list_programs
+from flexllm_jax.engine.programs import head_parameters, list_programs
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.finetune.backward import job_bypass
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, no_tap

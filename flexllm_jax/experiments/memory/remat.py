@@ -17,7 +17,7 @@ from flexllm_jax.compile.whole_layer import PAGES
 from flexllm_jax.config import Config
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import device_memory
-from flexllm_jax.engine.programs import EngineSizes
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import select_backend
 

@@ -1,0 +1,218 @@
+"""The shapes of an engine's arrays, from the configuration alone.
+
+Nothing here touches a device: the runner allocates these shapes, `programs` compiles for them, and
+both do so for a GPU that is not there.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flexllm_jax.compile.buckets import token_buckets
+from flexllm_jax.config import Config
+from flexllm_jax.engine.cache import page_shapes
+from flexllm_jax.engine.placement import ALL, Placement
+from flexllm_jax.engine.step_inputs import StepShape
+from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shapes
+from flexllm_jax.finetune.optimizer import LOSSES, job_state_shapes
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.peft.adapter import TARGET_MODULES
+from flexllm_jax.peft.bank import AdapterRow, BankShape, scale_shapes, weight_shapes
+from kernels_pallas.backend import Backend
+
+# Most packed finetuning sequences whose tokens one step's forward may hold.
+FINETUNE_SEQUENCES = 32
+
+
+@dataclass(frozen=True)
+class EngineSizes:
+    """The sizes that all arrays and programs of an engine follow from.
+
+    rows: most running requests. finetune_slots: tokens of the microbatches in work. unit_tokens:
+    tokens of a backward unit. buckets: token slots of the forward programs. columns: where a
+    saved activation lies in its row (`finetune.buffers.saved_columns`), on one device. placement:
+    where arrays lie when the model is split over devices; None: whole, on one.
+    """
+
+    model: ModelConfig
+    dtype: jnp.dtype
+    backend: Backend
+    max_model_len: int
+    page_size: int
+    rows: int
+    finetune_slots: int
+    unit_tokens: int
+    buckets: tuple[int, ...]
+    bank: BankShape
+    columns: dict[str, slice]
+    placement: Placement | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        model: ModelConfig,
+        backend: Backend,
+        placement: Placement | None = None,
+    ) -> "EngineSizes":
+        """What the configuration asks for, but for `finetune.saved`, of which
+        `engine.activations.choose_saved` takes care: these are the sizes of `attention`.
+
+        ValueError for what the model or its placement does not have."""
+        dtype = jnp.dtype(config.model.dtype)
+        bank = bank_shape(config)
+        if placement and bank.has_head:
+            raise ValueError(
+                "adapters.target_modules: lm_head cannot have LoRA with parallel.tp > 1; drop it"
+            )
+        return cls(
+            model=model,
+            dtype=dtype,
+            backend=backend,
+            max_model_len=model.context_length(config.model.max_model_len),
+            page_size=config.cache.page_size,
+            rows=config.scheduler.max_sequences,
+            finetune_slots=config.finetune.max_tokens,
+            unit_tokens=config.finetune.unit_tokens,
+            buckets=config.compile.token_buckets
+            or token_buckets(config.scheduler.max_tokens_per_step),
+            bank=bank,
+            columns=saved_columns(
+                Decoder(placement.local if placement else model, dtype), ("attended",)
+            ),
+            placement=placement,
+        )
+
+    @property
+    def devices(self) -> int:
+        """Over how many devices the model is split."""
+        return self.placement.plan.mesh.tp if self.placement else 1
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The model's functions, as programs use them: over one device's part of the model."""
+        if self.placement:
+            return Decoder(self.placement.local, self.dtype, ALL)
+        return Decoder(self.model, self.dtype)
+
+    @cached_property
+    def parameters(self) -> dict:
+        """The frozen parameters."""
+        abstract = abstract_parameters(self.model, self.dtype)
+        return self.placement.parameters(abstract) if self.placement else abstract
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Columns of the page tables."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def wanted_pages(self) -> int:
+        """KV pages that the largest possible load fills; packed sequences end within a page."""
+        finetuning = self.finetune_slots // self.page_size + FINETUNE_SEQUENCES
+        return self.rows * self.pages_per_sequence + finetuning
+
+    @cached_property
+    def step_shapes(self) -> dict[int, StepShape]:
+        """The layout of a step's inputs in each bucket."""
+        return {
+            bucket: StepShape(
+                tokens=bucket,
+                sequences=min(bucket, self.rows + FINETUNE_SEQUENCES),
+                pages=self.pages_per_sequence,
+                samples=min(bucket, self.rows),
+            )
+            for bucket in self.buckets
+        }
+
+    @cached_property
+    def bank_arrays(self) -> dict:
+        """The adapter bank: {"weights", "scales"}, lists by layer."""
+        weights = weight_shapes(self.model, self.bank, self.bank.rows, self.dtype)
+        if self.placement:
+            weights = self.placement.adapters(weights, rows=True)
+        return {
+            "weights": weights,
+            "scales": scale_shapes(self.model, self.bank, self.bank.rows),
+        }
+
+    @cached_property
+    def adapter_row(self) -> AdapterRow:
+        """One adapter in the bank's padded shapes, float32."""
+        weights = weight_shapes(self.model, self.bank, None, jnp.float32)
+        if self.placement:
+            weights = self.placement.adapters(weights, rows=False)
+        return AdapterRow(weights, scale_shapes(self.model, self.bank, None))
+
+    @cached_property
+    def job_state(self) -> dict:
+        """A finetuning job's state on the device."""
+        state = job_state_shapes(self.adapter_row.weights)
+        return self.placement.job_state(state) if self.placement else state
+
+    @cached_property
+    def finetune_arrays(self) -> dict:
+        """The buffers of the microbatches in work: {"saved": by layer, "flow"}."""
+        model = self.decoder.config
+        saved = saved_shapes(model, self.dtype, self.finetune_slots, self.columns)
+        flow = flow_shapes(model, self.dtype, self.finetune_slots)
+        if self.placement:
+            saved = self.placement.own(saved)
+            flow |= self.placement.own({name: flow[name] for name in ("dk", "dv")})
+        return {"saved": saved, "flow": flow}
+
+    @cached_property
+    def pending_arrays(self) -> dict:
+        """What the microbatch that goes backward has accumulated."""
+        return {"gradients": self.job_state["gradients"], "losses": LOSSES}
+
+    @cached_property
+    def request_arrays(self) -> dict:
+        """By request row: its newest token, and what the penalties know of it."""
+        history = (self.rows, self.model.vocab_size)
+        return {
+            "last_tokens": ints(self.rows),
+            "history": {
+                "counts": ints(*history),
+                "prompt": jax.ShapeDtypeStruct(history, jnp.bool_),
+            },
+        }
+
+    def zeroed(self, num_pages: int) -> dict[str, Any]:
+        """Everything that begins as zeros, by what it is allocated for; a part of a job's state
+        that is not read from a checkpoint is one of them."""
+        return {
+            "bank": self.bank_arrays,
+            "finetune": self.finetune_arrays,
+            "pending": self.pending_arrays,
+            "pages": self.pages(num_pages),
+            "requests": self.request_arrays,
+            **{f"job_state/{name}": part for name, part in self.job_state.items()},
+        }
+
+    def pages(self, num_pages: int) -> list:
+        """The KV pages of all layers."""
+        pages = page_shapes(self.model, self.dtype, num_pages, self.page_size)
+        return self.placement.pages(pages) if self.placement else pages
+
+
+def bank_shape(config: Config) -> BankShape:
+    """The size of the adapter bank that the configuration asks for."""
+    return BankShape(
+        rows=config.adapters.slots - 1,
+        rank=config.adapters.max_rank,
+        modules=tuple(TARGET_MODULES[name] for name in config.adapters.target_modules),
+        kinds=config.adapters.kinds,
+        bottleneck=config.adapters.max_bottleneck,
+        prefix=config.adapters.max_prefix,
+    )
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    """An int32 array."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
