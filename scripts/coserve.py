@@ -60,7 +60,7 @@ def main() -> int:
     check_output_dir(config.output_dir)
     inputs = prepare(config)
     questions = encode_prompts(arguments.ask, inputs, ANSWER_TOKENS, "--ask")
-    console, progress = get_console(), Console(stderr=True)
+    console, progress = get_console(), Console(stderr=True, soft_wrap=True)
     progress.print(f"starting {config.model.path}: loading, compiling, profiling")
     llm = LLM.from_config(config, progress=shows_progress())
     run, answers, interrupted = Run(llm, []), {}, False

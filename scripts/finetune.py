@@ -37,7 +37,7 @@ def main() -> int:
         return follow(config)
     check_output_dir(config.output_dir)
     inputs = prepare(config)
-    progress = Console(stderr=True)
+    progress = Console(stderr=True, soft_wrap=True)
     progress.print(f"starting {config.model.path}: loading, compiling, profiling")
     llm = LLM.from_config(config, progress=shows_progress())
     run, interrupted = Run(llm, []), False

@@ -114,7 +114,7 @@ async def run_and_watch(server: ServerProcess, load: Load) -> list[Sample]:
 
 async def _watch(server: ServerProcess, load: Load, samples: list[Sample]) -> None:
     """Sample the server and tell how it goes, until cancelled."""
-    console, told = Console(stderr=True), 0.0
+    console, told = Console(stderr=True, soft_wrap=True), 0.0
     while True:
         samples.append(now := await asyncio.to_thread(server.sample, load.began))
         if now.at - told >= _LINE_S:
