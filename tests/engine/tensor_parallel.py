@@ -13,9 +13,8 @@ from typing import Any
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = (
-        "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-    )
+    flags = os.environ.get("XLA_FLAGS", "")  # the tests' own, from conftest.py
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np
