@@ -1,5 +1,7 @@
 """The experiment on memory, counted by the CPU backend at a small size."""
 
+import re
+
 import pytest
 
 from flexllm_jax.config import ConfigError
@@ -91,9 +93,8 @@ def test_everything_in_memory(rows):
 
 def test_targets_are_told(rows):
     first, second = conclusions(CASE, rows)
-    assert first.startswith(
-        "small, 512 tokens, LoRA: 0.01 GB with everything on, target 0.001: NOT"
-    )
+    told = r"small, 512 tokens, LoRA: 0\.0[01] GB with everything on, target 0\.001: NOT met"
+    assert re.match(told, first)  # 0.01 GB with jax 0.10, 0.00 with 0.12
     assert second.endswith("target 10%: met")
 
 
