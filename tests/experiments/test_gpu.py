@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from flexllm_jax.experiments.gpu.compile import TARGETS, Compilation, chips, compile_all
+from flexllm_jax.experiments.gpu.first_contact import essential_cases
 from flexllm_jax.experiments.gpu.kernels import kernel_cases
 from flexllm_jax.experiments.gpu.llama_8b import write_config
 from flexllm_jax.experiments.gpu.tuning import keys_and_cases
@@ -35,6 +36,14 @@ def test_what_does_not_compile_is_a_row_with_its_fault() -> None:
         ("h200", "engine", "two"),
     ]
     assert all(len(row["faults"]) == 1 for row in rows)
+
+
+def test_first_contact_takes_cases_of_every_kernel_that_there_are() -> None:
+    cases = essential_cases("", dry_run=False)  # a name that is no more is a KeyError
+    assert {name.split("/")[0] for name in cases} == set(KERNELS)
+    assert list(essential_cases("prefill-8192", dry_run=False)) == [
+        "ragged_paged_attention/llama-3.1-8b/tp1/prefill-8192"
+    ]
 
 
 def test_the_shape_is_that_of_the_8b_model(tmp_path) -> None:

@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from transformers import PreTrainedTokenizerFast
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, build_config
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.experiments.gpu.kernels import kernel_cases
 from flexllm_jax.experiments.gpu.llama_8b import HF_CONFIG
 from flexllm_jax.experiments.gpu.measure import Notes, kernel_times, measure_roofline
 from flexllm_jax.llm import LLM, JobHandle
 from kernels_pallas.backend import XLA, Backend, select_backend
-from kernels_pallas.cases import KERNELS, Case, arg_specs
+from kernels_pallas.cases import Case
 from kernels_pallas.check import relative_error, widened
 
 _WORDS = 4096  # of the tokenizer: a Chinese character each
@@ -89,7 +90,7 @@ def kernels(notes: Notes, *, dry_run: bool, match: str = "") -> None:
     """Errors and times of a few calls of every kernel."""
     notes.add("rates", measure_roofline(dry_run=dry_run))
     backend = select_backend("pallas", jax.devices()[0])
-    cases = {name: case for name, case in _cases(dry_run) if match in name}
+    cases = essential_cases(match, dry_run=dry_run)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         compiled = {name: pool.submit(_compile, case, backend) for name, case in cases.items()}
         for name, case in cases.items():
@@ -101,13 +102,10 @@ def kernels(notes: Notes, *, dry_run: bool, match: str = "") -> None:
                 notes.add(name, {"failed": f"{type(error).__name__}: {error}"[:2000]})
 
 
-def _cases(dry_run: bool) -> Iterator[tuple[str, Case]]:
-    for kernel in KERNELS:
-        specs = arg_specs(kernel)
-        for case in specs.DRY_RUN_CASES if dry_run else specs.CASES:
-            name = f"{kernel}/{case.name}"
-            if dry_run or name in _CASES:
-                yield name, case
+def essential_cases(match: str, *, dry_run: bool) -> dict[str, Case]:
+    """Those of `_CASES` whose name contains `match`, or the tiny ones of a dry run."""
+    named = {f"{kernel}/{case.name}": case for kernel, case in kernel_cases("", dry_run=dry_run)}
+    return {name: named[name] for name in (named if dry_run else _CASES) if match in name}
 
 
 def _compile(case: Case, backend: Backend) -> tuple[Callable, Callable, Callable]:
