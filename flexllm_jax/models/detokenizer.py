@@ -156,6 +156,8 @@ class OutputText:
             self._certain = len(self._detokenizer.decode(self._window))
 
     def _find_stop(self, known: int) -> None:
+        if not self._stop:
+            return
         whole = self.text + self._likely
         if self._tokens <= self._min_tokens:
             self._not_searched = len(whole)
@@ -168,7 +170,8 @@ class OutputText:
             self._likely = ""
 
     def _tell_piece(self) -> None:
-        self.piece = (self.text + self._likely)[self.offset :]
+        not_told = max(0, self.offset - len(self.text))
+        self.piece = self.text[self.offset :] + self._likely[not_told:]
         self.offset = min(self.offset, len(self.text) + len(self._likely))
 
     def finish(self) -> None:
