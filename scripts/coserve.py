@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Sequence
 
 from rich import get_console
-from rich.console import Console
 from rich.markup import escape
 
 from flexllm_jax import LLM
@@ -18,6 +17,7 @@ from flexllm_jax.config import ConfigError
 from flexllm_jax.config.cli import (
     check_output_dir,
     make_parser,
+    message_console,
     read_config,
     run_script,
     shows_progress,
@@ -60,7 +60,7 @@ def main() -> int:
     check_output_dir(config.output_dir)
     inputs = prepare(config)
     questions = encode_prompts(arguments.ask, inputs, ANSWER_TOKENS, "--ask")
-    console, progress = get_console(), Console(stderr=True, soft_wrap=True)
+    console, progress = get_console(), message_console()
     progress.print(f"starting {config.model.path}: loading, compiling, profiling")
     llm = LLM.from_config(config, progress=shows_progress())
     run, answers, interrupted = Run(llm, []), {}, False

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 
-from rich.console import Console
-
 from flexllm_jax import LLM
 from flexllm_jax.config import ConfigError
 from flexllm_jax.config.cli import (
     check_output_dir,
     make_parser,
+    message_console,
     read_config,
     run_script,
     shows_progress,
@@ -37,7 +36,7 @@ def main() -> int:
         return follow(config)
     check_output_dir(config.output_dir)
     inputs = prepare(config)
-    progress = Console(stderr=True, soft_wrap=True)
+    progress = message_console()
     progress.print(f"starting {config.model.path}: loading, compiling, profiling")
     llm = LLM.from_config(config, progress=shows_progress())
     run, interrupted = Run(llm, []), False

@@ -135,6 +135,11 @@ def needs_extra(extra: str) -> Iterator[None]:
         ) from None
 
 
+def message_console() -> Console:
+    """Where scripts say what they do: stderr, a message a line however long the path in it."""
+    return Console(stderr=True, soft_wrap=True)
+
+
 def shows_progress() -> bool:
     """Whether stderr is a terminal, on which bars can move."""
-    return Console(stderr=True).is_terminal
+    return message_console().is_terminal

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from flexllm_jax.config.cli import message_console
 from flexllm_jax.experiments.comparison.engine_runs import oracle_row, run_engine, simulated_twin
 from flexllm_jax.experiments.comparison.experiment import (
     BenchmarkConfig,
@@ -38,7 +39,7 @@ Row = dict[str, Any]
 
 def compare_with_paper(spec: PaperRowsSection, console: Console) -> Row:
     """Calibrate on some of the paper's measurements, and predict the others."""
-    Console(stderr=True, soft_wrap=True).print(f"calibrating on {spec.model} of {spec.file}")
+    message_console().print(f"calibrating on {spec.model} of {spec.file}")
     found = calibrate(spec)
     rows = predict_rows(spec, found)
     console.print(f"found: {json.dumps({k: round(v, 5) for k, v in found.items()})}")
@@ -89,9 +90,7 @@ def run_engines(
     """Every system at every load on the real engine, each beside its simulation."""
     rows: list[Row] = []
     for case in experiment.cases(config.output_dir):
-        Console(stderr=True, soft_wrap=True).print(
-            f"engine: {case.system} at {case.rate:.3g} requests/s"
-        )
+        message_console().print(f"engine: {case.system} at {case.rate:.3g} requests/s")
         measured = run_engine(case)
         row = {"panel": "engine", "system": case.system, "x": case.rate, **measured.figures}
         row["latency_model"] = measured.latency_errors

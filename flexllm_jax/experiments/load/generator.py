@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 import httpx2
 import numpy as np
-from rich.console import Console
 
+from flexllm_jax.config.cli import message_console
 from flexllm_jax.experiments.load.client import Completion, Outcome, complete, open_clients, upload
 from flexllm_jax.experiments.load.server import Sample, ServerProcess
 
@@ -114,7 +114,7 @@ async def run_and_watch(server: ServerProcess, load: Load) -> list[Sample]:
 
 async def _watch(server: ServerProcess, load: Load, samples: list[Sample]) -> None:
     """Sample the server and tell how it goes, until cancelled."""
-    console, told = Console(stderr=True, soft_wrap=True), 0.0
+    console, told = message_console(), 0.0
     while True:
         samples.append(now := await asyncio.to_thread(server.sample, load.began))
         if now.at - told >= _LINE_S:
