@@ -8,11 +8,11 @@
 # make gpu-compile  compiles every kernel and the engine's programs for H200 and A100, without a GPU
 #                   (QUICK=1: for H200 alone, the kernels of one model, the programs of four layers)
 # make bench        measures against transformers + PEFT on this CPU
-# make lock         finds the versions to test with, for every Python (constraints/py*.txt)
+# make lock         finds the versions to test with, for every Python (.ci/constraints/py*.txt)
 # make clean        removes the virtual environments, runs and caches
 #
 # Needs only a Python of 3.11 or newer; PYTHON=... chooses one, VENV=... another environment. Setting
-# up is done once, with the versions in constraints/.
+# up is done once, with the versions in .ci/constraints/.
 
 VENV := .venv
 GPU_VENV := .venv-gpu
@@ -42,7 +42,7 @@ LOCKED_PYTHONS := 3.11 3.12 3.13
 LOCKED_EXTRAS := test docs
 # The versions tested with this Python, or nothing: then pip takes the newest.
 python_version = $(shell $(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
-LOCK = constraints/py$(subst .,,$(call python_version,$(BIN)/python)).txt
+LOCK = .ci/constraints/py$(subst .,,$(call python_version,$(BIN)/python)).txt
 CONSTRAINTS = $(if $(wildcard $(LOCK)),--constraint $(LOCK))
 
 ifneq ($(origin PYTHON),file)
@@ -74,7 +74,7 @@ test-newest:
 	rm -rf $(NEWEST_VENV)
 	$(MAKE) $(NEWEST_VENV)/.test VENV=$(NEWEST_VENV) TORCH=$(TORCH_NEWEST) \
 		CONSTRAINTS="--upgrade --upgrade-strategy eager"
-	$(MAKE) test VENV=$(NEWEST_VENV) || { $(NEWEST_VENV)/bin/python constraints/compare.py; exit 1; }
+	$(MAKE) test VENV=$(NEWEST_VENV) || { $(NEWEST_VENV)/bin/python .ci/constraints/compare.py; exit 1; }
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -97,7 +97,7 @@ lock:
 	$(LOCK_VENV)/bin/python -m pip --disable-pip-version-check --quiet install uv
 	echo "$(TORCH)" > $(LOCK_VENV)/torch.txt
 	for version in $(LOCKED_PYTHONS); do \
-		file=constraints/py$$(echo $$version | tr -d .).txt; \
+		file=.ci/constraints/py$$(echo $$version | tr -d .).txt; \
 		echo "# The versions tested with Python $$version on Linux. Made by \`make lock\`." > $$file; \
 		$(LOCK_VENV)/bin/uv pip compile pyproject.toml $(LOCKED_EXTRAS:%=--extra %) --quiet \
 			--python-version $$version --python-platform linux --constraint $(LOCK_VENV)/torch.txt \
@@ -114,7 +114,7 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python of 3.11 or newer found; install one, or give PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.runtime: pyproject.toml $(wildcard constraints/*.txt) | $(BIN)/python
+$(VENV)/.runtime: pyproject.toml $(wildcard .ci/constraints/*.txt) | $(BIN)/python
 	@test -f $(LOCK) || echo "make: no $(LOCK): taking the newest versions that pyproject.toml allows"
 	$(PIP) install $(CONSTRAINTS) --editable .
 	@touch $@
@@ -131,7 +131,7 @@ $(VENV)/.docs: $(VENV)/.runtime
 	@touch $@
 
 # XLA's compiler for GPUs, in an environment of its own: beside it, jax looks for a GPU at every start.
-$(GPU_VENV)/.compiler: pyproject.toml $(wildcard constraints/*.txt) | $(BIN)/python
+$(GPU_VENV)/.compiler: pyproject.toml $(wildcard .ci/constraints/*.txt) | $(BIN)/python
 	$(BIN)/python -m venv $(GPU_VENV)
 	$(GPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet install $(CONSTRAINTS) --editable .
 	version=$$($(GPU_VENV)/bin/python -c 'from importlib.metadata import version; print(version("jax"))') && \
