@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,9 @@ def failure(matcher: LLMatcher) -> str | None:
 class TokenMatchers:
     """Matchers over a model's vocabulary.
 
+    Who first asks for one waits for what llguidance makes of the vocabulary (3 s of 200,000 tokens,
+    in half of which no other thread of Python runs): an engine that starts need not.
+
     Args:
         tokenizer: a fast Hugging Face tokenizer.
         vocab_size: number of logits.
@@ -136,21 +140,32 @@ class TokenMatchers:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]):
-        size, eos = max(vocab_size, len(tokenizer)), list(eos_token_ids)
+        size = max(vocab_size, len(tokenizer))
+        self._given = tokenizer, size, list(eos_token_ids)
         self._words, self._all_words = mask_words(vocab_size), mask_words(size)
         self._executor = LLExecutor()
-        try:
-            self._vocabulary: LLTokenizer | str = from_tokenizer(tokenizer, size, eos)
-        except ValueError as error:  # a kind that llguidance does not know
-            self._vocabulary = f"structured_outputs: not with this model's tokenizer ({error})"
+        self._lock = threading.Lock()
+        self._made: LLTokenizer | str | None = None
+
+    def vocabulary(self) -> LLTokenizer:
+        """The tokens as llguidance has them, made by the first call. ValueError for a tokenizer of
+        a kind that it does not know."""
+        with self._lock:
+            if self._made is None:
+                try:
+                    self._made = from_tokenizer(*self._given)
+                except ValueError as error:
+                    self._made = f"structured_outputs: not with this model's tokenizer ({error})"
+        if isinstance(self._made, str):
+            raise ValueError(self._made)
+        return self._made
 
     def match(self, params: StructuredOutputsParams) -> LLMatcher:
         """The matcher of an output that has no tokens yet; any thread may ask, and not the
         engine's, as it takes time. ValueError, saying why, when it cannot be kept to, or the
         tokens of this tokenizer cannot be told as text."""
-        if isinstance(self._vocabulary, str):
-            raise ValueError(self._vocabulary)
-        matcher = LLMatcher(self._vocabulary, params.to_grammar(), limits=_LIMITS)
+        grammar = params.to_grammar()
+        matcher = LLMatcher(self.vocabulary(), grammar, limits=_LIMITS)
         matcher.compute_bitmask()  # the first takes longest: what it finds out is kept
         if reason := failure(matcher):
             raise ValueError(reason)

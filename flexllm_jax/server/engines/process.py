@@ -111,6 +111,8 @@ class EngineProcess:
                 node=socket.gethostname(),
             )
         )
+        # Before a request needs it; of a tokenizer without one, that request is told.
+        self._workers.submit(self.engine.matchers.vocabulary)
         decoder = msgspec.msgpack.Decoder(Command)
         next_stats = 0.0
         sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others

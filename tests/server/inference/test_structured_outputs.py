@@ -1,6 +1,7 @@
 """Answers with a format and tool calls that have to be made, through the unmodified openai SDK."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import jsonschema
@@ -9,6 +10,7 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from flexllm_jax.engine import structured_outputs
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers, quote
 from flexllm_jax.server.inference.tool_calls import calls_of
 from tests.server.inference.test_tool_calls import parse
@@ -111,6 +113,22 @@ def test_some_function_has_to_be_called(client):
         assert deltas[0].function.name == call.function.name
         assert "".join(d.function.arguments for d in deltas) == call.function.arguments
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_a_vocabulary_is_read_once_and_when_it_is_needed(tokenizer, monkeypatch):
+    """It takes seconds: an engine's start does not wait for it, nor one request for another's."""
+    made, read = [], structured_outputs.from_tokenizer
+
+    def counted(*given):
+        made.append(read(*given))
+        return made[-1]
+
+    monkeypatch.setattr(structured_outputs, "from_tokenizer", counted)
+    matchers = TokenMatchers(tokenizer, 272, [tokenizer.eos_token_id])
+    assert matchers.match_all(None, 2) == [None, None] and not made
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(matchers.match, [StructuredOutputsParams(regex="a+")] * 4))
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("form", ["hermes", "llama"])
