@@ -26,6 +26,7 @@ from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.dtype import export_dtype
 from flexllm_jax.models.messages import read_conversation
 from flexllm_jax.models.tokenizer import encode_text, load_tokenizer
 from flexllm_jax.peft.adapter import Adapter
@@ -38,7 +39,8 @@ class LLM:
     Args:
         model: folder of a Hugging Face checkpoint.
         adapters: name -> PEFT folder, served from the start.
-        dtype: "float32" or "bfloat16".
+        dtype: "float32", "bfloat16", or "auto", the default: the checkpoint's on a GPU, float32 on
+            a CPU.
         max_model_len: longest prompt + output, tokens.
         load_format: "dummy" for random weights; only `config.json` and a tokenizer are read then.
         adapter_bank: size of the bank, e.g. `{"slots": 8, "max_rank": 16}` (section `adapters`).
@@ -272,6 +274,7 @@ class LLM:
             self.config.model.path,
             out_dir,
             read=lambda array: self._loop.call(runner.to_host, array),
+            dtype=export_dtype(self.config.model.dtype, self.config.model.path),
         )
 
     def _read(self, name: str) -> Adapter:

@@ -1,14 +1,14 @@
 """Write an adapter in PEFT's format, and the base model with it merged in, as a HF checkpoint.
 
 `adapter/` loads with `peft.PeftModel.from_pretrained`, `merged/` with
-`transformers.AutoModelForCausalLM.from_pretrained`. Weights have the type model.dtype.
+`transformers.AutoModelForCausalLM.from_pretrained`. Weights have the type model.dtype; with
+auto it is the checkpoint's.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import jax.numpy as jnp
 from rich import get_console
 
 from flexllm_jax.config import ConfigError
@@ -21,6 +21,7 @@ from flexllm_jax.config.cli import (
     without_jobs,
 )
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.dtype import export_dtype
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 
@@ -46,7 +47,7 @@ def main() -> int:
     path = config.model.path
     model = ModelConfig.from_hf(path)
     adapter = load_adapter(source, model, path)
-    params = load_parameters(path, model, jnp.dtype(config.model.dtype))
+    params = load_parameters(path, model, export_dtype(config.model.dtype, path))
     save_adapter(adapter, model, path, out / "adapter")
     save_merged(params, adapter, model, path, out / "merged")
     get_console().print(f"written: {out / 'adapter'}, {out / 'merged'}", soft_wrap=True)

@@ -14,8 +14,11 @@ class ModelSection(Section):
     """The base model."""
 
     path: Path = Field(description="Folder of a Hugging Face checkpoint (Llama 3, Qwen2.5, Qwen3).")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="bfloat16", description="Type of weights, activations and KV pages on the device."
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Type of weights, activations and KV pages on the device. auto: the "
+        "checkpoint's on a GPU (bfloat16 for float16), float32 on a CPU; an export has the "
+        "checkpoint's.",
     )
     load_format: Literal["auto", "dummy"] = Field(
         default="auto",

@@ -38,6 +38,7 @@ from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
 from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.models.detokenizer import Detokenizer
+from flexllm_jax.models.dtype import describe_dtype
 from flexllm_jax.models.tokenizer import end_token_ids
 from scheduler.request import BackwardUnits, Request, StepPlan
 
@@ -59,7 +60,8 @@ class Engine:
         self.config, self.detokenizer = config, Detokenizer(tokenizer)
         started = time.monotonic()
         self.runner = runner = make_runner(config, progress=progress)
-        log.info("%s", runner.memory.describe())
+        dtype = describe_dtype(config.model.dtype, config.model.path, runner.sizes.dtype)
+        log.info("%s in %s", runner.memory.describe(), dtype)
         if config.finetune.jobs or config.finetune.saved != "attention":
             log.info("%s", "\n".join(describe_saved(runner.sizes)))
         self.slos = slo_classes(config)

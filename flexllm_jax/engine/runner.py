@@ -28,6 +28,7 @@ from flexllm_jax.engine.programs import head_parameters, list_programs
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.models.random_weights import random_parameters
 from kernels_pallas.backend import select_backend
@@ -61,8 +62,9 @@ class Runner:
         self.device = jax.local_devices()[0]
         backend = select_backend(config.kernels, self.device)
         available = least_of_all(device_memory(self.device)) * config.cache.memory_fraction
-        placement = plan_placement(config, self.model)
-        sizes = EngineSizes.from_config(config, self.model, backend, placement)
+        dtype = engine_dtype(config.model.dtype, config.model.path, self.device)
+        placement = plan_placement(config, self.model, dtype)
+        sizes = EngineSizes.from_config(config, self.model, dtype, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
         self.start_seconds: dict[str, float] = {}
         with self._timed("weights"):
@@ -348,7 +350,7 @@ def least_of_all(count: int) -> int:
     return int(process_allgather(np.int32(count >> 20)).min()) << 20
 
 
-def plan_placement(config: Config, model: ModelConfig) -> Placement | None:
+def plan_placement(config: Config, model: ModelConfig, dtype: np.dtype) -> Placement | None:
     """How the model is split over devices; None for one. ParallelError when it cannot be."""
     if config.parallel.tp == 1:
         return None
@@ -360,7 +362,7 @@ def plan_placement(config: Config, model: ModelConfig) -> Placement | None:
         rank=bank.rank,
         bottleneck=bank.bottleneck,
         tokens=config.scheduler.max_tokens_per_step,
-        itemsize=np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize,
+        itemsize=dtype.itemsize,
     )
     log.info("%s", plan.describe())
     by_process = itertools.groupby(jax.devices(), key=lambda device: device.process_index)

@@ -57,14 +57,15 @@ class EngineSizes:
         cls,
         config: Config,
         model: ModelConfig,
+        dtype: jnp.dtype,
         backend: Backend,
         placement: Placement | None = None,
     ) -> "EngineSizes":
         """What the configuration asks for, but for `finetune.saved`, of which
         `engine.activations.choose_saved` takes care: these are the sizes of `attention`.
 
-        ValueError for what the model or its placement does not have."""
-        dtype = jnp.dtype(config.model.dtype)
+        dtype: what `config.model.dtype` means on the device. ValueError for what the model or its
+        placement does not have."""
         bank = bank_shape(config)
         if placement and bank.has_head:
             raise ValueError(

@@ -9,6 +9,7 @@ host memory (transposes and casts happen on the device); saving holds one output
 import gc
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from safetensors.numpy import save_file
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.dtype import name_dtype
 from flexllm_jax.models.layers import rotary_frequencies
 
 logger = logging.getLogger(__name__)
@@ -325,14 +327,15 @@ def save_parameters(
     *,
     edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None = None,
     read: Callable[[jax.Array], np.ndarray] = np.asarray,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a Hugging Face checkpoint: the weights, and the config and tokenizer of `source_dir`.
 
     `edit_kernel(layer, module, kernel [in, out])` is applied to each projection on the host, just
     before it is written: an edited model is never in memory as a whole, and no device memory is
-    used. `read` brings an array to the host. Weights keep their dtype. `out_dir` appears only once
-    it is complete; it must not exist or be empty, else WeightsError.
+    used. `read` brings an array to the host. Weights become `dtype`, or stay what they are.
+    `out_dir` appears only once it is complete; it must not exist or be empty, else WeightsError.
     """
     source, out = Path(source_dir), Path(out_dir)
     if not (source / "config.json").is_file():
@@ -348,7 +351,8 @@ def save_parameters(
                 target = partial / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
-    _set_dtype(partial / "config.json", str(params["embed"]["weight"].dtype))
+    dtype = jnp.dtype(dtype or params["embed"]["weight"].dtype)
+    name_dtype(partial / "config.json", dtype.name)
 
     shards = _shards(params, config, max_shard_bytes)
     count = len(shards)
@@ -356,23 +360,16 @@ def save_parameters(
     names = [_SINGLE] if count == 1 else names
     for file, shard in zip(names, shards, strict=True):
         arrays = {
-            tensor.name: _stored(read(_leaf(params, tensor.path)), tensor, edit_kernel)
+            tensor.name: _stored(read(_leaf(params, tensor.path)), tensor, edit_kernel, dtype)
             for tensor in shard
         }
         save_file(arrays, partial / file, metadata={"format": "pt"})
     if count > 1:
-        total = sum(_leaf(params, tensor.path).nbytes for shard in shards for tensor in shard)
+        total = sum(math.prod(t.shape) for shard in shards for t in shard) * dtype.itemsize
         files = {t.name: file for file, shard in zip(names, shards, strict=True) for t in shard}
         index = {"metadata": {"total_size": total}, "weight_map": files}
         (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     partial.replace(out)
-
-
-def _set_dtype(config_file: Path, dtype: str) -> None:
-    """Make a copied config.json name the dtype of the weights, which loaders may go by."""
-    raw = json.loads(config_file.read_text(encoding="utf-8"))
-    field = "torch_dtype" if "torch_dtype" in raw else "dtype"
-    config_file.write_text(json.dumps({**raw, field: dtype}, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[_Tensor]]:
@@ -393,8 +390,10 @@ def _stored(
     array: np.ndarray,
     tensor: _Tensor,
     edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None,
+    dtype: jnp.dtype,
 ) -> np.ndarray:
     if edit_kernel is not None and tensor.transposed:
         _, layer, module, _ = tensor.path
         array = edit_kernel(int(layer), str(module), array)
+    array = array.astype(dtype, copy=False)
     return np.ascontiguousarray(array.T) if tensor.transposed else array

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from flexllm_jax.models.config import ModelConfig
@@ -106,11 +107,13 @@ def save_merged(
     out_dir: str | Path,
     *,
     read: Callable[[jax.Array], np.ndarray] = np.asarray,
+    dtype: DTypeLike | None = None,
 ) -> None:
     """Write a Hugging Face checkpoint with the adapter merged, kernel by kernel on the host.
 
-    `params` is untouched and may be in use meanwhile; `read` brings one to the host. Same errors as
-    `save_parameters`, and AdapterError for an adapter that is not LoRA.
+    `params` is untouched and may be in use meanwhile; `read` brings one to the host. Weights
+    become `dtype`, or stay what they are. Same errors as `save_parameters`, and
+    AdapterError for an adapter that is not LoRA.
     """
     check_mergeable(adapter)
     save_parameters(
@@ -120,4 +123,5 @@ def save_merged(
         out_dir,
         edit_kernel=partial(merge_kernel, adapter),
         read=read,
+        dtype=dtype,
     )

@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jax.numpy as jnp
 
 from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.config import build_config
@@ -51,7 +52,9 @@ def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
         "test",
     )
     model = replace(ModelConfig.from_hf(path), num_layers=layers)
-    sizes = EngineSizes.from_config(config, model, XLA, plan_placement(config, model))
+    dtype = jnp.dtype(config.model.dtype)
+    placement = plan_placement(config, model, dtype)
+    sizes = EngineSizes.from_config(config, model, dtype, XLA, placement)
     sizes = choose_saved(config, sizes, math.inf)
     assert set(sizes.bank.modules) == {"q", "k", "v", "o", "gate", "up", "down"}
     wanted = [p for p in list_programs(sizes, 8) if p.name in PROGRAMS]
