@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,9 @@ from llguidance.numpy import fill_next_token_bitmask_par
 
 BITS = 32  # tokens in a word of a mask
 _LONGEST_REASON = 300  # characters: reasons repeat what was given
-_LIMITS = LLParserLimits(verbose_errors=False)
+_KEPT = 32  # matchers of a model
+# Of llguidance, which has more. A state takes about 2 kB; the usual schema has hundreds of them.
+LIMITS = {"verbose_errors": False, "max_lexer_states": 50_000}
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,12 @@ class StructuredOutputsParams:
             value = getattr(self, given[0])
             raise ValueError(f"structured_outputs.{given[0]}={value!r} must be {rule}")
 
-    def check(self) -> None:
-        """ValueError, saying why, when it cannot be kept to with any tokenizer."""
-        wrong, messages = LLMatcher.validate_grammar_with_warnings(self.to_grammar())
-        if wrong:
-            raise ValueError(_one_line(messages[0]))
-
     def to_grammar(self) -> str:
         """Its grammar in llguidance's form, which may be wrong. ValueError if it has none."""
         try:
             return self._grammar()
         except (ValueError, RecursionError) as error:
-            raise ValueError(_one_line(str(error))) from None
+            raise ValueError(describe(str(error))) from None
 
     def _grammar(self) -> str:
         if self.regex is not None:
@@ -116,7 +113,8 @@ def quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _one_line(message: str) -> str:
+def describe(message: str) -> str:
+    """What is wrong with a structure, in one line."""
     text, half = " ".join(message.split()), _LONGEST_REASON // 2
     shown = text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"
     return f"structured_outputs: {shown}"
@@ -124,7 +122,7 @@ def _one_line(message: str) -> str:
 
 def failure(matcher: LLMatcher) -> str | None:
     """Why a matcher cannot go on, in one line."""
-    return _one_line(matcher.get_error()) if matcher.is_error() else None
+    return describe(matcher.get_error()) if matcher.is_error() else None
 
 
 class TokenMatchers:
@@ -146,6 +144,8 @@ class TokenMatchers:
         self._executor = LLExecutor()
         self._lock = threading.Lock()
         self._made: LLTokenizer | str | None = None
+        self._limits = LLParserLimits(**LIMITS)
+        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()  # by grammar, without tokens
 
     def vocabulary(self) -> LLTokenizer:
         """The tokens as llguidance has them, made by the first call. ValueError for a tokenizer of
@@ -164,12 +164,19 @@ class TokenMatchers:
         """The matcher of an output that has no tokens yet; any thread may ask, and not the
         engine's, as it takes time. ValueError, saying why, when it cannot be kept to, or the
         tokens of this tokenizer cannot be told as text."""
-        grammar = params.to_grammar()
-        matcher = LLMatcher(self.vocabulary(), grammar, limits=_LIMITS)
-        matcher.compute_bitmask()  # the first takes longest: what it finds out is kept
-        if reason := failure(matcher):
-            raise ValueError(reason)
-        return matcher
+        grammar, vocabulary = params.to_grammar(), self.vocabulary()
+        with self._lock:
+            matcher = self._matchers.pop(grammar, None)
+        if matcher is None:
+            matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=self._limits)
+            matcher.compute_bitmask()  # the first takes longest: what it finds out is kept
+            if reason := failure(matcher):
+                raise ValueError(reason)
+        with self._lock:
+            self._matchers[grammar] = matcher
+            if len(self._matchers) > _KEPT:
+                self._matchers.popitem(last=False)
+        return matcher.deep_copy()
 
     def match_all(
         self, params: StructuredOutputsParams | None, count: int

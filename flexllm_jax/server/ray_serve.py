@@ -90,6 +90,7 @@ class Lifetime:
     async def __call__(self, app: FastAPI) -> AsyncIterator[None]:
         """The application's lifespan."""
         await self.server.jobs.start()
+        self.server.inference.structures.start()
         running = asyncio.create_task(self.server.engines.run())
         try:
             yield
@@ -97,6 +98,7 @@ class Lifetime:
             await self.stop()
             await running
             await self.server.jobs.close()
+            self.server.inference.structures.close()
             self._lock.close()
 
     async def stop(self) -> bool:

@@ -121,6 +121,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     await server.jobs.start()
+    server.inference.structures.start()
     engines = asyncio.create_task(server.engines.run())
     engines.add_done_callback(lambda _: setattr(http, "should_exit", True))
     log_address(*listener.getsockname()[:2])
@@ -129,6 +130,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     clean = await server.engines.stop(max(1.0, left - 0.5))
     await engines
     await server.jobs.close()
+    server.inference.structures.close()
     if server.engines.exit_status is not None:
         return server.engines.exit_status
     return 0 if clean else 1

@@ -22,11 +22,13 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import msgspec
 import zmq
+from llguidance import LLMatcher
 
 from flexllm_jax.config import Config, build_config
 from flexllm_jax.config.cli import quiet_libraries
@@ -83,6 +85,7 @@ class EngineProcess:
         self._active: dict[str, tuple[int, RequestFuture]] = {}
         self._futures: dict[int, RequestFuture] = {}
         self._loading: dict[str, Numbered] = {}  # by adapter: requests that wait for it
+        self._compiling: set[int] = set()  # requests whose structure is not compiled yet
         try:
             tokenizer = load_tokenizer(config.model.path)
             self.engine = Engine(config, tokenizer, progress=False)
@@ -92,6 +95,7 @@ class EngineProcess:
         self.loop = EngineLoop(self.engine, self._after_step)
         self._calls = EngineCalls(config, self.engine, self.loop, tokenizer)
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="call")
+        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="structure")
         self._last_step = self._last_idle = time.monotonic()
         self._step_cpu_s = 0.0
 
@@ -112,7 +116,7 @@ class EngineProcess:
             )
         )
         # Before a request needs it; of a tokenizer without one, that request is told.
-        self._workers.submit(self.engine.matchers.vocabulary)
+        self._compilers.submit(self.engine.matchers.vocabulary)
         decoder = msgspec.msgpack.Decoder(Command)
         next_stats = 0.0
         sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others
@@ -127,6 +131,7 @@ class EngineProcess:
         failed = not self.loop.alive  # jobs are not to blame, as it seems: the next engine goes on
         self.loop.stop()
         self._workers.shutdown(cancel_futures=True)
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         if not failed:
             self._events.put(self._stats())
         self._finish_sending()
@@ -149,27 +154,35 @@ class EngineProcess:
                 self.stopping.set()
 
     def _prepare(self, requests: Sequence[Generate]) -> None:
-        """Hand requests to the engine's thread, which has no time for what can be done here."""
+        """Hand requests to the engine's thread, which has no time for what can be done here; their
+        structure, which this thread has no time for, is compiled in another."""
         first = requests[0]  # a message is about one adapter and one structure
+        if first.params.structured_outputs is None:
+            numbered = _number(requests, [None] * len(requests))
+            self.loop.post(partial(self._submit, numbered, first.adapter, first.adapter_path))
+        else:
+            self.loop.post(partial(self._compiling.update, [r.request_id for r in requests]))
+            self._compilers.submit(self._compile, requests)
+
+    def _compile(self, requests: Sequence[Generate]) -> None:
+        """In a worker: what compiles is queued, or refused; unless it is cancelled by then."""
+        first, numbers = requests[0], [r.request_id for r in requests]
         structure = first.params.structured_outputs
         try:
             matchers = self.engine.matchers.match_all(structure, len(requests))
-        except ValueError as error:
-            self._refuse([r.request_id for r in requests], str(error), invalid=True)
+        except Exception as error:
+            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
+            self.loop.post(partial(self._compiling.difference_update, numbers))
+            self._refuse(numbers, text, invalid)
             return
-        numbered = {
-            r.request_id: NewRequest(
-                tuple(r.prompt),
-                r.params,
-                r.adapter,
-                r.arrival,
-                r.seed_offset,
-                r.slo_class,
-                matcher,
-            )
-            for r, matcher in zip(requests, matchers, strict=True)
-        }
-        self.loop.post(lambda: self._submit(numbered, first.adapter, first.adapter_path))
+        numbered = _number(requests, matchers)
+
+        def submit() -> None:
+            if left := {n: r for n, r in numbered.items() if n in self._compiling}:
+                self._compiling.difference_update(left)
+                self._submit(left, first.adapter, first.adapter_path)
+
+        self.loop.post(submit)
 
     # -- requests, in the engine's thread ---------------------------------------------------------
 
@@ -212,6 +225,7 @@ class EngineProcess:
                 self._futures[number] = future
 
     def _cancel(self, request_ids: Sequence[int]) -> None:
+        self._compiling.difference_update(request_ids)
         for waiting in self._loading.values():
             for number in request_ids:
                 waiting.pop(number, None)
@@ -317,6 +331,15 @@ class EngineProcess:
     def _finish_sending(self) -> None:
         self._events.put(None)
         self._sender.join()
+
+
+def _number(requests: Sequence[Generate], matchers: Sequence[LLMatcher | None]) -> Numbered:
+    return {
+        r.request_id: NewRequest(
+            tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class, matcher
+        )
+        for r, matcher in zip(requests, matchers, strict=True)
+    }
 
 
 def _queued_s(state: RequestState) -> float | None:

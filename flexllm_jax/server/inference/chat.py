@@ -74,7 +74,7 @@ async def chat(
     limit, codec = inference.max_model_len(), inference.codec
     text = await inference.render(body, body.tools if body.may_call else None)
     form = codec.tool_format() if body.may_call else None
-    structure = await inference.structure(body, form)
+    structure = await inference.structure(client, body, form)
     special = bool(body.add_special_tokens)
     prompt = await codec.encode(text, limit, add_special_tokens=special)
     max_tokens = body.max_completion_tokens

@@ -147,7 +147,7 @@ async def complete(
         max(1, max_tokens),
         body.logprobs,
         body.logprobs if body.echo else None,
-        structure=await inference.structure(body),
+        structure=await inference.structure(client, body),
     )
     completion = _Completion(body, answer, prompts, inference.codec)
     if body.stream:

@@ -28,6 +28,7 @@ from flexllm_jax.server.inference.schema import (
     TokenizeRequest,
     Tool,
 )
+from flexllm_jax.server.inference.structures import StructureChecks
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.inference.tool_calls import Format
 from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
@@ -141,6 +142,7 @@ class Inference:
     ):
         self.config, self.engines, self.codec, self.models = config, engines, codec, models
         self._admission, self._metrics = admission, metrics
+        self.structures = StructureChecks(codec.tokenizer)
         self._slo_classes = ["standard", *config.scheduler.slo_classes]
 
     def max_model_len(self) -> int:
@@ -157,18 +159,42 @@ class Inference:
         return max(1, limit - len(prompt))
 
     async def structure(
-        self, body: InferenceRequest, form: Format | None = None
+        self, client: Client, body: InferenceRequest, form: Format | None = None
     ) -> StructuredOutputsParams | None:
         """What the outputs must match, if anything; ApiError when that cannot be kept to. `form`:
         how the model writes calls."""
+        if body.is_free:
+            return None
         field = "response_format" if body.structured_outputs is None else "structured_outputs"
+        answer = await self._checked(client, body.format, field)
 
         def make() -> StructuredOutputsParams | None:
-            answer = _checked(body.format, field)
-            whole = _checked(lambda: body.structure(form, self.codec.literal), "tools")
-            return answer if whole == answer else whole
+            return body.structure(form, self.codec.literal)
 
-        return None if body.is_free else await asyncio.to_thread(make)
+        return await self._checked(client, make, "tools", answer)
+
+    async def _checked(
+        self,
+        client: Client,
+        make: Callable[[], StructuredOutputsParams | None],
+        field: str,
+        known: StructuredOutputsParams | None = None,
+    ) -> StructuredOutputsParams | None:
+        """What is made, if it can be kept to, as `known` can; else ApiError that names the field.
+        In a thread, as what is made may be long."""
+
+        def write() -> tuple[StructuredOutputsParams | None, str]:
+            structure = make()
+            return structure, "" if structure in (None, known) else structure.to_grammar()
+
+        try:
+            structure, grammar = await asyncio.to_thread(write)
+            if grammar:
+                await self.structures.check(client, grammar)
+        except (ValueError, RecursionError) as error:
+            message = str(error).replace("structured_outputs", field, 1)
+            raise ApiError(400, message, param=field) from None
+        return structure
 
     async def render(
         self, body: ChatCompletionRequest | TokenizeRequest, tools: Sequence[Tool] | None
@@ -289,20 +315,6 @@ class Inference:
                 f"{info.vocab_size - 1}: use this model's tokenizer",
                 param="prompt",
             )
-
-
-def _checked(
-    make: Callable[[], StructuredOutputsParams | None], field: str
-) -> StructuredOutputsParams | None:
-    """What is made, if it can be kept to; else ApiError that names the field."""
-    try:
-        structure = make()
-        if structure is not None:
-            structure.check()
-    except ValueError as error:
-        message = str(error).replace("structured_outputs", field, 1)
-        raise ApiError(400, message, param=field) from None
-    return structure
 
 
 def not_ready(engines: Engines) -> ApiError:
