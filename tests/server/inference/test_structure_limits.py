@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from llguidance import LLParserLimits, LLTokenizer
 
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference import structure_process, structures
+from flexllm_jax.server.inference import structures
 from flexllm_jax.server.inference.structure_process import TOO_DEEP, TOO_LARGE, TOO_LONG
 from flexllm_jax.server.inference.structures import StructureChecks
 
@@ -122,12 +121,24 @@ def test_what_is_large_but_can_be_kept_to_is_not(checks, kind):
     assert reason(checks, grammar(**USUAL[kind])) is None
 
 
-def test_processor_time_is_limited(monkeypatch, tokenizer):
-    monkeypatch.setattr(structure_process, "CPU_S", 0.05)
-    vocabulary, limits = LLTokenizer(tokenizer.backend_tokenizer.to_str()), LLParserLimits()
-    told = structure_process.try_out(vocabulary, limits, grammar(**alternatives(40_000)))
-    assert told == TOO_LONG
-    assert structure_process.try_out(vocabulary, limits, grammar(regex="a")) is None
+TRY_OUT = """
+import json, sys
+from llguidance import LLParserLimits, LLTokenizer
+from flexllm_jax.server.inference import structure_process
+vocabulary, *grammars = json.load(sys.stdin)
+structure_process.CPU_S = 0.05
+for grammar in grammars:
+    print(structure_process.try_out(LLTokenizer(vocabulary), LLParserLimits(), grammar))
+"""
+
+
+def test_processor_time_is_limited(tokenizer):
+    """With a shorter limit than a server's, in a process that has no threads, as it has there."""
+    given = [grammar(**alternatives(40_000)), grammar(regex="a")]
+    given = json.dumps([tokenizer.backend_tokenizer.to_str(), *given])
+    command = [sys.executable, "-c", TRY_OUT]
+    ended = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == [TOO_LONG, "None"]
 
 
 def test_clients_take_turns(tokenizer):
