@@ -156,15 +156,19 @@ def routes(store: FileStore) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
         purpose: str | None = None,
     ) -> Response:
+        rising = order == "asc"
+        time = File.created_at
+
         def read(session: Session) -> list[dict[str, Any]]:
             query = select(File).where(client.visible(File.owner))
+            query = query.order_by(time.asc() if rising else time.desc(), File.id)
             if purpose is not None:
                 query = query.where(File.purpose == purpose)
-            sign = 1 if order == "asc" else -1
-            files = sorted(session.scalars(query), key=lambda f: (sign * f.created_at, f.id))
-            ids = [file.id for file in files]
-            start = ids.index(after) + 1 if after in ids else 0
-            return [describe(file) for file in files[start : start + limit + 1]]
+            if after is not None and (last := session.get(File, after)) is not None:
+                beyond = time > last.created_at if rising else time < last.created_at
+                beyond |= (time == last.created_at) & (File.id > last.id)
+                query = query.where(beyond)
+            return [describe(file) for file in session.scalars(query.limit(limit + 1))]
 
         return sse.json_response(page(await store.database.run(read), limit))
 

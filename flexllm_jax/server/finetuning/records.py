@@ -21,7 +21,7 @@ from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning.database import CheckpointRow, EventRow, File, JobRow, now
 from flexllm_jax.server.finetuning.files import FileStore, new_file_id
 
-_SHOWN_ROWS = 20  # of a file's bad ones, in events
+SHOWN_ROWS = 20  # of a file's bad ones, in events
 
 
 class JobRecords:
@@ -185,7 +185,7 @@ def tell_rows(session: Session, job_id: str, kind: str, dataset: Dataset) -> Non
     )
     if dataset.unread:
         tell(session, job_id, f"{kind} file: {dataset.describe_unread()}", level="warn")
-    for row in dataset.skipped[:_SHOWN_ROWS]:
+    for row in dataset.skipped[:SHOWN_ROWS]:
         tell_row(session, job_id, kind, row.line, row.reason)
 
 

@@ -20,6 +20,7 @@ from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Known
 
 _Limit = Annotated[int, Query(ge=1, le=1000)]
+_READ_AT_ONCE = 1000  # events: the database's one thread is soon free for others
 
 
 def describe_job(job: JobRow, organization: str) -> dict[str, Any]:
@@ -144,12 +145,10 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
         def read(session: Session) -> list[dict[str, Any]]:
             query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
             query = query.order_by(CheckpointRow.step.desc())
-            rows = list(session.scalars(query))
             if after is not None:
-                numbers = [row.number for row in rows]
-                given = _number(after)
-                rows = rows[numbers.index(given) + 1 :] if given in numbers else []
-            return [describe_checkpoint(row) for row in rows[: limit + 1]]
+                last = session.get(CheckpointRow, _number(after))
+                query = query.where(CheckpointRow.step < (last.step if last else -1))
+            return [describe_checkpoint(row) for row in session.scalars(query.limit(limit + 1))]
 
         return sse.json_response(page(await database.run(read), limit))
 
@@ -171,13 +170,16 @@ async def _stream_events(
     def read(session: Session) -> tuple[list[EventRow], str]:
         query = select(EventRow).where(EventRow.job_id == job_id, EventRow.number > seen)
         status = session.scalars(select(JobRow.status).where(JobRow.id == job_id)).one()
-        return list(session.scalars(query.order_by(EventRow.number))), status
+        query = query.order_by(EventRow.number).limit(_READ_AT_ONCE)
+        return list(session.scalars(query)), status
 
     while not jobs.closing:
         rows, status = await database.run(read)
         for row in rows:
             seen = row.number
             yield sse.event(describe_event(row))
+        if len(rows) == _READ_AT_ONCE:
+            continue  # there may be more
         if status in ENDED:
             break
         async with jobs.changed:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -17,7 +19,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.files import FileStore
-from flexllm_jax.server.finetuning.records import tell_row
+from flexllm_jax.server.finetuning.records import SHOWN_ROWS, tell_row
 from flexllm_jax.server.finetuning.schema import CreateJob
 
 log = logging.getLogger(__name__)
@@ -95,18 +97,25 @@ class FileValidation:
 
     async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
         """Add events on the first rows that cannot be read, of files that cannot be used."""
+        loop = asyncio.get_running_loop()
+        bad = await loop.run_in_executor(self._thread, self._bad_rows, files)
 
         def tell(session: Session) -> None:
-            for kind, file_id in files.items():
-                rows = read_rows(self._files.path(file_id)) if file_id else iter(())
-                try:
-                    bad = [(n, r.reason) for n, r in rows if isinstance(r, BadRow)]
-                except DatasetError:
-                    continue  # the error that failed the job says it
-                for line, reason in bad[:20]:
-                    tell_row(session, job_id, kind, line, reason)
+            for kind, line, reason in bad:
+                tell_row(session, job_id, kind, line, reason)
 
         await self._database.run(tell)
+
+    def _bad_rows(self, files: dict[str, str | None]) -> list[tuple[str, int, str]]:
+        """In the thread that validates, as the database's serves everybody: kind of the file, line
+        and reason. Of rows without end the first are enough."""
+        found: list[tuple[str, int, str]] = []
+        for kind, file_id in files.items():
+            rows = read_rows(self._files.path(file_id)) if file_id else iter(())
+            bad = ((kind, line, row.reason) for line, row in rows if isinstance(row, BadRow))
+            with contextlib.suppress(DatasetError):  # the error that failed the job says it
+                found += islice(bad, SHOWN_ROWS)
+        return found
 
     def _load(self, file_id: str, limit: int, train_on: Any) -> Dataset:
         path = self._files.path(file_id)

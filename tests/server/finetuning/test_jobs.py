@@ -1,7 +1,9 @@
 """Finetuning through the unmodified openai SDK: files, jobs, events, checkpoints, adapters."""
 
+import contextlib
 import io
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -269,6 +271,42 @@ def test_a_file_of_which_nothing_can_be_used_fails_the_job(client, data, says):
     if says.startswith("no row"):
         events = client.fine_tuning.jobs.list_events(job.id).data
         assert [event.data["line"] for event in events if event.level == "warn"] == [1]
+
+
+def test_reading_a_file_holds_up_nobody(server, client):
+    """Its rows come from a pipe: reading them takes as long as the test wants it to."""
+    file = client.files.create(file=("rows.jsonl", b"no JSON\n"), purpose="fine-tune")
+    path = server.output_dir / "server" / "files" / file.id
+    path.unlink()
+    os.mkfifo(path)
+    job, reads = create(client, file.id), 0
+
+    def fed():
+        nonlocal reads
+        assert client.with_options(timeout=5).fine_tuning.jobs.retrieve(job.id)
+        with contextlib.suppress(OSError):  # nobody reads now
+            pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            assert client.with_options(timeout=5).files.list(limit=1)  # while the reader waits
+            os.write(pipe, b"no JSON\n")
+            os.close(pipe)
+            reads += 1
+        return client.fine_tuning.jobs.retrieve(job.id).status == "failed"
+
+    try:
+        server.wait(fed, 20)
+    finally:
+        os.close(os.open(path, os.O_RDWR))  # nobody waits for it any more
+    assert reads == 2, "to use its rows, and to tell which are bad"
+
+
+def test_lists_of_files_are_read_page_by_page(client):
+    ids = [upload(client, count=1, seed=seed) for seed in range(5)]
+    for order in ("asc", "desc"):
+        whole = [f.id for f in client.files.list(limit=10_000, order=order) if f.id in ids]
+        pages = [f.id for f in client.files.list(limit=2, order=order) if f.id in ids]
+        assert len(whole) == 5 and pages == whole
+    for file_id in ids:
+        client.files.delete(file_id)
 
 
 @pytest.mark.parametrize(
