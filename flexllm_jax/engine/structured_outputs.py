@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.hf import from_tokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 
 BITS = 32  # tokens in a word of a mask
@@ -150,6 +149,8 @@ class TokenMatchers:
     def vocabulary(self) -> LLTokenizer:
         """The tokens as llguidance has them, made by the first call. ValueError for a tokenizer of
         a kind that it does not know."""
+        from llguidance.hf import from_tokenizer  # imports transformers, which takes seconds
+
         with self._lock:
             if self._made is None:
                 try:

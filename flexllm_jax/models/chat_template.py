@@ -21,7 +21,6 @@ from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from flexllm_jax.models.messages import SYSTEM_ROLES, Conversation, ConversationError
 
@@ -170,6 +169,9 @@ class ChatTemplate:
     def _render(
         self, source: str, messages: list[Message], conversation: Conversation, **options: bool
     ) -> str:
+        # Imported late: transformers takes seconds, and others than engines import this module.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             # As `apply_chat_template` does it, which leaves out contents that are None.
             (text,), _ = render_jinja_template(

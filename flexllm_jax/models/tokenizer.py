@@ -1,29 +1,52 @@
 """A checkpoint's tokenizer: how a prompt becomes tokens, and which tokens end an output.
 
-Training and serving ask the same functions, so that what is trained is what is served.
+Training and serving ask the same functions, so that what is trained is what is served. transformers
+is imported when a tokenizer is loaded: it takes seconds, and far more where PyTorch is installed.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding
-from transformers import AutoTokenizer
 
 from flexllm_jax.config import ConfigError
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.messages import Conversation, ConversationError
 
+# Names of transformers' general class, which has all it needs from tokenizer.json, and the types of
+# models for which its AutoTokenizer believes tokenizer_config.json when it names that class.
+_GENERAL = ("TokenizersBackend", "PreTrainedTokenizerFast")
+_BELIEVED = ("llama", "qwen3")
+
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in a checkpoint's folder. ConfigError when there is none to use."""
+    """The tokenizer in a checkpoint's folder: what transformers' AutoTokenizer makes of it.
+    ConfigError when there is none to use."""
     try:
+        if _is_general(path):  # without what AutoTokenizer imports: models, with all of PyTorch
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        from transformers import AutoTokenizer
+
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path={str(path)!r} has no usable tokenizer ({str(error).splitlines()[0]}): "
             f"give a complete Hugging Face checkpoint"
         ) from None
+
+
+def _is_general(path: Path) -> bool:
+    """Whether AutoTokenizer would take transformers' general class."""
+    files = [Path(path) / name for name in ("config.json", "tokenizer_config.json")]
+    if not all(file.is_file() for file in (*files, Path(path) / "tokenizer.json")):
+        return False
+    model, tokenizer = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    known = model.get("model_type") in _BELIEVED and "auto_map" not in tokenizer
+    return known and tokenizer.get("tokenizer_class") in _GENERAL
 
 
 def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -1,9 +1,21 @@
 """How prompts become tokens, where those stand in the text, and which tokens end an output."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from tokenizers import normalizers
+from transformers import AutoTokenizer
 
-from flexllm_jax.models.tokenizer import encode_text, end_token_ids, token_starts
+from flexllm_jax.models.tokenizer import (
+    encode_text,
+    end_token_ids,
+    load_tokenizer,
+    token_starts,
+)
+from tests.checkpoints import save_tokenizer
 from tests.small_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 CHATML = (
@@ -11,6 +23,37 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|im_start|>", "<|endoftext|>", "<|im_end|>")
+
+
+class TestLoading:
+    @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+    @pytest.mark.parametrize(
+        "named", ["TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer", None]
+    )
+    def test_it_is_what_auto_tokenizer_makes_of_it(
+        self, model_type: str, named: str | None, tmp_path: Path
+    ) -> None:
+        save_tokenizer(tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        file = tmp_path / "tokenizer_config.json"
+        fields = json.loads(file.read_text()) | {"tokenizer_class": named, "eos_token": "<unk>"}
+        file.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+        made, expected = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        assert type(made) is type(expected) and repr(made) == repr(expected)
+        assert made.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+        assert made.init_kwargs == expected.init_kwargs
+
+    def test_neither_an_import_nor_a_general_tokenizer_needs_torch(self, llama: Path) -> None:
+        """Both are waited for at every start."""
+        program = f"""if True:
+            import sys
+            from flexllm_jax import LLM
+            assert "transformers" not in sys.modules
+            from flexllm_jax.models.tokenizer import load_tokenizer
+            load_tokenizer({str(llama)!r})
+            assert "transformers" in sys.modules and "torch" not in sys.modules
+        """
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 class TestPrompts:
