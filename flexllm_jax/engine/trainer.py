@@ -6,21 +6,24 @@ function that the engine calls once the step is done. Which job comes next is th
 choice: every job keeps a few microbatches queued with it.
 """
 
+import contextlib
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.runner import Runner
-from flexllm_jax.finetune.checkpoint import CheckpointError, JobCheckpoints
+from flexllm_jax.finetune.checkpoint import JobCheckpoints
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus, PackedMicrobatch
 from flexllm_jax.finetune.optimizer import hyperparameters
 from flexllm_jax.finetune.resume import made_with, refusal
@@ -31,6 +34,7 @@ from scheduler.coserving import Scheduler
 from scheduler.request import BackwardUnits, FinetuneForward, Microbatch
 
 log = logging.getLogger(__name__)
+_AGAIN_S = 2.0  # between attempts to write a result
 _QUEUED = 3  # microbatches of a job with the scheduler: one backward, one forward, one to come
 
 
@@ -66,6 +70,9 @@ class Trainer:
         self.in_work: dict[int, MicrobatchInWork] = {}  # by microbatch_id
         # Called with every checkpoint's adapter, in the thread that writes them.
         self.on_checkpoint: Callable[[FinetuneJob, int, Adapter], None] | None = None
+        # How long a trained job whose result cannot be written tries again before it fails.
+        self.keep_trying_s = 0.0
+        self._unwritten: dict[str, FinetuneJob] = {}  # those that try again
 
     @property
     def has_work(self) -> bool:
@@ -251,21 +258,40 @@ class Trainer:
         self._release_job(job)
         self._writer.submit(self._write_result, job, snapshot, info)
 
-    def _write_result(self, job: FinetuneJob, snapshot: dict, info: dict) -> None:
-        """In the writer's thread: the last checkpoint and the adapter; then the job has ended."""
+    def _write_result(
+        self, job: FinetuneJob, snapshot: dict, info: dict, give_up: float | None = None
+    ) -> None:
+        """In the writer's thread: the last checkpoint and the adapter; then the job has ended. On a
+        full disk it is tried again until `give_up`."""
+        if give_up is None:
+            give_up = time.monotonic() + self.keep_trying_s
+        elif self._unwritten.pop(job.name, None) is not job:
+            return  # it was cancelled, or all is stopped
         folder = self._config.output_dir / job.name / "adapter"
         try:
+            snapshot = jax.tree.map(np.asarray, snapshot)  # while it tries, it holds no device
             self._save(job, job.step, snapshot, info)
             job.adapter_dir = self._export(job, snapshot, folder)
-        except Exception as error:  # a full disk, a lost device: the job has to end
-            reason = (
-                f"job {job.name!r} is trained, but its adapter could not be written to {folder} "
-                f"({error}): free space on the disk and resume the job"
-            )
+        except Exception as error:  # a full disk, a lost device: of many kinds
+            what = f"job {job.name!r} is trained, but its adapter could not be written to {folder}"
+            if time.monotonic() < give_up:
+                job.note(f"{what} ({_one_line(error)}); it is tried again")
+                self._unwritten[job.name] = job
+                again = (self._write_result, job, snapshot, info, give_up)
+                timer = threading.Timer(_AGAIN_S, self._submit, again)
+                timer.daemon = True
+                timer.start()
+                return
+            reason = f"{what} ({_one_line(error)}): free space on the disk and resume the job"
             log.error("%s", reason)
             job.finish(JobStatus.FAILED, reason)
         else:
             job.finish(JobStatus.SUCCEEDED)
+
+    def _submit(self, *work: Any) -> None:
+        """In a timer's thread: hand work to the writer, unless all has stopped meanwhile."""
+        with contextlib.suppress(RuntimeError):
+            self._writer.submit(*work)
 
     def export(self, job: FinetuneJob, out_dir: Path) -> Path:
         """Write the job's adapter as it is now; waits for the device."""
@@ -281,6 +307,8 @@ class Trainer:
         """Stop a job and keep its last checkpoint; `job.ended` says when that is written."""
         if job.running:
             self._end(job, JobStatus.CANCELLED, "cancelled")
+        elif self._unwritten.pop(job.name, None) is job:
+            job.finish(JobStatus.CANCELLED, "cancelled")
 
     def _end(self, job: FinetuneJob, status: JobStatus, reason: str) -> None:
         """A job goes no further: it has ended when what is being written of it is."""
@@ -315,23 +343,42 @@ class Trainer:
         """Write a checkpoint in the background."""
         self._writer.submit(self._save, job, step, snapshot, info)
 
+    def export_checkpoint(self, job: FinetuneJob) -> None:
+        """Hand out the adapter of the checkpoint that a job has just gone on from."""
+        master = self._runner.copy_state(job.state)["master"]
+        self._writer.submit(self._hand_out, job, job.resumed_from, master)
+
     def _save(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
-        """Write a checkpoint; a failure is reported and costs nothing else."""
+        """Write a checkpoint; a failure of whatever kind is told and costs this write alone."""
         try:
             arrays = jax.tree.map(np.asarray, snapshot)
             self._checkpoints(job).save(step, arrays, info)
-            if self.on_checkpoint:
-                self.on_checkpoint(job, step, from_row(arrays["master"], job.peft, job.shapes))
-        except (CheckpointError, OSError) as error:
-            job.messages.append(str(error))
-            log.error("%s", error)
+        except Exception as error:
+            job.note(_one_line(error))
+        else:
+            self._hand_out(job, step, arrays["master"])
+
+    def _hand_out(self, job: FinetuneJob, step: int, master: Any) -> None:
+        """Give a checkpoint's adapter to `on_checkpoint`, if anybody wants it."""
+        if self.on_checkpoint is None:
+            return
+        try:
+            arrays = jax.tree.map(np.asarray, master)
+            self.on_checkpoint(job, step, from_row(arrays, job.peft, job.shapes))
+        except Exception as error:  # safetensors, too, has errors of its own
+            job.note(f"the adapter of step {step} could not be written: {_one_line(error)}")
 
     def stop(self) -> None:
         """Write a checkpoint of every running job, after those that are under way."""
         self._writer.shutdown(wait=True)
+        reason = "the engine was stopped; resume goes on from here"
         for job in self.jobs.values():
             if job.running and job.step > job.resumed_from:
                 info = job.checkpoint_info(job.data_position)
                 self._save(job, job.step, self._runner.copy_state(job.state), info)
-            if job.running:
-                job.finish(JobStatus.CANCELLED, "the engine was stopped; resume goes on from here")
+            if job.running or self._unwritten.pop(job.name, None) is job:
+                job.finish(JobStatus.CANCELLED, reason)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

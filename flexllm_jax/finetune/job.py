@@ -6,6 +6,7 @@ to one job alone, so a job that diverges can never touch another's gradients.
 """
 
 import enum
+import logging
 import math
 import threading
 import time
@@ -33,6 +34,8 @@ from flexllm_jax.peft.hf_peft import load_adapter
 from flexllm_jax.peft.ia3 import Ia3Config
 from flexllm_jax.peft.prefix import PrefixConfig
 from scheduler.request import Microbatch
+
+log = logging.getLogger(__name__)
 
 
 class JobStatus(enum.Enum):
@@ -360,6 +363,12 @@ class FinetuneJob:
     def complete(self) -> bool:
         """Whether all steps are done and the validation after them too."""
         return self.step >= self.total_steps and not self._validations_left
+
+    def note(self, text: str) -> None:
+        """Keep a warning, and log it; once, however often it is given."""
+        if text not in self.messages:
+            self.messages.append(text)
+            log.warning("job %s: %s", self.name, text)
 
     def close(self) -> None:
         """Hand out nothing more; `finish` follows once all that it leaves behind is written."""

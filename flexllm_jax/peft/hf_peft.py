@@ -7,7 +7,9 @@ same adapter in PEFT. LoRA's files are in `hf_lora`, those of the other kinds in
 
 import json
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,8 +75,10 @@ def save_adapter(
 ) -> None:
     """Write an adapter as `peft.PeftModel.from_pretrained` reads it, in float32.
 
-    `base_model_path` is noted as the base model. Files of the same names are overwritten. Raises
-    AdapterError if a weight does not have the shape the configuration gives it.
+    `base_model_path` is noted as the base model. Files of the same names are replaced, each at
+    once, the configuration last: whatever stops this, a folder with a configuration has weights in
+    whole. Raises AdapterError if a weight does not have the shape the configuration gives it;
+    OSError, or safetensors' own error, if it cannot be written.
     """
     if isinstance(adapter.config, LoraConfig):
         peft_type, (fields, tensors) = "LORA", lora_files(adapter, adapter.config, model_config)
@@ -90,13 +94,30 @@ def save_adapter(
     }
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: np.ascontiguousarray(values, np.float32) for name, values in tensors.items()},
-        out / WEIGHTS,
-        metadata={"format": "pt"},
-    )
-    # Not sorted: of two patterns that match, the first counts.
-    (out / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in tensors.items()}
+    with _replaced(out / WEIGHTS) as part:
+        save_file(arrays, part, metadata={"format": "pt"})
+    with _replaced(out / CONFIG) as part:
+        # Not sorted: of two patterns that match, the first counts.
+        part.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether an adapter was written to `folder` to its end."""
+    return (folder / CONFIG).is_file()
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` when it is whole and on disk."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_merged(

@@ -21,6 +21,7 @@ from flexllm_jax.server.finetuning import routes as jobs_routes
 from flexllm_jax.server.finetuning.database import Database
 from flexllm_jax.server.finetuning.files import FileStore
 from flexllm_jax.server.finetuning.jobs import JobManager
+from flexllm_jax.server.finetuning.loaded_adapters import LoadedAdapters
 from flexllm_jax.server.http import errors, openapi, sse
 from flexllm_jax.server.http.access import Admission, ApiKeys
 from flexllm_jax.server.http.body_limit import BodyLimit, body_limits
@@ -92,7 +93,9 @@ def _make_app(server: Server) -> FastAPI:
     _add_status(app, server)
     app.include_router(files.routes(server.files))
     allowed = server.config.server.adapter_dirs
-    app.include_router(adapters_routes.routes(allowed, server.engines, server.models))
+    loaded = LoadedAdapters(server.database, server.models, allowed)
+    loaded.restore()
+    app.include_router(adapters_routes.routes(allowed, server.engines, server.models, loaded.keep))
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     answers = inference_answers.ANSWERS | finetuning_answers.ANSWERS | _ANSWERS
@@ -104,7 +107,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def health() -> Response:
         problem = "the server is shutting down" if server.admission.draining else None
-        problem = problem or server.engines.problem()
+        problem = problem or server.engines.problem() or server.database.problem()
         if problem:
             raise ApiError(503, problem, retry_after_s=5)
         return sse.json_response({"status": "ok"})

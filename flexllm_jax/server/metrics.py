@@ -194,8 +194,8 @@ class ServerMetrics:
             for phase, tokens in (("forward", job.forwarded), ("backward", job.backwarded)):
                 counter = self.finetune_tokens.labels(job.name, phase)
                 _add(counter, totals, (job.name, phase), tokens)
-            if job.losses:
-                self.finetune_loss.labels(job.name).set(job.losses[-1])
+            if job.loss is not None:
+                self.finetune_loss.labels(job.name).set(job.loss)
         self._versions[name] = {adapter.name: adapter.version for adapter in stats.adapters}
         self.adapter_version.clear()
         for holder, versions in self._versions.items():

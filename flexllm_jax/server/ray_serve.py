@@ -35,9 +35,9 @@ from ray.serve.handle import DeploymentHandle
 from flexllm_jax.config import Config, ConfigError, build_config
 from flexllm_jax.config.cli import quiet_libraries
 from flexllm_jax.server.app import Server
+from flexllm_jax.server.engines.alone import lock_for_server
 from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.engines import Engines
-from flexllm_jax.server.engines.process import lock_folder
 from flexllm_jax.server.engines.protocol import BAD_INPUT
 from flexllm_jax.server.engines.ray_actor import RayEngine
 from flexllm_jax.server.http.logs import use_json
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 APP = "flexllm"
 _UNLIMITED = 1_000_000  # requests; the app itself admits and refuses
+_FOR_WRITING_S = 0.5  # for what engines said at their end
 _ANSWER_S = 20.0  # until a deployment is held to be gone
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # Ray Serve's own logs
 
@@ -76,7 +77,8 @@ class Lifetime:
 
     def __init__(self, config: Config):
         self._grace_s = config.server.grace_s
-        self._lock = lock_folder(config.output_dir)
+        # Ray Serve starts another replica before the one that it replaces has ended.
+        self._lock = lock_for_server(config.output_dir, self._grace_s + _ANSWER_S)
         section = config.ray
         hosts = [
             RayEngine(f"{APP} engine {i}", APP, section.cpus_per_replica, num_gpus(config))
@@ -97,7 +99,7 @@ class Lifetime:
         finally:
             await self.stop()
             await running
-            await self.server.jobs.close()
+            await self.server.jobs.close(_FOR_WRITING_S)
             self.server.inference.structures.close()
             self._lock.close()
 
@@ -180,6 +182,7 @@ def run(config: Config) -> int:
         )
     if config.server.log_format == "json":
         use_json()
+    lock_for_server(config.output_dir).close()
     Server(config).database.close()  # what cannot be used is told before anything is started
     with listen(config) as listener:
         host, port = listener.getsockname()[:2]

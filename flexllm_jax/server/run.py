@@ -1,7 +1,8 @@
 """Runs the server from start to a clean end.
 
 SIGTERM and Ctrl-C stop it in order: nothing new is admitted, requests finish, running jobs write a
-checkpoint, the engine ends; all within `server.grace_s`. A second signal ends it at once.
+checkpoint, the engine ends; all within `server.grace_s`. A second signal ends it at once, and a
+watchdog does when something hangs. `output_dir` is one server's at a time.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import uvicorn
 
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.server.app import Server
+from flexllm_jax.server.engines.alone import lock_for_server
+from flexllm_jax.server.engines.watchdog import end_within
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.logs import use_json
 
 log = logging.getLogger(__name__)
 
+_HANGS_S = 5.0  # beyond the grace time: then something hangs
+_FOR_WRITING_S = 0.5  # of the grace time, for what the engine said at its end
 FOR_REQUESTS = 0.6  # of the grace time; the rest is for the engine's end
 
 
@@ -88,9 +93,10 @@ def run(config: Config) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every client is an open file
     if config.server.log_format == "json":
         use_json()
-    listener = listen(config)
-    server = Server(config)
-    return asyncio.run(_serve(server, listener))
+    with lock_for_server(config.output_dir):
+        listener = listen(config)
+        server = Server(config)
+        return asyncio.run(_serve(server, listener))
 
 
 async def _serve(server: Server, listener: socket.socket) -> int:
@@ -118,8 +124,19 @@ async def _serve(server: Server, listener: socket.socket) -> int:
             http.force_exit = True
 
     loop = asyncio.get_running_loop()
+
+    signals = 0
+
+    def begin_to_stop(*_: object) -> None:
+        # Not `loop.add_signal_handler`: the deadline holds even if the loop stands still.
+        nonlocal signals
+        signals += 1
+        if signals == 1:
+            end_within(section.grace_s + _HANGS_S)
+        loop.call_soon_threadsafe(stop)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
+        signal.signal(number, begin_to_stop)
     await server.jobs.start()
     server.inference.structures.start()
     engines = asyncio.create_task(server.engines.run())
@@ -127,9 +144,10 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     log_address(*listener.getsockname()[:2])
     await http.serve(sockets=[listener])
     left = section.grace_s if stop_by is None else stop_by - time.monotonic()
-    clean = await server.engines.stop(max(1.0, left - 0.5))
+    end_within(left + _HANGS_S)  # it holds for the end of Python, too, which waits for threads
+    clean = await server.engines.stop(max(1.0, left - _FOR_WRITING_S))
     await engines
-    await server.jobs.close()
+    await server.jobs.close(_FOR_WRITING_S)
     server.inference.structures.close()
     if server.engines.exit_status is not None:
         return server.engines.exit_status

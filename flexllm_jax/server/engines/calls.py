@@ -16,10 +16,11 @@ from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
-from flexllm_jax.server.engines.protocol import JobReport
+from flexllm_jax.peft.hf_peft import is_adapter, load_adapter, save_adapter
+from flexllm_jax.server.engines.facts import FactBook
 
-_FORGOTTEN_AFTER_S = 60.0  # a job's end: it has been told of by then
+_FORGOTTEN_AFTER_S = 60.0  # a job's end
+_RESULT_S = 600.0  # a trained job waits so long for room on the disk
 
 
 class EngineCalls:
@@ -31,10 +32,10 @@ class EngineCalls:
         # Of adapters that can be loaded again.
         self._paths = {a.name: str(a.path) for a in config.adapters.preload}
         self._used: dict[str, float] = {}  # when an adapter was last asked for
-        self._checkpoints: dict[str, list[int]] = {}  # steps with an adapter on disk, by job
+        self.facts = FactBook(_FORGOTTEN_AFTER_S)
         engine.adapters.directory.evict = self._least_used
         engine.trainer.on_checkpoint = self._keep_checkpoint
-        self._losses_told: dict[str, int] = {}  # by job: how many were in the last statistics
+        engine.trainer.keep_trying_s = _RESULT_S
 
     # -- adapters ---------------------------------------------------------------------------------
 
@@ -73,8 +74,9 @@ class EngineCalls:
 
     # -- jobs -------------------------------------------------------------------------------------
 
-    def start_job(self, config: dict[str, Any]) -> None:
-        """Start a job, or go on with it from its newest checkpoint."""
+    def start_job(self, config: dict[str, Any], losses_known: int) -> None:
+        """Start a job, or go on with it from its newest checkpoint. `losses_known`: steps from the
+        first on whose losses need not be told."""
         job = create_job(
             build_config(config, "job", FinetuneConfig),
             self._engine.runner.model,
@@ -84,9 +86,15 @@ class EngineCalls:
             self._engine.runner.sizes.max_model_len,
         )
         job.messages.clear()  # the HTTP process has read the files too, and told of their rows
-        self._checkpoints[job.name] = []
-        self._losses_told.pop(job.name, None)
-        self._loop.call(self._engine.add_job, job)
+
+        def start() -> None:
+            self._engine.add_job(job)
+            self.facts.begin(job, losses_known)
+            step = job.resumed_from
+            if job.running and step and not is_adapter(self._adapter_folder(job.name, step)):
+                self._engine.trainer.export_checkpoint(job)  # killed before it was written
+
+        self._loop.call(start)
         self._paths[job.name] = str(self._config.output_dir / job.name / "adapter")
 
     def pause_job(self, name: str) -> None:
@@ -109,46 +117,21 @@ class EngineCalls:
             raise ValueError(f"job {name!r} is not in the engine")
         return job
 
+    def _adapter_folder(self, name: str, step: int) -> Path:
+        return self._config.output_dir / name / "adapters" / f"step-{step}"
+
     def _keep_checkpoint(self, job: FinetuneJob, step: int, adapter: Adapter) -> None:
         """In the thread that writes checkpoints: the adapter of one in PEFT's format."""
         model, base = self._engine.runner.model, self._config.model.path
-        folder = self._config.output_dir / job.name / "adapters" / f"step-{step}"
-        save_adapter(adapter, model, base, folder)
-        self._checkpoints.setdefault(job.name, []).append(step)
+        save_adapter(adapter, model, base, self._adapter_folder(job.name, step))
+        self.facts.checkpoint(job.name, step)
+
+    def forget_ended(self) -> None:
+        """Let go of jobs whose end has been heard of: an ended job holds its data."""
+        for job in self.facts.forgettable():
+            self._loop.post(partial(self._forget, job))
 
     def _forget(self, job: FinetuneJob) -> None:
-        """In the engine's thread: an ended job holds its data, and is told of all the time."""
+        """In the engine's thread."""
         if self._engine.trainer.jobs.get(job.name) is job:
             del self._engine.trainer.jobs[job.name]
-
-    def job_reports(self) -> list[JobReport]:
-        """How all jobs are; of losses, those since the last call."""
-        reports = []
-        for job in list(self._engine.trainer.jobs.values()):
-            if job.finished_at and time.monotonic() - job.finished_at > _FORGOTTEN_AFTER_S:
-                self._loop.post(partial(self._forget, job))
-            # First: what is read after it is complete when it says that the job has ended.
-            status = "paused" if job.running and job.paused else job.status.value
-            told, losses = self._losses_told.get(job.name, 0), list(job.losses)
-            self._losses_told[job.name] = len(losses)
-            reports.append(
-                JobReport(
-                    name=job.name,
-                    status=status,
-                    reason=job.reason,
-                    step=job.step,
-                    total_steps=job.total_steps,
-                    forwarded=job.forwarded,
-                    backwarded=job.backwarded,
-                    tokens=job.earlier_tokens + job.tokens,
-                    tokens_per_s=job.tokens_per_s,
-                    losses_from=told,
-                    losses=losses[told:],
-                    validation_losses=list(job.validation_losses),
-                    messages=list(job.messages),
-                    checkpoints=list(self._checkpoints.get(job.name, ())),
-                    resumed_from=job.resumed_from,
-                    eta_s=job.eta_s,
-                )
-            )
-        return reports

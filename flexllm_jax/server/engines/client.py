@@ -23,6 +23,7 @@ from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.server.engines.local import LocalEngine
 from flexllm_jax.server.engines.protocol import (
     BAD_INPUT,
+    Acknowledge,
     Call,
     Cancel,
     Command,
@@ -42,6 +43,9 @@ log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 30.0  # between two attempts to start an engine
 _STATS_LATE_S = 5.0  # statistics come several times a second
+_WATCHED_EVERY_S = 0.5
+_KILLED_S = 2.0  # until a process that was killed is gone
+_FIRST_STARTS = 3  # that may be killed before it is held that none can be started
 
 
 class EngineUnavailable(Exception):
@@ -148,14 +152,17 @@ class EngineClient:
 
     async def run(self) -> None:
         """Keep an engine running until `stop`, or until it turns out that none can be started."""
-        wait_s = 1.0
+        wait_s, killed = 1.0, 0
         while not self._stop_asked.is_set():
             began = time.monotonic()
             status = await self._run_once()
             if self._stop_asked.is_set():
                 break
-            if status == BAD_INPUT or (self.info is None and self.restarts == 0):
-                self.exit_status = status or 1
+            killed += status < 0  # by a signal: it may not have been the engine's fault
+            if status == BAD_INPUT or (
+                self.info is None and (status >= 0 or killed == _FIRST_STARTS)
+            ):
+                self.exit_status = status if status > 0 else 1
                 break
             log.error("engine %s ended with status %s; starting another", self.name, status)
             for lost in self.on_lost:
@@ -176,10 +183,12 @@ class EngineClient:
             self._host.bind(sending, receiving)
             self._commands = sending
             self._ended = asyncio.create_task(self._host.run(self._config))
-            reader = asyncio.create_task(self._receive(receiving))
+            tasks = [self._receive(receiving), self._end_if_stuck()]
+            tasks = [asyncio.create_task(task) for task in tasks]
             status = await asyncio.shield(self._ended)
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             while await receiving.poll(100):
                 self._take(self._decoder.decode(await receiving.recv()))
             return status
@@ -216,7 +225,8 @@ class EngineClient:
         except TimeoutError:
             log.error("engine %s did not stop within %.0f s and is killed", self.name, timeout_s)
             self._host.kill()
-            await ended
+            with contextlib.suppress(TimeoutError):  # in a system call that cannot be interrupted
+                await asyncio.wait_for(asyncio.shield(ended), _KILLED_S)
             return False
         return True
 
@@ -224,6 +234,11 @@ class EngineClient:
     def failure(self) -> str | None:
         """Why no engine could be started, where the engine did not say so on stderr."""
         return self._host.failure
+
+    @property
+    def patience_s(self) -> float:
+        """How long a call that takes little is waited for."""
+        return self._config.server.stuck_after_s
 
     @property
     def in_flight(self) -> int:
@@ -234,13 +249,36 @@ class EngineClient:
         """Why the engine is not healthy, or None."""
         if self.state != "ready":
             return f"the engine is {self.state}"
-        late = time.monotonic() - self._stats_at
         limit = self._config.server.stuck_after_s
-        if late > min(limit, _STATS_LATE_S):
+        late = time.monotonic() - self._stats_at
+        if late > min(limit / 2, _STATS_LATE_S):
+            return f"the engine process has said nothing for {late:.0f} s"
+        return self._stuck()
+
+    def _stuck(self) -> str | None:
+        """Why the engine is to be ended and started again, or None."""
+        limit, late = self._config.server.stuck_after_s, time.monotonic() - self._stats_at
+        if self.state != "ready":
+            return None
+        if late > limit:
             return f"the engine process has said nothing for {late:.0f} s"
         if self.stats is not None and not self.stats.idle and self.stats.quiet_s > limit:
             return f"the engine has work and has done no step for {self.stats.quiet_s:.0f} s"
+        if self.stats is not None and self.stats.call_waits_s > limit:
+            return f"calls have waited {self.stats.call_waits_s:.0f} s for others, which do not end"
         return None
+
+    async def _end_if_stuck(self) -> None:
+        """An engine that stands still is killed; another one is started then, and jobs go on."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(_WATCHED_EVERY_S)
+            if time.monotonic() - before > 4 * _WATCHED_EVERY_S:
+                self._stats_at = time.monotonic()  # this process stood still: messages wait
+            elif reason := self._stuck():
+                log.error("engine %s is killed: %s", self.name, reason)
+                self._host.kill()
+                return
 
     # -- messages ---------------------------------------------------------------------------------
 
@@ -318,10 +356,22 @@ class EngineClient:
         if cancel and known and self.state == "ready":
             self._send(Cancel(known))
 
-    async def call(self, method: str, **arguments: Any) -> Any:
-        """Run a method of `EngineCalls`. EngineRefused: it cannot; EngineUnavailable: no engine."""
+    def acknowledge(self, name: str, run: str, number: int) -> None:
+        """Tell that facts of a job are written down; an engine that is gone need not know."""
+        if self.state == "ready":
+            self._send(Acknowledge(name, run, number))
+
+    async def call(self, method: str, timeout_s: float | None = None, **arguments: Any) -> Any:
+        """Run a method of `EngineCalls`. EngineRefused: it cannot; EngineUnavailable: no engine, or
+        no answer within `timeout_s`."""
         call_id = next(self._call_ids)
         future = asyncio.get_running_loop().create_future()
         self._send(Call(call_id, method, arguments))
         self._replies[call_id] = future
-        return await future
+        try:
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            message = f"the engine has not answered {method} within {timeout_s:.0f} s"
+            raise EngineUnavailable(message) from None
+        finally:
+            self._replies.pop(call_id, None)

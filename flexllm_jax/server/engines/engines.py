@@ -132,9 +132,10 @@ class Engines:
     async def _call_all(self, method: str, **arguments: Any) -> list[Any]:
         """Results and errors of those that serve, and go on doing so; EngineUnavailable: none."""
         ready = [member for member in self.members if member.state == "ready"]
-        calls = [member.call(method, **arguments) for member in ready]
+        calls = [member.call(method, member.patience_s, **arguments) for member in ready]
         answers = await asyncio.gather(*calls, return_exceptions=True)
+        missing = [answer for answer in answers if isinstance(answer, EngineUnavailable)]
         answers = [answer for answer in answers if not isinstance(answer, EngineUnavailable)]
         if not answers:
-            raise EngineUnavailable(f"the engine is {self.state}")
+            raise missing[0] if missing else EngineUnavailable(f"the engine is {self.state}")
         return answers

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import shutil
 import sys
-import tempfile
-from pathlib import Path
 
 import zmq
 
 from flexllm_jax.config import Config
+from flexllm_jax.server.engines.alone import SocketFolder
 
 
 class LocalEngine:
@@ -22,15 +20,16 @@ class LocalEngine:
     failure = None  # the engine says it on stderr, which is that of this process
 
     def __init__(self) -> None:
-        self._folder = Path()
+        self._folder: SocketFolder | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._addresses: tuple[str, ...] = ()
         self._terminated = False
 
     def bind(self, sending: zmq.Socket, receiving: zmq.Socket) -> None:
         """Bind the sockets to addresses that the next engine can reach."""
-        self._folder = Path(tempfile.mkdtemp(prefix="flexllm-"))  # readable by this user alone
-        self._addresses = tuple(f"ipc://{self._folder}/{name}" for name in ("commands", "events"))
+        self._folder = SocketFolder()
+        names = ("commands", "events")
+        self._addresses = tuple(f"ipc://{self._folder.path}/{name}" for name in names)
         for socket, address in zip((sending, receiving), self._addresses, strict=True):
             socket.bind(address)
 
@@ -50,7 +49,8 @@ class LocalEngine:
             return await process.wait()
         finally:
             self._process = None
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._folder is not None:
+                self._folder.remove()
 
     def terminate(self) -> None:
         """End an engine that does not serve yet."""

@@ -3,13 +3,15 @@
 Three threads: the engine's own, which alone touches it; the main one, which takes commands and
 sends statistics; one that encodes and sends events, so that a step never waits for a socket. What
 takes time (data sets, adapter files) is read in others before the engine's is asked. It ends when
-told to, on SIGTERM, or when the HTTP process is gone; running jobs write a checkpoint then.
+told to, on SIGTERM, or when the HTTP process is gone; running jobs write a checkpoint then, all
+within `server.grace_s`. A watchdog holds that deadline, and ends it when the main thread stands
+still for `server.stuck_after_s`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import itertools
 import json
 import logging
 import os
@@ -20,34 +22,30 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
-from typing import IO
+from typing import Any
 
 import msgspec
 import zmq
-from llguidance import LLMatcher
 
 from flexllm_jax.config import Config, build_config
 from flexllm_jax.config.cli import quiet_libraries
 from flexllm_jax.engine.engine import Engine
-from flexllm_jax.engine.loop import EngineLoop, EngineStopped, NewRequest, RequestFuture
-from flexllm_jax.engine.request import RequestState
+from flexllm_jax.engine.loop import EngineLoop, EngineStopped
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.server.engines.alone import lock_for_engine
 from flexllm_jax.server.engines.calls import EngineCalls
+from flexllm_jax.server.engines.engine_requests import EngineRequests
 from flexllm_jax.server.engines.protocol import (
     BAD_INPUT,
+    Acknowledge,
     AdapterState,
     Call,
     Cancel,
     Command,
     Event,
-    Generate,
-    Output,
-    Outputs,
     Ready,
     Reply,
     Stats,
@@ -55,13 +53,14 @@ from flexllm_jax.server.engines.protocol import (
     Stop,
     Submit,
 )
+from flexllm_jax.server.engines.watchdog import end_within, stand_down
 from flexllm_jax.server.http.logs import use_json
 
 log = logging.getLogger(__name__)
 
 STATS_S = 0.2
-
-Numbered = dict[int, NewRequest]  # by the client's number
+_WORKERS = 4  # beside those that start jobs
+_ENDS_S = 5.0  # that an earlier server's engine may take beyond its grace time
 
 
 class EngineProcess:
@@ -80,24 +79,36 @@ class EngineProcess:
         self._sender_cpu_s = 0.0
         self._sender = threading.Thread(target=self._send, args=(context, events), name="events")
         self._sender.start()
-        self.stopping = threading.Event()
-        # The engine's thread alone uses these: by the engine's number, and by the client's.
-        self._active: dict[str, tuple[int, RequestFuture]] = {}
-        self._futures: dict[int, RequestFuture] = {}
-        self._loading: dict[str, Numbered] = {}  # by adapter: requests that wait for it
-        self._compiling: set[int] = set()  # requests whose structure is not compiled yet
+        self._section = config.server
+        self._stopping = threading.Event()
         try:
             tokenizer = load_tokenizer(config.model.path)
             self.engine = Engine(config, tokenizer, progress=False)
         except BaseException:
             self._finish_sending()
             raise
+        self._workers = ThreadPoolExecutor(
+            _WORKERS + config.server.max_running_jobs, thread_name_prefix="call"
+        )
+        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="structure")
+        self._work_ids = itertools.count()
+        self._unbegun: dict[int, float] = {}  # since when work waits for a worker
         self.loop = EngineLoop(self.engine, self._after_step)
         self._calls = EngineCalls(config, self.engine, self.loop, tokenizer)
-        self._workers = ThreadPoolExecutor(4, thread_name_prefix="call")
-        self._compilers = ThreadPoolExecutor(2, thread_name_prefix="structure")
+        self._requests = EngineRequests(
+            *(self.engine, self.loop, self._calls),
+            tell=self._events.put,
+            load=self._work,
+            compile=self._compilers.submit,
+        )
         self._last_step = self._last_idle = time.monotonic()
         self._step_cpu_s = 0.0
+
+    def stop(self) -> None:
+        """End: from here on there is a deadline. May be called in any thread."""
+        if not self._stopping.is_set():
+            end_within(self._section.grace_s)
+            self._stopping.set()
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit status."""
@@ -120,21 +131,27 @@ class EngineProcess:
         decoder = msgspec.msgpack.Decoder(Command)
         next_stats = 0.0
         sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others
-        while self.loop.alive and not self.stopping.is_set():
+        while self.loop.alive and not self._stopping.is_set():
             if self._commands.poll(int(STATS_S * 1e3)):
                 command = decoder.decode(self._commands.recv())
                 with contextlib.suppress(EngineStopped):  # it fails: the loop is not alive then
                     self._take(command)
             if time.monotonic() >= next_stats and self.loop.alive:
                 next_stats = time.monotonic() + STATS_S
-                self._events.put(self._stats())
+                end_within(self._section.stuck_after_s)
+                stats = self._stats()
+                if self.loop.alive:  # else jobs may be said to have failed with the engine
+                    self._events.put(stats)
+                self._calls.forget_ended()
+        end_within(self._section.grace_s)
         failed = not self.loop.alive  # jobs are not to blame, as it seems: the next engine goes on
         self.loop.stop()
-        self._workers.shutdown(cancel_futures=True)
+        self._workers.shutdown(wait=False, cancel_futures=True)  # some may never return
         self._compilers.shutdown(wait=False, cancel_futures=True)
         if not failed:
             self._events.put(self._stats())
         self._finish_sending()
+        stand_down()
         return int(failed)
 
     def _take(self, command: Command) -> None:
@@ -145,123 +162,31 @@ class EngineProcess:
                     requests = [
                         msgspec.structs.replace(r, arrival=r.arrival + shift) for r in requests
                     ]
-                self._prepare(requests)
+                self._requests.take(requests)
             case Cancel(request_ids):
-                self.loop.post(lambda: self._cancel(request_ids))
+                self._requests.cancel(request_ids)
             case Call():
-                self._workers.submit(self._call, command)
+                self._work(self._call, command)
+            case Acknowledge(name, run, number):
+                self._calls.facts.acknowledge(name, run, number)
             case Stop():
-                self.stopping.set()
+                self.stop()
 
-    def _prepare(self, requests: Sequence[Generate]) -> None:
-        """Hand requests to the engine's thread, which has no time for what can be done here; their
-        structure, which this thread has no time for, is compiled in another."""
-        first = requests[0]  # a message is about one adapter and one structure
-        if first.params.structured_outputs is None:
-            numbered = _number(requests, [None] * len(requests))
-            self.loop.post(partial(self._submit, numbered, first.adapter, first.adapter_path))
-        else:
-            self.loop.post(partial(self._compiling.update, [r.request_id for r in requests]))
-            self._compilers.submit(self._compile, requests)
+    def _work(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run a function in a worker."""
+        number = next(self._work_ids)
+        self._unbegun[number] = time.monotonic()
 
-    def _compile(self, requests: Sequence[Generate]) -> None:
-        """In a worker: what compiles is queued, or refused; unless it is cancelled by then."""
-        first, numbers = requests[0], [r.request_id for r in requests]
-        structure = first.params.structured_outputs
-        try:
-            matchers = self.engine.matchers.match_all(structure, len(requests))
-        except Exception as error:
-            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
-            self.loop.post(partial(self._compiling.difference_update, numbers))
-            self._refuse(numbers, text, invalid)
-            return
-        numbered = _number(requests, matchers)
+        def begin() -> None:
+            del self._unbegun[number]
+            function(*arguments)
 
-        def submit() -> None:
-            if left := {n: r for n, r in numbered.items() if n in self._compiling}:
-                self._compiling.difference_update(left)
-                self._submit(left, first.adapter, first.adapter_path)
-
-        self.loop.post(submit)
-
-    # -- requests, in the engine's thread ---------------------------------------------------------
-
-    def _submit(self, requests: Numbered, adapter: str | None, path: str | None) -> None:
-        if adapter and path and not self._calls.is_loaded(adapter):
-            if adapter not in self._loading:
-                self._loading[adapter] = {}
-                self._workers.submit(self._load, adapter, path)
-            self._loading[adapter] |= requests
-        else:
-            self._add(requests)
-
-    def _load(self, adapter: str, path: str) -> None:
-        """In a worker: load an adapter; then what waited for it is queued, or refused."""
-        try:
-            self._calls.load_adapter(adapter, path)
-        except Exception as error:
-            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
-            self.loop.post(lambda: self._refuse(self._loading.pop(adapter), text, invalid))
-        else:
-            self.loop.post(lambda: self._add(self._loading.pop(adapter)))
-
-    def _refuse(self, request_ids: Iterable[int], error: str, invalid: bool) -> None:
-        outputs = [Output(number, [], error=error, invalid=invalid) for number in request_ids]
-        self._events.put(Outputs(outputs))
-
-    def _add(self, requests: Numbered) -> None:
-        try:
-            self._queue(requests)
-        except Exception as error:
-            log.exception("requests were not queued")
-            self._refuse(requests, repr(error), invalid=False)
-
-    def _queue(self, requests: Numbered) -> None:
-        for number, future in zip(requests, self.loop.add(list(requests.values())), strict=True):
-            if future.done() and (error := future.exception()):
-                self._refuse([number], str(error), invalid=True)
-            else:
-                self._active[future.state.request_id] = (number, future)
-                self._futures[number] = future
-
-    def _cancel(self, request_ids: Sequence[int]) -> None:
-        self._compiling.difference_update(request_ids)
-        for waiting in self._loading.values():
-            for number in request_ids:
-                waiting.pop(number, None)
-        for request_id in request_ids:
-            future = self._futures.pop(request_id, None)
-            if future is not None:
-                self._active.pop(future.state.request_id, None)
-                self.loop.drop(future, "cancelled by the client")
+        self._workers.submit(begin)
 
     def _after_step(self) -> None:
-        """Tell the tokens that the step brought."""
+        """In the engine's thread."""
         self._last_step = time.monotonic()
-        outputs = []
-        for state in self.engine.progressed:
-            active = self._active.get(state.request_id)
-            if active is None:
-                continue
-            request_id = active[0]
-            first = len(state.output) == 1
-            outputs.append(
-                Output(
-                    request_id,
-                    state.output[-1:],
-                    logprobs=state.logprobs[-1:],
-                    prompt_logprobs=(state.prompt_logprobs or None) if first else None,
-                    finish_reason=state.finish_reason,
-                    queued_s=_queued_s(state) if first else None,
-                    cached_tokens=state.cached_tokens if first else 0,
-                    error=state.error,
-                    invalid=state.error is not None,  # its structure was too much
-                )
-            )
-            if state.finished:
-                del self._active[state.request_id], self._futures[request_id]
-        if outputs:
-            self._events.put(Outputs(outputs))
+        self._requests.tell_tokens()
         self._step_cpu_s = time.thread_time()
 
     # -- everything else --------------------------------------------------------------------------
@@ -297,9 +222,11 @@ class EngineProcess:
                     o.predicted_s,
                 )
             )
+        unbegun = list(self._unbegun.values())
         return Stats(
             idle=self.loop.idle,
             quiet_s=now - max(self._last_step, self._last_idle),
+            call_waits_s=now - min(unbegun, default=now),
             num_running=engine.scheduler.num_running,
             num_waiting=engine.scheduler.num_waiting,
             pages_used=pool.num_pages - pool.num_free,
@@ -312,7 +239,7 @@ class EngineProcess:
                 AdapterState(p.name, p.version, p.users)
                 for p in list(engine.adapters.directory.current.values())
             ],
-            jobs=self._calls.job_reports(),
+            jobs=self._calls.facts.reports(),
             step_cpu_s=self._step_cpu_s,
             message_cpu_s=time.thread_time() + self._sender_cpu_s,
         )
@@ -327,35 +254,12 @@ class EngineProcess:
             sender.send(encoder.encode(event))
             self._sender_cpu_s = time.thread_time()
         sender.close(linger=2000)
+        context.term()  # waits so long until all is sent
 
     def _finish_sending(self) -> None:
+        self._commands.close(linger=0)
         self._events.put(None)
         self._sender.join()
-
-
-def _number(requests: Sequence[Generate], matchers: Sequence[LLMatcher | None]) -> Numbered:
-    return {
-        r.request_id: NewRequest(
-            tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class, matcher
-        )
-        for r, matcher in zip(requests, matchers, strict=True)
-    }
-
-
-def _queued_s(state: RequestState) -> float | None:
-    return None if state.started_at is None else max(0.0, state.started_at - state.arrival)
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Wait until no other engine uses `folder`: two would write each other's checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "engine.lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.warning("another engine uses %s: waiting for its end", folder)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
 
 
 def main() -> int:
@@ -374,13 +278,13 @@ def main() -> int:
         sys.stdin.read()
         if process is None:
             os._exit(1)  # still starting: there is nothing to save
-        process.stopping.set()
+        process.stop()
 
     threading.Thread(target=watch_parent, name="parent", daemon=True).start()
     try:
-        with lock_folder(config.output_dir):
+        with lock_for_engine(config.output_dir, config.server.grace_s + _ENDS_S):
             process = EngineProcess(config, commands, events)
-            signal.signal(signal.SIGTERM, lambda *_: process.stopping.set())
+            signal.signal(signal.SIGTERM, lambda *_: process.stop())
             return process.run()
     except UserError as error:
         print(f"serve.py: {error}", file=sys.stderr)

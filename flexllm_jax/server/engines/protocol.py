@@ -8,7 +8,7 @@ another machine a `Submit` says when it was sent.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -60,11 +60,19 @@ class Call(Message, frozen=True):
     arguments: dict[str, Any]
 
 
+class Acknowledge(Message, frozen=True):
+    """The facts of a job's run up to `number` are written down: they need not be told again."""
+
+    name: str
+    run: str
+    number: int
+
+
 class Stop(Message, frozen=True):
     """End: unfinished requests are dropped, running jobs write a checkpoint."""
 
 
-Command = Submit | Cancel | Call | Stop
+Command = Submit | Cancel | Call | Acknowledge | Stop
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -141,39 +149,61 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
     users: int
 
 
-class JobReport(msgspec.Struct, frozen=True, array_like=True):
-    """What an engine says of a job in it. `losses` are those of the steps after `losses_from`.
+class Fact(msgspec.Struct, frozen=True, array_like=True):
+    """Something that has happened to a job; `number` counts those of a run from 1.
 
+    loss        of optimizer step `step`: `value`
+    validation  after optimizer step `step`, its mean loss: `value`
+    started     this run goes on from `step`; 0: from the beginning
+    checkpoint  of `step`: its adapter is on disk
+    message     a warning: `text`
+    ended       for good: `status`; `text` is why, if it did not succeed
+    """
+
+    number: int
+    kind: Literal["loss", "validation", "started", "checkpoint", "message", "ended"]
+    step: int = 0
+    value: float = 0.0
+    text: str | None = None
+    status: str = ""
+
+
+class JobReport(msgspec.Struct, frozen=True, array_like=True):
+    """How a job is that an engine has, and what has happened to it: the first `facts` that are not
+    acknowledged, in order. They are told until they are.
+
+    run                     a name that no other run of the job has
+    status                  running, paused, succeeded, failed or cancelled
     forwarded, backwarded   tokens computed in this run, validation's and repeated ones included
     tokens                  tokens of all finished optimizer steps, earlier runs' too
+    loss                    of the last optimizer step
     """
 
     name: str
+    run: str
     status: str
-    reason: str | None
     step: int
     total_steps: int
     forwarded: int
     backwarded: int
     tokens: int
     tokens_per_s: float
-    losses_from: int
-    losses: list[float]
-    validation_losses: list[tuple[int, float]]
-    messages: list[str]
-    checkpoints: list[int]
-    resumed_from: int
+    loss: float | None
     eta_s: float | None
+    resumed_from: int
+    facts: list[Fact]
 
 
 class Stats(Message, frozen=True):
     """How the engine is, sent several times a second. `idle`: it has nothing to do; `quiet_s`:
-    seconds since its last step; `steps`: those since the last message. CPU time, seconds since the
-    start: `step_cpu_s` of the thread that plans and dispatches steps and tells their tokens,
-    `message_cpu_s` of those that talk to the HTTP process."""
+    seconds since its last step; `call_waits_s`: how long the oldest call has waited for a worker;
+    `steps`: those since the last message. CPU time, seconds since the start: `step_cpu_s` of the
+    thread that plans and dispatches steps and tells their tokens, `message_cpu_s` of those that
+    talk to the HTTP process."""
 
     idle: bool
     quiet_s: float
+    call_waits_s: float
     num_running: int
     num_waiting: int
     pages_used: int

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from typing import Any
 
 import ray
 import zmq
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from flexllm_jax.config import Config, build_config
 from flexllm_jax.config.cli import quiet_libraries
@@ -98,7 +99,7 @@ class RayEngine:
             if not self._killed:
                 log.error("%s: %s", self._name, error)
                 self.failure = f"{self._name}: {type(error).__name__}; the log tells more"
-            return 1
+            return -signal.SIGKILL if isinstance(error, RayActorError) else 1
         finally:
             self.kill()
             self._actor = None

@@ -10,6 +10,8 @@ from flexllm_jax.config import Config
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 
+LOADED = "loaded/"  # begins the engine's names of adapters loaded over HTTP: none is a job's
+
 
 @dataclass(frozen=True)
 class ServedAdapter:

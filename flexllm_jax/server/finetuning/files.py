@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +23,8 @@ from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
 from flexllm_jax.server.http.errors import ApiError
 
+log = logging.getLogger(__name__)
+
 PURPOSES = ("fine-tune",)
 UNFINISHED = ("validating_files", "queued", "running", "paused")
 _PIECE = 1 << 20
@@ -33,9 +37,26 @@ class FileStore:
     def __init__(self, folder: Path, database: Database, section: ServerSection):
         self.folder, self.database, self.section = folder, database, section
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.part"):
-            leftover.unlink()
+        self._started = time.time()
         self.uploads = asyncio.Semaphore(_AT_ONCE)
+
+    async def remove_leftovers(self) -> None:
+        """Remove what uploads left that a killed process had not finished: parts, and files that
+        are not in the database. A database without any files may be the wrong one: then all
+        stay."""
+        known = await self.database.run(lambda s: set(s.scalars(select(File.id))))
+        if not known:
+            return
+
+        def remove() -> None:
+            for path in self.folder.glob("file-*"):
+                if path.name not in known and path.stat().st_mtime < self._started - 1:
+                    path.unlink(missing_ok=True)
+
+        try:
+            await asyncio.to_thread(remove)
+        except OSError as error:
+            log.warning("leftovers of uploads stay: %s", error)
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file lie; only for ids that are in the database."""

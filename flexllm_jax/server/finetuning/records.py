@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,81 +17,103 @@ from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset
-from flexllm_jax.server.engines.protocol import JobReport
+from flexllm_jax.server.engines.protocol import Fact, JobReport
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning.database import CheckpointRow, EventRow, File, JobRow, now
-from flexllm_jax.server.finetuning.files import FileStore, new_file_id
+from flexllm_jax.server.finetuning.files import FileStore
 
 SHOWN_ROWS = 20  # of a file's bad ones, in events
+_VALUES = {"loss": "train_loss", "validation": "valid_loss"}  # of facts, in events
 
 
 class JobRecords:
-    """Writes down what engines say of jobs. `forget` a job whose engine is lost: another one says
-    again what it took over."""
+    """Writes down what engines say of jobs, each fact once however often it is told."""
 
     def __init__(self, config: Config, models: ModelRegistry, files: FileStore):
         self._config, self._models, self._files = config, models, files
-        self._resumed: set[str] = set()  # jobs of which it is told that they went on
-        self._validations: dict[str, int] = {}  # step of the last validation told, by job
 
-    def forget(self, job_id: str) -> None:
-        """Another engine tells of this job from here on."""
-        self._resumed.discard(job_id)
-        self._validations.pop(job_id, None)
-
-    def note(self, session: Session, report: JobReport) -> list[ServedAdapter]:
-        """In a transaction: what is new of a job. Returns the adapters that can be served now."""
+    def note(
+        self, session: Session, report: JobReport, late: str | None = None
+    ) -> list[ServedAdapter]:
+        """In a transaction: what is new of a job. Returns the adapters that can be served now.
+        `late`: why, and for how long, this could not be written."""
         job = find_job(session, report.name)
         if job is None or job.status in ("succeeded", "failed"):
             return []
-        if report.resumed_from and job.id not in self._resumed:
-            self._resumed.add(job.id)
-            tell(session, job.id, f"Resumed from step {report.resumed_from}")
-        total = job.total_steps = report.total_steps
-        validation = dict(report.validation_losses)
-        for index, loss in enumerate(report.losses):
-            step = report.losses_from + index + 1
-            if step <= min(report.resumed_from, job.step):
-                continue  # told by the engine that took it
-            text = f"Step {step}/{total}: training loss={loss:.4f}"
-            data = {"step": step, "total_steps": total, "train_loss": loss}
-            tell(session, job.id, text, type="metrics", data=data)
-        told = self._validations.get(job.id, report.resumed_from)
-        for step, loss in report.validation_losses:
-            if step > told:
-                text = f"Step {step}/{total}: validation loss={loss:.4f}"
-                data = {"step": step, "total_steps": total, "valid_loss": loss}
-                tell(session, job.id, text, type="metrics", data=data)
-                self._validations[job.id] = step
-        job.step = report.step
+        again, done = job.run is not None, 0
+        if job.run == report.run:
+            done = job.facts or 0
+        facts = [fact for fact in report.facts if fact.number > done]
+        if not facts:
+            return []
+        job.run, job.facts, job.total_steps = report.run, facts[-1].number, report.total_steps
+        if late is not None:
+            text = f"What happened to the job could not be written down {late}"
+            tell(session, job.id, text, level="warn")
+        # What an earlier run has told, and this one knows from its checkpoint.
+        told: dict[str, set[int]] = {}
+        for kind in {f.kind for f in facts if f.kind in _VALUES and f.step <= report.resumed_from}:
+            told[kind] = set(values_of(session, job.id, _VALUES[kind]))
         adapters = []
-        for step in report.checkpoints:
-            adapters += self._note_checkpoint(session, job, step, validation)
-        for text in report.messages:
-            known = select(EventRow.number).where(
-                EventRow.job_id == job.id, EventRow.message == text
-            )
-            if session.scalars(known).first() is None:
-                tell(session, job.id, text, level="warn")
-        if job.status == "cancelled":  # whatever became of it; its checkpoints are there
-            return adapters
-        if report.status == "succeeded":
+        for fact in facts:
+            match fact.kind:
+                case "loss" | "validation":
+                    job.step = max(job.step, fact.step)
+                    if fact.step > report.resumed_from or fact.step not in told[fact.kind]:
+                        self._note_loss(session, job, fact)
+                case "started":
+                    job.step = fact.step
+                    if fact.step:
+                        tell(session, job.id, f"Resumed from step {fact.step}")
+                    elif again:
+                        text = "Started again from step 0: there is no checkpoint to go on from"
+                        tell(session, job.id, text, level="warn")
+                    adapters += self.find_checkpoints(session, job)
+                case "checkpoint":
+                    adapters += self._note_checkpoint(session, job, fact.step)
+                case "message":
+                    self._note_message(session, job, fact.text or "")
+                case "ended" if job.status != "cancelled":  # whatever became of it
+                    adapters += self._note_end(session, job, fact, report)
+        return adapters
+
+    def find_checkpoints(self, session: Session, job: JobRow) -> list[ServedAdapter]:
+        """Take in the checkpoints on disk that the database does not know: the process that was to
+        tell of them was killed."""
+        names = self._folder(job.id).glob("adapters/step-*/adapter_config.json")
+        steps = sorted(int(n) for name in names if (n := name.parent.name[5:]).isdecimal())
+        found = [self._note_checkpoint(session, job, step) for step in steps]
+        return [adapter for adapters in found for adapter in adapters]
+
+    def _note_loss(self, session: Session, job: JobRow, fact: Fact) -> None:
+        what = "training" if fact.kind == "loss" else "validation"
+        text = f"Step {fact.step}/{job.total_steps}: {what} loss={fact.value:.4f}"
+        data = {"step": fact.step, "total_steps": job.total_steps, _VALUES[fact.kind]: fact.value}
+        tell(session, job.id, text, type="metrics", data=data)
+
+    def _note_message(self, session: Session, job: JobRow, text: str) -> None:
+        known = select(EventRow.number).where(EventRow.job_id == job.id, EventRow.message == text)
+        if session.scalars(known).first() is None:
+            tell(session, job.id, text, level="warn")
+
+    def _note_end(
+        self, session: Session, job: JobRow, fact: Fact, report: JobReport
+    ) -> list[ServedAdapter]:
+        if fact.status == "succeeded":
             job.status, job.finished_at, job.trained_tokens = "succeeded", now(), report.tokens
             name, path = self._name(job), str(self._folder(job.id) / "adapter")
             job.fine_tuned_model, job.adapter_path = name, path
             job.result_files = [self._write_losses(session, job)]
-            adapters.append(ServedAdapter(name, job.id, path, owner=job.owner))
             tell(session, job.id, f"New fine-tuned model created: {name}")
             tell(session, job.id, "The job has successfully completed")
-        elif report.status == "failed":
+            return [ServedAdapter(name, job.id, path, owner=job.owner)]
+        if fact.status == "failed":
             job.status, job.finished_at = "failed", now()
-            job.error = {"code": "training_failed", "message": report.reason, "param": None}
-            tell(session, job.id, f"The job failed: {report.reason}", level="error")
-        return adapters
+            job.error = {"code": "training_failed", "message": fact.text, "param": None}
+            tell(session, job.id, f"The job failed: {fact.text}", level="error")
+        return []
 
-    def _note_checkpoint(
-        self, session: Session, job: JobRow, step: int, validation: dict[int, float]
-    ) -> list[ServedAdapter]:
+    def _note_checkpoint(self, session: Session, job: JobRow, step: int) -> list[ServedAdapter]:
         known = select(CheckpointRow).where(
             CheckpointRow.job_id == job.id, CheckpointRow.step == step
         )
@@ -98,8 +121,8 @@ class JobRecords:
             return []
         name = f"{self._name(job)}:ckpt-step-{step}"
         path = str(self._folder(job.id) / "adapters" / f"step-{step}")
-        losses = losses_of(session, job.id)
-        metrics = {"step": step, "train_loss": losses.get(step)}
+        validation = values_of(session, job.id, "valid_loss")
+        metrics = {"step": step, "train_loss": losses_of(session, job.id).get(step)}
         if step in validation:
             metrics["valid_loss"] = validation[step]
         session.add(CheckpointRow(job_id=job.id, step=step, name=name, path=path, metrics=metrics))
@@ -112,11 +135,13 @@ class JobRecords:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["step", "train_loss"])
         writer.writerows(sorted(losses_of(session, job.id).items()))
-        file_id, data = new_file_id(), text.getvalue().encode()
+        # A name that is the job's: however often this is tried, there is one file.
+        file_id = f"file-{uuid.uuid5(uuid.NAMESPACE_OID, job.id).hex}"
+        data = text.getvalue().encode()
         self._files.path(file_id).write_bytes(data)
         file = File(id=file_id, filename="step_metrics.csv", purpose="fine-tune-results")
         file.bytes, file.owner = len(data), job.owner
-        session.add(file)
+        session.merge(file)
         return file_id
 
     def _name(self, job: JobRow) -> str:
@@ -131,13 +156,18 @@ class JobRecords:
 
 def losses_of(session: Session, job_id: str) -> dict[int, float]:
     """Training loss by step; of a step taken twice, the last."""
+    return values_of(session, job_id, "train_loss")
+
+
+def values_of(session: Session, job_id: str, name: str) -> dict[int, float]:
+    """What the events of a job say of one value, by step."""
     query = (
         select(EventRow.data)
         .where(EventRow.job_id == job_id, EventRow.type == "metrics")
         .order_by(EventRow.number)
     )
-    rows = [data for data in session.scalars(query) if data and "train_loss" in data]
-    return {data["step"]: data["train_loss"] for data in rows}
+    rows = [data for data in session.scalars(query) if data and name in data]
+    return {data["step"]: data[name] for data in rows}
 
 
 def finished_adapters(session: Session) -> Iterator[ServedAdapter]:

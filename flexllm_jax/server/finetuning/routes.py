@@ -14,8 +14,9 @@ from sqlalchemy.orm import Session
 from flexllm_jax.config import Config
 from flexllm_jax.server.finetuning.database import CheckpointRow, Database, EventRow, JobRow
 from flexllm_jax.server.finetuning.files import After, page
-from flexllm_jax.server.finetuning.jobs import ENDED, JobManager
+from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.finetuning.schema import CreateJob
+from flexllm_jax.server.finetuning.transitions import ENDED
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Known
 

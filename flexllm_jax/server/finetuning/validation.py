@@ -91,8 +91,8 @@ class FileValidation:
         tree["validation_every"] = 0
         if job.validation_file is not None:
             tree["validation"] = str(self._files.path(job.validation_file))
-        if (adapter := self._models.adapters.get(job.model)) is not None:
-            tree["init_adapter"] = adapter.path
+        if job.init_adapter is not None:  # what the name meant when the job was created
+            tree["init_adapter"] = job.init_adapter
         return ValidatedJob(loaded, tree, shown)
 
     async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
@@ -104,7 +104,7 @@ class FileValidation:
             for kind, line, reason in bad:
                 tell_row(session, job_id, kind, line, reason)
 
-        await self._database.run(tell)
+        await self._database.until_written(tell)
 
     def _bad_rows(self, files: dict[str, str | None]) -> list[tuple[str, int, str]]:
         """In the thread that validates, as the database's serves everybody: kind of the file, line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 from urllib.parse import quote
 
@@ -22,7 +23,9 @@ _TYPES = {
     413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
+    507: "insufficient_storage_error",
 }
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 
@@ -104,6 +107,13 @@ def install(app: FastAPI) -> None:
         if code == 405:  # the framework names the methods of one route; a path may have several
             answer.headers["Allow"] = ", ".join(_methods(app, request))
         return answer
+
+    @app.exception_handler(OSError)
+    async def _cannot_write(request: Request, error: OSError) -> Response:
+        if error.errno not in _NO_ROOM:
+            raise error
+        message = f"nothing was kept: {error.strerror}; free space on the server's disk"
+        return ApiError(507, message, retry_after_s=60).response()
 
     @app.exception_handler(Exception)
     async def _bug(request: Request, error: Exception) -> Response:

@@ -7,6 +7,7 @@ folder, and so must the files in it.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,12 @@ from pydantic import Field
 
 from flexllm_jax.server.engines.client import EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
-from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
+from flexllm_jax.server.engines.registry import LOADED, ModelRegistry, ServedAdapter
 from flexllm_jax.server.http.access import Known
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.requests import not_ready
 
-_PREFIX = "loaded/"  # in the engine's names: they can never be a job's
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -71,8 +71,14 @@ def _is_inside(path: Path, roots: list[Path]) -> bool:
     return any(path.is_relative_to(root) for root in roots)
 
 
-def routes(allowed: tuple[Path, ...], engines: Engines, models: ModelRegistry) -> APIRouter:
-    """The routes; without `allowed` folders there are none."""
+def routes(
+    allowed: tuple[Path, ...],
+    engines: Engines,
+    models: ModelRegistry,
+    keep: Callable[[str, ServedAdapter | None], Awaitable[None]],
+) -> APIRouter:
+    """The routes; without `allowed` folders there are none. `keep` makes what is loaded under a
+    name outlive the process; None: nothing is."""
     router = APIRouter()
     if not allowed:
         return router
@@ -81,20 +87,21 @@ def routes(allowed: tuple[Path, ...], engines: Engines, models: ModelRegistry) -
     async def load(body: LoadAdapter, client: Known) -> Response:
         name, folder = body.lora_name, find_folder(body.lora_path, allowed)
         known = models.adapters.get(name)
-        is_loaded = known and known.engine_name.startswith(_PREFIX) and client.may_see(known.owner)
+        is_loaded = known and known.engine_name.startswith(LOADED) and client.may_see(known.owner)
         if name == models.base or (known and not is_loaded):
             raise ApiError(400, f"lora_name: {name!r} is another model's", param="lora_name")
         if known and not body.load_inplace:
             message = f"the adapter {name!r} is loaded already; load_inplace replaces it"
             raise ApiError(400, message, param="lora_name")
         owner = known.owner if known else client.owner
-        adapter = ServedAdapter(name, _PREFIX + name, str(folder), owner=owner)
+        adapter = ServedAdapter(name, LOADED + name, str(folder), owner=owner)
         try:
             await engines.load_adapter(adapter.engine_name, adapter.path)
         except EngineRefused as error:
             raise ApiError(400, str(error), param="lora_path") from None
         except EngineUnavailable:
             raise not_ready(engines) from None
+        await keep(name, adapter)
         models.adapters[name] = adapter
         return PlainTextResponse(f"Success: LoRA adapter {name!r} added successfully.")
 
@@ -102,10 +109,11 @@ def routes(allowed: tuple[Path, ...], engines: Engines, models: ModelRegistry) -
     async def unload(body: UnloadAdapter, client: Known) -> Response:
         name = body.lora_name
         adapter = models.adapters.get(name)
-        is_loaded = adapter and adapter.engine_name.startswith(_PREFIX)
+        is_loaded = adapter and adapter.engine_name.startswith(LOADED)
         if adapter is None or not is_loaded or not client.may_see(adapter.owner):
             raise ApiError(404, f"no adapter {name!r} was loaded", param="lora_name")
-        del models.adapters[name]
+        await keep(name, None)
+        models.adapters.pop(name, None)
         with contextlib.suppress(EngineUnavailable):  # one that starts later does not know it
             await engines.unload_adapter(adapter.engine_name)
         return PlainTextResponse(f"Success: LoRA adapter {name!r} removed successfully.")

@@ -1,0 +1,171 @@
+"""Requests in the engine's process, from a message to tokens told.
+
+What takes time is done before the engine's thread is asked: structures are compiled, and adapters
+read, in workers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from llguidance import LLMatcher
+
+from flexllm_jax.engine.engine import Engine
+from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
+from flexllm_jax.engine.request import RequestState
+from flexllm_jax.server.engines.calls import EngineCalls
+from flexllm_jax.server.engines.protocol import Event, Generate, Output, Outputs
+
+log = logging.getLogger(__name__)
+
+Numbered = dict[int, NewRequest]  # by the client's number
+
+
+class EngineRequests:
+    """Takes requests to the engine; `tell` sends events, `load` and `compile` run a function in a
+    worker for adapters, or for structures."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        loop: EngineLoop,
+        calls: EngineCalls,
+        tell: Callable[[Event], None],
+        load: Callable[..., object],
+        compile: Callable[..., object],
+    ):
+        self._engine, self._loop, self._calls = engine, loop, calls
+        self._tell, self._load_in_worker, self._compile_in_worker = tell, load, compile
+        # The engine's thread alone uses these: by the engine's number, and by the client's.
+        self._active: dict[str, tuple[int, RequestFuture]] = {}
+        self._futures: dict[int, RequestFuture] = {}
+        self._loading: dict[str, Numbered] = {}  # by adapter: requests that wait for it
+        self._compiling: set[int] = set()  # requests whose structure is not compiled yet
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """Drop requests."""
+        self._loop.post(lambda: self._cancel(request_ids))
+
+    def take(self, requests: Sequence[Generate]) -> None:
+        """Hand requests to the engine's thread, which has no time for what can be done here; their
+        structure, which this thread has no time for, is compiled in another."""
+        first = requests[0]  # a message is about one adapter and one structure
+        if first.params.structured_outputs is None:
+            numbered = _number(requests, [None] * len(requests))
+            self._loop.post(partial(self._submit, numbered, first.adapter, first.adapter_path))
+        else:
+            self._loop.post(partial(self._compiling.update, [r.request_id for r in requests]))
+            self._compile_in_worker(self._compile, requests)
+
+    def _compile(self, requests: Sequence[Generate]) -> None:
+        """In a worker: what compiles is queued, or refused; unless it is cancelled by then."""
+        first, numbers = requests[0], [r.request_id for r in requests]
+        structure = first.params.structured_outputs
+        try:
+            matchers = self._engine.matchers.match_all(structure, len(requests))
+        except Exception as error:
+            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
+            self._loop.post(partial(self._compiling.difference_update, numbers))
+            self._refuse(numbers, text, invalid)
+            return
+        numbered = _number(requests, matchers)
+
+        def submit() -> None:
+            if left := {n: r for n, r in numbered.items() if n in self._compiling}:
+                self._compiling.difference_update(left)
+                self._submit(left, first.adapter, first.adapter_path)
+
+        self._loop.post(submit)
+
+    # -- in the engine's thread --------------------------------------------------------------------
+
+    def _submit(self, requests: Numbered, adapter: str | None, path: str | None) -> None:
+        if adapter and path and not self._calls.is_loaded(adapter):
+            if adapter not in self._loading:
+                self._loading[adapter] = {}
+                self._load_in_worker(self._load, adapter, path)
+            self._loading[adapter] |= requests
+        else:
+            self._add(requests)
+
+    def _load(self, adapter: str, path: str) -> None:
+        """In a worker: load an adapter; then what waited for it is queued, or refused."""
+        try:
+            self._calls.load_adapter(adapter, path)
+        except Exception as error:
+            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
+            self._loop.post(lambda: self._refuse(self._loading.pop(adapter), text, invalid))
+        else:
+            self._loop.post(lambda: self._add(self._loading.pop(adapter)))
+
+    def _refuse(self, request_ids: Iterable[int], error: str, invalid: bool) -> None:
+        outputs = [Output(number, [], error=error, invalid=invalid) for number in request_ids]
+        self._tell(Outputs(outputs))
+
+    def _add(self, requests: Numbered) -> None:
+        try:
+            self._queue(requests)
+        except Exception as error:
+            log.exception("requests were not queued")
+            self._refuse(requests, repr(error), invalid=False)
+
+    def _queue(self, requests: Numbered) -> None:
+        for number, future in zip(requests, self._loop.add(list(requests.values())), strict=True):
+            if future.done() and (error := future.exception()):
+                self._refuse([number], str(error), invalid=True)
+            else:
+                self._active[future.state.request_id] = (number, future)
+                self._futures[number] = future
+
+    def _cancel(self, request_ids: Sequence[int]) -> None:
+        self._compiling.difference_update(request_ids)
+        for waiting in self._loading.values():
+            for number in request_ids:
+                waiting.pop(number, None)
+        for request_id in request_ids:
+            future = self._futures.pop(request_id, None)
+            if future is not None:
+                self._active.pop(future.state.request_id, None)
+                self._loop.drop(future, "cancelled by the client")
+
+    def tell_tokens(self) -> None:
+        """In the engine's thread, after a step: the tokens that it brought."""
+        outputs = []
+        for state in self._engine.progressed:
+            active = self._active.get(state.request_id)
+            if active is None:
+                continue
+            request_id = active[0]
+            first = len(state.output) == 1
+            outputs.append(
+                Output(
+                    request_id,
+                    state.output[-1:],
+                    logprobs=state.logprobs[-1:],
+                    prompt_logprobs=(state.prompt_logprobs or None) if first else None,
+                    finish_reason=state.finish_reason,
+                    queued_s=_queued_s(state) if first else None,
+                    cached_tokens=state.cached_tokens if first else 0,
+                    error=state.error,
+                    invalid=state.error is not None,  # its structure was too much
+                )
+            )
+            if state.finished:
+                del self._active[state.request_id], self._futures[request_id]
+        if outputs:
+            self._tell(Outputs(outputs))
+
+
+def _number(requests: Sequence[Generate], matchers: Sequence[LLMatcher | None]) -> Numbered:
+    return {
+        r.request_id: NewRequest(
+            tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class, matcher
+        )
+        for r, matcher in zip(requests, matchers, strict=True)
+    }
+
+
+def _queued_s(state: RequestState) -> float | None:
+    return None if state.started_at is None else max(0.0, state.started_at - state.arrival)
