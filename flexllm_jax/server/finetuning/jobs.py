@@ -21,7 +21,6 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
-from flexllm_jax.finetune.checkpoint import JobCheckpoints
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import JobReport, Stats
@@ -171,7 +170,7 @@ class JobManager:
 
     async def _revive(self, job_id: str) -> None:
         folder = self._config.output_dir / job_id / "checkpoints"
-        if not await asyncio.to_thread(lambda: bool(JobCheckpoints(folder).steps())):
+        if not await asyncio.to_thread(_has_checkpoint, folder):
             raise ApiError(
                 400, f"job {job_id} has failed and has no checkpoint to go on from: create another"
             )
@@ -340,3 +339,8 @@ class JobManager:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("a job's task failed", exc_info=error)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether a whole one is in a job's folder (`finetune.checkpoint`): STEP, or STEP-ATTEMPT."""
+    return any(path.name.split("-")[0].isdecimal() for path in folder.glob("*"))
