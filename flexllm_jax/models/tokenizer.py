@@ -52,14 +52,29 @@ def _is_general(path: Path) -> bool:
 def encode_text(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
     """Token ids of a prompt. The special tokens that the tokenizer puts before a text (a BOS) are
     not put before one that begins with them."""
-    encoding, twice = _encode(tokenizer, text, add_special_tokens)
-    return encoding.ids[twice:]
+    return encode_texts(tokenizer, [text], add_special_tokens=add_special_tokens)[0]
 
 
-def token_starts(tokenizer: Any, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Where the tokens of `encode_text` stand in `text`: for each, the characters before it that
-    are complete, so that it says what is between its start and the next one's."""
-    encoding, twice = _encode(tokenizer, text, add_special_tokens)
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """`encode_text` of several. Other threads run meanwhile."""
+    backend = tokenizer.backend_tokenizer
+    encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    return [each.ids[_twice(each) if add_special_tokens else 0 :] for each in encodings]
+
+
+def token_starts(
+    tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Where the tokens of `encode_texts` stand in each text: for each, the characters before it
+    that are complete, so that it says what is between its start and the next one's."""
+    backend = tokenizer.backend_tokenizer
+    encodings = backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+    return [_starts(each, _twice(each) if add_special_tokens else 0) for each in encodings]
+
+
+def _starts(encoding: Encoding, twice: int) -> list[int]:
     starts, reached = [], 0
     for start, end in encoding.offsets[twice:]:
         # Some tokenizers tell offsets without the space before a word, or none for special tokens.
@@ -68,14 +83,10 @@ def token_starts(tokenizer: Any, text: str, *, add_special_tokens: bool = True) 
     return starts
 
 
-def _encode(tokenizer: Any, text: str, add_special_tokens: bool) -> tuple[Encoding, int]:
-    """The encoding of a text, and how many of its first tokens are there twice."""
-    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    if not add_special_tokens:
-        return encoding, 0
-    own = [at for at, added in enumerate(encoding.special_tokens_mask) if not added]
-    before = own[0] if own else 0
-    return encoding, before if encoding.ids[before : 2 * before] == encoding.ids[:before] else 0
+def _twice(encoding: Encoding) -> int:
+    """How many of an encoding's first tokens are there twice."""
+    before = next((at for at, added in enumerate(encoding.special_tokens_mask) if not added), 0)
+    return before if encoding.ids[before : 2 * before] == encoding.ids[:before] else 0
 
 
 def end_token_ids(tokenizer: Any, of_model: Sequence[int] = ()) -> tuple[int, ...]:

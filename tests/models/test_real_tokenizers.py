@@ -54,7 +54,7 @@ def test_streams_are_the_text_of_the_whole(name: str) -> None:
 def test_tokens_stand_where_their_text_is(name: str) -> None:
     tokenizer = tokenizer_of(name)
     output, text = OutputText(Detokenizer(tokenizer)), "".join(TEXTS)
-    starts = token_starts(tokenizer, text, add_special_tokens=False)
+    starts = token_starts(tokenizer, [text], add_special_tokens=False)[0]
     for token, start in zip(
         encode_text(tokenizer, text, add_special_tokens=False), starts, strict=True
     ):

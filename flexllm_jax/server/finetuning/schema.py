@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from flexllm_jax.config import ALL_MODULES, Config, TargetModule
 from flexllm_jax.server.http.body import Body
@@ -23,6 +23,12 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("it has half a surrogate pair, which is no character") from None
     return text
+
+
+def _short(given: Any) -> Any:
+    if isinstance(given, dict) and len(given) > 16:  # before each item is told to be wrong
+        raise ValueError(f"it has {len(given)} items, and may have 16")
+    return given
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
@@ -62,6 +68,7 @@ class CreateJob(Body):
     metadata: (
         Annotated[
             dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
+            BeforeValidator(_short),
             Field(max_length=16),
         ]
         | None
@@ -72,7 +79,9 @@ class CreateJob(Body):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
-    lora_target_modules: Annotated[list[TargetModule], Field(min_length=1)] | None = None
+    lora_target_modules: (
+        Annotated[list[TargetModule], Field(fail_fast=True, min_length=1)] | None
+    ) = None
     batch_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     train_on: Literal["completion", "all"] = "completion"

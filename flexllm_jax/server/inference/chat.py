@@ -76,7 +76,7 @@ async def chat(
     form = codec.tool_format() if body.may_call else None
     structure = await inference.structure(client, body, form)
     special = bool(body.add_special_tokens)
-    prompt = await codec.encode(text, limit, add_special_tokens=special)
+    (prompt,) = await codec.encode([text], limit, add_special_tokens=special)
     max_tokens = body.max_completion_tokens
     max_tokens = body.max_tokens if max_tokens is None else max_tokens
     max_tokens = inference.room(prompt) if max_tokens is None else max_tokens

@@ -165,16 +165,15 @@ async def _encode(body: CompletionRequest, inference: Inference) -> list[_Prompt
         else list(body.prompt)
     )
     special, limit = body.add_special_tokens is not False, inference.max_model_len()
-    codec, prompts = inference.codec, []
-    for prompt in given:
-        if not isinstance(prompt, str):
-            prompts.append(_Prompt(prompt, None, []))
-            continue
-        tokens, starts = await codec.encode(prompt, limit, add_special_tokens=special), []
-        if body.echo and body.logprobs is not None:
-            starts = await codec.token_starts(prompt, add_special_tokens=special)
-        prompts.append(_Prompt(tokens, prompt, starts))
-    return prompts
+    codec, texts = inference.codec, [prompt for prompt in given if isinstance(prompt, str)]
+    if not texts:
+        return [_Prompt(prompt, None, []) for prompt in given]
+    encoded = await codec.encode(texts, limit, add_special_tokens=special)
+    starts: list[list[int]] = [[] for _ in texts]
+    # What is too long is refused when it is opened.
+    if body.echo and body.logprobs is not None and max(map(len, encoded)) <= limit:
+        starts = await codec.token_starts(texts, add_special_tokens=special)
+    return [_Prompt(*each) for each in zip(encoded, texts, starts, strict=True)]
 
 
 async def _whole(completion: _Completion) -> Response:

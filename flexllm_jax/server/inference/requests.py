@@ -29,7 +29,7 @@ from flexllm_jax.server.inference.schema import (
     Tool,
 )
 from flexllm_jax.server.inference.structures import StructureChecks
-from flexllm_jax.server.inference.text import TextCodec
+from flexllm_jax.server.inference.text import TextCodec, too_long
 from flexllm_jax.server.inference.tool_calls import Format
 from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
 
@@ -207,6 +207,10 @@ class Inference:
                 "server.trust_request_chat_template is set; leave it out",
                 param="chat_template",
             )
+        messages, limit = body.messages or [], self.max_model_len()
+        if len(messages) > limit:
+            what = f"there are {len(messages)} messages, and max_model_len is {limit} tokens"
+            raise too_long(what, "messages")
         options = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             if not self.codec.template.reads("reasoning_effort"):
@@ -214,7 +218,7 @@ class Inference:
                 raise ApiError(400, f"{message} out", param="reasoning_effort")
             options["reasoning_effort"] = body.reasoning_effort
         return await self.codec.render(
-            body.messages or [],
+            messages,
             [tool.model_dump(exclude_unset=True) for tool in tools or ()],
             options,
             documents=body.documents,

@@ -18,6 +18,7 @@ from flexllm_jax.server.inference.schema import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from flexllm_jax.server.inference.text import too_long
 from flexllm_jax.server.inference.unsupported import refuse_unsupported
 
 
@@ -54,7 +55,7 @@ def routes(inference: Inference) -> APIRouter:
         refuse_unsupported(body)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give exactly one of prompt and messages", param="prompt")
-        limit = inference.config.server.max_body_bytes  # tokens; what the body allows
+        limit = inference.max_model_len()
         if body.messages is not None:
             text = await inference.render(body, body.tools)
         else:
@@ -64,7 +65,9 @@ def routes(inference: Inference) -> APIRouter:
             text = body.prompt or ""
         special = body.add_special_tokens
         special = body.messages is None if special is None else special
-        tokens = await codec.encode(text, limit, add_special_tokens=special)
+        (tokens,) = await codec.encode([text], limit, add_special_tokens=special)
+        if len(tokens) > limit:
+            raise too_long(f"the prompt has {len(tokens)} tokens, and max_model_len is {limit}")
         names = codec.backend.id_to_token
         return sse.json_response(
             {
@@ -81,7 +84,7 @@ def routes(inference: Inference) -> APIRouter:
         if outside := [token for token in body.tokens if token >= known]:
             message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"
             raise ApiError(400, message, param="tokens")
-        return sse.json_response({"prompt": codec.detokenizer.decode(body.tokens)})
+        return sse.json_response({"prompt": await codec.decode(body.tokens)})
 
     @router.get("/tokenizer_info")
     async def tokenizer_info(client: Known) -> Response:

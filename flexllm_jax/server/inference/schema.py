@@ -20,8 +20,11 @@ from flexllm_jax.server.inference.tool_calls import Format, calls_of
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[list[TokenId], Field(fail_fast=True)]  # a body may have a million wrong items
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Stop = Annotated[list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+_StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[list[_StopString], Field(fail_fast=True, max_length=16)]
 
 
 class StreamOptions(Body):
@@ -62,7 +65,7 @@ class InferenceRequest(Body):
     temperature: Annotated[float, Field(ge=0)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
-    stop: Annotated[str, Field(min_length=1, max_length=1000)] | Stop | None = None
+    stop: _StopString | Stop | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Penalty | None = 0.0
     frequency_penalty: Penalty | None = 0.0
@@ -76,7 +79,7 @@ class InferenceRequest(Body):
     ignore_eos: bool | None = False
     include_stop_str_in_output: bool | None = False
     min_tokens: Count | None = 0
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[Tokens, Field(max_length=64)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     # ours
@@ -152,11 +155,11 @@ class CompletionRequest(InferenceRequest):
 
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[Tokens, Field(min_length=1)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=2048)]
         | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=2048),
+            list[Annotated[Tokens, Field(min_length=1)]],
+            Field(fail_fast=True, min_length=1, max_length=2048),
         ]
     )
     max_tokens: Count | None = 16
@@ -183,18 +186,21 @@ class Tool(Body):
     function: ToolFunction
 
 
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=1024)]
+
+
 class ChatCompletionRequest(InferenceRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: Annotated[Objects, Field(min_length=1)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = True
-    documents: list[dict[str, Any]] | None = None
+    documents: Objects | None = None
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
@@ -279,9 +285,9 @@ class TokenizeRequest(Body):
     model_config = ConfigDict(extra="allow")
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
-    tools: list[Tool] | None = None
-    documents: list[dict[str, Any]] | None = None
+    messages: Annotated[Objects, Field(min_length=1)] | None = None
+    tools: Tools | None = None
+    documents: Objects | None = None
     reasoning_effort: str | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
@@ -295,4 +301,4 @@ class DetokenizeRequest(Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Tokens

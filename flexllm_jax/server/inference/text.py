@@ -1,13 +1,15 @@
 """Text to tokens, in the HTTP process.
 
-Long texts are tokenized in a thread; the tokenizer's own backend is called, which many threads may
-use at once.
+Long texts are tokenized in threads, in which the tokenizer's own backend lets others run; of very
+long ones, one at a time, so that they keep no thread from shorter ones. Templates are rendered in
+threads, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -15,11 +17,17 @@ from flexllm_jax.engine.structured_outputs import quote
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.detokenizer import Detokenizer
 from flexllm_jax.models.messages import ConversationError, read_conversation
-from flexllm_jax.models.tokenizer import encode_text, token_starts
+from flexllm_jax.models.tokenizer import encode_texts, token_starts
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.tool_calls import Format, find_format
 
 _LONG_TEXT = 4000  # characters; tokenizing them takes about a millisecond
+_VERY_LONG_TEXT = 200_000
+
+
+def too_long(what: str, param: str = "prompt") -> ApiError:
+    """What is answered to a prompt that fits in no request."""
+    return ApiError(400, f"{what}: shorten it", param=param, code="context_length_exceeded")
 
 
 class TextCodec:
@@ -32,36 +40,48 @@ class TextCodec:
         self.template = ChatTemplate(tokenizer)
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.longest_token = max(map(len, vocabulary))
+        self._one_at_a_time = ThreadPoolExecutor(1, thread_name_prefix="long-text")
 
     async def encode(
-        self, text: str, max_tokens: int, *, add_special_tokens: bool = True
-    ) -> list[int]:
-        """Token ids of a prompt; ApiError at once when it must have over `max_tokens`."""
-        if len(text) > max_tokens * self.longest_token:
-            raise ApiError(
-                400,
-                f"the prompt has {len(text)} characters, and max_model_len is {max_tokens} tokens "
-                f"of at most {self.longest_token} characters: shorten it",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        self, texts: Sequence[str], max_tokens: int, *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of prompts; ApiError at once when one must have over `max_tokens`."""
+        for text in texts:
+            if len(text) > max_tokens * self.longest_token:
+                raise too_long(
+                    f"the prompt has {len(text)} characters, and max_model_len is {max_tokens} "
+                    f"tokens of at most {self.longest_token} characters"
+                )
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                message = "prompt: it has half a surrogate pair, which is no character"
+                raise ApiError(400, message, param="prompt") from None
+        return await self._run(encode_texts, texts, add_special_tokens)
 
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            message = "prompt: it has half a surrogate pair, which is no character"
-            raise ApiError(400, message, param="prompt") from None
-        return await self._run(encode_text, text, add_special_tokens)
-
-    async def token_starts(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Where the tokens of a prompt stand in its text, in characters."""
-        return await self._run(token_starts, text, add_special_tokens)
+    async def token_starts(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Where the tokens of prompts stand in their texts, in characters."""
+        return await self._run(token_starts, texts, add_special_tokens)
 
     async def _run(
-        self, function: Callable[..., list[int]], text: str, add_special_tokens: bool
-    ) -> list[int]:
-        call = partial(function, self.tokenizer, text, add_special_tokens=add_special_tokens)
-        return call() if len(text) < _LONG_TEXT else await asyncio.to_thread(call)
+        self, function: Callable[..., list[list[int]]], texts: Sequence[str], special: bool
+    ) -> list[list[int]]:
+        call = partial(function, self.tokenizer, texts, add_special_tokens=special)
+        length = sum(map(len, texts))
+        if length < _LONG_TEXT:
+            return call()
+        thread = self._one_at_a_time if length > _VERY_LONG_TEXT else None
+        return await asyncio.get_running_loop().run_in_executor(thread, call)
+
+    async def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        if len(tokens) < _LONG_TEXT:
+            return self.detokenizer.decode(tokens)
+        call = partial(self.backend.decode_batch, [tokens], skip_special_tokens=False)
+        (text,) = await asyncio.get_running_loop().run_in_executor(self._one_at_a_time, call)
+        return text
 
     def is_special(self, text: str) -> bool:
         """Whether `text` is a token that detokenizers leave out."""

@@ -69,7 +69,7 @@ def answer_of(prompt: list[int], said: str, reason: str = "length", **fields: An
 def completed(prompt: str | list[int], said: str, *, echo: bool = True) -> dict[str, Any]:
     """The choice of a completion with log-probabilities."""
     sent = (
-        _Prompt(encode_text(TOKENIZER, prompt), prompt, token_starts(TOKENIZER, prompt))
+        _Prompt(encode_text(TOKENIZER, prompt), prompt, token_starts(TOKENIZER, [prompt])[0])
         if isinstance(prompt, str)
         else _Prompt(prompt, None, [])
     )
