@@ -266,7 +266,8 @@ def test_a_template_of_a_client_where_it_is_trusted(tokenizer):
         config = SimpleNamespace(server=server, scheduler=SimpleNamespace(slo_classes={}))
         unused: Any = None
         codec = TextCodec(tokenizer)
-        inference = Inference(cast(Any, config), unused, codec, unused, unused, unused)
+        engines = cast(Any, SimpleNamespace(info=SimpleNamespace(max_model_len=160)))
+        inference = Inference(cast(Any, config), engines, codec, unused, unused, unused)
         return asyncio.run(inference.render(TokenizeRequest.model_validate(body), None))
 
     assert render(True) == "2 be brief hello"
