@@ -17,6 +17,8 @@ from jax._src import monitoring
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from flexllm_jax.compile.kept import KeptPrograms, compile_noting_key, signature_of
+
 
 @dataclass(frozen=True)
 class Program:
@@ -53,9 +55,10 @@ def use_persistent_cache(folder: Path | None) -> None:
 
 
 def compile_programs(
-    programs: Iterable[Program], *, progress: bool = True
+    programs: Iterable[Program], *, progress: bool = True, kept: KeptPrograms | None = None
 ) -> dict[str, jax.stages.Compiled]:
-    """Compile the programs, as many at once as there are cores; the result is keyed by name."""
+    """Compile the programs, as many at once as there are cores; the result is keyed by name. Those
+    in `kept` are not traced, and what is compiled is kept there."""
     programs = list(programs)
     bar = Progress(
         TextColumn("compiling"),
@@ -68,10 +71,16 @@ def compile_programs(
     )
 
     def compile_one(program: Program) -> jax.stages.Compiled:
+        signature = signature_of(program.arguments, program.donated) if kept else ""
+        if kept and (found := kept.load(program.name, signature)):
+            return found
         # Donated arguments that are only overwritten are kept too: dropped, as jit would, they
         # would stay beside what takes their place.
         jitted = jax.jit(program.function, donate_argnums=program.donated, keep_unused=True)
-        return jitted.lower(*program.arguments).compile()
+        executable, key = compile_noting_key(jitted.lower(*program.arguments))
+        if kept and key:
+            kept.add(program.name, signature, executable, key)
+        return executable
 
     with bar, ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         task = bar.add_task("compiling", total=len(programs), name="")
@@ -79,6 +88,8 @@ def compile_programs(
         for program, executable in zip(programs, pool.map(compile_one, programs), strict=True):
             compiled[program.name] = executable
             bar.update(task, advance=1, name=program.name)
+    if kept:
+        kept.save()
     return compiled
 
 

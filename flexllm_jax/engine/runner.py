@@ -18,6 +18,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Float, Int
 
 from flexllm_jax.compile.buckets import CompilationCounter, compile_programs, use_persistent_cache
+from flexllm_jax.compile.kept import KeptPrograms
 from flexllm_jax.compile.parallel import Mesh, plan_parallel
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
@@ -75,7 +76,9 @@ class Runner:
         # its own.
         with self._timed("programs"):
             self.programs = compile_programs(
-                list_programs(self.sizes, self.num_pages), progress=progress
+                list_programs(self.sizes, self.num_pages),
+                progress=progress,
+                kept=self._kept(config),
             )
         self._check_lattice()
         with self._timed("arrays"):
@@ -106,6 +109,12 @@ class Runner:
         started = time.monotonic()
         yield
         self.start_seconds[phase] = time.monotonic() - started
+
+    def _kept(self, config: Config) -> KeptPrograms | None:
+        folder = config.compile.cache_dir
+        if folder is None or self.sizes.placement:  # those of one device alone
+            return None
+        return KeptPrograms(folder, repr((self.sizes, self.num_pages)), self.device)
 
     # -- arrays -----------------------------------------------------------------------------------
 
