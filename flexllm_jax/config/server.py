@@ -21,6 +21,11 @@ class ApiKey(Section):
     tokens_per_minute: Int | None = Field(
         default=None, ge=1, description="Prompt and output tokens per minute. null: no limit."
     )
+    storage_bytes: Int | None = Field(
+        default=None,
+        ge=1024,
+        description="Its uploaded files together, bytes. null: as much as it leaves to others.",
+    )
     admin: bool = Field(
         default=False, description="Whether it sees the files, jobs and adapters of every key."
     )
@@ -59,11 +64,40 @@ class ServerSection(Section):
     max_body_bytes: Int = Field(
         default=8 * 2**20, ge=1024, description="Largest request, bytes, other than uploads."
     )
+    max_bodies_bytes: Int = Field(
+        default=2**30,
+        ge=1024,
+        description="Bytes of all requests, other than uploads, that are held at once; beyond it, "
+        "429. One of several keys holds as much as it leaves to the others.",
+    )
     max_upload_bytes: Int = Field(
         default=512 * 2**20, ge=1024, description="Largest uploaded file, bytes."
     )
     max_storage_bytes: Int = Field(
-        default=16 * 2**30, ge=1024, description="All uploaded files together, bytes."
+        default=16 * 2**30,
+        ge=1024,
+        description="All files together, bytes, those being uploaded included.",
+    )
+    max_connections: Int = Field(
+        default=2048,
+        ge=1,
+        description="Connections; beyond it the one that has waited longest without a request is "
+        "closed, or else the new one gets 503.",
+    )
+    head_timeout_s: Float = Field(
+        default=20.0, gt=0, description="Seconds in which a request's head must come."
+    )
+    keep_alive_s: Float = Field(
+        default=75.0, gt=0, description="Seconds that a connection is kept after an answer."
+    )
+    stalled_after_s: Float = Field(
+        default=30.0,
+        gt=0,
+        description="Seconds that a client may be behind `least_bytes_per_s` with a body, which "
+        "gets 408, or in reading an answer, whose connection is closed.",
+    )
+    least_bytes_per_s: Int = Field(
+        default=500, ge=1, description="Rate at which bodies come and answers are read, at least."
     )
     max_running_jobs: Int = Field(
         default=2, ge=1, description="Jobs that an engine trains side by side; others are queued."

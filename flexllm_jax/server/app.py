@@ -57,7 +57,7 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         url = config.server.database or f"sqlite:///{folder / 'server.sqlite'}"
         self.database = Database(url)
-        self.files = FileStore(folder / "files", self.database, config.server)
+        self.files = FileStore(folder / "files", self.database, config.server, self.keys.several)
         self.jobs = JobManager(
             config,
             self.database,
@@ -85,7 +85,12 @@ class Server:
 def _make_app(server: Server) -> FastAPI:
     app = FastAPI(title="flexllm_jax", version=__version__, docs_url=None, redoc_url=None)
     errors.install(app)
-    app.add_middleware(BodyLimit, limit_of=body_limits(server.config))
+    app.add_middleware(
+        BodyLimit,
+        keys=server.keys,
+        section=server.config.server,
+        limit_of=body_limits(server.config),
+    )
     app.add_middleware(AccessLog)
 
     app.state.keys = server.keys

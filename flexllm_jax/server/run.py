@@ -15,6 +15,8 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 
@@ -22,13 +24,14 @@ from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.server.app import Server
 from flexllm_jax.server.engines.alone import lock_for_server
 from flexllm_jax.server.engines.watchdog import end_within
-from flexllm_jax.server.http import sse
+from flexllm_jax.server.http.connections import BoundedConnection, Waiting
 from flexllm_jax.server.http.logs import use_json
 
 log = logging.getLogger(__name__)
 
 _HANGS_S = 5.0  # beyond the grace time: then something hangs
 _FOR_WRITING_S = 0.5  # of the grace time, for what the engine said at its end
+_OTHER_FILES = 256  # beside connections, and a file for each upload
 FOR_REQUESTS = 0.6  # of the grace time; the rest is for the engine's end
 
 
@@ -47,7 +50,7 @@ def listen(config: Config) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # in Linux: a peer that takes nothing is dropped
-        limit_ms = int(sse.SLOWEST_READER_S * 1e3)
+        limit_ms = int(config.server.stalled_after_s * 1e3)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit_ms)
     try:
         listener.bind((host, port))
@@ -91,6 +94,12 @@ def run(config: Config) -> int:
         )
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every client is an open file
+    if hard != resource.RLIM_INFINITY and hard < 2 * config.server.max_connections + _OTHER_FILES:
+        log.warning(
+            "this process may have %d open files, too few for server.max_connections (%d): raise "
+            "the limit (ulimit -n) or lower it",
+            *(hard, config.server.max_connections),
+        )
     if config.server.log_format == "json":
         use_json()
     with lock_for_server(config.output_dir):
@@ -99,18 +108,26 @@ def run(config: Config) -> int:
         return asyncio.run(_serve(server, listener))
 
 
-async def _serve(server: Server, listener: socket.socket) -> int:
+def http_server(server: Server) -> uvicorn.Server:
+    """What speaks HTTP for the application, within the limits of its section."""
     section = server.config.server
-    http = _HttpServer(
+    connection = partial(BoundedConnection, waiting=Waiting(section))
+    return _HttpServer(
         uvicorn.Config(
             server.app,
+            http=cast(type[asyncio.Protocol], connection),
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=75,
+            timeout_keep_alive=section.keep_alive_s,  # type: ignore[arg-type]  # for call_later
             timeout_graceful_shutdown=max(1, int(section.grace_s * FOR_REQUESTS)),
         )
     )
+
+
+async def _serve(server: Server, listener: socket.socket) -> int:
+    section, http = server.config.server, http_server(server)
     stop_by: float | None = None
 
     def stop() -> None:

@@ -7,6 +7,8 @@ import logging
 import os
 import time
 import uuid
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,24 +23,49 @@ from flexllm_jax.config import ServerSection
 from flexllm_jax.server.finetuning.database import Database, File, JobRow
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
+from flexllm_jax.server.http.body_limit import FORM_BYTES
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.http.shares import Shares
 
 log = logging.getLogger(__name__)
 
 PURPOSES = ("fine-tune",)
 UNFINISHED = ("validating_files", "queued", "running", "paused")
 _PIECE = 1 << 20
-_AT_ONCE = 64  # uploads; others wait, unread
+_COPIES_AT_ONCE = 4
+
+
+class _Form(MultiPartParser):
+    """What is in memory of a form: a start of its file, and few, short fields."""
+
+    spool_max_size = 1 << 16
 
 
 class FileStore:
     """The bytes in `folder`, the rest in the database."""
 
-    def __init__(self, folder: Path, database: Database, section: ServerSection):
+    def __init__(self, folder: Path, database: Database, section: ServerSection, several: bool):
         self.folder, self.database, self.section = folder, database, section
         folder.mkdir(parents=True, exist_ok=True)
         self._started = time.time()
-        self.uploads = asyncio.Semaphore(_AT_ONCE)
+        # Of what is kept, and of what is under way.
+        self.storage = Shares(section.max_storage_bytes, several)
+        query = select(File.owner, func.sum(File.bytes)).where(File.purpose.in_(PURPOSES))
+        query = query.group_by(File.owner)
+        for owner, size in database.run_now(lambda s: list(s.execute(query))):
+            self.storage.add(owner, size)
+        self._copying = ThreadPoolExecutor(_COPIES_AT_ONCE, thread_name_prefix="upload")
+
+    def reserve(self, client: Client, size: int) -> None:
+        """Hold room for bytes of an upload before they are written; ApiError 413."""
+        if not self.storage.take(client, size, client.storage_bytes):
+            raise self.full(client)
+
+    def full(self, client: Client) -> ApiError:
+        """There is no room for an upload."""
+        room = self.storage.room(client, client.storage_bytes)
+        message = f"the file is larger than the {room} bytes left for it: send a smaller one, or "
+        return ApiError(413, f"{message}delete files", param="file")
 
     async def remove_leftovers(self) -> None:
         """Remove what uploads left that a killed process had not finished: parts, and files that
@@ -70,9 +97,8 @@ class FileStore:
         return file
 
     async def save(self, upload: UploadFile, purpose: str, owner: str | None) -> File:
-        """Keep an upload; ApiError 413 when it or all files together become too large."""
-        used = await self.database.run(lambda s: s.scalar(select(func.sum(File.bytes)))) or 0
-        limit = min(self.section.max_upload_bytes, self.section.max_storage_bytes - used)
+        """Keep an upload, for which room is reserved; ApiError 413 when it is too large."""
+        limit = self.section.max_upload_bytes
         file_id = new_file_id()
         part = self.folder / f"{file_id}.part"
 
@@ -89,14 +115,10 @@ class FileStore:
             return size
 
         try:
-            size = await asyncio.to_thread(copy)
+            size = await asyncio.get_running_loop().run_in_executor(self._copying, copy)
             if size > limit:
-                raise ApiError(
-                    413,
-                    f"the file is larger than the {max(limit, 0)} bytes left for it: send a "
-                    f"smaller one, or delete files",
-                    param="file",
-                )
+                message = f"the file is larger than {limit} bytes: send a smaller one"
+                raise ApiError(413, message, param="file")
             if not size:
                 raise ApiError(400, "the file is empty", param="file")
             part.rename(self.path(file_id))
@@ -150,9 +172,26 @@ def routes(store: FileStore) -> APIRouter:
 
     @router.post("/v1/files")
     async def upload(request: Request, client: Known) -> Response:
-        async with store.uploads:
+        stated = request.headers.get("content-length", "")
+        if (
+            stated.isdigit()
+            and int(stated) > store.storage.room(client, client.storage_bytes) + FORM_BYTES
+        ):
+            raise store.full(client)
+        reserved, kept = 0, 0
+
+        async def reserving() -> AsyncGenerator[bytes]:
+            nonlocal reserved
+            async for piece in request.stream():
+                store.reserve(client, len(piece))
+                reserved += len(piece)
+                yield piece
+
+        try:
             try:
-                parser = MultiPartParser(request.headers, request.stream(), max_files=1)
+                parser = _Form(
+                    request.headers, reserving(), max_files=1, max_fields=8, max_part_size=1 << 16
+                )
                 form = await parser.parse()
             except (MultiPartException, KeyError) as error:
                 reason = getattr(error, "message", "no boundary")
@@ -165,8 +204,11 @@ def routes(store: FileStore) -> APIRouter:
                     message = f"purpose: got {purpose!r}; must be one of {PURPOSES}"
                     raise ApiError(400, message, param="purpose")
                 saved = await store.save(file, str(purpose), client.owner)
+                kept = saved.bytes
             finally:
                 await form.close()
+        finally:
+            store.storage.give_back(client, reserved - kept)
         return sse.json_response(describe(saved))
 
     @router.get("/v1/files")
@@ -206,16 +248,18 @@ def routes(store: FileStore) -> APIRouter:
     async def delete(file_id: str, client: Known) -> Response:
         file = await store.find(file_id, client)
 
-        def forget(session: Session) -> str | None:
+        def forget(session: Session) -> bool:
             used = (JobRow.training_file == file_id) | (JobRow.validation_file == file_id)
             query = select(JobRow.id).where(used, JobRow.status.in_(UNFINISHED))
-            user = session.scalars(query).first()
-            if user is None:
-                session.delete(session.merge(file))
-            return user
+            if (user := session.scalars(query).first()) is not None:
+                raise ApiError(409, f"job {user} still needs the file: cancel it first")
+            row = session.get(File, file_id)  # another request may have deleted it meanwhile
+            if row is not None:
+                session.delete(row)
+            return row is not None
 
-        if user := await store.database.run(forget):
-            raise ApiError(409, f"job {user} still needs the file: cancel it first")
+        if await store.database.run(forget) and file.purpose in PURPOSES:
+            store.storage.add(file.owner, -file.bytes)
         store.path(file.id).unlink(missing_ok=True)
         return sse.json_response({"id": file.id, "object": "file", "deleted": True})
 

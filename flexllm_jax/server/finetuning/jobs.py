@@ -127,7 +127,7 @@ class JobManager:
             init_adapter=adapter.path if adapter else None,
         )
         limit = self._config.server.max_queued_jobs
-        await self._database.run(lambda s: transitions.insert(s, job, limit))
+        await self._database.run(lambda s: transitions.insert(s, job, limit, client))
         self._spawn(self._validate(job.id))
         return job
 

@@ -15,15 +15,26 @@ from flexllm_jax.server.finetuning.database import JobRow, now
 from flexllm_jax.server.finetuning.files import UNFINISHED
 from flexllm_jax.server.finetuning.records import find_job, losses_of, tell, tell_rows
 from flexllm_jax.server.finetuning.validation import ValidatedJob
+from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.http.shares import fair_room
 
 ENDED = ("succeeded", "failed", "cancelled")
 _ENGINE_LOSSES = 3  # engines that may end while a job gets no further, before it is to blame
 
 
-def insert(session: Session, job: JobRow, limit: int) -> None:
-    """Take a job in; ApiError 429 when `limit` are not done."""
+def insert(session: Session, job: JobRow, limit: int, client: Client) -> None:
+    """Take a job in; ApiError 429 when `limit` are not done, or more of one of several keys than it
+    leaves to the others."""
     check_queue(session, limit)
+    if not client.sees_all:
+        query = select(func.count()).where(JobRow.status.in_(UNFINISHED))
+        free = limit - (session.scalar(query) or 0)
+        own = session.scalar(query.where(JobRow.owner == client.owner)) or 0
+        if fair_room(free, own) < 1:
+            message = f"key {client.name!r} has {own} jobs that are not done, and {free} are left "
+            message += "for all keys: wait for one of its own"
+            raise ApiError(429, message, code="rate_limit_exceeded", retry_after_s=60)
     session.add(job)
     session.flush()
     tell(session, job.id, f"Created fine-tuning job: {job.id}")

@@ -35,6 +35,7 @@ class Client:
     name: str
     max_in_flight: int | None = None
     tokens_per_minute: int | None = None
+    storage_bytes: int | None = None
     owner: str | None = None  # what it makes belongs to; None: to nobody
     sees_all: bool = True
     in_flight: int = 0
@@ -75,6 +76,7 @@ class ApiKeys:
                     key.name,
                     key.requests_in_flight,
                     key.tokens_per_minute,
+                    key.storage_bytes,
                     owner=key.name,
                     sees_all=alone or key.admin,
                 ),
@@ -86,6 +88,11 @@ class ApiKeys:
     def needed(self) -> bool:
         """Whether a request needs a key."""
         return self._everybody is None
+
+    @property
+    def several(self) -> bool:
+        """Whether one key may shut out another."""
+        return len(self._clients) > 1
 
     def client(self, authorization: str | None) -> Client:
         """The client of an Authorization header; ApiError 401."""
