@@ -99,6 +99,11 @@ class ServerSection(Section):
     least_bytes_per_s: Int = Field(
         default=500, ge=1, description="Rate at which bodies come and answers are read, at least."
     )
+    adapter_wait_s: Float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds that requests wait for a slot of adapters.slots; beyond it, 429.",
+    )
     max_running_jobs: Int = Field(
         default=2, ge=1, description="Jobs that an engine trains side by side; others are queued."
     )

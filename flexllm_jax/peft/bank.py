@@ -197,6 +197,10 @@ class Published:
     users: int = 0
 
 
+class NoFreeSlot(AdapterError):
+    """All slots are in use at this moment."""
+
+
 @dataclass
 class BankDirectory:
     """Which slot holds what (host side). Slots 1..num_slots-1 can hold an adapter."""
@@ -209,9 +213,17 @@ class BankDirectory:
     # Names an adapter to unload when all slots are taken, if one may be: it can be loaded again.
     evict: Callable[[], str | None] | None = None
 
+    def _used(self) -> set[int]:
+        published = {p.bank_slot for p in [*self.current.values(), *self.retired]}
+        return published | set(self.training.values())
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing."""
+        return self.num_slots - 1 - len(self._used())
+
     def _free_slot(self, purpose: str) -> int:
-        used = {p.bank_slot for p in [*self.current.values(), *self.retired]}
-        used |= set(self.training.values())
+        used = self._used()
         for slot in range(1, self.num_slots):
             if slot not in used:
                 return slot
@@ -219,7 +231,7 @@ class BankDirectory:
         if name is not None:
             self.unload(name)
             return self._free_slot(purpose)
-        raise AdapterError(
+        raise NoFreeSlot(
             f"no free slot for {purpose}: all {self.num_slots - 1} of adapters.slots "
             f"({self.num_slots}, slot 0 is no adapter) are taken; raise adapters.slots or "
             f"unload an adapter"

@@ -7,6 +7,7 @@ engine's thread only for the last step. ValueError, in one line, is the caller's
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.peft.adapter import Adapter
+from flexllm_jax.peft.bank import AdapterRow, NoFreeSlot
 from flexllm_jax.peft.hf_peft import is_adapter, load_adapter, save_adapter
 from flexllm_jax.server.engines.facts import FactBook
 
@@ -32,6 +34,8 @@ class EngineCalls:
         # Of adapters that can be loaded again.
         self._paths = {a.name: str(a.path) for a in config.adapters.preload}
         self._used: dict[str, float] = {}  # when an adapter was last asked for
+        self._loaded: dict[str, float] = {}  # and loaded
+        self.on_unload: Callable[[str], None] = lambda name: None
         self.facts = FactBook(_FORGOTTEN_AFTER_S)
         engine.adapters.directory.evict = self._least_used
         engine.trainer.on_checkpoint = self._keep_checkpoint
@@ -40,16 +44,53 @@ class EngineCalls:
     # -- adapters ---------------------------------------------------------------------------------
 
     def load_adapter(self, name: str, path: str) -> int:
-        """Serve a PEFT folder as a new version of `name`; returns the version."""
-        model = self._engine.runner.model
-        adapter = load_adapter(Path(path), model, self._config.model.path)
-        row = self._engine.adapters.to_row(name, adapter)
+        """Serve a PEFT folder as a new version of `name`; returns the version, or 0 when all slots
+        are in use: then it is loaded when it is asked for."""
+        adapter, row = self.read_adapter(name, path)
 
         def publish() -> int:
-            self._paths[name], self._used[name] = path, time.monotonic()
-            return self._engine.adapters.publish(name, adapter, row).version
+            try:
+                return self.publish(name, path, adapter, row)
+            except NoFreeSlot:
+                if name in self._engine.adapters.directory.current:
+                    self._engine.adapters.unload(name)  # requests to it finish; none may follow
+                self._paths[name] = path
+                return 0
 
         return self._loop.call(publish)
+
+    def read_adapter(self, name: str, path: str) -> tuple[Adapter, AdapterRow]:
+        """A PEFT folder, and what it is in the bank."""
+        model = self._engine.runner.model
+        adapter = load_adapter(Path(path), model, self._config.model.path)
+        return adapter, self._engine.adapters.to_row(name, adapter)
+
+    def publish(self, name: str, path: str, adapter: Adapter, row: AdapterRow) -> int:
+        """In the engine's thread: serve what was read; returns the version. NoFreeSlot."""
+        version = self._engine.adapters.publish(name, adapter, row).version
+        self._paths[name] = path
+        self._used[name] = self._loaded[name] = time.monotonic()
+        return version
+
+    def slots_to_be_had(self) -> int:
+        """In the engine's thread: free slots, and those of adapters that can be evicted."""
+        return self._engine.adapters.directory.num_free + len(self._idle())
+
+    @property
+    def num_giving_up(self) -> int:
+        """Adapters that only finish their requests; then their slots are free."""
+        return len(self._engine.adapters.directory.retired)
+
+    def give_up_oldest(self, before: float) -> None:
+        """In the engine's thread: of adapters loaded `before`, the first takes no more requests."""
+        jobs = self._engine.trainer.jobs
+        loaded = [
+            name
+            for name in self._engine.adapters.directory.current
+            if name in self._paths and name not in jobs and self._loaded.get(name, 0.0) < before
+        ]
+        if loaded:
+            self._engine.adapters.unload(min(loaded, key=lambda n: self._loaded.get(n, 0.0)))
 
     def is_loaded(self, name: str) -> bool:
         """In the engine's thread: whether requests for `name` can be queued; counts as use."""
@@ -58,9 +99,11 @@ class EngineCalls:
 
     def _least_used(self) -> str | None:
         """The idle adapter that was asked for the longest ago, of those that can come back."""
+        return min(self._idle(), key=lambda name: self._used.get(name, 0.0), default=None)
+
+    def _idle(self) -> list[str]:
         current = self._engine.adapters.directory.current
-        idle = [name for name in self._paths if name in current and not current[name].users]
-        return min(idle, key=lambda name: self._used.get(name, 0.0), default=None)
+        return [name for name in self._paths if name in current and not current[name].users]
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; requests that use it finish."""
@@ -69,6 +112,7 @@ class EngineCalls:
             self._paths.pop(name, None)
             if name in self._engine.adapters.directory.current:
                 self._engine.adapters.unload(name)
+            self.on_unload(name)
 
         self._loop.call(unload)
 

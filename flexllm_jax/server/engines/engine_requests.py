@@ -15,12 +15,11 @@ from llguidance import LLMatcher
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
 from flexllm_jax.engine.request import RequestState
+from flexllm_jax.server.engines.adapter_loads import AdapterLoads, Numbered
 from flexllm_jax.server.engines.calls import EngineCalls
 from flexllm_jax.server.engines.protocol import Event, Generate, Output, Outputs
 
 log = logging.getLogger(__name__)
-
-Numbered = dict[int, NewRequest]  # by the client's number
 
 
 class EngineRequests:
@@ -37,16 +36,23 @@ class EngineRequests:
         compile: Callable[..., object],
     ):
         self._engine, self._loop, self._calls = engine, loop, calls
-        self._tell, self._load_in_worker, self._compile_in_worker = tell, load, compile
+        self._tell, self._compile_in_worker = tell, compile
         # The engine's thread alone uses these: by the engine's number, and by the client's.
         self._active: dict[str, tuple[int, RequestFuture]] = {}
         self._futures: dict[int, RequestFuture] = {}
-        self._loading: dict[str, Numbered] = {}  # by adapter: requests that wait for it
+        self._loads = AdapterLoads(
+            *(loop, calls, self._add, self._refuse, load, engine.config.server.adapter_wait_s)
+        )
         self._compiling: set[int] = set()  # requests whose structure is not compiled yet
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Drop requests."""
         self._loop.post(lambda: self._cancel(request_ids))
+
+    def go_on(self) -> None:
+        """From time to time: what waits for an adapter may have to be told something."""
+        if self._loads.waiting:
+            self._loop.post(self._loads.go_on)
 
     def take(self, requests: Sequence[Generate]) -> None:
         """Hand requests to the engine's thread, which has no time for what can be done here; their
@@ -83,25 +89,16 @@ class EngineRequests:
 
     def _submit(self, requests: Numbered, adapter: str | None, path: str | None) -> None:
         if adapter and path and not self._calls.is_loaded(adapter):
-            if adapter not in self._loading:
-                self._loading[adapter] = {}
-                self._load_in_worker(self._load, adapter, path)
-            self._loading[adapter] |= requests
+            self._loads.want(adapter, path, requests)
         else:
             self._add(requests)
 
-    def _load(self, adapter: str, path: str) -> None:
-        """In a worker: load an adapter; then what waited for it is queued, or refused."""
-        try:
-            self._calls.load_adapter(adapter, path)
-        except Exception as error:
-            invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
-            self._loop.post(lambda: self._refuse(self._loading.pop(adapter), text, invalid))
-        else:
-            self._loop.post(lambda: self._add(self._loading.pop(adapter)))
-
-    def _refuse(self, request_ids: Iterable[int], error: str, invalid: bool) -> None:
-        outputs = [Output(number, [], error=error, invalid=invalid) for number in request_ids]
+    def _refuse(
+        self, request_ids: Iterable[int], error: str, invalid: bool = False, busy: bool = False
+    ) -> None:
+        outputs = [
+            Output(number, [], error=error, invalid=invalid, busy=busy) for number in request_ids
+        ]
         self._tell(Outputs(outputs))
 
     def _add(self, requests: Numbered) -> None:
@@ -121,9 +118,7 @@ class EngineRequests:
 
     def _cancel(self, request_ids: Sequence[int]) -> None:
         self._compiling.difference_update(request_ids)
-        for waiting in self._loading.values():
-            for number in request_ids:
-                waiting.pop(number, None)
+        self._loads.cancel(request_ids)
         for request_id in request_ids:
             future = self._futures.pop(request_id, None)
             if future is not None:
@@ -156,6 +151,8 @@ class EngineRequests:
                 del self._active[state.request_id], self._futures[request_id]
         if outputs:
             self._tell(Outputs(outputs))
+        if self._loads.waiting:
+            self._loads.go_on()
 
 
 def _number(requests: Sequence[Generate], matchers: Sequence[LLMatcher | None]) -> Numbered:

@@ -143,6 +143,8 @@ class EngineProcess:
                 if self.loop.alive:  # else jobs may be said to have failed with the engine
                     self._events.put(stats)
                 self._calls.forget_ended()
+                with contextlib.suppress(EngineStopped):
+                    self._requests.go_on()
         end_within(self._section.grace_s)
         failed = not self.loop.alive  # jobs are not to blame, as it seems: the next engine goes on
         self.loop.stop()

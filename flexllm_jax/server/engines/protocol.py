@@ -100,7 +100,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     finish_reason    "stop" or "length" with the last token; None before it
     queued_s         with the first token: seconds from arrival to the first step with it
     cached_tokens    with the first token: those of the prompt that were in the prefix cache
-    error            why nothing more will come; then `invalid` tells a bad request from a failure
+    error            why nothing more will come; then `invalid` tells a bad request from a failure,
+                     and `busy` what can be tried again later
     """
 
     request_id: int
@@ -112,6 +113,7 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     invalid: bool = False
     queued_s: float | None = None
     cached_tokens: int = 0
+    busy: bool = False
 
 
 class Outputs(Message, frozen=True):

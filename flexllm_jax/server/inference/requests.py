@@ -88,6 +88,8 @@ class Answer:
         async for index, at, output in self._generation:
             if output.error:
                 self._metrics[index].end("error")
+                if output.busy:
+                    raise ApiError(429, output.error, code="server_busy", retry_after_s=5)
                 raise ApiError(400 if output.invalid else 503, output.error)
             for position, token in enumerate(output.token_ids):
                 yield self._take(index, at, token, output, position)
