@@ -46,6 +46,9 @@ _SHORT_PATHS = {
 }
 
 
+PATH_END = r"(.*\.)?(", ")$"  # around a key of rank_pattern or alpha_pattern
+MOST_RANK, MOST_ALPHA = 65_536, 1e6  # beyond them it is a mistake, or worse
+
 Site = tuple[int, str]  # (layer, where in it)
 Weights = Mapping[Site, Mapping[str, np.ndarray]]
 
@@ -111,6 +114,8 @@ class LoraConfig(AdapterConfig):
     `target_modules` is a sequence of the names in TARGET_MODULES, or "all-linear" for all seven.
     `rank_pattern` and `alpha_pattern` map regular expressions on module paths to the rank and alpha
     used instead of `r` and `alpha`; the first that matches counts. `layers_to_transform` None: all.
+    `resolved`: rank and alpha by module path, found out already; else the patterns are matched when
+    they are needed, which takes as long as who wrote them wants.
     """
 
     r: int
@@ -120,6 +125,9 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
+    resolved: Mapping[str, tuple[int, float]] | None = field(
+        default=None, compare=False, repr=False
+    )
 
     kind: ClassVar[str] = "lora"
 
@@ -141,13 +149,19 @@ class LoraConfig(AdapterConfig):
         ranks = {"r": self.r}
         ranks |= {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
         for name, value in ranks.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise AdapterError(f"{name}={value!r} must be a positive integer")
+            number = isinstance(value, int) and not isinstance(value, bool)
+            if not (number and 1 <= value <= MOST_RANK):
+                raise AdapterError(
+                    f"{name}={value!r} must be a positive integer, at most {MOST_RANK}"
+                )
         alphas = {"alpha": self.alpha}
         alphas |= {f"alpha_pattern[{key!r}]": value for key, value in self.alpha_pattern.items()}
         for name, value in alphas.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise AdapterError(f"{name}={value!r} must be a number")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and abs(value) <= MOST_ALPHA):  # which NaN is not
+                raise AdapterError(f"{name}={value!r} must be a number up to {MOST_ALPHA:.0f}")
+        if self.resolved is not None:
+            return
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 try:
@@ -159,11 +173,18 @@ class LoraConfig(AdapterConfig):
 
     def rank(self, layer: int, module: str) -> int:
         """Rank of one projection's adapter; `module` is its name in the parameter tree ("q")."""
-        return _first_match(self.rank_pattern, module_path(layer, module), self.r)
+        path = module_path(layer, module)
+        if self.resolved is not None:
+            return self.resolved[path][0]
+        return _first_match(self.rank_pattern, path, self.r)
 
     def scale(self, layer: int, site: str) -> float:
         """Factor on A @ B: alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA."""
-        alpha = _first_match(self.alpha_pattern, module_path(layer, site), self.alpha)
+        path = module_path(layer, site)
+        if self.resolved is not None:
+            alpha = self.resolved[path][1]
+        else:
+            alpha = _first_match(self.alpha_pattern, path, self.alpha)
         rank = self.rank(layer, site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -203,7 +224,7 @@ class LoraConfig(AdapterConfig):
 def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, from a dot."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if re.match(pattern.join(PATH_END), path):
             return value
     return default
 

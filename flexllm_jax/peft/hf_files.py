@@ -3,6 +3,7 @@
 
 import json
 import logging
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,38 @@ logger = logging.getLogger(__name__)
 ROOT = "base_model.model."  # before the base model's names
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_MOST_CONFIG_BYTES = 2**20
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """The fields of an `adapter_config.json`."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        _require_file(file, _MOST_CONFIG_BYTES)
+        raw = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise AdapterError(
             f"{file} does not exist; give a directory written by PEFT's save_pretrained"
         ) from None
+    except RecursionError:
+        raise AdapterError(f"{file} is nested too deeply; save the adapter again") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{file} cannot be read: {error}; save the adapter again") from None
     if not isinstance(raw, dict):
         raise AdapterError(f"{file} holds a {type(raw).__name__}, not a JSON object")
     return raw
+
+
+def _require_file(file: Path, most_bytes: int | None = None) -> None:
+    """OSError or ValueError for what has no end: a pipe, a device, a loop of links."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise ValueError(f"it has {status.st_size} bytes, more than {most_bytes}")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def open_weights(directory: Path) -> Any:
@@ -82,6 +100,11 @@ def read_tensors(
                     f"{directory / WEIGHTS}: tensor {name} has dtype {values.dtype}, not a float"
                 )
             tensors[name] = values.astype(np.float32)
+            if not np.isfinite(tensors[name]).all():
+                raise AdapterError(
+                    f"{directory / WEIGHTS}: tensor {name} has values that are not finite: the "
+                    "adapter's training diverged, or the file is broken"
+                )
     if copies:
         logger.warning("%s: copies of the base model's %s are not used", directory, copies)
     return tensors

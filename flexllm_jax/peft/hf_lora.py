@@ -13,6 +13,7 @@ import numpy as np
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import (
+    PATH_END,
     TARGET_MODULES,
     Adapter,
     AdapterError,
@@ -22,7 +23,8 @@ from flexllm_jax.peft.adapter import (
 )
 from flexllm_jax.peft.hf_files import CONFIG, ROOT, WEIGHTS, read_tensors
 from flexllm_jax.peft.hf_kinds import FILE_KINDS
-from flexllm_jax.peft.hf_targets import target_fields, targeted_sites
+from flexllm_jax.peft.hf_targets import all_paths, target_fields, targeted_sites
+from flexllm_jax.peft.patterns import Expression, match_paths
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +82,7 @@ def load_lora(
                 name for name, module in TARGET_MODULES.items() if module in modules
             ),
             use_rslora=bool(raw.get("use_rslora")),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
+            **_patterns(raw, model_config),
             layers_to_transform=(
                 None if len(layers) in (0, model_config.num_layers) else tuple(sorted(layers))
             ),
@@ -92,6 +93,28 @@ def load_lora(
     named = raw.get("base_model_name_or_path")
     weights = _take_weights(tensors, directory / WEIGHTS, config, model_config, targets, named)
     return Adapter(config, weights)
+
+
+def _patterns(raw: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """rank_pattern and alpha_pattern, and what they say of every module of `model`."""
+    ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
+    for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        if not isinstance(pattern, Mapping):
+            raise AdapterError(f"{name}={pattern!r} must map patterns to numbers")
+    paths = all_paths(model)
+    matches = match_paths([_key(key) for key in {**ranks, **alphas}], paths)
+
+    def find(values: Mapping[str, Any], path: str, default: Any) -> Any:
+        found = (v for k, v in values.items() if path in matches[_key(k)])
+        return next(found, default)
+
+    r, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
+    resolved = {path: (find(ranks, path, r), find(alphas, path, alpha)) for path in paths}
+    return {"rank_pattern": ranks, "alpha_pattern": alphas, "resolved": resolved}
+
+
+def _key(pattern: str) -> Expression:
+    return Expression("start", pattern, *PATH_END)
 
 
 def _refuse_unsupported(directory: Path, raw: Mapping[str, Any]) -> None:
@@ -106,6 +129,9 @@ def _refuse_unsupported(directory: Path, raw: Mapping[str, Any]) -> None:
     for field, remedy in UNSUPPORTED.items():
         if raw.get(field):
             refuse(field, remedy)
+    dropout = raw.get("lora_dropout") or 0.0  # which plays no part here
+    if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        refuse("lora_dropout", "it must be from 0 to 1")
     if raw.get("bias", "none") != "none":
         refuse("bias", "train the adapter with bias='none'")
     if raw.get("init_lora_weights") not in _INITIALIZATIONS:

@@ -34,6 +34,8 @@ from flexllm_jax.peft.hf_lora import UNSUPPORTED, load_lora, lora_files
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_REASON = 1000  # characters
+
 
 def load_adapter(
     path: str | Path, model_config: ModelConfig, base_model_path: str | Path | None = None
@@ -44,10 +46,29 @@ def load_adapter(
     base model's weights are compared. When the adapter names another one, that is only logged, as
     the same model may lie anywhere. Raises AdapterError, in one line, for what is missing,
     unsupported, or of another base model. Dropout is not used at inference and is ignored.
+
+    Whoever wrote the files, it ends, and soon: they are regular ones, expressions are matched in a
+    process with limits, and numbers are finite.
     """
-    directory = Path(path)
+    try:
+        return _load(Path(path), model_config, base_model_path)
+    except AdapterError as error:
+        text = str(error)
+        if len(text) <= _LONGEST_REASON:
+            raise
+        half = _LONGEST_REASON // 2  # it repeats what the files have
+        raise AdapterError(f"{text[:half]} ... {text[-half:]}") from None
+
+
+def _load(
+    directory: Path, model_config: ModelConfig, base_model_path: str | Path | None
+) -> Adapter:
     raw = read_config(directory / CONFIG)
     named = raw.get("base_model_name_or_path")
+    if not isinstance(named, str | None):
+        raise AdapterError(
+            f"{directory / CONFIG}: base_model_name_or_path={named!r} must be text; save it again"
+        )
     if base_model_path is not None and named and Path(named).name != Path(base_model_path).name:
         logger.warning("%s names base model %s, not %s", directory, named, base_model_path)
     if base_model_path is None and named and Path(named).is_dir():

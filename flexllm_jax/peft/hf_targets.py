@@ -7,14 +7,16 @@ another matches. `exclude_modules` goes before everything (PEFT's `check_target_
 """
 
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import TARGET_MODULES, Adapter, AdapterError, Site, module_path
+from flexllm_jax.peft.patterns import Expression, Matches, match_paths
 
 logger = logging.getLogger(__name__)
+
+_LAYER = r"\.(?P<layer>\d+)\."  # behind the name of a list of layers
 
 
 def targeted_sites(raw: Mapping[str, Any], model: ModelConfig) -> tuple[Site, ...]:
@@ -27,14 +29,13 @@ def targeted_sites(raw: Mapping[str, Any], model: ModelConfig) -> tuple[Site, ..
     if isinstance(names, str) and names.lower() == "all-linear":
         names = [path for path in candidates if path != "lm_head"]  # PEFT means them in full
     others = ["model.embed_tokens"]  # what else PEFT's LoRA could be put on
+    paths = [*candidates, *others]
     try:
-        matched = [path for path in [*candidates, *others] if _is_target(raw, names, path)]
-        unused = [
-            name
-            for name in (names if isinstance(names, list) else [])
-            if not any(_names_module(name, path) for path in [*candidates, *others])
-        ]
-    except (re.error, TypeError) as error:
+        rules = _Rules(raw, names, paths)
+        matched = [path for path in paths if rules.select(path)]
+        ends = {end for path in paths for end in _ends(path)}
+        unused = [name for name in rules.names if name not in ends]
+    except (AdapterError, TypeError) as error:
         raise AdapterError(
             f"target_modules={names!r} with exclude_modules={raw.get('exclude_modules')!r} cannot "
             f"be matched with modules: {error}"
@@ -48,7 +49,8 @@ def targeted_sites(raw: Mapping[str, Any], model: ModelConfig) -> tuple[Site, ..
         )
     if unused:
         logger.warning(
-            "target_modules: %s match no module of this model and change nothing", ", ".join(unused)
+            "target_modules: %s match no module of this model and change nothing",
+            ", ".join(unused[:20]),
         )
     return tuple(candidates[path] for path in matched)
 
@@ -78,30 +80,60 @@ def _candidates(model: ModelConfig) -> dict[str, Site]:
     return {module_path(*site): site for site in [*sites, (model.num_layers, "head")]}
 
 
-def _names_module(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+def all_paths(model: ModelConfig) -> list[str]:
+    """The path of every projection that LoRA can be put on."""
+    return list(_candidates(model))
 
 
-def _matches(spec: str | list[str], path: str) -> bool:
-    if isinstance(spec, str):
-        return re.fullmatch(spec, path) is not None
-    return any(_names_module(name, path) for name in spec)
+def _ends(path: str) -> list[str]:
+    """The path, and its ends from a dot: the names that mean it."""
+    parts = path.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
 
 
-def _is_target(raw: Mapping[str, Any], names: Any, path: str) -> bool:
-    excluded = raw.get("exclude_modules")
-    if excluded and _matches(excluded, path):
-        return False
-    if not _matches(names, path):
-        return False
-    layers = raw.get("layers_to_transform")
-    if isinstance(names, str) or path in names or layers is None or layers == []:
-        return True
-    patterns = raw.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
+class _Rules:
+    """The fields of a configuration that select modules; what they hold is not checked before."""
+
+    def __init__(self, raw: Mapping[str, Any], names: Any, paths: list[str]):
+        self._target, self._excluded = names, raw.get("exclude_modules")
+        layers = raw.get("layers_to_transform")
+        self._layers = None if layers is None or layers == [] else _as_set(layers)
+        patterns = raw.get("layers_pattern") or []
         # PEFT's two expressions, with and without a pattern, agree on these paths.
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", path)
-        if match:
-            return int(match["layer"]) in ([layers] if isinstance(layers, int) else layers)
-    return False
+        before = r"(?:^|.*?\.)"
+        self._in_layers = [
+            Expression("start", pattern, before, _LAYER)
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        ] or [Expression("start", "", before + r"[^.]*", _LAYER)]
+        self.names = [] if isinstance(names, str) else list(names)
+        given = [spec for spec in (names, self._excluded) if isinstance(spec, str) and spec]
+        whole = [Expression("whole", spec) for spec in given]
+        used = [] if self._layers is None or isinstance(names, str) else self._in_layers
+        self._matches: Mapping[Expression, Matches] = match_paths([*whole, *used], paths)
+        self._sets = {
+            key: frozenset(spec)
+            for key, spec in (("target", names), ("excluded", self._excluded))
+            if spec and not isinstance(spec, str)
+        }
+
+    def select(self, path: str) -> bool:
+        """Whether a module is a target."""
+        if self._excluded and self._means("excluded", self._excluded, path):
+            return False
+        if not self._means("target", self._target, path):
+            return False
+        if isinstance(self._target, str) or self._layers is None or path in self._sets["target"]:
+            return True
+        for expression in self._in_layers:
+            if path in self._matches[expression]:
+                return int(self._matches[expression][path]["layer"]) in self._layers
+        return False
+
+    def _means(self, key: str, spec: Any, path: str) -> bool:
+        if isinstance(spec, str):
+            return path in self._matches[Expression("whole", spec)] if spec else not path
+        return key in self._sets and not self._sets[key].isdisjoint(_ends(path))
+
+
+def _as_set(layers: Any) -> frozenset[Any]:
+    return frozenset([layers] if isinstance(layers, int) else layers)

@@ -52,18 +52,21 @@ def find_folder(given: str, allowed: tuple[Path, ...]) -> Path:
         raise outside
     roots = [root.resolve() for root in allowed]
     candidates = [Path(given)] if Path(given).is_absolute() else [root / given for root in roots]
-    found = [folder for c in candidates if _is_inside(folder := c.resolve(), roots)]
+    try:
+        found = [folder for c in candidates if _is_inside(folder := c.resolve(), roots)]
+        for folder in found:
+            try:
+                files = list(folder.iterdir())
+            except OSError:  # there is no such folder, or cannot be: its name is too long
+                files = []
+            if any(file.name == "adapter_config.json" for file in files):
+                if not all(_is_inside(file.resolve(), roots) for file in files):
+                    raise outside
+                return folder
+    except (OSError, RuntimeError):  # links that lead to one another
+        raise outside from None
     if not found:
         raise outside
-    for folder in found:
-        try:
-            files = list(folder.iterdir())
-        except OSError:  # there is no such folder, or cannot be: its name is too long
-            files = []
-        if any(file.name == "adapter_config.json" for file in files):
-            if not all(_is_inside(file.resolve(), roots) for file in files):
-                raise outside
-            return folder
     raise ApiError(404, f"lora_path: there is no adapter in {given!r}", param="lora_path")
 
 
