@@ -124,7 +124,10 @@ class ServerSection(Section):
         "of time and memory.",
     )
     stuck_after_s: Float = Field(
-        default=60.0, gt=0, description="Seconds without a step, having work, that fail /health."
+        default=60.0,
+        gt=0,
+        description="Seconds in which an engine says nothing, or has work and does no step, until "
+        "it is killed and started again; /health fails before.",
     )
     log_format: Literal["json", "text"] = Field(
         default="json", description="What a line of the log looks like, on stderr."
@@ -132,7 +135,8 @@ class ServerSection(Section):
     grace_s: Float = Field(
         default=25.0,
         gt=0,
-        description="Seconds after SIGTERM in which requests finish and jobs write checkpoints.",
+        description="Seconds after SIGTERM in which requests finish and jobs write checkpoints; "
+        "what hangs then is ended.",
     )
 
     @field_validator("api_keys")

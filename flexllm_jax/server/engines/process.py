@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 STATS_S = 0.2
 _WORKERS = 4  # beside those that start jobs
-_ENDS_S = 5.0  # that an earlier server's engine may take beyond its grace time
+_ENDS_S = 2.0  # that an earlier server's engine may take beyond its grace time
 
 
 class EngineProcess:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from flexllm_jax.server.http.openapi import BYTES, EVENTS, WITH_BODY, Answers
+from flexllm_jax.server.http.openapi import BYTES, EVENTS, READS, WITH_BODY, WRITES, Answers
 
 JobStatus = Literal[
     "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
@@ -121,17 +121,17 @@ class JobCheckpointPage(Page):
 
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
 ANSWERS: Answers = {
-    ("post", "/v1/files"): ([File], WITH_BODY),
-    ("get", "/v1/files"): ([FilePage], (400,)),
-    ("get", "/v1/files/{file_id}"): ([File], (404,)),
-    ("delete", "/v1/files/{file_id}"): ([Deleted], (404, 409)),
-    ("get", "/v1/files/{file_id}/content"): ([{"application/octet-stream": BYTES}], (404,)),
-    ("post", _JOBS): ([Job], (*WITH_BODY, 404, 429)),
-    ("get", _JOBS): ([JobPage], (400,)),
-    ("get", _JOB): ([Job], (404,)),
-    ("post", f"{_JOB}/cancel"): ([Job], (400, 404)),
-    ("post", f"{_JOB}/pause"): ([Job], (400, 404)),
-    ("post", f"{_JOB}/resume"): ([Job], (400, 404)),
-    ("get", f"{_JOB}/events"): ([JobEventPage, EVENTS], (400, 404)),
-    ("get", f"{_JOB}/checkpoints"): ([JobCheckpointPage], (400, 404)),
+    ("post", "/v1/files"): ([File], (*WITH_BODY, *WRITES)),
+    ("get", "/v1/files"): ([FilePage], (400, *READS)),
+    ("get", "/v1/files/{file_id}"): ([File], (404, *READS)),
+    ("delete", "/v1/files/{file_id}"): ([Deleted], (404, 409, *WRITES)),
+    ("get", "/v1/files/{file_id}/content"): ([{"application/octet-stream": BYTES}], (404, *READS)),
+    ("post", _JOBS): ([Job], (*WITH_BODY, 404, 429, *WRITES)),
+    ("get", _JOBS): ([JobPage], (400, *READS)),
+    ("get", _JOB): ([Job], (404, *READS)),
+    ("post", f"{_JOB}/cancel"): ([Job], (400, 404, *WRITES)),
+    ("post", f"{_JOB}/pause"): ([Job], (400, 404, *WRITES)),
+    ("post", f"{_JOB}/resume"): ([Job], (400, 404, 429, *WRITES)),
+    ("get", f"{_JOB}/events"): ([JobEventPage, EVENTS], (400, 404, *READS)),
+    ("get", f"{_JOB}/checkpoints"): ([JobCheckpointPage], (400, 404, *READS)),
 }

@@ -21,9 +21,11 @@ _REASONS = {
     409: "Something still needs it.",
     413: "The body is too large.",
     429: "The server or the key is busy; try again after `Retry-After` seconds.",
-    503: "The engine is not there, or the server is shutting down; try again.",
+    503: "The engine is not there, the database refuses, or the server shuts down; try again.",
+    507: "The disk is full: nothing was kept.",
 }
 WITH_BODY = (400, 413)
+READS, WRITES = (503,), (503, 507)  # the database
 JSON = type[BaseModel]
 Answer = JSON | dict[str, Any]
 Answers = dict[tuple[str, str], tuple[list[Answer], tuple[int, ...]]]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from flexllm_jax.server.http.openapi import EVENTS, TEXT, WITH_BODY, Answers
+from flexllm_jax.server.http.openapi import EVENTS, TEXT, WITH_BODY, WRITES, Answers
 
 FinishReason = Literal["stop", "length"]
 
@@ -160,6 +160,6 @@ ANSWERS: Answers = {
     ("post", "/tokenize"): ([Tokens], WITH_BODY),
     ("post", "/detokenize"): ([Text], WITH_BODY),
     ("get", "/tokenizer_info"): ([TokenizerInfo], ()),
-    ("post", "/v1/load_lora_adapter"): ([TEXT], (*WITH_BODY, 403, 404, 503)),
-    ("post", "/v1/unload_lora_adapter"): ([TEXT], (*WITH_BODY, 404)),
+    ("post", "/v1/load_lora_adapter"): ([TEXT], (*WITH_BODY, 403, 404, *WRITES)),
+    ("post", "/v1/unload_lora_adapter"): ([TEXT], (*WITH_BODY, 404, *WRITES)),
 }

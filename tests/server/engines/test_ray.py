@@ -35,7 +35,7 @@ def server(chat_llama, tmp_path_factory):
         chat_llama,
         tmp_path_factory.mktemp("ray"),
         ray={"replicas": 2, "cpus_per_replica": 0.5},
-        server={"stuck_after_s": 3.0},
+        server={"stuck_after_s": 9.0},
     )
     with RunningServer(config, SERVE_RAY) as running:
         running.wait(lambda: running.metric("flexllm:engine_up") == 2, SLOW_S)
