@@ -24,6 +24,7 @@ from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import AdapterRow, BankShape, scale_shapes, weight_shapes
 from kernels_pallas.backend import Backend
+from kernels_pallas.rows import stored_dtype
 
 # Most packed finetuning sequences whose tokens one step's forward may hold.
 FINETUNE_SEQUENCES = 32
@@ -101,6 +102,11 @@ class EngineSizes:
             return Decoder(self.placement.local, self.dtype, ALL)
         return Decoder(self.model, self.dtype)
 
+    @property
+    def stored(self) -> jnp.dtype:
+        """What the arrays that are written row by row are made of."""
+        return stored_dtype(self.dtype, self.backend)
+
     @cached_property
     def parameters(self) -> dict:
         """The frozen parameters."""
@@ -134,7 +140,7 @@ class EngineSizes:
     @cached_property
     def bank_arrays(self) -> dict:
         """The adapter bank: {"weights", "scales"}, lists by layer."""
-        weights = weight_shapes(self.model, self.bank, self.bank.rows, self.dtype)
+        weights = weight_shapes(self.model, self.bank, self.bank.rows, self.stored)
         if self.placement:
             weights = self.placement.adapters(weights, rows=True)
         return {
@@ -160,8 +166,8 @@ class EngineSizes:
     def finetune_arrays(self) -> dict:
         """The buffers of the microbatches in work: {"saved": by layer, "flow"}."""
         model = self.decoder.config
-        saved = saved_shapes(model, self.dtype, self.finetune_slots, self.columns)
-        flow = flow_shapes(model, self.dtype, self.finetune_slots)
+        saved = saved_shapes(model, self.stored, self.finetune_slots, self.columns)
+        flow = flow_shapes(model, self.stored, self.finetune_slots)
         if self.placement:
             saved = self.placement.own(saved)
             flow |= self.placement.own({name: flow[name] for name in ("dk", "dv")})
@@ -198,7 +204,7 @@ class EngineSizes:
 
     def pages(self, num_pages: int) -> list:
         """The KV pages of all layers."""
-        pages = page_shapes(self.model, self.dtype, num_pages, self.page_size)
+        pages = page_shapes(self.model, self.stored, num_pages, self.page_size)
         return self.placement.pages(pages) if self.placement else pages
 
 

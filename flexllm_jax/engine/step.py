@@ -15,6 +15,7 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.backend import Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
+from kernels_pallas.rows import set_rows
 
 
 def forward_step(
@@ -39,7 +40,7 @@ def forward_step(
         params: frozen parameters.
         bank: {"weights", "scales"} lists by layer, or None: a step without adapters runs a program
             without bypasses.
-        pages: per layer {"k", "v"} [P, B, K, H]; donated.
+        pages: per layer {"k", "v"} [P, B, K, H] of a `stored_dtype`; donated.
         finetune: {"saved": per layer, "flow"} (see `finetune.buffers`), or None for a step
             without finetuning tokens; donated.
         last_tokens: newest token of each request row.
@@ -90,7 +91,7 @@ def forward_step(
             kept = [activations[name].reshape(x.shape[0], -1) for name in columns]
             values = {"activations": jnp.concatenate(kept, axis=1), "lse": lse}
             new_saved = {
-                name: _set_rows(slots, inputs.saved_row, values[name])
+                name: set_rows(slots, inputs.saved_row, values[name])
                 for name, slots in layer_saved.items()
             }
             # Written before the next layer: else XLA writes all layers' at the end, and holds what
@@ -106,7 +107,7 @@ def forward_step(
         new_pages.append(layer_pages)
         new_saved.append(layer_saved)
     if finetune is not None:
-        outputs = _set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
+        outputs = set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
         finetune = {"saved": new_saved, "flow": finetune["flow"] | {"stream": outputs}}
     return new_pages, finetune, x, x[inputs.sample]
 
@@ -116,9 +117,4 @@ def _write(
 ) -> Float[Array, "P B K H"]:
     """Put each token's row in its slot of the pages; slots past the end are padding."""
     flat = pages.reshape(-1, *pages.shape[2:])
-    return _set_rows(flat, slots, values).reshape(pages.shape)
-
-
-def _set_rows(array: jax.Array, rows: Int[Array, " T"], values: jax.Array) -> jax.Array:
-    """Overwrite rows, no two of them the same; those past the end are dropped."""
-    return array.at[rows].set(values, mode="drop", unique_indices=True)
+    return set_rows(flat, slots, values).reshape(pages.shape)

@@ -21,6 +21,7 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.backend import Backend
+from kernels_pallas.rows import from_stored, to_stored
 
 
 @jax.custom_vjp
@@ -78,10 +79,10 @@ def layer_unit(
     layer = decoder.layer(layer_params)
 
     def slice_of(x: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(x, start, unit_tokens)
+        return from_stored(lax.dynamic_slice_in_dim(x, start, unit_tokens))
 
     def with_slice(x: jax.Array, rows: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x, rows, start, axis=0)
+        return lax.dynamic_update_slice_in_dim(x, to_stored(rows, x.dtype), start, axis=0)
 
     whole = MicrobatchTable.unpack(table)
     sequence_start = slice_of(whole.sequence_start)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
 from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.decoder import Decoder
+from kernels_pallas.rows import from_stored, to_stored
 
 _VOCABULARY_CHUNK = 4096
 
@@ -52,7 +53,7 @@ def loss_unit(
     """
     rows = MicrobatchTable.unpack(lax.dynamic_slice_in_dim(table, start, unit_tokens, axis=1))
     outputs = without_padding(
-        lax.dynamic_slice_in_dim(flow["stream"], start, unit_tokens),
+        from_stored(lax.dynamic_slice_in_dim(flow["stream"], start, unit_tokens)),
         rows.sequence_start < table.shape[1],
     )
     hidden, pull = jax.vjp(lambda x: decoder.final_norm(params, x), outputs)
@@ -138,6 +139,7 @@ def loss_unit(
         }
     (d_outputs,) = pull(d_hidden.astype(hidden.dtype))
 
+    d_outputs = to_stored(d_outputs, flow["stream"].dtype)
     flow = flow | {
         "stream": lax.dynamic_update_slice_in_dim(flow["stream"], d_outputs, start, axis=0),
         "logprob": lax.dynamic_update_slice_in_dim(flow["logprob"], logprob, start, axis=0),

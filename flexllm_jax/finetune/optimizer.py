@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.config import OptimizerConfig
+from flexllm_jax.peft.bank import set_row
 
 # What `optimizer_step` takes as its float32 vector of hyperparameters, in this order.
 HYPERPARAMETERS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_norm")
@@ -142,9 +143,7 @@ def optimizer_step(
         updated,
         {name: state[name] for name in updated},
     )
-    weights = jax.tree.map(
-        lambda rows, own: rows.at[bank_row].set(own.astype(rows.dtype)), weights, kept["master"]
-    )
+    weights = set_row(weights, bank_row, kept["master"])
     metrics = {
         "loss": loss_sum / jnp.maximum(labels, 1.0),
         "gradient_norm": norm,

@@ -18,6 +18,7 @@ import numpy as np
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft import bottleneck, ia3, prefix
 from flexllm_jax.peft.adapter import Adapter, AdapterConfig, AdapterError, Site
+from kernels_pallas.rows import from_stored, to_stored
 
 KINDS = ("lora", "ia3", "bottleneck", "prefix")
 Shapes = Mapping[Site, Mapping[str, tuple[int, ...]]]
@@ -105,13 +106,17 @@ def scale_shapes(
 
 def write_row(weights: list, scales: list, row: jax.Array, values: list, factors: list):
     """Put one adapter's weights and scales in a row of the bank (donated)."""
-    weights = jax.tree.map(lambda w, v: w.at[row].set(v.astype(w.dtype)), weights, values)
-    return weights, jax.tree.map(lambda s, v: s.at[row].set(v), scales, factors)
+    return set_row(weights, row, values), set_row(scales, row, factors)
+
+
+def set_row(arrays: list, row: jax.Array, values: list) -> list:
+    """One row of arrays of the bank overwritten, rounded to what they hold."""
+    return jax.tree.map(lambda x, v: x.at[row].set(to_stored(v, x.dtype)), arrays, values)
 
 
 def read_row(weights: list, row: jax.Array) -> list:
     """One row of the bank, float32."""
-    return jax.tree.map(lambda w: w[row].astype(jnp.float32), weights)
+    return jax.tree.map(lambda w: from_stored(w[row]).astype(jnp.float32), weights)
 
 
 def copy_row(weights: list, scales: list, source: jax.Array, target: jax.Array):

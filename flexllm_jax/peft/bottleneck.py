@@ -15,6 +15,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora
+from kernels_pallas.rows import from_stored
 
 # Site -> the projection whose output goes through it.
 FOLLOWS = {"bottleneck_o": "o", "bottleneck_down": "down"}
@@ -75,9 +76,9 @@ def bottleneck(
         if site in weights and name in outputs:
             own, present, y = weights[site], scales[site], outputs[name]
             rows, size = own["down_bias"].shape
-            eye = jnp.broadcast_to(jnp.eye(size, dtype=own["down"].dtype), (rows, size, size))
+            eye = jnp.broadcast_to(jnp.eye(size, dtype=y.dtype), (rows, size, size))
             down_bias, up_bias = (
-                _row(own[n] * present[:, None], adapter).astype(y.dtype)
+                _row(from_stored(own[n]) * present[:, None], adapter).astype(y.dtype)
                 for n in ("down_bias", "up_bias")
             )
             inner: Any = grouped_lora(

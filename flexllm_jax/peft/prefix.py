@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
+from kernels_pallas.rows import from_stored
 
 SITE = "prefix"
 
@@ -154,7 +155,7 @@ def _share(
 
 
 def _flat(values: Float[Array, "A P K H"]) -> Float[Array, "AP K H"]:
-    return values.astype(jnp.float32).reshape(-1, *values.shape[2:])
+    return from_stored(values).astype(jnp.float32).reshape(-1, *values.shape[2:])
 
 
 def _grouped(values: Float[Array, "T N H"], heads: int) -> Float[Array, "T K G H"]:

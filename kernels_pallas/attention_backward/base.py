@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.rows import from_stored
+
 _KEYS_AT_ONCE = 128
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 
@@ -52,7 +54,7 @@ def attention_of_slice(
         slots = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk)
         index = c * chunk + jnp.arange(chunk)
         read = ((index >= first_key) & (index <= last_key))[:, None, None]
-        keys, values = (jnp.where(read, x[slots], 0) for x in (flat_keys, flat_values))
+        keys, values = (jnp.where(read, from_stored(x[slots]), 0) for x in (flat_keys, flat_values))
         scores = head_dim**-0.5 * jnp.einsum(
             "ukgh,ckh->ukgc", queries, keys, preferred_element_type=jnp.float32
         )
@@ -100,7 +102,7 @@ def attention_backward(
 
     Args:
         q: the slice's queries; query i is row first_row + i of the microbatch.
-        k_pages: pages of B keys.
+        k_pages: pages of B keys, as `rows.stored_dtype` says.
         v_pages: pages of values.
         kv_slots: where each of the microbatch's S tokens keeps its key and value: page * B +
             offset; int32. Any slot does for a token that is padding.
@@ -154,8 +156,8 @@ def attention_backward(
         slots = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk)
         key_index = c * chunk + jnp.arange(chunk)
         read = ((key_index >= first_key) & (key_index <= last_key))[:, None, None]
-        keys = jnp.where(read, flat_keys[slots], 0)  # [C, K, H]
-        values = jnp.where(read, flat_values[slots], 0)
+        keys = jnp.where(read, from_stored(flat_keys[slots]), 0)  # [C, K, H]
+        values = jnp.where(read, from_stored(flat_values[slots]), 0)
         visible = (key_index >= start) & (key_index <= index)
         scores = scale * jnp.einsum(
             "kqh,ckh->kqc", queries, keys, preferred_element_type=jnp.float32

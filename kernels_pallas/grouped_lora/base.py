@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.rows import from_stored
+
 
 def grouped_lora(
     x: Float[Array, "T D"],
@@ -26,8 +28,8 @@ def grouped_lora(
     Args:
         x: input of several base projections.
         ys: their outputs; E may differ from one to the next.
-        a: for each projection, the down projections of all adapters; adapters of a smaller rank are
-            padded with zeros.
+        a: for each projection, the down projections of all adapters, as `rows.stored_dtype` says;
+            adapters of a smaller rank are padded with zeros.
         b: for each projection, the up projections.
         scales: for each projection, LoRA's alpha / r (or alpha / sqrt(r)) of each adapter; float32.
         adapter: row of a, b and scales for each token, or -1: y stays as it is; int32.
@@ -108,7 +110,7 @@ def _for_each_adapter(adapter: jax.Array, num_adapters: int, add, carry):
 
 def _one_adapter(a, b, scales, adapter, row, dtype):
     """One row's factors in the inputs' dtype, its scales, and which tokens are its own."""
-    down, up = ([w[row].astype(dtype) for w in factors] for factors in (a, b))
+    down, up = ([from_stored(w[row]).astype(dtype) for w in factors] for factors in (a, b))
     return down, up, [s[row] for s in scales], adapter == row
 
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.rows import from_stored
+
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 _BLOCKS_AT_ONCE = 4
 _CHUNK_BLOCK = 64  # queries a block of a chunk of prefill or finetuning holds
@@ -41,7 +43,8 @@ def ragged_paged_attention(
 
     Args:
         q: queries of all sequences, one after the other.
-        k_pages: pages of B keys; this call's own keys are already in their pages.
+        k_pages: pages of B keys, as `rows.stored_dtype` says; this call's own keys are already in
+            their pages.
         v_pages: pages of values.
         query_starts: sequence s owns queries [query_starts[s], query_starts[s + 1]), the last ones
             of its kv_lengths[s] tokens; int32, not decreasing.
@@ -169,8 +172,8 @@ def _attend(
         def chunk_of_keys(c, carry):
             total, maximum, accumulated = carry
             ids = lax.dynamic_slice_in_dim(own_tables, c * chunk_pages, chunk_pages, axis=1)
-            keys = k_pages[ids].reshape(at_once, chunk, kv_heads, head_dim)
-            values = v_pages[ids].reshape(at_once, chunk, kv_heads, head_dim)
+            keys = from_stored(k_pages[ids]).reshape(at_once, chunk, kv_heads, head_dim)
+            values = from_stored(v_pages[ids]).reshape(at_once, chunk, kv_heads, head_dim)
             index = c * chunk + jnp.arange(chunk)
             # Slots past the sequence hold anything, NaN too, and 0 * NaN is NaN.
             values = jnp.where((index < own_length)[:, :, None, None], values, 0)

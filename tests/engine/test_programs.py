@@ -1,16 +1,19 @@
 """Donated buffers stay where they are: no program copies KV pages, weights or finetuning buffers
 (invariant 7; that nothing compiles is shown in `test_resume`, in a process of its own)."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from flexllm_jax import SamplingParams
-from flexllm_jax.compile.buckets import compile_programs
+from flexllm_jax.compile.buckets import Program, compile_programs
 from flexllm_jax.engine import runner as runner_module
 from flexllm_jax.engine.programs import list_programs
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.finetune.buffers import saved_columns
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
@@ -83,6 +86,56 @@ def test_programs_hold_no_copy_of_the_weights(llm):
         memory: Any = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < 0.1 * size(weights)
         assert memory.alias_size_in_bytes >= size(*buffers)
+
+
+_PAGES, _SLOTS, _ROWS, _TIMES = 41, 64, 3, 20
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_program_costs_what_its_arrays_cost(llm, dtype):
+    """With many times the KV pages, the finetuning slots and the slots of the adapter bank, every
+    program needs the memory it needed, and none has such an array as float32: on a CPU, XLA would
+    convert bfloat16, in place too.
+
+    Units of the backward alone copy what flows through it, on CPUs and in its own type.
+    """
+    few, many = (_programs(llm.engine.runner.sizes, dtype, times) for times in (1, _TIMES))
+    # What is equal in both is one program.
+    changed = [p for p, q in zip(few, many, strict=True) if repr(p) != repr(q)]
+    names = {p.name for p in changed}
+    assert names > {"forward/base/8", "forward/adapters/8", "unit/layer", "unit/loss"}
+    assert names > {"write_row", "read_row", "copy_row", "optimizer_step", "zeros/pages"}
+    small = compile_programs(changed, progress=False)
+    lengths = {_TIMES * n for n in (_PAGES, _SLOTS, _ROWS)}
+    many = [p for p in many if p.name in names]
+    for program, compiled in zip(
+        many, compile_programs(many, progress=False).values(), strict=True
+    ):
+        name, text = program.name, compiled.as_text() or ""
+        assert text
+        memory: Any = [c.memory_analysis() for c in (small[name], compiled)]
+        flow = size(program.arguments[program.donated[0]]) if name.startswith("unit/") else 0
+        numbers = 4096  # a few of each slot of the bank
+        before, after = (m.temp_size_in_bytes for m in memory)
+        assert after < before + 2 * flow + numbers, name
+        for array in jax.tree.leaves(program.arguments):
+            if array.dtype.itemsize == 2 and array.shape[0] in lengths:
+                flat = (math.prod(array.shape[:2]), *array.shape[2:])
+                for shape in (array.shape, flat):
+                    assert f"f32[{','.join(map(str, shape))}]" not in text, name
+
+
+def _programs(sizes: EngineSizes, dtype: str, times: int) -> list[Program]:
+    """Every program of an engine of one layer."""
+    sizes = replace(
+        sizes,
+        model=replace(sizes.model, num_layers=1),
+        dtype=jnp.dtype(dtype),
+        finetune_slots=_SLOTS * times,
+        buckets=(8,),
+        bank=replace(sizes.bank, rows=_ROWS * times),
+    )
+    return list_programs(sizes, _PAGES * times)
 
 
 def test_buffers_stay_at_their_address_while_serving_and_training(llm, tmp_path):
