@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
+from sqlalchemy import select
 
 from flexllm_jax.config import Config
 from flexllm_jax.models.tokenizer import load_tokenizer
@@ -18,7 +20,7 @@ from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning import answers as finetuning_answers
 from flexllm_jax.server.finetuning import files
 from flexllm_jax.server.finetuning import routes as jobs_routes
-from flexllm_jax.server.finetuning.database import Database
+from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.files import FileStore
 from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.finetuning.loaded_adapters import LoadedAdapters
@@ -70,7 +72,25 @@ class Server:
         self.dashboard = Dashboard(
             config, self.engines, self.models, self.metrics, self.database, self.jobs
         )
+        self._owners: dict[str, str | None] = {}  # of jobs that are in the metrics
         self.app = _make_app(self)
+
+    async def metrics_seen(self, authorization: str | None) -> Callable[[str], bool] | None:
+        """Which jobs and adapters are in the metrics that somebody reads: those of its key; without
+        one, where keys are needed, adapters of the configuration. None: all. ApiError 401."""
+        if authorization is None and self.keys.needed:
+            return {adapter.name for adapter in self.config.adapters.preload}.__contains__
+        client = self.keys.client(authorization)
+        if client.sees_all:
+            return None
+        if new := self.metrics.jobs - self._owners.keys():
+            query = select(JobRow.id, JobRow.owner).where(JobRow.id.in_(new))
+            rows = await self.database.run(lambda s: [(r[0], r[1]) for r in s.execute(query)])
+            self._owners |= dict(rows)
+        owners = dict(self._owners)
+        for adapter in self.models.adapters.values():
+            owners[adapter.name] = owners[adapter.engine_name] = adapter.owner
+        return lambda name: name in owners and client.may_see(owners[name])
 
     def begin_drain(self) -> None:
         """Admit nothing more."""
@@ -122,8 +142,9 @@ def _add_status(app: FastAPI, server: Server) -> None:
         return sse.json_response({"version": __version__})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(server.metrics.render(), media_type="text/plain; version=0.0.4")
+    async def metrics(request: Request) -> Response:
+        sees = await server.metrics_seen(request.headers.get("authorization"))
+        return Response(server.metrics.render(sees), media_type="text/plain; version=0.0.4")
 
 
 class Health(BaseModel):
@@ -141,5 +162,5 @@ class Version(BaseModel):
 _ANSWERS: openapi.Answers = {
     ("get", "/health"): ([Health], (503,)),
     ("get", "/version"): ([Version], ()),
-    ("get", "/metrics"): ([openapi.TEXT], ()),
+    ("get", "/metrics"): ([openapi.TEXT], (401,)),
 }

@@ -8,10 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter as Counts
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from flexllm_jax.config import Config
 from flexllm_jax.server.engines.client import EngineClient
@@ -30,6 +33,7 @@ JOB_STATES = (
     "failed",
     "cancelled",
 )
+_LISTS = ("running_lora_adapters", "waiting_lora_adapters")
 _COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -103,8 +107,7 @@ class ServerMetrics:
             "vllm:lora_requests_info",
             "Adapters of the requests at hand; the value is the time.",
             "max_lora",
-            "running_lora_adapters",
-            "waiting_lora_adapters",
+            *_LISTS,
         )
         self.finetune_tokens = counter(
             "flexllm:finetune_tokens", "Finetuning tokens computed.", "job", "phase"
@@ -141,6 +144,7 @@ class ServerMetrics:
         )
         self._met = {name: deque(maxlen=_ATTAINMENT_WINDOW) for name in self._slos}
         self.recent: deque[Latencies] = deque(maxlen=_ATTAINMENT_WINDOW)
+        self.jobs: set[str] = set()  # of which there is something
         self._adapters: dict[str, Counts[str]] = {"running": Counts(), "waiting": Counts()}
         self._totals: dict[str, dict[Any, float]] = {}  # by engine: of the one that runs now
         self._versions: dict[str, dict[str, int]] = {}  # by engine: of its adapters
@@ -151,9 +155,10 @@ class ServerMetrics:
         """For the `RequestMetrics` of one HTTP request."""
         return Batch(self, admitted, outputs)
 
-    def render(self) -> bytes:
-        """The text of /metrics."""
-        return generate_latest(self.registry)
+    def render(self, sees: Callable[[str], bool] | None = None) -> bytes:
+        """The text of /metrics. With `sees`: of jobs and adapters those that it says yes to; tokens
+        of all other jobs are one sum, of the job ""."""
+        return generate_latest(self.registry if sees is None else _Visible(self.registry, sees))
 
     # -- from the engine --------------------------------------------------------------------------
 
@@ -191,6 +196,7 @@ class ServerMetrics:
             error = abs(step.predicted_s - step.measured_s) / max(step.measured_s, 1e-9)
             self.prediction_error.labels(name).observe(error)
         for job in stats.jobs:
+            self.jobs.add(job.name)
             for phase, tokens in (("forward", job.forwarded), ("backward", job.backwarded)):
                 counter = self.finetune_tokens.labels(job.name, phase)
                 _add(counter, totals, (job.name, phase), tokens)
@@ -304,6 +310,35 @@ class RequestMetrics:
         elif reason == "error":
             metrics.note_slo(self._slo, False, time.monotonic() - self._arrival, None)
         self._batch.end(self._tokens)
+
+
+class _Visible(Collector):
+    """Metrics without the jobs and adapters that are not to be seen."""
+
+    def __init__(self, registry: CollectorRegistry, sees: Callable[[str], bool]):
+        self._registry, self._sees = registry, sees
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        for family in self._registry.collect():
+            shown, others = [], Counts[tuple]()
+            for sample in family.samples:
+                name = sample.labels.get("job") or sample.labels.get("adapter")
+                if name is None or self._sees(name):
+                    shown.append(sample._replace(labels=self._names(sample.labels)))
+                elif sample.name.endswith("_total"):
+                    rest = {**sample.labels, "job": ""}
+                    others[sample.name, tuple(rest.items())] += sample.value  # type: ignore[assignment]
+            shown += [Sample(name, dict(rest), total) for (name, rest), total in others.items()]
+            family.samples = shown
+            yield family
+
+    def _names(self, labels: Mapping[str, str]) -> dict[str, str]:
+        """Labels with lists of adapters, of which those to be seen stay."""
+        return {
+            label: ",".join(filter(self._sees, text.split(","))) if label in _LISTS else text
+            for label, text in labels.items()
+        }
 
 
 def _add(counter: Counter, totals: dict[Any, float], key: Any, total: float) -> None:

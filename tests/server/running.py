@@ -120,9 +120,9 @@ class RunningServer:
         except urllib.error.HTTPError as error:
             return error.code, dict(error.headers), error.read().decode()
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, key: str | None = None) -> float:
         """The value of a metric with its labels, or without them the sum over all labels."""
-        lines = self.get("/metrics")[1].splitlines()
+        lines = self.get("/metrics", key)[1].splitlines()
         values = [line for line in lines if line.startswith((name + "{", name + " "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in values)
 

@@ -163,13 +163,13 @@ def test_its_losses_are_those_of_the_python_api(client, trained, llm, tmp_path):
 
 def test_its_tokens_and_loss_are_metrics(server, client, trained):
     labels = f'{{job="{trained.id}",phase="%s"}}'
-    forward = server.metric("flexllm:finetune_tokens_total" + labels % "forward")
-    backward = server.metric("flexllm:finetune_tokens_total" + labels % "backward")
+    forward = server.metric("flexllm:finetune_tokens_total" + labels % "forward", KEY)
+    backward = server.metric("flexllm:finetune_tokens_total" + labels % "backward", KEY)
     assert backward == trained.trained_tokens
     assert forward > backward  # validation goes forward only
     content = client.files.content(trained.result_files[0]).read().decode()
     last = float(content.splitlines()[-1].split(",")[1])
-    assert server.metric(f'flexllm:finetune_loss{{job="{trained.id}"}}') == pytest.approx(last)
+    assert server.metric(f'flexllm:finetune_loss{{job="{trained.id}"}}', KEY) == pytest.approx(last)
     assert server.metric('flexllm:finetune_jobs{state="succeeded"}') >= 1
 
 

@@ -84,6 +84,21 @@ def test_adapters_of_another_key_are_not_there(client, other, job):
     assert {"tiny", "random"} <= set(theirs)  # the base model, and what the configuration loads
 
 
+def test_metrics_name_a_keys_own_jobs_and_adapters(server, client, job):
+    (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    client.completions.create(model=checkpoint.fine_tuned_model_checkpoint, prompt="a")
+    server.wait(lambda: f"{job.id}.step-" in server.get("/metrics", KEY)[1], 10)
+    tokens = server.metric("flexllm:finetune_tokens_total", KEY)
+    loss = f'flexllm:finetune_loss{{job="{job.id}"}}'
+    assert tokens > 0 and loss in server.get("/metrics", KEY)[1]
+    for key in (None, LIMITED_KEY):
+        status, text = server.get("/metrics", key)
+        assert status == 200 and job.id not in text and "ft:" not in text
+        assert 'adapter="random"' in text  # the configuration's
+        assert server.metric("flexllm:finetune_tokens_total", key) == tokens
+    assert server.get("/metrics", "no-key-of-it")[0] == 401
+
+
 def test_loaded_adapters_are_their_keys_too(server, client, other, adapter):
     def ask(key, action, **fields):
         body = json.dumps({"lora_name": "private", **fields}).encode()
