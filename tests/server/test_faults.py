@@ -24,7 +24,7 @@ LONG["extra_body"] = {"ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def config(chat_llama, tmp_path_factory):
-    server = {"max_running_jobs": 1}
+    server = {"max_running_jobs": 1, "stalled_after_s": 200.0}
     return make_config(chat_llama, tmp_path_factory.mktemp("faults"), server=server)
 
 

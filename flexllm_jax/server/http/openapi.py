@@ -18,13 +18,14 @@ _REASONS = {
     401: "No valid API key.",
     403: "The folder is not one that the server allows.",
     404: "There is no such thing.",
+    408: "The body came too slowly.",
     409: "Something still needs it.",
     413: "The body is too large.",
     429: "The server or the key is busy; try again after `Retry-After` seconds.",
     503: "The engine is not there, the database refuses, or the server shuts down; try again.",
     507: "The disk is full: nothing was kept.",
 }
-WITH_BODY = (400, 413)
+WITH_BODY = (400, 408, 413, 429)
 READS, WRITES = (503,), (503, 507)  # the database
 JSON = type[BaseModel]
 Answer = JSON | dict[str, Any]
@@ -110,7 +111,7 @@ def _complete(schema: dict[str, Any], answers: Answers, with_keys: bool) -> None
                     content["application/json"] = {"schema": reference[answer]}
             success = {"200": {"description": "The answer.", "content": content}} if shown else {}
             operation["responses"] = success | {
-                str(status): _error(status, reference[Error]) for status in sorted(statuses)
+                str(status): _error(status, reference[Error]) for status in sorted(set(statuses))
             }
     upload = schema["paths"]["/v1/files"]["post"]
     content = {"multipart/form-data": {"schema": _UPLOAD}}
