@@ -147,7 +147,7 @@ class FinetuneQueue:
                 count = min(count, (progress.left_after(0) - 1) // work.length)
             else:
                 # Units of one kind cost the same, nearly.
-                end = progress.slices if loss_units else progress.total_units
+                end = progress.head_units if loss_units else progress.total_units
                 left = end - progress.units_done if loss_units in (0, len(work.units)) else 0
                 count = min(count, (left - 1) // len(work.units))
         return max(0, count)

@@ -1,8 +1,9 @@
 """How far a microbatch in work is, and what its next tokens and units cost.
 
-Forward tokens go in order; then units, each of one slice of `unit_tokens` tokens: the loss of every
-slice, then the layers from the last to the first, and in each its slices from the last to the first
-(FlexLLM's token-level finetuning, section 5 of the paper). A unit of a late slice costs more than
+Forward tokens go in order; then units, each of one slice of `unit_tokens` tokens: the scores and
+the loss of every slice (head units, which are priced alike), then the layers from the last to the
+first, and in each its slices from the last to the first (FlexLLM's token-level finetuning, section
+5 of the paper). A unit of a late slice costs more than
 one of an early slice: its queries see more keys. Invariant: every token and unit is dispatched
 exactly once, in order.
 """
@@ -37,7 +38,8 @@ class Progress:
         self.unit_tokens = config.unit_tokens
         self.slices = -(-self.tokens // self.unit_tokens)
         layers = config.num_layers if microbatch.backward else 0
-        self.total_units = self.slices * (1 + layers)
+        self.head_units = self.slices * (microbatch.scored + microbatch.backward)
+        self.total_units = self.head_units + self.slices * layers
         self._segments = config.max_finetune_segments
         self._ends = list(itertools.accumulate(microbatch.lengths))
         # (query, key) pairs of the first i units of a layer: slices come from the last one on.
@@ -97,7 +99,7 @@ class Progress:
     def with_units(self, features: StepFeatures, count: int) -> StepFeatures:
         """The features of a step that also holds the next `count` units."""
         first, last = self.units_done, self.units_done + count
-        loss = max(0, min(last, self.slices) - first)
+        loss = max(0, min(last, self.head_units) - first)
         return features._replace(
             loss_units=loss,
             layer_units=count - loss,
@@ -107,30 +109,31 @@ class Progress:
     def affordable(self, seconds: float) -> int:
         """How many of the next units cost no more than `seconds` together."""
         first, last, slices = self.units_done, self.total_units, self.slices
+        head = self.head_units
         target = self.cost(first) + seconds * (1 + 1e-12)
         if seconds <= 0:
             return 0
         if target >= self.cost(last):
             return last - first
-        target -= slices * self._loss_s
+        target -= head * self._loss_s
         if target < 0:
-            return int(target / self._loss_s + slices) - first
+            return int(target / self._loss_s + head) - first
         sweeps, rest = divmod(target, self._sweep_s[-1])
         within = bisect.bisect_right(self._sweep_s, rest) - 1
-        return max(0, slices * (1 + int(sweeps)) + within - first)
+        return max(0, head + slices * int(sweeps) + within - first)
 
     def cost(self, unit: int) -> float:
         """Seconds of the first `unit` units."""
-        if unit <= self.slices:
+        if unit <= self.head_units:
             return unit * self._loss_s
-        sweeps, rest = divmod(unit - self.slices, self.slices)
-        return self.slices * self._loss_s + sweeps * self._sweep_s[-1] + self._sweep_s[rest]
+        sweeps, rest = divmod(unit - self.head_units, self.slices)
+        return self.head_units * self._loss_s + sweeps * self._sweep_s[-1] + self._sweep_s[rest]
 
     def _pairs(self, unit: int) -> int:
         """(Query, key) pairs of the first `unit` units."""
-        if unit <= self.slices:
+        if unit <= self.head_units:
             return 0
-        sweeps, rest = divmod(unit - self.slices, self.slices)
+        sweeps, rest = divmod(unit - self.head_units, self.slices)
         return sweeps * self._sweep_pairs[-1] + self._sweep_pairs[rest]
 
     def _extent(self, start: int, stop: int) -> tuple[int, int]:

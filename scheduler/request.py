@@ -151,7 +151,9 @@ class Microbatch:
     job            whose it is
     weights_version   of the job's weights that it needs: they change with every optimizer step, so
                    only microbatches of one version may overlap
-    backward       False: only its loss is wanted (validation): it has loss units and no others
+    backward       False: only its log-probabilities are wanted (validation): it has scoring units
+                   and no others
+    scoring        its log-probabilities are wanted before any loss: it begins with scoring units
     """
 
     microbatch_id: int
@@ -159,6 +161,12 @@ class Microbatch:
     backward: bool = True
     job: str = ""
     weights_version: int = 0
+    scoring: bool = False
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has scoring units."""
+        return self.scoring or not self.backward
 
     @property
     def tokens(self) -> int:
@@ -226,9 +234,10 @@ class FinetuneForward:
 class BackwardUnits:
     """Backward units of a microbatch whose forward is complete.
 
-    units   with n = ceil(tokens / unit_tokens) slices, units [0, n) are the loss of one slice each,
-            from the first on, and units [n, n + num_layers * n) one layer x one slice each, layers
-            from the last to the first and slices too (those not for `Microbatch.backward=False`)
+    units   with n = ceil(tokens / unit_tokens) slices, first n units that score one slice each,
+            from the first on, if the microbatch is `scored`; then, if it goes `backward`, n units
+            of the loss of one slice each, likewise, and num_layers * n of one layer x one slice
+            each, layers from the last to the first and slices too
     done    `units` ends with its last one
     """
 

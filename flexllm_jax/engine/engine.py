@@ -193,7 +193,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a request is unfinished, a job running, or a step in flight."""
-        return bool(self._requests or self.trainer.has_work or self._in_flight or self._unsettled)
+        trainer = self.trainer.has_work or self.trainer.results_due
+        return bool(self._requests or trainer or self._in_flight or self._unsettled)
 
     def step(self) -> list[RequestState]:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
@@ -214,6 +215,7 @@ class Engine:
                 self._sample(step, planned, hidden_rows)
             if plan.backward:
                 self._backward(step, plan.backward)
+            step.after = self.trainer.take_results()
             self._in_flight.append(step)
             self.steps += 1
         self.host_seconds.append(time.perf_counter() - started)
@@ -221,6 +223,8 @@ class Engine:
             return self._postprocess(self._in_flight.popleft())
         if plan is None:
             self._settle()
+            for read in self.trainer.take_results():
+                read()
         return finished
 
     def _forward(self, step: StepInFlight) -> tuple[PlannedStep, jax.Array]:
@@ -250,7 +254,7 @@ class Engine:
     def _backward(self, step: StepInFlight, units: BackwardUnits) -> None:
         step.last_unit = self.trainer.backward(units)
         if units.done:
-            step.after = self.trainer.finish_microbatch(units.microbatch)
+            self.trainer.finish_microbatch(units.microbatch)
 
     def _postprocess(self, step: StepInFlight) -> list[RequestState]:
         """Read a step's tokens, find out who is done, and let the scheduler know."""

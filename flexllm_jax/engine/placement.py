@@ -7,6 +7,8 @@ that is left to the optimizer step (pre-reduce: the gradient of a weight that ea
 its own part) is an array with all devices' summands, one after the other in its first dimension.
 """
 
+import itertools
+import logging
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,8 +22,18 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexllm_jax.compile.buckets import Program
-from flexllm_jax.compile.parallel import ParallelError, ParallelPlan, WeightPlan
+from flexllm_jax.compile.parallel import (
+    Mesh,
+    ParallelError,
+    ParallelPlan,
+    WeightPlan,
+    plan_parallel,
+)
+from flexllm_jax.config import Config
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.peft.bank import BankShape
+
+log = logging.getLogger(__name__)
 
 KV, REPLICAS = "tp_kv", "tp_replicas"
 ALL = (KV, REPLICAS)
@@ -210,3 +222,26 @@ def _spec(plan: WeightPlan, ndim: int, lead: bool) -> P:
 def _summed_over(plan: WeightPlan) -> tuple[str, ...]:
     """The axes over which a weight is the same and its gradient pre-reduce."""
     return (REPLICAS,) if plan.kv_only else ALL
+
+
+def plan_placement(
+    config: Config, model: ModelConfig, bank: BankShape, dtype: np.dtype
+) -> Placement | None:
+    """How the model is split over devices; None for one. ParallelError when it cannot be."""
+    if config.parallel.tp == 1:
+        return None
+    mesh = Mesh.of(model, config.parallel.tp)
+    plan = plan_parallel(
+        model,
+        mesh,
+        tuple(bank.sites(model)),
+        rank=bank.rank,
+        bottleneck=bank.bottleneck,
+        tokens=config.scheduler.max_tokens_per_step,
+        itemsize=dtype.itemsize,
+    )
+    log.info("%s", plan.describe())
+    by_process = itertools.groupby(jax.devices(), key=lambda device: device.process_index)
+    each = config.parallel.tp // config.parallel.num_processes
+    devices = [device for _, own in by_process for device in itertools.islice(own, each)]
+    return Placement.on(devices, model, plan)

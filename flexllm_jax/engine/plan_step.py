@@ -212,7 +212,7 @@ class StepBuilder:
         inputs.token[where] = packed.token[tokens]
         inputs.position[where] = packed.position[tokens]
         inputs.kv_slot[where] = current.kv_slot[tokens]
-        inputs.adapter[where] = packed.job.bank_slot - 1
+        inputs.adapter[where] = current.job.bank_slot - 1
         inputs.saved_row[where] = forward.first_token_slot + np.arange(tokens.start, tokens.stop)
         start = 0
         for length, pages in zip(packed.lengths, current.pages, strict=True):

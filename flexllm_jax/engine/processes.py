@@ -49,10 +49,11 @@ CALLS = (
     "new_job_state",
     "begin_backward",
     "clear_finetune",
+    "score_unit",
     "loss_unit",
     "layer_unit",
     "commit",
-    "read_losses",
+    "read_logprobs",
     "optimizer_step",
     "copy_state",
 )

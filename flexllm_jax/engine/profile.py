@@ -22,6 +22,8 @@ from flexllm_jax.config import Config
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
 from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.finetune.buffers import MicrobatchTable
+from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.version import __version__
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.roofline import ModelCost, find_device, roofline
@@ -157,9 +159,10 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
     """Units of one sequence that fills all slots: its first slice of tokens, and its last."""
     sizes, layers = runner.sizes, runner.model.num_layers
     positions = np.arange(sizes.finetune_slots, dtype=np.int32)
-    table = np.zeros((4, sizes.finetune_slots), np.int32)
-    table[1], table[2] = positions, positions % (runner.num_pages * sizes.page_size)
-    table = runner.put(table)
+    rows, packed = MicrobatchTable.empty(sizes.finetune_slots)
+    rows.label[:] = rows.sequence_start[:] = rows.pair_start[:] = 0
+    rows.position[:], rows.kv_slot[:] = positions, positions % (runner.num_pages * sizes.page_size)
+    table, loss = runner.put((packed, Loss.of().packed()))
     weights = runner.new_job_state({})["master"]
     scales = [{m: np.ones(1, np.float32) for m in layer} for layer in weights]
 
@@ -169,7 +172,7 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
         ][-1]
 
     def loss_units(count: int) -> Callable[[], object]:
-        return lambda: [runner.loss_unit(table, weights, scales, 0) for _ in range(count)][-1]
+        return lambda: [runner.loss_unit(table, loss, weights, scales, 0) for _ in range(count)][-1]
 
     # Two counts of each kind: from one alone, a unit's time is not told from a step's overhead.
     for start in {0, sizes.finetune_slots - sizes.unit_tokens}:

@@ -18,7 +18,9 @@ from flexllm_jax.engine.sizes import EngineSizes, ints
 from flexllm_jax.engine.step import forward_step
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.finetune.backward import layer_unit
-from flexllm_jax.finetune.loss import loss_unit
+from flexllm_jax.finetune.buffers import TABLE_ROWS
+from flexllm_jax.finetune.loss import loss_unit, score_unit
+from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.optimizer import (
     HYPERPARAMETERS,
     commit,
@@ -31,6 +33,7 @@ from flexllm_jax.peft.bank import (
 )
 
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
+_BOOL = jax.ShapeDtypeStruct((), jnp.bool_)
 _WHOLE = PartitionSpec()  # results that every device has
 
 
@@ -126,38 +129,45 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     decoder, unit_tokens, params = sizes.decoder, sizes.unit_tokens, sizes.parameters
     finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
     flow, weights = finetune["flow"], sizes.bank_arrays["weights"]
-    table = ints(4, sizes.finetune_slots)
+    table, loss = ints(TABLE_ROWS, sizes.finetune_slots), _floats(len(Loss.of().packed()))
     adapter = {
         "weights": state["master"][0],
         "scales": dict.fromkeys(state["master"][0], _floats(1)),
     }
-    head_adapter, pending_loss = None, {"losses": pending["losses"], "gradients": None}
+    head_adapter = head_gradients = None
     if sizes.bank.has_head:
         head_adapter = {"weights": state["master"][-1], "scales": {"head": _floats(1)}}
-        pending_loss["gradients"] = pending["gradients"][-1]
+        head_gradients = pending[-1]
     kept = {k: state[k] for k in ("master", "optimizer")}
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     return [
         Program(
+            "unit/score",
+            _with_done(partial(score_unit, decoder, unit_tokens)),
+            (head_parameters(params), head_adapter, flow, table, _INT),
+            (2,),
+            (flow, _WHOLE),
+        ),
+        Program(
             "unit/loss",
             _with_done(partial(loss_unit, decoder, unit_tokens)),
-            (head_parameters(params), head_adapter, flow, pending_loss, table, _INT),
+            (head_parameters(params), head_adapter, flow, head_gradients, table, loss, _INT),
             (2, 3),
-            (flow, _WHOLE, _WHOLE),
+            (flow, head_gradients, _WHOLE),
         ),
         Program(
             "unit/layer",
             _with_done(partial(layer_unit, decoder, unit_tokens, sizes.columns, sizes.backend)),
-            (*one_layer, flow, pending["gradients"][0], table, _INT),
+            (*one_layer, flow, pending[0], table, _INT),
             (4, 5),
-            (flow, pending["gradients"][0], _WHOLE),
+            (flow, pending[0], _WHOLE),
         ),
         Program(
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)
         ),
         Program("clear", _clear, (finetune,), (0,), finetune),
-        Program("commit", commit, (pending["gradients"], pending["losses"], state), (2,), state),
-        Program("read_losses", _copy, (pending["losses"],), results=_WHOLE),
+        Program("commit", commit, (pending, state, _BOOL), (1,), state),
+        Program("read_logprobs", _copy, (flow["logprob"],), results=_WHOLE),
         Program("copy_state", _copy, (kept,), results=GATHERED),
         Program(
             "optimizer_step",
@@ -185,16 +195,17 @@ def _zeros(shapes):
 
 
 def _with_done(unit: Callable) -> Callable:
-    """A backward unit that also returns a scalar to wait on: its other outputs are donated on."""
+    """A unit that also returns a scalar to wait on: its other outputs are donated on."""
 
     def run(*arguments):
-        flow, accumulated = unit(*arguments)
-        return flow, accumulated, flow["stream"][0, 0]
+        outputs = unit(*arguments)
+        flow = outputs if isinstance(outputs, dict) else outputs[0]
+        return *(outputs if isinstance(outputs, tuple) else (outputs,)), flow["stream"][0, 0]
 
     return run
 
 
-def _begin_backward(flow: dict, pending: dict) -> tuple[dict, dict]:
+def _begin_backward(flow: dict, pending: list) -> tuple[dict, list]:
     zeros = {name: jnp.zeros_like(flow[name]) for name in ("dk", "dv")}
     return flow | zeros, jax.tree.map(jnp.zeros_like, pending)
 

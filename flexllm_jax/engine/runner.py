@@ -5,7 +5,6 @@ Every method dispatches a program and returns at once; arrays stay on the device
 from one program to the next. Nothing here waits for a result or compiles one after `__init__`.
 """
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,11 @@ from jaxtyping import Float, Int
 
 from flexllm_jax.compile.buckets import CompilationCounter, compile_programs, use_persistent_cache
 from flexllm_jax.compile.kept import KeptPrograms
-from flexllm_jax.compile.parallel import Mesh, plan_parallel
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import MemoryPlan, device_memory, plan_memory, tree_bytes
-from flexllm_jax.engine.placement import Placement
+from flexllm_jax.engine.placement import plan_placement
 from flexllm_jax.engine.programs import head_parameters, list_programs
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape
 from flexllm_jax.engine.structured_outputs import mask_words
@@ -44,10 +42,11 @@ _PROGRAMS = (
     "read_row",
     "begin_backward",
     "clear",
+    "unit/score",
     "unit/loss",
     "unit/layer",
     "commit",
-    "read_losses",
+    "read_logprobs",
     "optimizer_step",
     "copy_state",
 )
@@ -64,7 +63,7 @@ class Runner:
         backend = select_backend(config.kernels, self.device)
         available = least_of_all(device_memory(self.device)) * config.cache.memory_fraction
         dtype = engine_dtype(config.model.dtype, config.model.path, self.device)
-        placement = plan_placement(config, self.model, dtype)
+        placement = plan_placement(config, self.model, bank_shape(config), dtype)
         sizes = EngineSizes.from_config(config, self.model, dtype, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
         self.start_seconds: dict[str, float] = {}
@@ -276,27 +275,47 @@ class Runner:
         """Zero the finetuning buffers."""
         self.finetune = self.programs["clear"](self.finetune)
 
-    def loss_unit(self, table: jax.Array, weights: list, scales: list, start: int) -> jax.Array:
-        """Loss of one slice of tokens and its gradient; returns a scalar, ready when it is done.
+    def score_unit(self, table: jax.Array, weights: list, scales: list, start: int) -> jax.Array:
+        """Log-probabilities of one slice of tokens; returns a scalar, ready when it is done.
 
-        weights, scales: the job's adapter, by layer, of which the output head's is taken.
+        weights, scales: as of `loss_unit`.
         """
-        adapter, pending = None, {"losses": self.pending["losses"], "gradients": None}
-        if self.sizes.bank.has_head:
-            adapter = {"weights": weights[-1], "scales": scales[-1]}
-            pending["gradients"] = self.pending["gradients"][-1]
-        self.finetune["flow"], pending, done = self.programs["unit/loss"](
+        self.finetune["flow"], done = self.programs["unit/score"](
             head_parameters(self.params),
-            adapter,
+            self._head_adapter(weights, scales),
             self.finetune["flow"],
-            pending,
             table,
             np.int32(start),
         )
-        self.pending["losses"] = pending["losses"]
-        if adapter:
-            self.pending["gradients"][-1] = pending["gradients"]
         return done
+
+    def loss_unit(
+        self, table: jax.Array, loss: jax.Array, weights: list, scales: list, start: int
+    ) -> jax.Array:
+        """Loss of one slice of tokens and its gradient; returns a scalar, ready when it is done.
+
+        loss: `Loss.packed`. weights, scales: the job's adapter, by layer, of which the output
+        head's is taken.
+        """
+        adapter = self._head_adapter(weights, scales)
+        gradients = self.pending[-1] if adapter else None
+        self.finetune["flow"], gradients, done = self.programs["unit/loss"](
+            head_parameters(self.params),
+            adapter,
+            self.finetune["flow"],
+            gradients,
+            table,
+            loss,
+            np.int32(start),
+        )
+        if adapter:
+            self.pending[-1] = gradients
+        return done
+
+    def _head_adapter(self, weights: list, scales: list) -> dict | None:
+        if not self.sizes.bank.has_head:
+            return None
+        return {"weights": weights[-1], "scales": scales[-1]}
 
     def layer_unit(
         self, layer: int, table: jax.Array, weights: list, scales: list, start: int
@@ -308,28 +327,29 @@ class Runner:
         """
         adapter = {"weights": weights[layer], "scales": scales[layer]}
         program = self.programs["unit/layer"]
-        self.finetune["flow"], self.pending["gradients"][layer], done = program(
+        self.finetune["flow"], self.pending[layer], done = program(
             self.params["layers"][layer],
             adapter,
             self.pages[layer],
             self.finetune["saved"][layer],
             self.finetune["flow"],
-            self.pending["gradients"][layer],
+            self.pending[layer],
             table,
             np.int32(start),
         )
         return done
 
-    def commit(self, state: dict) -> dict:
-        """Add the finished microbatch's gradients to its job's state."""
-        return self.programs["commit"](self.pending["gradients"], self.pending["losses"], state)
+    def commit(self, state: dict, first: np.bool_) -> dict:
+        """Add the finished microbatch's gradients to its job's state; `first`: of those since the
+        last optimizer step."""
+        return self.programs["commit"](self.pending, state, first)
 
-    def read_losses(self) -> dict:
-        """A copy of the microbatch's sum of losses and number of labels (`optimizer.LOSSES`)."""
-        return self.programs["read_losses"](self.pending["losses"])
+    def read_logprobs(self) -> jax.Array:
+        """A copy of the log-probabilities of the labels in all finetuning slots, float32 [S]."""
+        return self.programs["read_logprobs"](self.finetune["flow"]["logprob"])
 
     def optimizer_step(
-        self, state: dict, bank_slot: int, values: Float[np.ndarray, " 6"]
+        self, state: dict, bank_slot: int, values: Float[np.ndarray, " 7"]
     ) -> tuple[dict, dict]:
         """Update a job's adapter in its slot; returns its state and the step's metrics."""
         self.bank["weights"], state, metrics = self.programs["optimizer_step"](
@@ -357,24 +377,3 @@ def least_of_all(count: int) -> int:
     if jax.process_count() == 1:
         return count
     return int(process_allgather(np.int32(count >> 20)).min()) << 20
-
-
-def plan_placement(config: Config, model: ModelConfig, dtype: np.dtype) -> Placement | None:
-    """How the model is split over devices; None for one. ParallelError when it cannot be."""
-    if config.parallel.tp == 1:
-        return None
-    mesh, bank = Mesh.of(model, config.parallel.tp), bank_shape(config)
-    plan = plan_parallel(
-        model,
-        mesh,
-        tuple(bank.sites(model)),
-        rank=bank.rank,
-        bottleneck=bank.bottleneck,
-        tokens=config.scheduler.max_tokens_per_step,
-        itemsize=dtype.itemsize,
-    )
-    log.info("%s", plan.describe())
-    by_process = itertools.groupby(jax.devices(), key=lambda device: device.process_index)
-    each = config.parallel.tp // config.parallel.num_processes
-    devices = [device for _, own in by_process for device in itertools.islice(own, each)]
-    return Placement.on(devices, model, plan)

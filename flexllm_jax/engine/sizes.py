@@ -17,7 +17,7 @@ from flexllm_jax.engine.cache import page_shapes
 from flexllm_jax.engine.placement import ALL, Placement
 from flexllm_jax.engine.step_inputs import StepShape
 from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shapes
-from flexllm_jax.finetune.optimizer import LOSSES, job_state_shapes
+from flexllm_jax.finetune.optimizer import job_state_shapes
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
@@ -174,9 +174,9 @@ class EngineSizes:
         return {"saved": saved, "flow": flow}
 
     @cached_property
-    def pending_arrays(self) -> dict:
-        """What the microbatch that goes backward has accumulated."""
-        return {"gradients": self.job_state["gradients"], "losses": LOSSES}
+    def pending_arrays(self) -> list:
+        """The gradients that the microbatch that goes backward has accumulated."""
+        return self.job_state["gradients"]
 
     @cached_property
     def request_arrays(self) -> dict:

@@ -52,7 +52,7 @@ def layer_unit(
     saved: dict,
     flow: dict,
     gradients: dict,
-    table: Int[Array, "4 S"],
+    table: Int[Array, "8 S"],
     start: Int[Array, ""],
 ) -> tuple[dict, dict]:
     """One layer of the backward for one slice of tokens.

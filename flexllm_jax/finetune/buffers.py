@@ -5,34 +5,54 @@ A microbatch is S token slots of packed sequences of one job. Every array has S 
 for `finetune.max_tokens`.
 """
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 
 
-@dataclass(frozen=True)
-class MicrobatchTable:
-    """What the device knows of each token slot of the microbatch in work; int32, packed as [4, S].
+class MicrobatchTable(NamedTuple):
+    """What the device knows of each token slot of the microbatches in work; packed as int32
+    [TABLE_ROWS, S], floats as their bits.
 
     label: token to predict next, or -1 where no loss counts. position: in its sequence. kv_slot:
     page * page_size + offset of its key. sequence_start: token slot of its sequence's first token
-    (S for padding, which then attends to nothing).
+    (S for padding, which then attends to nothing). pair_start: that of the other sequence of its
+    pair. weight, reference, advantage: float32, what the loss takes (`losses.LossTokens`).
     """
 
-    label: jax.Array
-    position: jax.Array
-    kv_slot: jax.Array
-    sequence_start: jax.Array
+    label: Any
+    position: Any
+    kv_slot: Any
+    sequence_start: Any
+    pair_start: Any
+    weight: Any
+    reference: Any
+    advantage: Any
 
     @classmethod
-    def unpack(cls, packed: Int[Array, "4 S"]) -> "MicrobatchTable":
-        """The fields of the packed array."""
-        return cls(*packed)
+    def empty(cls, slots: int) -> tuple["MicrobatchTable", np.ndarray]:
+        """A table of padding alone on the host, and the packed array whose rows are its fields."""
+        packed = np.zeros((TABLE_ROWS, slots), np.int32)
+        table = cls(*packed[:_INT_ROWS], *packed[_INT_ROWS:].view(np.float32))
+        table.label[:] = -1
+        table.sequence_start[:] = table.pair_start[:] = slots
+        return table, packed
+
+    @classmethod
+    def unpack(cls, packed: Int[Array, "8 S"]) -> "MicrobatchTable":
+        """The fields of the packed array, on the device."""
+        floats = lax.bitcast_convert_type(packed[_INT_ROWS:], jnp.float32)
+        return cls(*packed[:_INT_ROWS], *floats)
+
+
+TABLE_ROWS, _INT_ROWS = len(MicrobatchTable._fields), 5
 
 
 def saved_columns(decoder: Decoder, names: tuple[str, ...]) -> dict[str, slice]:
@@ -62,7 +82,7 @@ def flow_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of what flows through the backward: `stream`, which holds the last layer's outputs and
     then gradients, of each layer's output in turn; the layer's dK and dV; and each label's
-    log-probability."""
+    log-probability, 0 where there is none."""
     kv = jax.ShapeDtypeStruct((slots, config.num_kv_heads, config.head_dim), jnp.float32)
     return {
         "stream": jax.ShapeDtypeStruct((slots, config.d_model), dtype),

@@ -1,6 +1,6 @@
-"""A finetuning job on the host: its data, its place in it, and what it has achieved.
+"""A finetuning job on the host: its device state, its source of work, and what it has achieved.
 
-The job hands out microbatches; the engine runs them whenever the scheduler finds time and tells the
+The engine carries out what the source hands over whenever the scheduler finds time, and tells the
 job when an optimizer step is dispatched and, a step later, what it measured. A microbatch belongs
 to one job alone, so a job that diverges can never touch another's gradients.
 """
@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,10 @@ from typing import Any
 import numpy as np
 
 from flexllm_jax.config import FinetuneConfig, FinetuneSection, PeftConfig
-from flexllm_jax.finetune.data import BatchStream, Dataset, TrainingSequence, load_dataset, pack
+from flexllm_jax.finetune.data import load_dataset
+from flexllm_jax.finetune.dataset import DatasetSource, Supervised
+from flexllm_jax.finetune.microbatch import PackedMicrobatch
+from flexllm_jax.finetune.source import Step
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import (
     Adapter,
@@ -33,7 +35,6 @@ from flexllm_jax.peft.bottleneck import BottleneckConfig
 from flexllm_jax.peft.hf_peft import load_adapter
 from flexllm_jax.peft.ia3 import Ia3Config
 from flexllm_jax.peft.prefix import PrefixConfig
-from scheduler.request import Microbatch
 
 log = logging.getLogger(__name__)
 
@@ -45,40 +46,6 @@ class JobStatus(enum.Enum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True)
-class PackedMicrobatch:
-    """Sequences of one job that go through the model together.
-
-    token, label, position and sequence_start are int32 [n], n the tokens of all sequences (see
-    `finetune.buffers.MicrobatchTable`). `weights_version` differs between microbatches with an
-    optimizer step in between. `ends_batch`: an optimizer step follows. `validation`: only its loss
-    is wanted; `ends_validation`: it is the last of its pass.
-    """
-
-    microbatch_id: int
-    job: "FinetuneJob"
-    lengths: tuple[int, ...]
-    token: np.ndarray
-    label: np.ndarray
-    position: np.ndarray
-    sequence_start: np.ndarray
-    weights_version: int
-    ends_batch: bool = False
-    validation: bool = False
-    ends_validation: bool = False
-    stream_state: dict | None = None  # of the data after this batch
-
-    def as_planned(self) -> Microbatch:
-        """What the scheduler needs to know of it."""
-        return Microbatch(
-            self.microbatch_id,
-            self.lengths,
-            not self.validation,
-            self.job.name,
-            self.weights_version,
-        )
 
 
 def create_job(
@@ -114,7 +81,9 @@ def create_job(
     unit = section.unit_tokens
     # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
     half = max(unit, max_tokens // 2 // unit * unit)
-    job = FinetuneJob(config, adapter.config, adapter, dataset, validation, max_tokens, half)
+    prefix = adapter.config.prefix_tokens
+    source = DatasetSource(config, Supervised(), dataset, validation, max_tokens, half, prefix)
+    job = FinetuneJob(config, adapter.config, adapter, source)
     told = [data for data in (dataset, validation) if data and (data.skipped or data.unread)]
     job.messages += [data.summary() for data in told]
     return job
@@ -139,28 +108,10 @@ def _adapter_config(peft: PeftConfig) -> AdapterConfig:
     )
 
 
-def _pack_arrays(sequences: list[TrainingSequence], first_position: int) -> dict:
-    labels = []
-    for s in sequences:
-        label = np.full(len(s), -1, np.int32)
-        label[:-1] = np.where(s.loss_mask[1:], s.tokens[1:], -1)
-        labels.append(label)
-    lengths = tuple(len(s) for s in sequences)
-    starts = np.cumsum([0, *lengths[:-1]])
-    return {
-        "lengths": lengths,
-        "token": np.concatenate([s.tokens for s in sequences]).astype(np.int32),
-        "label": np.concatenate(labels),
-        "position": first_position
-        + np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        "sequence_start": np.repeat(starts, lengths).astype(np.int32),
-    }
-
-
 @dataclass
 class FinetuneJob:
-    """One job in the engine that runs it: its data, what it has handed out and achieved, and the
-    device state that the engine keeps in it. (`llm.JobHandle` is a user's handle on it, the
+    """One job in the engine that runs it: its source of work, what it has achieved, and the device
+    state that the engine keeps in it. (`llm.JobHandle` is a user's handle on it, the
     scheduler's `Share` its part of the finetuning tokens, the server's `JobRow` what the database
     says of it, `JobReport` what an engine tells the server.)
 
@@ -170,10 +121,7 @@ class FinetuneJob:
     config: FinetuneConfig
     peft: AdapterConfig
     adapter: Adapter  # the adapter it starts from
-    dataset: Dataset
-    validation: Dataset | None
-    max_tokens: int  # of a microbatch
-    pack_tokens: int  # of a microbatch of several sequences
+    source: DatasetSource
     bank_slot: int = 0
     state: dict = field(default_factory=dict, repr=False)  # on the device
     scales: list = field(
@@ -185,10 +133,12 @@ class FinetuneJob:
     reason: str | None = None
     step: int = 0
     dispatched: int = 0
-    losses: list[float] = field(default_factory=list)
-    gradient_norms: list[float] = field(default_factory=list)
+    has_gradient: bool = False  # a microbatch is committed since the last step
+    in_order: deque[PackedMicrobatch | Step] = field(default_factory=deque, repr=False)
+    weights_version: int = 0  # steps handed over
+    metrics: list[dict[str, float]] = field(default_factory=list)  # of every step
     step_times: list[float] = field(default_factory=list)  # of this run's steps, time.monotonic
-    validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     tokens: int = 0  # forward tokens of this run, up to the last step done
     tokens_pending: int = 0  # the same, up to the last microbatch dispatched
     earlier_tokens: int = 0  # the same, of the runs that it goes on from
@@ -203,14 +153,7 @@ class FinetuneJob:
     ended: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def __post_init__(self):
-        c = self.config
-        self.stream = BatchStream(self.dataset, c.batch_tokens, c.seed)
-        self.total_steps = c.steps or self.stream.batches_left(c.epochs or 1)
-        self._ready: deque[PackedMicrobatch] = deque()
-        self._data_position: dict = self.stream.state()
-        self._batches_out = 0
-        self._validation_sum = self._validation_labels = 0.0  # of the pass under way
-        self._validations_left = 0  # microbatches prepared and not measured
+        self._position = self.source.position()
 
     @property
     def name(self) -> str:
@@ -221,6 +164,26 @@ class FinetuneJob:
     def shapes(self) -> dict[Site, dict[str, tuple[int, ...]]]:
         """Shapes of the adapter's weights."""
         return self.adapter.shapes
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all."""
+        return self.source.total_steps
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss of every step."""
+        return [metrics["loss"] for metrics in self.metrics]
+
+    @property
+    def gradient_norms(self) -> list[float]:
+        """Norm of every step's gradient, before clipping."""
+        return [metrics["gradient_norm"] for metrics in self.metrics]
+
+    @property
+    def validation_losses(self) -> list[tuple[int, float]]:
+        """(optimizer step, mean loss) of every validation."""
+        return [(step, metrics["loss"]) for step, metrics in self.validations]
 
     @property
     def running(self) -> bool:
@@ -242,99 +205,52 @@ class FinetuneJob:
         return (time.monotonic() - self.started_at) / done * (self.total_steps - self.step)
 
     @property
-    def data_position(self) -> dict:
-        """Where in its data the job is after `dispatched` optimizer steps."""
-        return self._data_position
+    def position(self) -> dict[str, Any]:
+        """Where its source is after `dispatched` optimizer steps."""
+        return self._position
 
     def restore(self, step: int, info: dict) -> None:
-        """Go on from a checkpoint taken after optimizer step `step`, with what is left of the data.
-
-        Raises ValueError, naming the field, when it is of other data, or past the job's end.
-        """
-        self.stream.restore(info["stream"])
-        c = self.config
-        self.total_steps = c.steps or step + self.stream.batches_left(c.epochs or 1)
-        if step > self.total_steps:
-            raise ValueError(
-                f"steps={c.steps}: the checkpoint that job {self.name!r} would go on from has done "
-                f"{step} steps; raise steps, or start anew with resume: false"
-            )
-        self._data_position = self.stream.state()
-        self.step = self.dispatched = self._batches_out = self.resumed_from = step
+        """Go on from a checkpoint taken after optimizer step `step`. ValueError, naming the field,
+        when its source cannot."""
+        self.source.restore(step, info)
+        self._position = self.source.position()
+        self.step = self.dispatched = self.resumed_from = step
         self.earlier_tokens = int(info.get("tokens", 0))  # older checkpoints do not say
-        self.losses = list(info["losses"])
-        self.gradient_norms = list(info["gradient_norms"])
-        self.validation_losses = [(int(s), float(v)) for s, v in info["validation_losses"]]
+        self.metrics = list(info["metrics"])
+        self.validations = [(int(at), measured) for at, measured in info["validations"]]
 
-    def checkpoint_info(self, data_position: dict) -> dict:
+    def checkpoint_info(self, position: dict[str, Any]) -> dict:
         """What a checkpoint of the steps done so far keeps beside the arrays."""
-        return {
-            "stream": data_position,
+        return position | {
             "tokens": self.earlier_tokens + self.tokens,
-            "losses": list(self.losses),
-            "gradient_norms": list(self.gradient_norms),
-            "validation_losses": list(self.validation_losses),
+            "metrics": list(self.metrics),
+            "validations": list(self.validations),
             "total_steps": self.total_steps,
             "made_with": self.made_with,
         }
 
-    # -- microbatches -----------------------------------------------------------------------------
-
-    def next_microbatch(self, ids: Iterator[int]) -> PackedMicrobatch | None:
-        """The next microbatch in order, or None when all have been handed out."""
-        if not self._ready and self._batches_out < self.total_steps:
-            self._prepare(ids)
-        if not self._ready or not self.running:
-            return None
-        return self._ready.popleft()
-
-    def _prepare(self, ids: Iterator[int]) -> None:
-        """Pack the next batch, and the validation set if it is due after it."""
-        packed = pack(self.stream.next_batch(), self.max_tokens, self.pack_tokens)
-        self._batches_out += 1
-        state = self.stream.state()
-        for i, sequences in enumerate(packed):
-            last = i == len(packed) - 1
-            self._ready.append(
-                PackedMicrobatch(
-                    next(ids),
-                    self,
-                    **_pack_arrays(sequences, self.peft.prefix_tokens),
-                    weights_version=2 * self._batches_out,
-                    ends_batch=last,
-                    stream_state=state if last else None,
-                )
-            )
-        if self.validation is None:
-            return
-        every = self.config.validation_every
-        if self._batches_out == self.total_steps or (every and self._batches_out % every == 0):
-            packed = pack(self.validation.sequences, self.max_tokens, self.pack_tokens)
-            self._validations_left += len(packed)
-            for i, sequences in enumerate(packed):
-                self._ready.append(
-                    PackedMicrobatch(
-                        next(ids),
-                        self,
-                        **_pack_arrays(sequences, self.peft.prefix_tokens),
-                        weights_version=2 * self._batches_out + 1,
-                        validation=True,
-                        ends_validation=i == len(packed) - 1,
-                    )
-                )
+    def next(self) -> PackedMicrobatch | Step | None:
+        """What its source hands over next, noted in `in_order` until it is carried out."""
+        item = self.source.next() if self.running else None
+        if item is not None:
+            self.in_order.append(item)
+            self.weights_version += isinstance(item, Step)
+        return item
 
     # -- progress ---------------------------------------------------------------------------------
 
-    def step_dispatched(self, microbatch: PackedMicrobatch) -> None:
-        """The optimizer step that `microbatch` ends is on its way."""
+    def step_dispatched(self, step: Step) -> None:
+        """An optimizer step is on its way."""
         self.dispatched += 1
-        self._data_position = microbatch.stream_state or self._data_position
+        self.has_gradient = False
+        self._position = step.position
 
-    def step_done(self, metrics: dict[str, float], tokens: int) -> str | None:
+    def step_done(self, measured: dict[str, float], tokens: int) -> str | None:
         """An optimizer step's results (see `optimizer_step`), and the run's tokens up to it.
 
         Returns why the job cannot go on when a result is not finite.
         """
+        metrics = self.source.stepped() | measured
         wrong = [f"{name} {v}" for name, v in metrics.items() if not math.isfinite(v)]
         if wrong:
             return (
@@ -342,27 +258,22 @@ class FinetuneJob:
                 f"finite; lower optimizer.lr ({self.config.optimizer.lr}) or optimizer.clip and "
                 f"resume"
             )
+        del metrics["weight_norm"]
         self.step += 1
         self.tokens = tokens
-        self.losses.append(metrics["loss"])
+        self.metrics.append(metrics)
         self.step_times.append(time.monotonic())
-        self.gradient_norms.append(metrics["gradient_norm"])
         return None
 
-    def validated(self, *, loss_sum: float, labels: float, ends: bool) -> None:
-        """Add a validation microbatch's sum of losses and number of labels."""
-        self._validation_sum += loss_sum
-        self._validation_labels += labels
-        self._validations_left -= 1
-        if ends:
-            mean = self._validation_sum / max(self._validation_labels, 1)
-            self.validation_losses.append((self.step, mean))
-            self._validation_sum = self._validation_labels = 0.0
+    def scored(self, packed: PackedMicrobatch, logprob: np.ndarray) -> None:
+        """The log-probabilities of a microbatch's labels [tokens]."""
+        if validation := self.source.scored(packed, logprob):
+            self.validations.append((self.step, validation))
 
     @property
     def complete(self) -> bool:
-        """Whether all steps are done and the validation after them too."""
-        return self.step >= self.total_steps and not self._validations_left
+        """Whether all is done that its source has to do."""
+        return self.source.finished
 
     def note(self, text: str) -> None:
         """Keep a warning, and log it; once, however often it is given."""
@@ -373,7 +284,7 @@ class FinetuneJob:
     def close(self) -> None:
         """Hand out nothing more; `finish` follows once all that it leaves behind is written."""
         self.closed = True
-        self._ready.clear()
+        self.in_order.clear()
 
     def finish(self, status: JobStatus, reason: str | None = None) -> None:
         """The job has ended, and what `status` promises is on disk."""

@@ -1,8 +1,11 @@
 """The loss of a slice of tokens and its gradient, in one pass over the output head.
 
-This is where a loss enters: with c = dL/dlogprob of a label, the gradient of the hidden state is
--c (mean of the head's rows under the softmax - the label's row). Cross-entropy has c = -1.
+This is where a loss enters: with c = dL/dlogprob of a label (`losses`), the gradient of the hidden
+state is -c (mean of the head's rows under the softmax - the label's row).
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +13,33 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
+from flexllm_jax.finetune.losses import LossTokens, coefficients
 from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.decoder import Decoder
 from kernels_pallas.rows import from_stored, to_stored
 
 _VOCABULARY_CHUNK = 4096
+
+
+def score_unit(
+    decoder: Decoder,
+    unit_tokens: int,
+    params: dict,
+    adapter: dict | None,
+    flow: dict,
+    table: Int[Array, "8 S"],
+    start: Int[Array, ""],
+) -> dict:
+    """Log-probabilities of the labels of a slice of tokens, without a gradient.
+
+    Args: as of `loss_unit`; `flow["stream"]` stays as it is.
+
+    Returns:
+        The updated flow.
+    """
+    head = _Head.of(decoder, unit_tokens, params, adapter, flow, table, start)
+    logprob, _ = head.logprobs(expect=False)
+    return flow | {"logprob": _with_slice(flow["logprob"], logprob, start)}
 
 
 def loss_unit(
@@ -23,12 +48,13 @@ def loss_unit(
     params: dict,
     adapter: dict | None,
     flow: dict,
-    pending: dict,
-    table: Int[Array, "4 S"],
+    gradients: dict | None,
+    table: Int[Array, "8 S"],
+    loss: Float[Array, " 5"],
     start: Int[Array, ""],
-) -> tuple[dict, dict]:
-    """Cross-entropy of the labels of a slice of tokens, summed, and its gradient with respect to
-    the last layer's output.
+) -> tuple[dict, dict | None]:
+    """Log-probabilities of the labels of a slice of tokens, and the gradient of their loss with
+    respect to the last layer's output.
 
     The softmax runs over chunks of the vocabulary with a running maximum, and the gradient's sum of
     p_v * head_v is accumulated with it, as attention does with values: one pass over the head, and
@@ -42,113 +68,200 @@ def loss_unit(
         adapter: the job's LoRA on the head, {"weights": {"head": {"a", "b"}}, "scales": {"head":
             [1]}} float32, or None.
         flow: see `flow_shapes`; stream[start:start+U] goes in as outputs and comes out as
-            gradients; donated.
-        pending: {"losses": {"loss_sum", "labels"}, the sum of losses and the number of labels so
-            far, "gradients": like the adapter's weights, or None}; added to; donated.
+            gradients; logprob holds those of all slices if the loss is one of sequences, from
+            `score_unit`; donated.
+        gradients: like the adapter's weights, or None; added to; donated.
         table: the microbatch (`MicrobatchTable`).
+        loss: `Loss.packed`.
         start: first token slot of the slice.
 
     Returns:
-        The updated flow and pending.
+        The updated flow and gradients.
     """
-    rows = MicrobatchTable.unpack(lax.dynamic_slice_in_dim(table, start, unit_tokens, axis=1))
-    outputs = without_padding(
-        from_stored(lax.dynamic_slice_in_dim(flow["stream"], start, unit_tokens)),
-        rows.sequence_start < table.shape[1],
-    )
-    hidden, pull = jax.vjp(lambda x: decoder.final_norm(params, x), outputs)
-    head = decoder.head(params)
-    vocab_size = head.shape[0]
-    chunk = min(_VOCABULARY_CHUNK, vocab_size)
-
-    lora = _head_lora(adapter, hidden)
-
-    def logits_of(c):
-        begin = jnp.minimum(c * chunk, vocab_size - chunk)
-        part = lax.dynamic_slice_in_dim(head, begin, chunk)
-        logits = jnp.einsum("ud,vd->uv", hidden, part, preferred_element_type=jnp.float32)
-        parts = [part]
-        if lora:
-            parts.append(lax.dynamic_slice_in_dim(lora["b"], begin, chunk, axis=1).T)
-            logits += lora["shrunk"] @ parts[1].T
-        fresh = begin + jnp.arange(chunk) >= c * chunk  # the last chunk overlaps its neighbour
-        return begin, parts, jnp.where(fresh, logits, -jnp.inf)
-
-    def chunk_of_vocabulary(c, carry):
-        maximum, total, expected = carry
-        _, parts, logits = logits_of(c)
-        new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
-        weights = jnp.exp(logits - new_maximum[:, None])
-        correction = jnp.exp(maximum - new_maximum)
-        expected = [
-            so_far * correction[:, None]
-            + jnp.einsum(
-                "uv,vd->ud", weights.astype(p.dtype), p, preferred_element_type=jnp.float32
-            )
-            for so_far, p in zip(expected, parts, strict=True)
-        ]
-        return new_maximum, total * correction + weights.sum(axis=-1), expected
-
-    inputs = [hidden, lora["shrunk"]] if lora else [hidden]
-    chunks = -(-vocab_size // chunk)
-    maximum, total, expected = lax.fori_loop(
-        0,
-        chunks,
-        chunk_of_vocabulary,
-        (
-            jnp.full((unit_tokens,), -jnp.inf, jnp.float32),
-            jnp.zeros((unit_tokens,), jnp.float32),
-            [jnp.zeros(x.shape, jnp.float32) for x in inputs],
-        ),
-    )
-    maximum, total, expected = join_softmax(maximum, total, expected, decoder.axes)
-    counts, label = rows.label >= 0, jnp.maximum(rows.label, 0)
-    targets = [rows_of(head, label, decoder.axes).astype(jnp.float32)]
-    if lora:
-        targets.append(lora["b"][:, label].T)
-    target_logit = sum(
-        jnp.sum(x.astype(jnp.float32) * target, axis=-1)
-        for x, target in zip(inputs, targets, strict=True)
-    )
-    logprob = jnp.where(counts, target_logit - maximum - jnp.log(total), 0.0)
+    head = _Head.of(decoder, unit_tokens, params, adapter, flow, table, start)
+    logprob, softmax = head.logprobs(expect=True)
+    all_logprobs = _with_slice(flow["logprob"], logprob, start)
+    c = _coefficients(loss, MicrobatchTable.unpack(table), all_logprobs, start, unit_tokens)
+    # A token without a log-probability has no gradient: the optimizer refuses the step.
+    c = jnp.where(head.counts, jnp.where(jnp.isfinite(logprob), c, jnp.nan), 0.0)
     d_hidden, *d_shrunk = (
-        jnp.where(counts[:, None], mean / total[:, None] - target, 0.0)
-        for mean, target in zip(expected, targets, strict=True)
+        jnp.where(head.counts[:, None], -c[:, None] * (mean - target), 0.0)
+        for mean, target in zip(softmax.expected, head.targets, strict=True)
     )
-    gradients = pending["gradients"]
-    if lora:
-
-        def gradient_of_b(c, d_b):
-            begin, _, logits = logits_of(c)
-            d_logits = jnp.exp(logits - (maximum + jnp.log(total))[:, None])
-            d_logits -= begin + jnp.arange(chunk) == label[:, None]
-            d_logits = jnp.where(counts[:, None] & (logits > -jnp.inf), d_logits, 0.0)
-            so_far = lax.dynamic_slice_in_dim(d_b, begin, chunk, axis=1)
-            return lax.dynamic_update_slice_in_dim(
-                d_b, so_far + lora["shrunk"].T @ d_logits, begin, axis=1
-            )
-
-        d_low = d_shrunk[0] * lora["scale"]
-        d_hidden += d_low @ lora["a"].T
+    if head.lora and gradients:
+        d_low = d_shrunk[0] * head.lora["scale"]
+        d_hidden += d_low @ head.lora["a"].T
         own = gradients["head"]
         gradients = {
             "head": {
-                "a": own["a"] + hidden.astype(jnp.float32).T @ d_low,
-                "b": lax.fori_loop(0, chunks, gradient_of_b, own["b"]),
+                "a": own["a"] + head.hidden.astype(jnp.float32).T @ d_low,
+                "b": head.add_gradient_of_b(own["b"], softmax.normalizer, c),
             }
         }
-    (d_outputs,) = pull(d_hidden.astype(hidden.dtype))
-
+    (d_outputs,) = head.pull(d_hidden.astype(head.hidden.dtype))
     d_outputs = to_stored(d_outputs, flow["stream"].dtype)
-    flow = flow | {
-        "stream": lax.dynamic_update_slice_in_dim(flow["stream"], d_outputs, start, axis=0),
-        "logprob": lax.dynamic_update_slice_in_dim(flow["logprob"], logprob, start, axis=0),
-    }
-    losses = {
-        "loss_sum": pending["losses"]["loss_sum"] - jnp.sum(logprob),
-        "labels": pending["losses"]["labels"] + jnp.sum(counts),
-    }
-    return flow, {"losses": losses, "gradients": gradients}
+    stream = lax.dynamic_update_slice_in_dim(flow["stream"], d_outputs, start, axis=0)
+    return flow | {"stream": stream, "logprob": all_logprobs}, gradients
+
+
+def _with_slice(logprobs: jax.Array, own: jax.Array, start: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(logprobs, own, start, axis=0)
+
+
+def _coefficients(
+    loss: Float[Array, " 5"],
+    table: MicrobatchTable,
+    logprob: Float[Array, " S"],
+    start: Int[Array, ""],
+    unit_tokens: int,
+) -> Float[Array, " U"]:
+    """dL/dlogprob of a slice's labels."""
+    rows = MicrobatchTable(*(lax.dynamic_slice_in_dim(x, start, unit_tokens) for x in table))
+    gap = jnp.where(table.weight == 0, 0.0, table.weight * (logprob - table.reference))
+
+    def of_sequence(starts: jax.Array, values: jax.Array) -> jax.Array:
+        # Compared with all slots: sums in a fixed order, unlike those of a scatter.
+        return jnp.sum(jnp.where(starts[:, None] == table.sequence_start, values, 0.0), axis=1)
+
+    tokens = LossTokens(
+        lax.dynamic_slice_in_dim(logprob, start, unit_tokens),
+        rows.reference,
+        rows.advantage,
+        rows.weight,
+        of_sequence(rows.sequence_start, gap),
+        of_sequence(rows.sequence_start, table.weight),
+        of_sequence(rows.pair_start, gap),
+        of_sequence(rows.pair_start, table.weight),
+        start + jnp.arange(unit_tokens) == rows.sequence_start,
+    )
+    return coefficients(loss, tokens)
+
+
+class _Softmax(NamedTuple):
+    """Over the vocabulary: its normalizer in log space [U], and the mean rows of the head (and of
+    B) under it [U, ...]."""
+
+    normalizer: jax.Array
+    expected: list[jax.Array]
+
+
+class _Head(NamedTuple):
+    """The output head over a slice of tokens: `inputs` times `targets` are the labels' logits."""
+
+    decoder: Decoder
+    weight: jax.Array  # [V, D]
+    hidden: jax.Array  # [U, D]
+    pull: Callable  # from the gradient of `hidden` to that of the last layer's output
+    counts: jax.Array
+    label: jax.Array
+    lora: dict | None
+    inputs: list[jax.Array]
+    targets: list[jax.Array]
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        unit_tokens: int,
+        params: dict,
+        adapter: dict | None,
+        flow: dict,
+        table: jax.Array,
+        start: jax.Array,
+    ) -> "_Head":
+        rows = MicrobatchTable.unpack(lax.dynamic_slice_in_dim(table, start, unit_tokens, axis=1))
+        outputs = without_padding(
+            from_stored(lax.dynamic_slice_in_dim(flow["stream"], start, unit_tokens)),
+            rows.sequence_start < table.shape[1],
+        )
+        hidden, pull = jax.vjp(lambda x: decoder.final_norm(params, x), outputs)
+        weight, lora = decoder.head(params), _head_lora(adapter, hidden)
+        counts, label = rows.label >= 0, jnp.maximum(rows.label, 0)
+        inputs, targets = [hidden], [rows_of(weight, label, decoder.axes).astype(jnp.float32)]
+        if lora:
+            inputs.append(lora["shrunk"])
+            targets.append(lora["b"][:, label].T)
+        return cls(decoder, weight, hidden, pull, counts, label, lora, inputs, targets)
+
+    @property
+    def _chunk(self) -> int:
+        return min(_VOCABULARY_CHUNK, self.weight.shape[0])
+
+    @property
+    def _chunks(self) -> int:
+        return -(-self.weight.shape[0] // self._chunk)
+
+    def _logits(self, c: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+        """Of chunk `c` of the vocabulary: where it begins, the rows of the head (and of B), and the
+        logits."""
+        chunk = self._chunk
+        begin = jnp.minimum(c * chunk, self.weight.shape[0] - chunk)
+        part = lax.dynamic_slice_in_dim(self.weight, begin, chunk)
+        logits = jnp.einsum("ud,vd->uv", self.hidden, part, preferred_element_type=jnp.float32)
+        parts = [part]
+        if self.lora:
+            parts.append(lax.dynamic_slice_in_dim(self.lora["b"], begin, chunk, axis=1).T)
+            logits += self.lora["shrunk"] @ parts[1].T
+        fresh = begin + jnp.arange(chunk) >= c * chunk  # the last chunk overlaps its neighbour
+        return begin, parts, jnp.where(fresh, logits, -jnp.inf)
+
+    def logprobs(self, *, expect: bool) -> tuple[Float[Array, " U"], _Softmax]:
+        """Log-probabilities of the labels, 0 where there is none; without `expect` the softmax has
+        no mean rows."""
+
+        def chunk_of_vocabulary(c, carry):
+            maximum, total, expected = carry
+            _, parts, logits = self._logits(c)
+            new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
+            weights = jnp.exp(logits - new_maximum[:, None])
+            correction = jnp.exp(maximum - new_maximum)
+            expected = [
+                so_far * correction[:, None]
+                + jnp.einsum(
+                    "uv,vd->ud", weights.astype(p.dtype), p, preferred_element_type=jnp.float32
+                )
+                for so_far, p in zip(expected, parts, strict=False)
+            ]
+            return new_maximum, total * correction + weights.sum(axis=-1), expected
+
+        units = self.hidden.shape[:1]
+        maximum, total, expected = lax.fori_loop(
+            0,
+            self._chunks,
+            chunk_of_vocabulary,
+            (
+                jnp.full(units, -jnp.inf, jnp.float32),
+                jnp.zeros(units, jnp.float32),
+                [jnp.zeros(x.shape, jnp.float32) for x in self.inputs] if expect else [],
+            ),
+        )
+        maximum, total, expected = join_softmax(maximum, total, expected, self.decoder.axes)
+        target_logit = sum(
+            jnp.sum(x.astype(jnp.float32) * target, axis=-1)
+            for x, target in zip(self.inputs, self.targets, strict=True)
+        )
+        normalizer = maximum + jnp.log(total)
+        logprob = jnp.where(self.counts, target_logit - maximum - jnp.log(total), 0.0)
+        return logprob, _Softmax(normalizer, [mean / total[:, None] for mean in expected])
+
+    def add_gradient_of_b(
+        self, so_far: jax.Array, normalizer: jax.Array, c: Float[Array, " U"]
+    ) -> jax.Array:
+        """`so_far`, and the gradient of the B of LoRA on the head."""
+        assert self.lora is not None
+        shrunk, chunk = self.lora["shrunk"], self._chunk
+
+        def add_chunk(i, d_b):
+            begin, _, logits = self._logits(i)
+            d_logits = jnp.exp(logits - normalizer[:, None])
+            d_logits -= begin + jnp.arange(chunk) == self.label[:, None]
+            d_logits = jnp.where(
+                self.counts[:, None] & (logits > -jnp.inf), -c[:, None] * d_logits, 0.0
+            )
+            before = lax.dynamic_slice_in_dim(d_b, begin, chunk, axis=1)
+            return lax.dynamic_update_slice_in_dim(d_b, before + shrunk.T @ d_logits, begin, axis=1)
+
+        return lax.fori_loop(0, self._chunks, add_chunk, so_far)
 
 
 def _head_lora(adapter: dict | None, hidden: Float[Array, "U D"]) -> dict | None:

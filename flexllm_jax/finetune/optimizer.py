@@ -11,16 +11,16 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.config import OptimizerConfig
 from flexllm_jax.peft.bank import set_row
 
 # What `optimizer_step` takes as its float32 vector of hyperparameters, in this order.
-HYPERPARAMETERS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_norm")
-# Shapes of what is counted beside a gradient: the sum of its labels' losses, and their number.
-LOSSES = dict.fromkeys(("loss_sum", "labels"), jax.ShapeDtypeStruct((), jnp.float32))
+# scale: what the gradient, a sum, is multiplied with; 0 where there is none.
+HYPERPARAMETERS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_norm", "scale")
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -41,16 +41,26 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.lr * factors[config.schedule]
 
 
-def hyperparameters(config: OptimizerConfig, step: int, total_steps: int) -> list[float]:
-    """The values of HYPERPARAMETERS for one optimizer step."""
-    return [
-        learning_rate(config, step, total_steps),
-        config.beta1,
-        config.beta2,
-        config.eps,
-        config.weight_decay,
-        math.inf if config.clip is None else config.clip,
-    ]
+def hyperparameters(
+    config: OptimizerConfig, step: int, total_steps: int, divisor: float
+) -> Float[np.ndarray, " 7"]:
+    """The values of HYPERPARAMETERS for one optimizer step, whose gradient is divided by
+    `divisor`."""
+    values = {
+        "learning_rate": learning_rate(config, step, total_steps),
+        "b1": config.beta1,
+        "b2": config.beta2,
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "max_norm": math.inf if config.clip is None else config.clip,
+        "scale": 1 / divisor,
+    }
+    return np.array([values[name] for name in HYPERPARAMETERS], np.float32)
+
+
+def without_gradient(values: Float[np.ndarray, " 7"]) -> Float[np.ndarray, " 7"]:
+    """The same hyperparameters for a step that no microbatch came before."""
+    return np.where(np.array(HYPERPARAMETERS) == "scale", np.float32(0), values)
 
 
 class Reduction(Protocol):
@@ -65,38 +75,36 @@ class Reduction(Protocol):
         ...
 
 
+_ADAMW = ("learning_rate", "b1", "b2", "eps", "weight_decay")
+
+
 def _adamw(values: Any) -> optax.GradientTransformation:
     """AdamW; clipping comes before, as its norm may have to be summed over devices."""
-    keywords = dict(zip(HYPERPARAMETERS, values[:-1], strict=False))
-    return optax.chain(optax.identity(), optax.adamw(**keywords))
+    named = dict(zip(HYPERPARAMETERS, values, strict=True))
+    return optax.chain(optax.identity(), optax.adamw(**{name: named[name] for name in _ADAMW}))
 
 
 def job_state_shapes(master: list) -> dict:
     """Shapes of a job's state on the device, all zeros at its start but the master weights.
 
-    {"master": the adapter's float32 weights, "optimizer": AdamW's state, "losses": the
-    batch's sum of losses and number of labels so far (`LOSSES`), "gradients": float32 sums over
-    those labels, left from the batch before while there are none}.
+    {"master": the adapter's float32 weights, "optimizer": AdamW's state, "gradients": float32 sums
+    over the microbatches since the last step}.
     """
     adamw = _adamw([0.0] * len(HYPERPARAMETERS))
     return {
         "master": master,
         "optimizer": jax.eval_shape(adamw.init, master),
         "gradients": master,
-        "losses": LOSSES,
     }
 
 
-def commit(gradients: list, losses: dict, state: dict) -> dict:
-    """Add a finished microbatch's gradients and `LOSSES` to its job's state (donated)."""
-    has_gradient = state["losses"]["labels"] > 0
+def commit(gradients: list, state: dict, first: Bool[Array, ""]) -> dict:
+    """Add a finished microbatch's gradients to its job's state (donated); those of the `first`
+    since the last step take the place of what that left."""
     return state | {
         "gradients": jax.tree.map(
-            lambda total, own: jnp.where(has_gradient, total, 0.0) + own,
-            state["gradients"],
-            gradients,
-        ),
-        "losses": jax.tree.map(jnp.add, state["losses"], losses),
+            lambda total, own: jnp.where(first, 0.0, total) + own, state["gradients"], gradients
+        )
     }
 
 
@@ -105,49 +113,41 @@ def optimizer_step(
     weights: list,
     state: dict,
     bank_row: Int[Array, ""],
-    values: Float[Array, " 6"],
+    values: Float[Array, " 7"],
 ) -> tuple[list, dict, dict]:
-    """One update of one job from its accumulated gradient, which is divided by its number of
-    labels.
+    """One update of one job from its accumulated gradient times a scale.
 
     Args:
         reduction: of weights that are split over devices, static.
         weights: the bank, per layer: module -> {"a": [A, ...], "b": [A, ...]}; donated.
         state: the job's (`job_state_shapes`); donated.
         bank_row: the job's row of the bank.
-        values: HYPERPARAMETERS.
+        values: HYPERPARAMETERS; with a scale of 0 a step without a gradient, in which AdamW's
+            momentum still moves the weights.
 
     Returns:
-        The bank, the state with its losses cleared, and the step's metrics, float32
-        scalars: mean loss, gradient norm before clipping, and the updated weights' norm. When one
-        of them is not finite, weights and optimizer state stay as they were; the caller sees it in
-        the metrics and stops the job.
+        The bank, the state, and the step's metrics, float32 scalars: gradient norm before clipping,
+        and the updated weights' norm. When one of them is not finite, weights and optimizer state
+        stay as they were; the caller sees it in the metrics and stops the job.
     """
-    loss_sum, labels = state["losses"]["loss_sum"], state["losses"]["labels"]
     norm_of = reduction.norm if reduction else optax.global_norm
-    gradients = state["gradients"]
+    gradients, (max_norm, scale) = state["gradients"], values[-2:]
     if reduction:
         gradients = reduction.sum_gradients(gradients)
-    mean = jax.tree.map(lambda g: g / jnp.maximum(labels, 1.0), gradients)
-    norm, max_norm = norm_of(mean), values[-1]
-    clipped = jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), mean)
+    scaled = jax.tree.map(lambda g: jnp.where(scale == 0, 0.0, g * scale), gradients)
+    norm = norm_of(scaled)
+    clipped = jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), scaled)
     updates, optimizer = _adamw(values).update(clipped, state["optimizer"], state["master"])
     updated: dict[str, Any] = {
         "master": optax.apply_updates(state["master"], updates),
         "optimizer": optimizer,
     }
     weight_norm = norm_of(updated["master"])
-    sound = jnp.isfinite(loss_sum) & jnp.isfinite(norm) & jnp.isfinite(weight_norm)
+    sound = jnp.isfinite(norm) & jnp.isfinite(weight_norm)
     kept = jax.tree.map(
         lambda new, old: jnp.where(sound, new, old),
         updated,
         {name: state[name] for name in updated},
     )
     weights = set_row(weights, bank_row, kept["master"])
-    metrics = {
-        "loss": loss_sum / jnp.maximum(labels, 1.0),
-        "gradient_norm": norm,
-        "weight_norm": weight_norm,
-    }
-    cleared = jax.tree.map(jnp.zeros_like, state["losses"])
-    return weights, state | kept | {"losses": cleared}, metrics
+    return weights, state | kept, {"gradient_norm": norm, "weight_norm": weight_norm}

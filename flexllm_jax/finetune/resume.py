@@ -44,7 +44,7 @@ def refusal(job: FinetuneJob, info: dict[str, Any]) -> str | None:
     """
     before, now = info.get("made_with", {}), job.made_with
     changed = [name for name in now if name in before and before[name] != now[name]]
-    if info["stream"]["fingerprint"] == job.dataset.fingerprint:
+    if info["stream"]["fingerprint"] == job.source.dataset.fingerprint:
         changed = [name for name in changed if name not in _DATA_OPTIONS]
     if not changed:
         return None

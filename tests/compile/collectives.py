@@ -26,9 +26,9 @@ from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.config import build_config
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.placement import plan_placement
 from flexllm_jax.engine.programs import list_programs
-from flexllm_jax.engine.runner import plan_placement
-from flexllm_jax.engine.sizes import EngineSizes
+from flexllm_jax.engine.sizes import EngineSizes, bank_shape
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import XLA
 
@@ -53,7 +53,7 @@ def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
     )
     model = replace(ModelConfig.from_hf(path), num_layers=layers)
     dtype = jnp.dtype(config.model.dtype)
-    placement = plan_placement(config, model, dtype)
+    placement = plan_placement(config, model, bank_shape(config), dtype)
     sizes = EngineSizes.from_config(config, model, dtype, XLA, placement)
     sizes = choose_saved(config, sizes, math.inf)
     assert set(sizes.bank.modules) == {"q", "k", "v", "o", "gate", "up", "down"}

@@ -31,16 +31,16 @@ KINDS = {
 
 
 def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
-    """Gradients and losses, whole, after every microbatch of a job's only step."""
+    """Gradients, whole, and the loss, after every microbatch of a job's only step."""
     runner = llm.engine.runner
     seen, commit = [], runner.commit
 
-    def spy(state):
-        state, compiled = commit(state), runner.compilations.count
+    def spy(state, first):
+        state, compiled = commit(state, first), runner.compilations.count
         gradients, shapes = state["gradients"], runner.sizes.job_state["master"]
         on_host = jax.tree.map(runner.to_host, gradients)
         whole = jax.tree.map(add_summands, on_host, jax.tree.map(shardings, gradients), shapes)
-        seen.append((whole, jax.tree.map(np.array, state["losses"])))
+        seen.append(whole)
         runner.compilations.count = compiled  # this test's own reading compiles between processes
         return state
 
@@ -57,9 +57,8 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
         future.result(60)
     runner.commit = commit
     assert done.status == "succeeded", done.reason
-    flat = {}
-    for i, (one, losses) in enumerate(seen):
-        flat |= {f"{i}/{name}": value for name, value in losses.items()}
+    flat = {"losses": np.array(done.losses)}
+    for i, one in enumerate(seen):
         for path, leaf in jax.tree_util.tree_leaves_with_path(one):
             flat[f"{i}{jax.tree_util.keystr(path)}"] = leaf
     return flat

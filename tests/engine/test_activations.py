@@ -21,7 +21,8 @@ from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.programs import list_programs
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs
-from flexllm_jax.finetune.optimizer import LOSSES
+from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
@@ -86,14 +87,12 @@ def microbatch():
     tokens = [random.integers(3, MODEL.vocab_size, n) for n in LENGTHS]
     tables = [np.array([5, 2, 7]), np.array([1])]
     position = np.concatenate([np.arange(n) for n in LENGTHS])
-    starts = np.repeat([0, LENGTHS[0]], LENGTHS)
     kv_slot = np.concatenate(
         [t[np.arange(n) // 8] * 8 + np.arange(n) % 8 for t, n in zip(tables, LENGTHS, strict=True)]
     )
-    label = np.concatenate([[*t[1:], -1] for t in tokens])
-    table = np.zeros((4, SIZES.finetune_slots), np.int32)
-    table[0], table[3] = -1, SIZES.finetune_slots
-    table[:, : sum(LENGTHS)] = label, position, kv_slot, starts
+    data = tuple(Datum.following(t, np.ones(len(t), np.float32)) for t in tokens)
+    packed = PackedMicrobatch(data, Loss.of())
+    table = packed.table(SIZES.finetune_slots, 0, kv_slot)
     flat, vectors, shape = np.concatenate(tokens), [], SIZES.step_shapes[16]
     # First 16 tokens of one sequence, then the rest of it and the other.
     for pieces in ([(0, 0, 16)], [(0, 16, 19), (1, 0, 8)]):
@@ -111,7 +110,7 @@ def microbatch():
             inputs.query_starts[s + 1 :] = at
         inputs.num_sequences[...] = len(pieces)
         vectors.append(vector)
-    return SimpleNamespace(tokens=tokens, table=jnp.asarray(table), vectors=vectors)
+    return SimpleNamespace(tokens=tokens, packed=packed, table=jnp.asarray(table), vectors=vectors)
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +137,10 @@ def gradients_of(sizes, weights, microbatch):
         pages, finetune, *_ = programs["forward/adapters/16"](
             weights.params, bank, pages, finetune, last, vector
         )
-    flow, pending = finetune["flow"], {"losses": zeros(LOSSES), "gradients": None}
+    flow, loss = finetune["flow"], microbatch.packed.loss.packed()
     head = {name: weights.params[name] for name in ("norm", "head")}
     for start in (16, 0):
-        flow, pending, _ = programs["unit/loss"](head, None, flow, pending, microbatch.table, start)
+        flow, _, _ = programs["unit/loss"](head, None, flow, None, microbatch.table, loss, start)
     gradients = zeros(sizes.job_state["gradients"])
     for layer in reversed(range(MODEL.num_layers)):
         adapter = {"weights": weights.master[layer], "scales": scales[layer]}
@@ -156,7 +155,7 @@ def gradients_of(sizes, weights, microbatch):
                 microbatch.table,
                 start,
             )
-    return gradients, pending["losses"]
+    return gradients, microbatch.packed.evaluate(flow["logprob"][: sum(LENGTHS)])[0].sum()
 
 
 PLANS = [plan.saved for plan in all_plans(layer_graph(SIZES))]
@@ -181,9 +180,9 @@ def expected(weights, microbatch):
 def test_every_plan_gives_the_gradients_of_the_whole_sequences(
     saved, weights, microbatch, expected
 ):
-    gradients, losses = gradients_of(with_saved(SIZES, saved), weights, microbatch)
+    gradients, own_loss = gradients_of(with_saved(SIZES, saved), weights, microbatch)
     loss, exact = expected
-    assert losses["loss_sum"] == pytest.approx(float(loss), rel=1e-5)
+    assert own_loss == pytest.approx(float(loss), rel=1e-5)
     for (layer, module), factors in exact.items():
         for name, theirs in factors.items():
             ours = np.asarray(gradients[layer][module][name])

@@ -113,7 +113,7 @@ class TestDatasets:
         assert "17 prompt_completion rows, 12 sequences" in message
         assert "5 rows skipped" in message
         assert all(f"line {line}: " in message for line in range(7, 12))
-        assert len(job._job.dataset) == 12
+        assert len(job._job.source.dataset) == 12
 
     def test_a_file_without_a_usable_row(self, llm, tmp_path):
         path = tmp_path / "rows.jsonl"

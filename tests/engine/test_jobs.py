@@ -46,11 +46,13 @@ def test_validation_measures_without_training(llm, llama, llama_reference, rows,
     job = llm.finetune(config).wait(60)
     assert job.status == "succeeded", job.reason
     assert [step for step, _ in job.validation_losses] == [2, 4, 5]
-    assert len(job._job.validation) == 9
+    assert len(job._job.source.validation) == 9
     model = load_with_adapter(llama, job.adapter_dir)
-    expected = mean_loss(model, job._job.validation.sequences)
+    expected = mean_loss(model, job._job.source.validation.sequences)
     assert job.validation_losses[-1][1] == pytest.approx(expected, rel=1e-4)
-    assert expected != pytest.approx(mean_loss(llama_reference, job._job.validation.sequences))
+    assert expected != pytest.approx(
+        mean_loss(llama_reference, job._job.source.validation.sequences)
+    )
     plain = llm.finetune(job_config("plain", rows, **fields)).wait(60)
     assert plain.losses == pytest.approx(job.losses, rel=1e-5)
 
@@ -61,7 +63,7 @@ def test_progress(llm, rows):
     assert total > 2
     job.wait(60)
     assert (job.status, job.steps, len(job.losses)) == ("succeeded", total, total)
-    assert job._job.tokens == 2 * job._job.dataset.tokens
+    assert job._job.tokens == 2 * job._job.source.dataset.tokens
     assert job.tokens_per_s > 0
     assert job.step_times == sorted(job.step_times)
 
@@ -167,7 +169,7 @@ class TestResuming:
         llm.unload_adapter("cut")
         job = llm.finetune(job_config("cut", rows, batch_tokens=200, resume=True, **fields))
         assert job.wait(60).status == "succeeded"
-        assert job.tokens == first.tokens == job._job.dataset.tokens
+        assert job.tokens == first.tokens == job._job.source.dataset.tokens
         assert first.steps < job.steps == job.total_steps < 2 * first.steps
         llm.unload_adapter("cut")
 
@@ -182,5 +184,5 @@ def test_real_questions_and_answers(llm, tmp_path):
     outputs = llm.generate(["Natalia sold clips to", "How many"], SamplingParams(max_tokens=20))
     assert all(len(output.token_ids) <= 20 and output.text for output in outputs)
     assert job.wait(120).status == "succeeded", job.reason
-    assert len(job._job.dataset) == 60
+    assert len(job._job.source.dataset) == 60
     assert np.mean(job.losses[-3:]) < 0.85 * job.losses[0]

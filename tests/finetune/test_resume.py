@@ -1,7 +1,6 @@
 """What a job may go on from: every field that its checkpoint depends on is checked by name, and the
 rest of the data is taken whatever batches it is cut into."""
 
-import itertools
 import json
 
 import numpy as np
@@ -9,8 +8,10 @@ import pytest
 
 from flexllm_jax.config import FinetuneConfig
 from flexllm_jax.finetune.data import Dataset, DatasetError, TrainingSequence
+from flexllm_jax.finetune.dataset import DatasetSource, Supervised
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.resume import made_with, refusal
+from flexllm_jax.finetune.source import Step
 from flexllm_jax.peft.adapter import Adapter, LoraConfig
 from flexllm_jax.peft.bank import BankShape
 from flexllm_jax.peft.bottleneck import BottleneckConfig
@@ -35,15 +36,9 @@ def make_job(peft=None, bank=BANK, data=None, start=None, **fields):
         del fields["epochs"]
     config = peft or LoraConfig(**LORA)
     adapter = Adapter(config, start or {(0, "q"): {"a": np.ones((2, 4), np.float32)}})
-    job = FinetuneJob(
-        FinetuneConfig(**fields),
-        config,
-        adapter,
-        data or rows(),
-        None,
-        max_tokens=96,
-        pack_tokens=40,
-    )
+    fields = FinetuneConfig(**fields)
+    source = DatasetSource(fields, Supervised(), data or rows(), None, 96, 40)
+    job = FinetuneJob(fields, config, adapter, source)
     job.made_with = made_with(job, bank)
     return job
 
@@ -51,17 +46,18 @@ def make_job(peft=None, bank=BANK, data=None, start=None, **fields):
 def trained(job, steps):
     """Rows that the next `steps` batches hold."""
     seen = []
-    for _ in range(steps):
-        job._prepare(itertools.count())
-        while job._ready:
-            seen += job._ready.popleft().token[::10].tolist()
-    job._data_position = job.stream.state()
+    while steps and (item := job.next()):
+        if isinstance(item, Step):
+            job.step_dispatched(item)
+            steps -= 1
+        else:
+            seen += item.token[::10].tolist()
     return seen
 
 
 def info_of(job):
     """What a checkpoint keeps, as it comes back from disk."""
-    return json.loads(json.dumps(job.checkpoint_info(job.data_position)))
+    return json.loads(json.dumps(job.checkpoint_info(job.position)))
 
 
 @pytest.mark.parametrize(

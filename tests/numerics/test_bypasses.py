@@ -249,7 +249,7 @@ def test_a_job_is_that_of_peft_and_its_adapter_goes_back(case, kind):
     ]
     assert job.wait(240).status == "succeeded", job.reason
     assert all(future.result(60).finished for future in beside)
-    losses, norms, model = reference_curve(case, kind, job._job.dataset.sequences)
+    losses, norms, model = reference_curve(case, kind, job._job.source.dataset.sequences)
     np.testing.assert_allclose(job.losses, losses, rtol=5e-4)
     np.testing.assert_allclose(job._job.gradient_norms, norms, rtol=5e-3)
     assert np.mean(losses[-3:]) < 0.97 * np.mean(losses[:3]), "nothing was learnt"

@@ -77,8 +77,8 @@ def case(request, tmp_path_factory):
 
 
 def run_one_step(case, monkeypatch, name, beside=()):
-    """One optimizer step's microbatches: sequences, summed gradients by (layer, module), summed
-    loss, and each label's log-probability; with requests running beside it."""
+    """One optimizer step's microbatches: sequences, summed gradients by (layer, module), and each
+    label's log-probability; with requests running beside it."""
     runner, trainer = case.llm.engine.runner, case.llm.engine.trainer
     seen = []
     finish = trainer.finish_microbatch
@@ -173,20 +173,18 @@ def test_gradients_are_those_of_the_whole_sequences(case, mode, monkeypatch):
     case.slots.clear()
     seen = run_one_step(case, monkeypatch, f"gradients-{mode}", prompts)
     model = load_with_adapter(case.path, case.adapter, torch.float64, is_trainable=True)
-    for packed, pending, _ in seen:
+    for packed, pending, logprob in seen:
         sequences = list(sequences_of(packed))
         loss, gradients = peft_gradients(model, sequences)
-        assert_same_gradients(pending["gradients"], gradients)
-        assert pending["losses"] == pytest.approx(
-            {"loss_sum": loss, "labels": (packed.label >= 0).sum()}, rel=1e-5
-        )
-    packed, pending, _ = max(seen, key=lambda one: len(one[0].lengths))
+        assert_same_gradients(pending, gradients)
+        assert packed.evaluate(logprob[: packed.tokens])[0].sum() == pytest.approx(loss, rel=1e-5)
+    packed, pending, logprob = max(seen, key=lambda one: len(one[0].lengths))
     assert len(packed.lengths) > 1, "one sequence: nothing is packed"
     if mode == "overlapping":
         assert max(case.slots) > 0, "no microbatch went forward beside one that went backward"
     loss, gradients = dense_gradients(case, list(sequences_of(packed)))
-    assert_same_gradients(pending["gradients"], gradients)
-    assert pending["losses"]["loss_sum"] == pytest.approx(loss, rel=1e-5)
+    assert_same_gradients(pending, gradients)
+    assert packed.evaluate(logprob[: packed.tokens])[0].sum() == pytest.approx(loss, rel=1e-5)
 
 
 def test_logprobs_in_training_are_those_of_serving(case, monkeypatch):

@@ -100,7 +100,7 @@ def test_the_curve_is_that_of_peft(llm, llama, start, rows, schedule, co_served)
         served += 1
     assert job.wait(120).status == "succeeded", job.reason
     assert served > 1 or not co_served, "hardly anything ran beside it"
-    sequences = job._job.dataset.sequences
+    sequences = job._job.source.dataset.sequences
     losses, norms, model = peft_curve(llama, start, sequences, 150, 5, schedule)
     assert max(norms) > 2 * OPTIMIZER["clip"] > 0, "clipping was never needed"
     np.testing.assert_allclose(job.losses, losses, rtol=2e-4)

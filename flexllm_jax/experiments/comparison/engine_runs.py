@@ -7,7 +7,6 @@ knows every step's time before it plans the step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from flexllm_jax.config import Config
 from flexllm_jax.experiments.comparison.experiment import EngineCase
 from flexllm_jax.experiments.simulation.report import figures
 from flexllm_jax.finetune.job import create_job
+from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.launch.replay import ReplayRequest
 from flexllm_jax.launch.report import make_report
 from flexllm_jax.launch.run import Inputs, Run, prepare
@@ -165,8 +165,11 @@ class RecordedSupply:
             inputs.context,
         )
         self.job = job.name
-        made = (job.next_microbatch(count()) for _ in range(_MICROBATCHES))
-        self._microbatches = [packed.as_planned() for packed in made if packed]
+        made = []
+        while len(made) < _MICROBATCHES and (item := job.next()):
+            if isinstance(item, PackedMicrobatch):
+                made.append(item.as_planned(len(made), job.name, job.weights_version))
+        self._microbatches = made
         self._versions = 1 + max(m.weights_version for m in self._microbatches)
         self._given = 0
 

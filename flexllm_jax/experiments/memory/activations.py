@@ -341,7 +341,7 @@ def everything(
     weights = tree_bytes(abstract_parameters(sizes.model, sizes.dtype))
     adapter = {
         "adapter, its gradients and the optimizer": tree_bytes(
-            (sizes.job_state, sizes.pending_arrays["gradients"])
+            (sizes.job_state, sizes.pending_arrays)
         )
     }
     return {

@@ -19,6 +19,8 @@ from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 
 Row = dict[str, Any]
 
@@ -46,10 +48,14 @@ class Microbatch:
         self.kv_slot = (
             self.tables[:, offset // sizes.page_size] * sizes.page_size + offset % sizes.page_size
         ).reshape(-1)
-        first = np.repeat(np.arange(count) * self.length, self.length)
-        label = np.where(self.position < self.length - 1, np.roll(self.tokens, -1), -1)
-        table = np.stack([label, self.position, self.kv_slot, first]).astype(np.int32)
-        self.table = jax.device_put(table, runner.device)
+        every = np.ones(self.length, np.float32)
+        packed = PackedMicrobatch(
+            tuple(Datum.following(own, every) for own in np.split(self.tokens, count)), Loss.of()
+        )
+        self.table, self.loss = jax.device_put(
+            (packed.table(sizes.finetune_slots, 0, self.kv_slot), packed.loss.packed()),
+            runner.device,
+        )
         values, scales = sizes.adapter_row
         self.weights = jax.tree.map(
             lambda s: random.normal(0, 0.02, s.shape).astype(s.dtype), values
@@ -90,7 +96,7 @@ class Microbatch:
             runner.forward("adapters", self.bucket, vector)
         runner.begin_backward()
         for start in starts:
-            done = runner.loss_unit(self.table, self.weights, self.scales, start)
+            done = runner.loss_unit(self.table, self.loss, self.weights, self.scales, start)
         for layer in reversed(range(runner.model.num_layers)):
             for start in starts:
                 done = runner.layer_unit(layer, self.table, self.weights, self.scales, start)
@@ -99,7 +105,7 @@ class Microbatch:
 
     def gradients(self) -> np.ndarray:
         """Of the last run, as one vector."""
-        leaves = jax.tree.leaves(jax.device_get(self.runner.pending["gradients"]))
+        leaves = jax.tree.leaves(jax.device_get(self.runner.pending))
         return np.concatenate([leaf.ravel() for leaf in leaves])
 
 

@@ -38,8 +38,8 @@ class EngineCalls:
         self.on_unload: Callable[[str], None] = lambda name: None
         self.facts = FactBook(_FORGOTTEN_AFTER_S)
         engine.adapters.directory.evict = self._least_used
-        engine.trainer.on_checkpoint = self._keep_checkpoint
-        engine.trainer.keep_trying_s = _RESULT_S
+        engine.trainer.writer.on_checkpoint = self._keep_checkpoint
+        engine.trainer.writer.keep_trying_s = _RESULT_S
 
     # -- adapters ---------------------------------------------------------------------------------
 

@@ -1,0 +1,218 @@
+"""A job's work from a dataset: batches of rows packed into microbatches, a step after each batch,
+and validation.
+
+What a row becomes, and what is reported of it, is the job's method: `Supervised` here,
+`preference.Preference` for pairs.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from flexllm_jax.config import FinetuneConfig
+from flexllm_jax.finetune.data import BatchStream, Dataset, TrainingSequence, pack
+from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
+from flexllm_jax.finetune.optimizer import hyperparameters
+from flexllm_jax.finetune.source import Step
+
+
+class Method(Protocol):
+    """How rows of a dataset are trained on. A row is a sequence, or several (`data`)."""
+
+    loss: Loss
+    # Whether the rows have to be scored under the weights that the job starts from.
+    needs_reference: bool
+
+    def data(self, row: Any, reference: Sequence[float]) -> list[Datum]:
+        """The sequences of a row, which stay in one microbatch; two are each the other's pair.
+        `reference`: sums of log-probabilities under the start weights, one a sequence."""
+        ...
+
+    def divisor(self, rows: Sequence[Any]) -> float:
+        """What the gradient of a batch, and its loss, are divided by."""
+        ...
+
+    def metrics(self, scored: list[tuple[PackedMicrobatch, np.ndarray]]) -> dict[str, float]:
+        """What is reported of a batch besides its loss."""
+        ...
+
+
+class Supervised:
+    """Cross-entropy of what is to be said, a mean over its tokens."""
+
+    loss = Loss.of("cross_entropy")
+    needs_reference = False
+
+    def data(self, row: TrainingSequence, reference: Sequence[float]) -> list[Datum]:
+        """One sequence."""
+        return [Datum.following(row.tokens, row.loss_mask.astype(np.float32))]
+
+    def divisor(self, rows: Sequence[TrainingSequence]) -> float:
+        """The number of tokens to be said."""
+        return float(sum(row.loss_mask[1:].sum() for row in rows))
+
+    def metrics(self, scored: list[tuple[PackedMicrobatch, np.ndarray]]) -> dict[str, float]:
+        """None."""
+        return {}
+
+
+class _Pass:
+    """Rows that are handed over together: a batch, the validation set, or rows to be scored."""
+
+    def __init__(self, groups: Sequence[Sequence[Any]], divisor: float, *, backward: bool):
+        self.groups, self.divisor, self.backward = groups, divisor, backward
+        self.scored: list[tuple[PackedMicrobatch, np.ndarray]] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the results of all its microbatches are in."""
+        return len(self.scored) == len(self.groups)
+
+    def metrics(self, method: Method) -> dict[str, float]:
+        """Mean loss, and what the method reports."""
+        losses = (packed.evaluate(logprob)[0] for packed, logprob in self.scored)
+        total = sum(float(loss.sum(dtype=np.float64)) for loss in losses)
+        return {"loss": total / self.divisor, **method.metrics(self.scored)}
+
+
+class DatasetSource:
+    """Hands over a dataset's batches (see `source.Source`).
+
+    max_tokens: of a microbatch; pack_tokens: of one of several rows; first_position: of every
+    sequence.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        method: Method,
+        dataset: Dataset,
+        validation: Dataset | None,
+        max_tokens: int,
+        pack_tokens: int,
+        first_position: int = 0,
+    ):
+        self.config, self.method = config, method
+        self.dataset, self.validation = dataset, validation
+        self._max_tokens, self._pack_tokens = max_tokens, pack_tokens
+        self._first_position = first_position
+        self.stream = BatchStream(dataset, config.batch_tokens, config.seed)
+        self.total_steps: int = config.steps or self.stream.batches_left(config.epochs or 1)
+        self._ready: deque[tuple[_Pass, Sequence[Any]] | Step] = deque()
+        self._batches = self._steps = 0  # handed over; done
+        self._passes: deque[_Pass] = deque()  # whose results are not all in, in order
+        self._scored: deque[_Pass] = deque()  # batches whose step is not done
+        rows = [*dataset.sequences, *(validation.sequences if validation else ())]
+        self._rows: list[Any] = rows
+        self._references: list[tuple[float, ...]] = []  # of each of `_rows`
+        self._number = {id(row): i for i, row in enumerate(rows)} if method.needs_reference else {}
+        self._reference_pass: _Pass | None = None
+
+    # -- handing over -----------------------------------------------------------------------------
+
+    def next(self) -> PackedMicrobatch | Step | None:
+        """The next microbatch or step in order."""
+        if not self._ready and self._batches < self.total_steps:
+            self._prepare()
+        if not self._ready:
+            return None
+        item = self._ready.popleft()
+        return item if isinstance(item, Step) else self._pack(item[1], item[0].backward)
+
+    def _prepare(self) -> None:
+        """The rows to be scored first, or the next batch, and the validation set if it is due."""
+        if self.method.needs_reference and not self._references:
+            if self._reference_pass is None:
+                self._reference_pass = self._hand_over(self._rows, backward=False)
+            return
+        batch = self._hand_over(self.stream.next_batch(), backward=True)
+        values = hyperparameters(
+            self.config.optimizer, self._batches, self.total_steps, batch.divisor
+        )
+        self._batches += 1
+        self._ready.append(Step(values, self.position()))
+        every = self.config.validation_every
+        due = self._batches == self.total_steps or (every and self._batches % every == 0)
+        if self.validation is not None and due:
+            self._hand_over(self.validation.sequences, backward=False)
+
+    def _hand_over(self, rows: Sequence[Any], *, backward: bool) -> _Pass:
+        """Queue the microbatches of a pass."""
+        groups = pack(rows, self._max_tokens, self._pack_tokens)
+        rows_pass = _Pass(groups, max(self.method.divisor(rows), 1.0), backward=backward)
+        self._passes.append(rows_pass)
+        self._ready += [(rows_pass, group) for group in groups]
+        return rows_pass
+
+    def _pack(self, rows: Sequence[Any], backward: bool) -> PackedMicrobatch:
+        data: list[Datum] = []
+        pairs: list[int] = []
+        for row in rows:
+            known = self._references[self._number[id(row)]] if self._references else ()
+            own = self.method.data(row, known)
+            pairs += [len(data) + i for i in reversed(range(len(own)))]
+            data += own
+        return PackedMicrobatch(
+            tuple(data), self.method.loss, tuple(pairs), self._first_position, backward
+        )
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def scored(self, packed: PackedMicrobatch, logprob: np.ndarray) -> dict[str, float] | None:
+        """The results of a microbatch; they come in the order of `next`."""
+        current = self._passes[0]
+        current.scored.append((packed, logprob))
+        if not current.complete:
+            return None
+        self._passes.popleft()
+        if packed.backward:
+            self._scored.append(current)
+        elif current is self._reference_pass:
+            self._keep_references(current)
+        else:
+            return current.metrics(self.method)
+        return None
+
+    def _keep_references(self, scored: _Pass) -> None:
+        """The sums of log-probabilities of the sequences of every row."""
+        found: dict[int, tuple[float, ...]] = {}
+        for rows, (packed, logprob) in zip(scored.groups, scored.scored, strict=True):
+            sums = iter(float(own.sum(dtype=np.float64)) for own in packed.split(logprob))
+            for row in rows:
+                count = len(self.method.data(row, ()))
+                found[id(row)] = tuple(next(sums) for _ in range(count))
+        self._references = [found[id(row)] for row in self._rows]
+
+    def stepped(self) -> dict[str, float]:
+        """The metrics of the next step."""
+        self._steps += 1
+        return self._scored.popleft().metrics(self.method)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, and the validation after them."""
+        return self._steps >= self.total_steps and not self._passes
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def position(self) -> dict[str, Any]:
+        """Where in the data the next batch begins, and the references of all rows in order."""
+        return {"stream": self.stream.state(), "references": self._references}
+
+    def restore(self, step: int, position: dict[str, Any]) -> None:
+        """Go on after `step`, with what is left of the data. ValueError, naming the field, when it
+        is of other data, or past the job's end."""
+        self.stream.restore(position["stream"])
+        c = self.config
+        self.total_steps = c.steps or step + self.stream.batches_left(c.epochs or 1)
+        if step > self.total_steps:
+            raise ValueError(
+                f"steps={c.steps}: the checkpoint that job {c.name!r} would go on from has done "
+                f"{step} steps; raise steps, or start anew with resume: false"
+            )
+        self._batches = self._steps = step
+        references = position.get("references", ())  # older checkpoints have none
+        self._references = [tuple(own) for own in references]

@@ -1,0 +1,62 @@
+"""What a job does, as a sequence of microbatches and optimizer steps in order.
+
+A job is device state (`job.FinetuneJob`) and a source. The source owns the order and the numbers:
+data, losses, what a step divides by, the schedule; `engine.trainer` carries out what it hands over,
+and tells it the results in the same order.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from flexllm_jax.finetune.microbatch import PackedMicrobatch
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """An optimizer step with the gradient of the microbatches since the one before.
+
+    values: `optimizer.HYPERPARAMETERS`, float32. position: of the source after it, for a
+    checkpoint (`Source.restore`).
+    """
+
+    values: np.ndarray
+    position: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Hands a job's work over in order. It must draw nothing from time or chance between calls: a
+    resumed job does what it would have done."""
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps in all; None: no end is known."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether all work is handed over and its results are in."""
+        ...
+
+    def next(self) -> PackedMicrobatch | Step | None:
+        """What comes next; None while there is nothing."""
+        ...
+
+    def scored(self, packed: PackedMicrobatch, logprob: np.ndarray) -> dict[str, float] | None:
+        """The log-probabilities of a microbatch's labels, float32 [tokens]. Returns the metrics
+        (`loss` among them) of a validation that is complete with it."""
+        ...
+
+    def stepped(self) -> dict[str, float]:
+        """The next of the steps handed over is done: its metrics, `loss` among them."""
+        ...
+
+    def position(self) -> dict[str, Any]:
+        """Where it begins, as plain data for a checkpoint; later `Step.position` says it."""
+        ...
+
+    def restore(self, step: int, position: dict[str, Any]) -> None:
+        """Go on from a checkpoint taken after `step` steps. ValueError, naming the field, if that
+        cannot be."""
+        ...
