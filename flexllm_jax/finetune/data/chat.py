@@ -22,6 +22,9 @@ class UnusableRow(ValueError):
     """A row cannot be trained on; the message is the reason."""
 
 
+MOST_MESSAGES = 1000  # of a row
+
+
 @dataclass(frozen=True)
 class Segment:
     """A stretch of text: a trained turn or what stands before it."""
@@ -38,6 +41,8 @@ def conversation_segments(
     Assistant turns with `weight` 0 (OpenAI's field) are not trained. Text after the last assistant
     turn is left out: nothing in it is trained. Raises UnusableRow.
     """
+    if (count := len(conversation.messages)) > MOST_MESSAGES:  # every turn renders all before it
+        raise UnusableRow(f"{count} messages, more than {MOST_MESSAGES}: make several rows of them")
     sequences: list[tuple[str, list[tuple[int, int]]]] = []
     for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant" or index == 0:  # the first message answers nothing

@@ -8,12 +8,13 @@ counted, and reported with its line and reason; it never stops a job.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +23,14 @@ import numpy as np
 from flexllm_jax.finetune.data.chat import UnusableRow
 from flexllm_jax.finetune.data.readers import FORMATS, Draft, read_row
 from flexllm_jax.finetune.data.rows import DatasetError, read_rows
-from flexllm_jax.finetune.data.tokens import split_tokens
+from flexllm_jax.finetune.data.tokens import CHARACTERS_PER_CALL, split_tokens
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.tokenizer import encode_text, end_token_ids
 
 ROWS_PER_TOKENIZER_CALL = 256
 ROWS_FOR_DETECTION = 100
+_MARGIN = 16  # tokens behind the last that is used, which a cut text may change
+MOST_WORK = 2**24  # characters of a row's pieces, each with all before it; of 16 texts if longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +122,7 @@ def load_dataset(
     train_on: Literal["completion", "all"] = "completion",
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Dataset:
     """Read, tokenize and mask a JSONL or JSON file.
 
@@ -126,7 +130,7 @@ def load_dataset(
     what else ends an output of the model, as its config says. Sequences longer than `max_seq_len`
     tokens are cut, and dropped if nothing trained is left; so are those with tokens that a model of
     `vocab_size` embeddings does not have. Raises DatasetError for a file of which nothing can be
-    used.
+    used, and when `go_on`, asked between rows, says no.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
@@ -148,6 +152,7 @@ def load_dataset(
         rows += len(batch)
         kept: list[tuple[int, list[Draft]]] = []
         for line, row in batch:
+            _require(go_on, path)
             try:
                 drafts, columns = read_row(row, format, template)
             except UnusableRow as reason:
@@ -156,6 +161,7 @@ def load_dataset(
                 kept.append((line, drafts))
                 unread.update(columns)
         for line, outcome in encode(kept):
+            _require(go_on, path)
             if isinstance(outcome, str):
                 skipped.append(SkippedRow(line, outcome))
             else:
@@ -166,6 +172,11 @@ def load_dataset(
         first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise DatasetError(f"{path}: none of its {rows} rows can be trained on{first}")
     return Dataset(path, format, rows, tuple(sequences), tuple(skipped), truncated, unread)
+
+
+def _require(go_on: Callable[[], bool], path: Path) -> None:
+    if not go_on():
+        raise DatasetError(f"{path}: was not read to its end")
 
 
 def _detect(path: Path) -> str:
@@ -198,6 +209,8 @@ class _Encoder:
     ):
         self.tokenizer, self.max_seq_len, self.train_on_all = tokenizer, max_seq_len, train_on_all
         self.vocab_size = vocab_size
+        longest = max(map(len, tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)))
+        self.most_characters = (max_seq_len + _MARGIN) * longest if max_seq_len else math.inf
         self.ends = end_token_ids(tokenizer, eos_token_ids)
         own = tokenizer.eos_token_id
         self.eos = own if own is not None else next(iter(self.ends), None)
@@ -208,18 +221,44 @@ class _Encoder:
         self, rows: list[tuple[int, list[Draft]]]
     ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
         """Yield (line, (sequence, was cut)) or (line, reason) for every draft, in order."""
-        texts = [draft.texts for _, drafts in rows for draft in drafts]
-        pieces = iter(split_tokens(self.tokenizer, texts))
-        for line, drafts in rows:
-            for draft in drafts:
-                yield line, self._sequence(draft, next(pieces))
+        group: list[tuple[int, Draft, list[str]]] = []
+        work = 0
+        for line, draft in ((line, draft) for line, drafts in rows for draft in drafts):
+            texts = self._cut(draft.texts)
+            own = sum(accumulate(map(len, texts)))  # every piece is tokenized with all before it
+            if own > max(MOST_WORK, 16 * self.most_characters):
+                yield line, f"its {len(texts)} turns and pieces are too many for its length"
+                continue
+            if group and work + own > CHARACTERS_PER_CALL:
+                yield from self._encode(group)
+                group, work = [], 0
+            group.append((line, draft, texts))
+            work += own
+        yield from self._encode(group)
+
+    def _encode(
+        self, group: list[tuple[int, Draft, list[str]]]
+    ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
+        pieces = split_tokens(self.tokenizer, [texts for _, _, texts in group])
+        for (line, draft, _), own in zip(group, pieces, strict=True):
+            yield line, self._sequence(draft, own)
+
+    def _cut(self, texts: list[str]) -> list[str]:
+        """What of a text's pieces can matter: tokens beyond `max_seq_len` do not."""
+        cut, left = [], self.most_characters
+        for text in texts:
+            if left <= 0:
+                break
+            cut.append(text[: int(min(left, len(text)))])
+            left -= len(text)
+        return cut
 
     def _sequence(
         self, draft: Draft, pieces: list[list[int]]
     ) -> tuple[TrainingSequence, bool] | str:
         tokens: list[int] = []
         mask: list[bool] = []
-        for piece, segment in zip(pieces, draft.segments, strict=True):
+        for piece, segment in zip(pieces, draft.segments, strict=False):  # the last may be cut off
             tokens += piece
             # Serving stops at a token that ends an output: what a template puts behind it (a
             # newline, mostly) is never to be said.
@@ -239,8 +278,11 @@ class _Encoder:
         loss_mask = np.array(mask[:limit], bool)
         loss_mask[:1] = False
         if not loss_mask.any():
-            if length > limit and any(mask[1:]):
-                return f"{length} tokens, and nothing to train in the first {limit} (max_seq_len)"
+            if length > limit:
+                return (
+                    f"{length} tokens or more, and nothing to train in the first {limit} "
+                    "(max_seq_len)"
+                )
             return "nothing to train on"
         unknown = max(tokens[:limit], default=0)
         if self.vocab_size is not None and unknown >= self.vocab_size:

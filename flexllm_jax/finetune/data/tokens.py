@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+from flexllm_jax.models.tokenizer import encode_texts
+
+CHARACTERS_PER_CALL = 2**21
 _BEFORE = ("\n", ".", "a")  # that few tokens of what follows have within them
 
 
@@ -49,6 +52,13 @@ def _encode_on(tokenizer: Any, text: str) -> list[int]:
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens: list[list[int]] = []
+    while len(tokens) < len(texts):
+        part, characters = [], 0  # so many at once that memory does not matter
+        for text in texts[len(tokens) :]:
+            if part and characters + len(text) > CHARACTERS_PER_CALL:
+                break
+            part.append(text)
+            characters += len(text)
+        tokens += encode_texts(tokenizer, part, add_special_tokens=False)
+    return tokens

@@ -88,6 +88,7 @@ class JobRow(Base):
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int] = mapped_column(default=0)
     # Engines that ended while it ran, since it last got further than `lost_at_step`.
+    validations: Mapped[int | None] = mapped_column(default=0)  # begun, of its files
     engine_losses: Mapped[int] = mapped_column(default=0)
     lost_at_step: Mapped[int | None]
     init_adapter: Mapped[str | None] = mapped_column(Text)  # folder that `model` meant

@@ -145,6 +145,7 @@ class JobManager:
     async def cancel(self, job_id: str) -> JobRow:
         """Stop a job for good."""
         await self._move(job_id, UNFINISHED, "cancelled", "The job was cancelled.")
+        self._validation.stop(job_id)
         await self._ask("cancel_job", job_id)
         self._spawn(self._schedule())
         return await self.find(job_id)
@@ -200,12 +201,21 @@ class JobManager:
         job = await self._database.until_written(lambda s: find_job(s, job_id))
         if job is None:
             return
-        try:
-            validated = await self._validation.read(job)
-        except UnusableFiles as error:
-            await self._fail(job_id, error.code, str(error), error.param)
-            return
-
+        async with self._validation.turns[job.owner]:
+            begin = partial(transitions.begin_validation, job_id=job_id)
+            job = await self._database.until_written(begin)
+            if job is None:  # cancelled, or failed
+                await self._told()
+                return
+            try:
+                validated = await self._validation.read(job)
+            except UnusableFiles as error:
+                await self._fail(job_id, error.code, str(error), error.param)
+                return
+            except asyncio.CancelledError:  # the server stops
+                with contextlib.suppress(DatabaseUnavailable):
+                    self._database.run_now(partial(transitions.give_up_validation, job_id=job_id))
+                raise
         await self._database.until_written(lambda s: transitions.queue(s, job_id, validated))
         await self._told()
         await self._schedule()

@@ -20,6 +20,7 @@ from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.http.shares import fair_room
 
 ENDED = ("succeeded", "failed", "cancelled")
+_VALIDATIONS = 3  # that may begin and come to no end, before the files are to blame
 _ENGINE_LOSSES = 3  # engines that may end while a job gets no further, before it is to blame
 
 
@@ -47,6 +48,27 @@ def check_queue(session: Session, limit: int) -> None:
     if (session.scalar(query) or 0) >= limit:
         message = f"there are {limit} jobs that are not done: wait for one"
         raise ApiError(429, message, retry_after_s=60)
+
+
+def begin_validation(session: Session, job_id: str) -> JobRow | None:
+    """The job whose files are to be read; None when it need not be, or has ended the server too
+    often."""
+    row = find_job(session, job_id)
+    if row is None or row.status != "validating_files":
+        return None
+    begun = row.validations or 0
+    if begun >= _VALIDATIONS:
+        text = f"the server ended {begun} times while the job's files were read"
+        fail(session, job_id, "invalid_training_file", text, "training_file")
+        return None
+    row.validations = begun + 1
+    return row
+
+
+def give_up_validation(session: Session, job_id: str) -> None:
+    """The server stops while a job's files are read, which is not their fault."""
+    if (row := find_job(session, job_id)) is not None and row.validations:
+        row.validations -= 1
 
 
 def queue(session: Session, job_id: str, validated: ValidatedJob) -> None:

@@ -1,10 +1,12 @@
-"""What a job's files hold: read row by row, in a thread of their own, before it is queued."""
+"""What a job's files hold: read row by row, in threads of their own, before it is queued."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import threading
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +23,8 @@ from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.files import FileStore
 from flexllm_jax.server.finetuning.records import SHOWN_ROWS, tell_row
 from flexllm_jax.server.finetuning.schema import CreateJob
+
+_AT_ONCE = 4  # jobs whose files are read
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ class ValidatedJob:
 
 
 class FileValidation:
-    """Reads the files of jobs, one job after the other."""
+    """Reads the files of jobs, of each of `turns` (by the job's owner) one job after the other."""
 
     def __init__(
         self,
@@ -56,13 +60,22 @@ class FileValidation:
     ):
         self._config, self._database, self._files = config, database, files
         self._models = models
-        self._tokenizer = tokenizer  # used by the thread alone
+        self._tokenizer = tokenizer  # of which only what many threads may use at once is used
         self._model = ModelConfig.from_hf(config.model.path)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="validation")
+        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="validation")
+        self._stopping: dict[str, threading.Event] = {}  # by job whose files are being read
+        self.turns: defaultdict[str | None, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    def stop(self, job_id: str) -> None:
+        """Read no further, if a job's files are being read."""
+        if (event := self._stopping.get(job_id)) is not None:
+            event.set()
 
     def close(self) -> None:
-        """Drop what has not begun."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Drop what has not begun, and end the rest at its next row."""
+        for job_id in self._stopping:
+            self.stop(job_id)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def read(self, job: JobRow) -> ValidatedJob:
         """Read a job's files row by row. Raises UnusableFiles."""
@@ -71,20 +84,25 @@ class FileValidation:
         loop = asyncio.get_running_loop()
         files = {"training": job.training_file, "validation": job.validation_file}
         loaded: dict[str, Dataset] = {}
+        stopping = self._stopping[job.id] = threading.Event()
         try:
             for kind, file_id in files.items():
                 if file_id is not None:
                     loaded[kind] = await loop.run_in_executor(
-                        self._thread, self._load, file_id, limit, body.train_on
+                        self._threads, self._load, file_id, limit, body.train_on, stopping
                     )
         except DatasetError as error:
             reason = str(error).replace(f"{self._files.folder}/", "")
-            await self._tell_bad_rows(job.id, files)
+            if not stopping.is_set():
+                await self._tell_bad_rows(job.id, files)
             raise UnusableFiles("invalid_training_file", reason, "training_file") from None
         except Exception as error:
             log.exception("validation of %s", job.id)
             message = f"the files could not be read: {error!r}"
             raise UnusableFiles("server_error", message) from error
+        finally:
+            stopping.set()  # where it is cancelled the thread goes on
+            del self._stopping[job.id]
         data = loaded["training"]
         tree, shown = body.tree(self._config, job.id, job.request["seed"], data.tokens / len(data))
         tree["dataset"] = str(self._files.path(job.training_file))
@@ -98,7 +116,7 @@ class FileValidation:
     async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
         """Add events on the first rows that cannot be read, of files that cannot be used."""
         loop = asyncio.get_running_loop()
-        bad = await loop.run_in_executor(self._thread, self._bad_rows, files)
+        bad = await loop.run_in_executor(self._threads, self._bad_rows, files)
 
         def tell(session: Session) -> None:
             for kind, line, reason in bad:
@@ -117,7 +135,7 @@ class FileValidation:
                 found += islice(bad, SHOWN_ROWS)
         return found
 
-    def _load(self, file_id: str, limit: int, train_on: Any) -> Dataset:
+    def _load(self, file_id: str, limit: int, train_on: Any, stopping: threading.Event) -> Dataset:
         path = self._files.path(file_id)
         return load_dataset(
             path,
@@ -126,4 +144,5 @@ class FileValidation:
             train_on=train_on,
             vocab_size=self._model.vocab_size,
             eos_token_ids=self._model.eos_token_ids,
+            go_on=lambda: not stopping.is_set(),
         )
