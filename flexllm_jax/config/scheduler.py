@@ -36,10 +36,12 @@ class SchedulerSection(Section):
         description="Where the prediction of a step's time starts from: steps timed at start-up, "
         "or the device's data sheet. Either is corrected while serving.",
     )
-    max_tokens_per_step: Int = Field(
-        default=512,
+    max_tokens_per_step: Int | None = Field(
+        default=None,
         ge=1,
-        description="Token slots of the largest step: decode, prefill and finetuning together.",
+        description="Token slots of the largest step: decode, prefill and finetuning together. "
+        "null: the last of compile.token_buckets, or 512 (on a CPU 256), or max_sequences if that "
+        "is more.",
     )
     max_sequences: Int = Field(default=32, ge=1, description="Requests running at once.")
     slo: SloSection = Field(
@@ -62,7 +64,7 @@ class SchedulerSection(Section):
 
     @model_validator(mode="after")
     def _every_sequence_decodes(self) -> Self:
-        if self.max_sequences > self.max_tokens_per_step:
+        if self.max_tokens_per_step and self.max_sequences > self.max_tokens_per_step:
             raise ValueError(
                 f"max_sequences is {self.max_sequences} but max_tokens_per_step only "
                 f"{self.max_tokens_per_step}; every running request needs a token slot"
@@ -82,7 +84,7 @@ class CompileSection(Section):
         default=None,
         min_length=1,
         description="Token slots of the step programs, increasing, the last equal to "
-        "scheduler.max_tokens_per_step. null: chosen by the engine.",
+        "scheduler.max_tokens_per_step. null: a few from 8 on, fewer on a CPU.",
     )
 
     @field_validator("cache_dir")

@@ -49,10 +49,16 @@ class Config(Section):
     def _disagreements(self) -> Iterator[str]:
         buckets, adapters, jobs = self.compile.token_buckets, self.adapters, self.finetune.jobs
         largest = self.scheduler.max_tokens_per_step
-        if buckets is not None and buckets[-1] != largest:
+        if buckets and largest and buckets[-1] != largest:
             yield (
                 f"compile.token_buckets: the last bucket is {buckets[-1]}; it must equal "
                 f"scheduler.max_tokens_per_step, which is {largest}"
+            )
+        if buckets and buckets[-1] < self.scheduler.max_sequences:
+            yield (
+                f"compile.token_buckets: the last bucket is {buckets[-1]}, less than "
+                f"scheduler.max_sequences, which is {self.scheduler.max_sequences}; every running "
+                f"request needs a token slot"
             )
         preloaded = {adapter.name for adapter in adapters.preload}
         needed = 1 + len(preloaded) + len(jobs)

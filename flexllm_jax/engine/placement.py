@@ -225,9 +225,10 @@ def _summed_over(plan: WeightPlan) -> tuple[str, ...]:
 
 
 def plan_placement(
-    config: Config, model: ModelConfig, bank: BankShape, dtype: np.dtype
+    config: Config, model: ModelConfig, bank: BankShape, tokens: int, dtype: np.dtype
 ) -> Placement | None:
-    """How the model is split over devices; None for one. ParallelError when it cannot be."""
+    """How the model is split over devices, for steps of up to `tokens`; None for one device.
+    ParallelError when it cannot be."""
     if config.parallel.tp == 1:
         return None
     mesh = Mesh.of(model, config.parallel.tp)
@@ -237,7 +238,7 @@ def plan_placement(
         tuple(bank.sites(model)),
         rank=bank.rank,
         bottleneck=bank.bottleneck,
-        tokens=config.scheduler.max_tokens_per_step,
+        tokens=tokens,
         itemsize=dtype.itemsize,
     )
     log.info("%s", plan.describe())

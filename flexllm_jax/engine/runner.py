@@ -24,7 +24,7 @@ from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import MemoryPlan, device_memory, plan_memory, tree_bytes
 from flexllm_jax.engine.placement import plan_placement
 from flexllm_jax.engine.programs import head_parameters, list_programs
-from flexllm_jax.engine.sizes import EngineSizes, bank_shape
+from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.dtype import engine_dtype
@@ -62,9 +62,15 @@ class Runner:
         self.device = jax.local_devices()[0]
         backend = select_backend(config.kernels, self.device)
         available = least_of_all(device_memory(self.device)) * config.cache.memory_fraction
-        dtype = engine_dtype(config.model.dtype, config.model.path, self.device)
-        placement = plan_placement(config, self.model, bank_shape(config), dtype)
-        sizes = EngineSizes.from_config(config, self.model, dtype, backend, placement)
+        platform = self.device.platform
+        placement = plan_placement(
+            config,
+            self.model,
+            bank_shape(config),
+            step_buckets(config, platform)[-1],
+            engine_dtype(config.model.dtype, config.model.path, platform),
+        )
+        sizes = EngineSizes.from_config(config, self.model, platform, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
         self.start_seconds: dict[str, float] = {}
         with self._timed("weights"):

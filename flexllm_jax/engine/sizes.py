@@ -20,6 +20,7 @@ from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shape
 from flexllm_jax.finetune.optimizer import job_state_shapes
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import AdapterRow, BankShape, scale_shapes, weight_shapes
@@ -58,15 +59,15 @@ class EngineSizes:
         cls,
         config: Config,
         model: ModelConfig,
-        dtype: jnp.dtype,
+        platform: str,
         backend: Backend,
         placement: Placement | None = None,
     ) -> "EngineSizes":
         """What the configuration asks for, but for `finetune.saved`, of which
         `engine.activations.choose_saved` takes care: these are the sizes of `attention`.
 
-        dtype: what `config.model.dtype` means on the device. ValueError for what the model or its
-        placement does not have."""
+        platform: the device's. ValueError for what the model or its placement does not have."""
+        dtype = engine_dtype(config.model.dtype, config.model.path, platform)
         bank = bank_shape(config)
         if placement and bank.has_head:
             raise ValueError(
@@ -81,8 +82,7 @@ class EngineSizes:
             rows=config.scheduler.max_sequences,
             finetune_slots=config.finetune.max_tokens,
             unit_tokens=config.finetune.unit_tokens,
-            buckets=config.compile.token_buckets
-            or token_buckets(config.scheduler.max_tokens_per_step),
+            buckets=step_buckets(config, platform),
             bank=bank,
             columns=saved_columns(
                 Decoder(placement.local if placement else model, dtype), ("attended",)
@@ -206,6 +206,17 @@ class EngineSizes:
         """The KV pages of all layers."""
         pages = page_shapes(self.model, self.stored, num_pages, self.page_size)
         return self.placement.pages(pages) if self.placement else pages
+
+
+def step_buckets(config: Config, platform: str) -> tuple[int, ...]:
+    """The sizes of steps. A CPU has fewer by default, and smaller ones: it takes seconds to compile
+    each, and more tokens at once make it no faster."""
+    if config.compile.token_buckets:
+        return config.compile.token_buckets
+    usual, ratio = (256, 6) if platform == "cpu" else (512, 4)
+    scheduler = config.scheduler
+    largest = scheduler.max_tokens_per_step or max(usual, scheduler.max_sequences)
+    return token_buckets(largest, ratio=ratio)
 
 
 def bank_shape(config: Config) -> BankShape:

@@ -6,7 +6,6 @@ exactly: most have no products of bfloat16, and emulate them.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,12 +34,12 @@ def checkpoint_dtype(path: str | Path) -> np.dtype:
     return jnp.dtype(named)
 
 
-def engine_dtype(asked: str, path: str | Path, device: Any) -> np.dtype:
-    """What `model.dtype` means for a checkpoint on a device."""
+def engine_dtype(asked: str, path: str | Path, platform: str) -> np.dtype:
+    """What `model.dtype` means for a checkpoint on a device of a platform ("cpu", "gpu")."""
     if asked != "auto":
         return jnp.dtype(asked)
     own = checkpoint_dtype(path).name
-    return jnp.dtype("float32" if device.platform == "cpu" else _COMPUTED.get(own, own))
+    return jnp.dtype("float32" if platform == "cpu" else _COMPUTED.get(own, own))
 
 
 def export_dtype(asked: str, path: str | Path) -> np.dtype:

@@ -53,8 +53,8 @@ def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
     )
     model = replace(ModelConfig.from_hf(path), num_layers=layers)
     dtype = jnp.dtype(config.model.dtype)
-    placement = plan_placement(config, model, bank_shape(config), dtype)
-    sizes = EngineSizes.from_config(config, model, dtype, XLA, placement)
+    placement = plan_placement(config, model, bank_shape(config), 8, dtype)
+    sizes = EngineSizes.from_config(config, model, "cpu", XLA, placement)
     sizes = choose_saved(config, sizes, math.inf)
     assert set(sizes.bank.modules) == {"q", "k", "v", "o", "gate", "up", "down"}
     wanted = [p for p in list_programs(sizes, 8) if p.name in PROGRAMS]

@@ -200,8 +200,16 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
             ["compile.token_buckets: got [64, 32]", "increasing"],
         ),
         (
-            {"model": {"path": "m"}, "compile": {"token_buckets": [64, 128]}},
-            ["compile.token_buckets: the last bucket is 128", "512"],
+            {
+                "model": {"path": "m"},
+                "compile": {"token_buckets": [64, 128]},
+                "scheduler": {"max_tokens_per_step": 256},
+            },
+            ["compile.token_buckets: the last bucket is 128", "256"],
+        ),
+        (
+            {"model": {"path": "m"}, "compile": {"token_buckets": [8, 16]}},
+            ["compile.token_buckets: the last bucket is 16", "max_sequences, which is 32"],
         ),
         (
             {"model": {"path": "m"}, "finetune": {"max_tokens": 100, "unit_tokens": 64}},

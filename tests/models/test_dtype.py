@@ -1,7 +1,6 @@
 """Which type weights have: that of transformers' `auto`, or on a CPU one that it computes in."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from flexllm_jax.models.config import ModelConfigError
 from flexllm_jax.models.dtype import checkpoint_dtype, engine_dtype, export_dtype
 from tests.checkpoints import make_llama, save_tokenizer
 from tests.engines import save_random_adapter, start_engine
-
-CPU, GPU = (SimpleNamespace(platform=platform) for platform in ("cpu", "gpu"))
 
 
 def rename(path, **fields):
@@ -43,8 +40,8 @@ def test_a_checkpoints_type_is_what_transformers_finds(stored, field, tmp_path):
 )
 def test_what_model_dtype_means(stored, asked, on_gpu, on_cpu, exported, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": stored}))
-    assert engine_dtype(asked, tmp_path, GPU).name == on_gpu
-    assert engine_dtype(asked, tmp_path, CPU).name == on_cpu
+    assert engine_dtype(asked, tmp_path, "gpu").name == on_gpu
+    assert engine_dtype(asked, tmp_path, "cpu").name == on_cpu
     assert export_dtype(asked, tmp_path).name == exported
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -108,8 +107,7 @@ def engine_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation
     if quick:
         model = replace(model, num_layers=_QUICK_LAYERS)  # they are all alike
     config = Config.model_validate(_ENGINE_CONFIG)
-    dtype = jnp.dtype(config.model.dtype)
-    sizes = EngineSizes.from_config(config, model, dtype, Backend("pallas", target.name))
+    sizes = EngineSizes.from_config(config, model, "gpu", Backend("pallas", target.name))
     for program in list_programs(sizes, _ENGINE_PAGES):
         if program.name in _ENGINE_PROGRAMS and match in f"engine/{program.name}":
             yield Compilation(

@@ -19,7 +19,6 @@ from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import device_memory
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.dtype import engine_dtype
 from kernels_pallas.backend import select_backend
 
 Row = dict[str, Any]
@@ -28,8 +27,8 @@ Row = dict[str, Any]
 def planned_sizes(config: Config, device: Any) -> EngineSizes:
     """The engine of a configuration on a device, with its plan of what to save chosen."""
     model = ModelConfig.from_hf(config.model.path)
-    dtype = engine_dtype(config.model.dtype, config.model.path, device)
-    sizes = EngineSizes.from_config(config, model, dtype, select_backend(config.kernels, device))
+    backend = select_backend(config.kernels, device)
+    sizes = EngineSizes.from_config(config, model, device.platform, backend)
     return choose_saved(config, sizes, int(device_memory(device) * config.cache.memory_fraction))
 
 
