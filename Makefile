@@ -3,6 +3,7 @@
 # make test-fast    the tests that start no engine and no server, for the loop while coding
 # make test-newest  all tests in a new environment with the newest releases that pyproject.toml
 #                   allows; if they fail, says which packages differ from the tested ones
+# make fuzz         what clients send, made up, for the parsers: ten minutes of it
 # make check        format, lint, types
 # make docs         builds the documentation in docs/_build/html; a warning is an error
 # make gpu-compile  compiles every kernel and the engine's programs for H200 and A100, without a GPU
@@ -57,7 +58,7 @@ endif
 export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-newest check docs gpu-compile bench lock clean
+.PHONY: demo test test-fast test-newest fuzz check docs gpu-compile bench lock clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
@@ -69,6 +70,9 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	$(PYTEST) $(FAST)
+
+fuzz: $(VENV)/.test
+	$(PYTEST) tests/fuzz --hypothesis-profile=nightly
 
 test-newest:
 	rm -rf $(NEWEST_VENV)

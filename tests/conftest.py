@@ -18,10 +18,13 @@ if version("jaxlib").startswith("0.10."):  # later ones have no such flag
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import make_llama, save_tokenizer
 from tests.engines import given_back, start_engine
+
+settings.register_profile("nightly", max_examples=10_000)  # pytest --hypothesis-profile=nightly
 
 # Files that take longest, longest first. They begin before all others, so that the workers end at
 # about the same time.

@@ -23,6 +23,6 @@ def test_a_job_whose_files_end_the_server_again_and_again_fails():
         assert run(transitions.begin_validation) is not None
     assert run(transitions.begin_validation) is None
     job = run(find_job)
-    assert job.status == "failed" and "3 times" in job.error["message"]
+    assert job and job.error and job.status == "failed" and "3 times" in job.error["message"]
     assert run(transitions.begin_validation) is None
     database.close()
