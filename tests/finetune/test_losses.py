@@ -69,7 +69,7 @@ def reference(packed, logprobs):
     if name in ("dpo", "ipo", "simpo"):
         sums = [(w[i] * (lp - q[i])).sum() for i, lp in enumerate(logprobs)]
         means = [x / w[i].sum() for i, x in enumerate(sums)]
-        for i in (0, 2):
+        for i in range(0, len(logprobs), 2):
             if name == "dpo":
                 total = total - logsigmoid(s.beta * (sums[i] - sums[i + 1]))
             elif name == "ipo":
