@@ -6,6 +6,7 @@ Every array has a checksum: a checkpoint that reads back differently is passed o
 before it. Arrays go in and come out as numpy, so saving never compiles or runs anything in JAX.
 """
 
+import errno
 import json
 import logging
 import os
@@ -95,6 +96,7 @@ class JobCheckpoints:
         name = _name(step, max(attempts, default=-1) + 1)
         try:
             self._remove_leftovers()
+            self._check_room(sum(leaf.nbytes for leaf in leaves.values()))
             # orbax refuses arrays without elements; their shape says all there is to know.
             composite = ocp.args.Composite(
                 arrays=ocp.args.PyTreeSave({p: x for p, x in leaves.items() if x.size}),
@@ -162,6 +164,13 @@ class JobCheckpoints:
         """(step, attempt) of every complete checkpoint, the newest last."""
         matches = [_COMPLETE.fullmatch(name) for name in self._names()]
         return sorted((int(m[1]), int(m[2] or 0)) for m in matches if m)
+
+    def _check_room(self, needed: int) -> None:
+        """OSError when `needed` bytes do not fit on the disk: what orbax leaves undone halfway
+        prints tracebacks from threads of its own."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(self.directory).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _names(self) -> list[str]:
         try:

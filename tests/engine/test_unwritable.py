@@ -5,7 +5,7 @@ import time
 import pytest
 from safetensors import SafetensorError
 
-from flexllm_jax.engine import trainer as trainer_module
+from flexllm_jax.engine import job_writer
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
 from tests.engines import job_config, letter_rows, start_engine, write_rows
 
@@ -16,13 +16,13 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture
-def trainer(llm, monkeypatch):
-    """The trainer of an engine that tries again, soon and for long, as the server's does."""
-    trainer = llm.engine.trainer
-    monkeypatch.setattr(trainer_module, "_AGAIN_S", 0.05)
-    monkeypatch.setattr(trainer, "keep_trying_s", 60.0)
-    monkeypatch.setattr(trainer, "on_checkpoint", trainer.on_checkpoint)
-    return trainer
+def writer(llm, monkeypatch):
+    """The writer of an engine that tries again, soon and for long, as the server's does."""
+    writer = llm.engine.trainer.writer
+    monkeypatch.setattr(job_writer, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(writer, "keep_trying_s", 60.0)
+    monkeypatch.setattr(writer, "on_checkpoint", writer.on_checkpoint)
+    return writer
 
 
 def blocked(llm, name):
@@ -40,7 +40,7 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_a_trained_job_waits_for_room(llm, trainer, rows):
+def test_a_trained_job_waits_for_room(llm, writer, rows):
     folder = blocked(llm, "waiting")
     job = llm.finetune(job_config("waiting", rows, steps=3))
     until(lambda: any("it is tried again" in text for text in job.messages))
@@ -52,7 +52,7 @@ def test_a_trained_job_waits_for_room(llm, trainer, rows):
     load_adapter(folder, llm.engine.runner.model)
 
 
-def test_one_that_waits_can_be_cancelled(llm, trainer, rows):
+def test_one_that_waits_can_be_cancelled(llm, writer, rows):
     folder = blocked(llm, "cancelled")
     job = llm.finetune(job_config("cancelled", rows, steps=3))
     until(lambda: any("it is tried again" in text for text in job.messages))
@@ -74,14 +74,14 @@ def exporting(engine, folder):
     return lambda job, step, adapter: save_adapter(adapter, engine.runner.model, "base", folder)
 
 
-def test_errors_of_safetensors_cost_one_write(llm, trainer, rows, tmp_path):
+def test_errors_of_safetensors_cost_one_write(llm, writer, rows, tmp_path):
     folder = block_weights(tmp_path / "step")
-    trainer.on_checkpoint = exporting(llm.engine, folder)
+    writer.on_checkpoint = exporting(llm.engine, folder)
     job = llm.finetune(job_config("checkpoints", rows, steps=6)).wait(60)
     assert job.status == "succeeded"
     assert any("the adapter of step 4 could not be written" in text for text in job.messages)
     with pytest.raises(SafetensorError):
-        trainer.on_checkpoint(job, 1, load_adapter(job.adapter_dir, llm.engine.runner.model))
+        writer.on_checkpoint(job, 1, load_adapter(job.adapter_dir, llm.engine.runner.model))
     (folder / "adapter_model.safetensors.part").rmdir()
     assert llm.finetune(job_config("more", rows, steps=6)).wait(60).status == "succeeded"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -93,7 +93,7 @@ def test_errors_of_safetensors_cost_one_write(llm, trainer, rows, tmp_path):
 def test_they_cost_nothing_else_when_the_engine_stops(llama, rows, tmp_path):
     llm = start_engine(llama, tmp_path)
     engine = llm.engine
-    engine.trainer.on_checkpoint = exporting(engine, block_weights(tmp_path / "step"))
+    engine.trainer.writer.on_checkpoint = exporting(engine, block_weights(tmp_path / "step"))
     jobs = [llm.finetune(job_config(name, rows, steps=5000)) for name in ("one", "two")]
     until(lambda: all(job.steps > 2 for job in jobs))
     llm.close()

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -274,6 +275,20 @@ def save_until_killed(directory: str):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         print("killed", flush=True)
+
+
+def test_what_cannot_fit_is_not_begun(saved, monkeypatch):
+    """The disk has a byte less than the arrays need."""
+    arrays = {"a": np.zeros(1000, np.float32)}
+    usage = shutil.disk_usage(saved.directory)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3999))
+    before = sorted(saved.directory.iterdir())
+    with pytest.raises(CheckpointError, match="could not be saved \\(No space left on device\\)"):
+        saved.save(99, arrays, {})
+    assert sorted(saved.directory.iterdir()) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4000))
+    saved.save(99, arrays, {})
+    assert saved.steps()[-1] == 99
 
 
 def test_killed_at_any_moment_the_newest_checkpoint_is_complete(tmp_path):
