@@ -16,6 +16,7 @@ from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
 from flexllm_jax.finetune.losses import LossTokens, coefficients
 from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.decoder import Decoder
+from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
 
 _VOCABULARY_CHUNK = 4096
@@ -90,7 +91,7 @@ def loss_unit(
     )
     if head.lora and gradients:
         d_low = d_shrunk[0] * head.lora["scale"]
-        d_hidden += d_low @ head.lora["a"].T
+        d_hidden += d_low @ head.lora["a"].astype(jnp.float32).T
         own = gradients["head"]
         gradients = {
             "head": {
@@ -180,7 +181,7 @@ class _Head(NamedTuple):
         inputs, targets = [hidden], [rows_of(weight, label, decoder.axes).astype(jnp.float32)]
         if lora:
             inputs.append(lora["shrunk"])
-            targets.append(lora["b"][:, label].T)
+            targets.append(lora["b"][:, label].T.astype(jnp.float32))
         return cls(decoder, weight, hidden, pull, counts, label, lora, inputs, targets)
 
     @property
@@ -201,7 +202,7 @@ class _Head(NamedTuple):
         parts = [part]
         if self.lora:
             parts.append(lax.dynamic_slice_in_dim(self.lora["b"], begin, chunk, axis=1).T)
-            logits += self.lora["shrunk"] @ parts[1].T
+            logits += product("ur,vr->uv", self.lora["shrunk"], parts[1])
         fresh = begin + jnp.arange(chunk) >= c * chunk  # the last chunk overlaps its neighbour
         return begin, parts, jnp.where(fresh, logits, -jnp.inf)
 
@@ -249,7 +250,7 @@ class _Head(NamedTuple):
     ) -> jax.Array:
         """`so_far`, and the gradient of the B of LoRA on the head."""
         assert self.lora is not None
-        shrunk, chunk = self.lora["shrunk"], self._chunk
+        shrunk, chunk = self.lora["shrunk"].astype(jnp.float32), self._chunk
 
         def add_chunk(i, d_b):
             begin, _, logits = self._logits(i)
@@ -265,8 +266,12 @@ class _Head(NamedTuple):
 
 
 def _head_lora(adapter: dict | None, hidden: Float[Array, "U D"]) -> dict | None:
-    """LoRA on the head for a slice of tokens: its float32 factors and scale, and h A scale."""
+    """LoRA on the head for a slice of tokens: its factors and scale, and h A scale; rounded where
+    serving rounds them (`grouped_lora`), so that it trains the log-probabilities it samples with.
+    """
     if adapter is None:
         return None
     own, scale = adapter["weights"]["head"], adapter["scales"]["head"][0]
-    return own | {"scale": scale, "shrunk": hidden.astype(jnp.float32) @ own["a"] * scale}
+    own = {name: factor.astype(hidden.dtype) for name, factor in own.items()}
+    shrunk = product("ud,dr->ur", hidden, own["a"]) * scale
+    return own | {"scale": scale, "shrunk": shrunk.astype(hidden.dtype)}

@@ -42,7 +42,7 @@ def grouped_lora(
         down, up, scale, own = _one_adapter(a, b, scales, adapter, row, x.dtype)
         shrunk = _shrink(x, down, scale, own)
         return tuple(
-            y + jnp.matmul(s, u, precision=_exact(s))
+            y + jnp.matmul(s, u, precision=_exact(s), preferred_element_type=y.dtype)
             for y, s, u in zip(ys, shrunk, up, strict=True)
         )
 

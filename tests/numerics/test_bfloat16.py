@@ -6,14 +6,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexllm_jax import SamplingParams
+from flexllm_jax.finetune.job import FinetuneJob
+from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
+from flexllm_jax.peft.hf_peft import load_adapter
 from tests.engines import (
+    SEVEN,
     job_config,
     letter_rows,
     random_prompts,
     reference_logprobs,
+    save_random_adapter,
     start_engine,
     write_rows,
 )
+from tests.numerics.test_losses import Given
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +56,33 @@ def test_a_job_learns_as_in_float32(half, llm, tmp_path):
     assert all(job.status == "succeeded" for job in jobs)
     np.testing.assert_allclose(jobs[0].losses, jobs[1].losses, rtol=0.05)
     assert np.mean(jobs[0].losses[-3:]) < 0.8 * np.mean(jobs[0].losses[:3])
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["layers", "layers and head"])
+def test_logprobs_in_training_are_those_of_serving(llama, tmp_path, head):
+    """In bfloat16 what differs is rounding alone, and LoRA on the head adds none."""
+    modules = [*SEVEN, "lm_head"] if head else list(SEVEN)
+    llm = start_engine(
+        llama, tmp_path / "runs", dtype="bfloat16", adapter_bank={"target_modules": modules}
+    )
+    with llm:
+        adapter = save_random_adapter(llama, tmp_path / "adapter", target_modules=modules)
+        llm.load_adapter("served", adapter)
+        params = SamplingParams(max_tokens=30, temperature=1.0, logprobs=0, ignore_eos=True)
+        outputs = llm.generate(random_prompts([9, 30, 14, 22, 5, 41]), params, adapter="served")
+        weight = [np.float32([0] * len(o.prompt_token_ids) + [1] * 30) for o in outputs]
+        tokens = [np.int32([*o.prompt_token_ids, *o.outputs[0].token_ids]) for o in outputs]
+        data = [Datum.following(t, w) for t, w in zip(tokens, weight, strict=True)]
+        source = Given(*(PackedMicrobatch((d,), Loss.of(), backward=False) for d in data))
+        start = load_adapter(adapter, llm.engine.runner.model, llama)
+        rows = write_rows(tmp_path / "rows.jsonl", [{"text": "unused"}])
+        config = job_config("scored", rows, steps=1)
+        llm.start_job(FinetuneJob(config, start.config, start, source)).wait(60)
+    differences = []
+    for output, datum, (logprob,) in zip(outputs, data, source.logprobs, strict=True):
+        sampled = [next(iter(one.values())) for one in output.outputs[0].logprobs]
+        differences += (logprob[datum.label >= 0] - sampled).tolist()
+    mean, largest = np.abs(differences).mean(), np.abs(differences).max()
+    print(f"mean {mean:.2e}, largest {largest:.2e}")
+    assert mean < 2e-3
+    assert largest < 2e-2

@@ -40,11 +40,12 @@ class Given:
 
     def __init__(self, *items):
         self.items, self.logprobs, self.steps = list(items), [], 0
+        self.count = len(items)
         self.total_steps = sum(isinstance(item, Step) for item in items)
 
     @property
     def finished(self):
-        return not self.items and self.steps == self.total_steps
+        return self.steps + len(self.logprobs) == self.count
 
     def next(self):
         return self.items.pop(0) if self.items else None
