@@ -2,15 +2,14 @@
 another goes on, and what was promised is kept. One server after the other, in one folder."""
 
 import contextlib
-import http.client
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -147,31 +146,30 @@ def test_an_engine_that_stands_still_is_ended_and_a_failed_job_can_be_resumed(no
         client.post(f"/fine_tuning/jobs/{job.id}/resume", cast_to=object)
 
 
-def test_a_call_that_never_returns_does_not_keep_the_engine(now, rows, adapter, config):
+def test_a_call_that_never_returns_does_not_keep_the_engine(now, rows, adapter, config, tmp_path):
     """The server is killed; its engine ends by itself though a worker hangs, and the next server
     starts. It has the adapters that were loaded, goes on with the job, and has tidied up."""
     server = now.server
     assert load(server, "kept", adapter)[0] == 200
-    hanging = adapter.parent / "hanging"
-    hanging.mkdir()
-    os.mkfifo(hanging / "adapter_config.json")
-    job = create(server, rows)
+    job, other = create(server, rows), create(server, rows)
     server.wait(lambda: steps(server, job) > 4)
-
-    def ask():
-        with contextlib.suppress(OSError, http.client.HTTPException):  # the server is killed
-            load(server, "hangs", hanging)
-
-    call = threading.Thread(target=ask)
-    call.start()
-    call.join(1.0)
-    assert call.is_alive()
+    path = write_rows(tmp_path / "rows.jsonl", letter_rows(5))
+    third = create(server, server.client().files.create(file=path, purpose="fine-tune").id, 2)
+    server.wait(lambda: status(server, third) == "queued")
+    data = server.output_dir / "server" / "files" / third.training_file
+    data.unlink()
+    os.mkfifo(data)  # a worker of the engine reads it for ever, as from a lost network disk
+    server.client().fine_tuning.jobs.cancel(other.id)
+    server.wait(lambda: status(server, third) == "running")
+    time.sleep(1.0)
+    assert steps(server, third) == 0
     pid, sockets = server.engine_pid, set(Path(tempfile.gettempdir()).glob("flexllm-*/commands"))
     stray = server.output_dir / "server" / "files" / ("file-" + 32 * "0")
     stray.write_text("no row tells of it")
     os.utime(stray, (1, 1))
     server.stop(signal.SIGKILL)
-    call.join()
+    data.unlink()
+    shutil.copy(path, data)
     now.server = RunningServer(config)
     assert ends_within(pid, GRACE_S + 2)
     server = now.server.wait_ready()
@@ -180,6 +178,7 @@ def test_a_call_that_never_returns_does_not_keep_the_engine(now, rows, adapter, 
     assert answer.model == "kept"
     server.wait(lambda: any("Resumed from step" in text for text in events(server, job)))
     server.client().fine_tuning.jobs.cancel(job.id)
+    server.wait(lambda: status(server, third) == "succeeded")
     assert not stray.exists()
     left = set(Path(tempfile.gettempdir()).glob("flexllm-*/commands"))
     assert len(sockets - left) >= 1

@@ -47,7 +47,7 @@ class World:
         self.config = build_config(make_config(folder / "model", folder))
         self.path = folder / "server.sqlite"
         self.database = Database(f"sqlite:///{self.path}")
-        files = FileStore(folder / "files", self.database, self.config.server)
+        files = FileStore(folder / "files", self.database, self.config.server, several=False)
         self.records = JobRecords(self.config, ModelRegistry(self.config), files)
         row = {"id": JOB, "status": "running", "model": "tiny", "request": {"seed": 1}}
         row |= {"hyperparameters": {}, "training_file": "file-1", "config": {}}
