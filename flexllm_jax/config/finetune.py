@@ -39,6 +39,11 @@ class OptimizerConfig(Section):
         default=0.999, ge=0, lt=1, description="Decay of the mean of squared gradients."
     )
     eps: Float = Field(default=1e-8, gt=0, description="Added to the denominator.")
+    b_lr_ratio: Float = Field(
+        default=1.0,
+        gt=0,
+        description="Learning rate of LoRA's B over that of A (LoRA+: 16, with a smaller lr).",
+    )
 
 
 class FinetuneConfig(Section):
@@ -49,7 +54,14 @@ class FinetuneConfig(Section):
     )
     dataset: Path = Field(description="Training rows, JSONL or JSON.")
     format: Literal[
-        "auto", "chat", "prompt_completion", "text", "alpaca", "sharegpt", "question_answer"
+        "auto",
+        "tokenized",
+        "chat",
+        "prompt_completion",
+        "text",
+        "alpaca",
+        "sharegpt",
+        "question_answer",
     ] = Field(default="auto", description="What a row looks like. auto: detected from its fields.")
     validation: Path | None = Field(default=None, description="Validation rows in the same format.")
     validation_every: Int = Field(
@@ -57,7 +69,8 @@ class FinetuneConfig(Section):
     )
     train_on: Literal["completion", "all"] = Field(
         default="completion",
-        description="Tokens that count in the loss: the answers, or everything.",
+        description="Tokens that count in the loss: the answers, or everything. Rows of tokens "
+        "say it themselves.",
     )
     peft: PeftConfig = Field(default_factory=PeftConfig, description="The adapter.")
     optimizer: OptimizerConfig = Field(

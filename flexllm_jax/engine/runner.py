@@ -355,7 +355,7 @@ class Runner:
         return self.programs["read_logprobs"](self.finetune["flow"]["logprob"])
 
     def optimizer_step(
-        self, state: dict, bank_slot: int, values: Float[np.ndarray, " 7"]
+        self, state: dict, bank_slot: int, values: Float[np.ndarray, " 8"]
     ) -> tuple[dict, dict]:
         """Update a job's adapter in its slot; returns its state and the step's metrics."""
         self.bank["weights"], state, metrics = self.programs["optimizer_step"](

@@ -41,18 +41,18 @@ class Method(Protocol):
 
 
 class Supervised:
-    """Cross-entropy of what is to be said, a mean over its tokens."""
+    """Cross-entropy of what is to be said, a weighted mean over its tokens."""
 
     loss = Loss.of("cross_entropy")
     needs_reference = False
 
     def data(self, row: TrainingSequence, reference: Sequence[float]) -> list[Datum]:
         """One sequence."""
-        return [Datum.following(row.tokens, row.loss_mask.astype(np.float32))]
+        return [Datum.following(row.tokens, row.weights)]
 
     def divisor(self, rows: Sequence[TrainingSequence]) -> float:
-        """The number of tokens to be said."""
-        return float(sum(row.loss_mask[1:].sum() for row in rows))
+        """The sum of weights: without any, the number of tokens to be said."""
+        return float(sum(row.weights[1:].sum(dtype=np.float64) for row in rows))
 
     def metrics(self, scored: list[tuple[PackedMicrobatch, np.ndarray]]) -> dict[str, float]:
         """None."""
@@ -142,7 +142,7 @@ class DatasetSource:
     def _hand_over(self, rows: Sequence[Any], *, backward: bool) -> _Pass:
         """Queue the microbatches of a pass."""
         groups = pack(rows, self._max_tokens, self._pack_tokens)
-        rows_pass = _Pass(groups, max(self.method.divisor(rows), 1.0), backward=backward)
+        rows_pass = _Pass(groups, self.method.divisor(rows) or 1.0, backward=backward)
         self._passes.append(rows_pass)
         self._ready += [(rows_pass, group) for group in groups]
         return rows_pass

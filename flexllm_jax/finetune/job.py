@@ -27,6 +27,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import (
     Adapter,
     AdapterConfig,
+    AdapterError,
     LoraConfig,
     Site,
     init_adapter,
@@ -78,6 +79,11 @@ def create_job(
         adapter = load_adapter(config.init_adapter, model, model_path)
     else:
         adapter = init_adapter(_adapter_config(config.peft), model, config.seed)
+    if config.optimizer.b_lr_ratio != 1 and adapter.config.kind != "lora":
+        raise AdapterError(
+            f"optimizer.b_lr_ratio={config.optimizer.b_lr_ratio}: an adapter of kind "
+            f"{adapter.config.kind} has no B with a learning rate of its own; leave it out"
+        )
     unit = section.unit_tokens
     # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
     half = max(unit, max_tokens // 2 // unit * unit)

@@ -19,8 +19,12 @@ from flexllm_jax.config import OptimizerConfig
 from flexllm_jax.peft.bank import set_row
 
 # What `optimizer_step` takes as its float32 vector of hyperparameters, in this order.
+# b_lr_ratio: learning rate of LoRA's B over that of all else (LoRA+, arXiv 2402.12354).
 # scale: what the gradient, a sum, is multiplied with; 0 where there is none.
-HYPERPARAMETERS = ("learning_rate", "b1", "b2", "eps", "weight_decay", "max_norm", "scale")
+HYPERPARAMETERS = (
+    *("learning_rate", "b1", "b2", "eps", "weight_decay"),
+    *("b_lr_ratio", "max_norm", "scale"),
+)
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -43,7 +47,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 
 def hyperparameters(
     config: OptimizerConfig, step: int, total_steps: int, divisor: float
-) -> Float[np.ndarray, " 7"]:
+) -> Float[np.ndarray, " 8"]:
     """The values of HYPERPARAMETERS for one optimizer step, whose gradient is divided by
     `divisor`."""
     values = {
@@ -52,13 +56,14 @@ def hyperparameters(
         "b2": config.beta2,
         "eps": config.eps,
         "weight_decay": config.weight_decay,
+        "b_lr_ratio": config.b_lr_ratio,
         "max_norm": math.inf if config.clip is None else config.clip,
         "scale": 1 / divisor,
     }
     return np.array([values[name] for name in HYPERPARAMETERS], np.float32)
 
 
-def without_gradient(values: Float[np.ndarray, " 7"]) -> Float[np.ndarray, " 7"]:
+def without_gradient(values: Float[np.ndarray, " 8"]) -> Float[np.ndarray, " 8"]:
     """The same hyperparameters for a step that no microbatch came before."""
     return np.where(np.array(HYPERPARAMETERS) == "scale", np.float32(0), values)
 
@@ -113,7 +118,7 @@ def optimizer_step(
     weights: list,
     state: dict,
     bank_row: Int[Array, ""],
-    values: Float[Array, " 7"],
+    values: Float[Array, " 8"],
 ) -> tuple[list, dict, dict]:
     """One update of one job from its accumulated gradient times a scale.
 
@@ -131,7 +136,7 @@ def optimizer_step(
         stay as they were; the caller sees it in the metrics and stops the job.
     """
     norm_of = reduction.norm if reduction else optax.global_norm
-    gradients, (max_norm, scale) = state["gradients"], values[-2:]
+    gradients, (b_lr_ratio, max_norm, scale) = state["gradients"], values[-3:]
     if reduction:
         gradients = reduction.sum_gradients(gradients)
     scaled = jax.tree.map(lambda g: jnp.where(scale == 0, 0.0, g * scale), gradients)
@@ -139,7 +144,7 @@ def optimizer_step(
     clipped = jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), scaled)
     updates, optimizer = _adamw(values).update(clipped, state["optimizer"], state["master"])
     updated: dict[str, Any] = {
-        "master": optax.apply_updates(state["master"], updates),
+        "master": optax.apply_updates(state["master"], _with_rate_of_b(updates, b_lr_ratio)),
         "optimizer": optimizer,
     }
     weight_norm = norm_of(updated["master"])
@@ -151,3 +156,15 @@ def optimizer_step(
     )
     weights = set_row(weights, bank_row, kept["master"])
     return weights, state | kept, {"gradient_norm": norm, "weight_norm": weight_norm}
+
+
+def _with_rate_of_b(updates: Any, ratio: Float[Array, ""]) -> list:
+    """AdamW's updates by layer with another learning rate for LoRA's B: they are proportional to
+    it, with the decay of weights."""
+    return [
+        {
+            site: own | {"b": own["b"] * ratio} if own.keys() == {"a", "b"} else own
+            for site, own in layer.items()
+        }
+        for layer in updates
+    ]

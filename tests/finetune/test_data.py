@@ -2,8 +2,9 @@
 
 import copy
 import json
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -104,6 +105,11 @@ def trained(tokenizer: Any, sequence: TrainingSequence) -> list[str]:
     return [tokenizer.decode(tokens) for tokens in stretches]
 
 
+def trained_at(tokenizer: Any, sequence: TrainingSequence, weight: float) -> str:
+    """The tokens of a weight."""
+    return tokenizer.decode(sequence.tokens[sequence.weights == weight])
+
+
 class TestChat:
     def test_only_what_the_assistant_says_is_trained(self, chatml: Any, tmp_path: Path) -> None:
         path = write(tmp_path / "d.jsonl", {"messages": CONVERSATION})
@@ -115,7 +121,7 @@ class TestChat:
         (sequence,) = load_dataset(path, chatml).sequences
         expected = chatml.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
         assert sequence.tokens.tolist() == expected
-        assert sequence.tokens.dtype == np.int32 and sequence.loss_mask.dtype == np.bool_
+        assert sequence.tokens.dtype == np.int32 and sequence.weights.dtype == np.float32
 
     def test_a_trained_turn_follows_the_prompt_of_serving(
         self, chatml: Any, tmp_path: Path
@@ -144,11 +150,21 @@ class TestChat:
         assert last.tokens.tolist() == expected
 
     def test_weight_zero_is_not_trained(self, chatml: Any, tmp_path: Path) -> None:
-        messages = [dict(message) for message in CONVERSATION]
+        messages: list[dict] = [dict(message) for message in CONVERSATION]
         messages[2]["weight"] = 0
         path = write(tmp_path / "d.jsonl", {"messages": messages})
         (sequence,) = load_dataset(path, chatml).sequences
         assert trained(chatml, sequence) == ["Seven, of course.<|im_end|>"]
+
+    def test_a_message_counts_as_its_weight_says(self, chatml: Any, tmp_path: Path) -> None:
+        messages: list[dict] = [dict(message) for message in CONVERSATION]
+        messages[2]["weight"] = 0.25
+        (sequence,) = load_dataset(
+            write(tmp_path / "d.jsonl", {"messages": messages}), chatml
+        ).sequences
+        counted = {w: trained_at(chatml, sequence, w) for w in set(sequence.weights.tolist())}
+        assert counted.keys() == {0, 0.25, 1}
+        assert counted[0.25] == "Four.<|im_end|>" and counted[1] == "Seven, of course.<|im_end|>"
 
     def test_text_parts_are_joined(self, chatml: Any, tmp_path: Path) -> None:
         parts = [{"type": "text", "text": "Fo"}, {"type": "text", "text": "ur."}]
@@ -181,6 +197,13 @@ class TestChat:
             ({"messages": CONVERSATION[:2]}, "no assistant message"),
             ({"messages": [CONVERSATION[1], {**CONVERSATION[2], "weight": 0}]}, "weight 0"),
             ({"messages": CONVERSATION[2:3]}, "no assistant message that answers"),
+            *(
+                (
+                    {"messages": [CONVERSATION[1], {**CONVERSATION[2], "weight": weight}]},
+                    "messages[1].weight must be 0 or a number from 1e-06 to 1000000 (the loss",
+                )
+                for weight in (-1, 1e-9, 1e9, "1")
+            ),
             ({"messages": CONVERSATION, "tools": 3}, "`tools` must be a list"),
             (
                 {"messages": [CONVERSATION[1], {"role": "assistant", "content": "\ud800"}]},
@@ -203,6 +226,70 @@ class TestChat:
         dataset = load_dataset(write(tmp_path / "d.jsonl", *rows), tokenizer)
         assert len(dataset) == 1 and dataset.skipped[0].line == 2
         assert "template refuses" in dataset.skipped[0].reason
+
+
+class TestTokens:
+    """Rows that are tokens already, as transformers' collators take them."""
+
+    ROW: ClassVar[dict] = {"input_ids": [5, 6, 7, 8]}
+
+    @pytest.mark.parametrize(
+        ("columns", "tokens", "weights"),
+        [
+            ({}, [5, 6, 7, 8], [0, 1, 1, 1]),
+            ({"labels": [-100, -100, 7, 8]}, [5, 6, 7, 8], [0, 0, 1, 1]),
+            ({"weights": [9, 0, 0.5, 2]}, [5, 6, 7, 8], [0, 0, 0.5, 2]),
+            ({"labels": [5, 6, -100, 8], "weights": [1, 2, 3, 4]}, [5, 6, 7, 8], [0, 2, 0, 4]),
+            ({"completion_mask": [0, 0, 0, 1]}, [5, 6, 7, 8], [0, 0, 0, 1]),
+            ({"assistant_masks": [0, 1, 0, 1]}, [5, 6, 7, 8], [0, 1, 0, 1]),
+            ({"attention_mask": [0, 1, 1, 1]}, [6, 7, 8], [0, 1, 1]),
+        ],
+    )
+    def test_what_counts(
+        self, plain: Any, tmp_path: Path, columns: dict, tokens: list, weights: list
+    ) -> None:
+        path = write(tmp_path / "d.jsonl", {**self.ROW, **columns})
+        for train_on in ("completion", "all"):
+            dataset = load_dataset(path, plain, train_on=train_on)
+            assert dataset.format == "tokenized" and not dataset.unread
+            (sequence,) = dataset.sequences
+            assert sequence.tokens.tolist() == tokens and sequence.weights.tolist() == weights
+
+    @pytest.mark.parametrize(
+        ("columns", "reason"),
+        [
+            ({"input_ids": "5 6"}, "`input_ids` must be a list of tokens"),
+            ({"input_ids": [5, 6.5]}, "`input_ids` must be a list of tokens"),
+            ({"input_ids": [5, -1]}, "`input_ids` must be a list of tokens"),
+            ({"input_ids": [5, 10**30]}, "`input_ids` must be a list of tokens"),
+            ({"input_ids": [5, 10**6]}, "has id 1000000, and the model embeds ids 0 to 299"),
+            ({"input_ids": []}, "nothing to train on"),
+            ({"labels": [5, 6]}, "`labels` must be a list of 4 items"),
+            ({"labels": [5, 6, 6, 8]}, "labels[2] is 6: it must be -100 or input_ids[2]"),
+            ({"labels": [-100] * 4}, "nothing to train on"),
+            ({"weights": [0, 0, 0, -1]}, "weights[3] must be 0 or a number from"),
+            ({"weights": [0, 0, 0, None]}, "weights[3] must be 0 or a number from"),
+        ],
+    )
+    def test_an_unusable_row_is_told_why(
+        self, plain: Any, tmp_path: Path, columns: dict, reason: str
+    ) -> None:
+        path = write(tmp_path / "d.jsonl", self.ROW, {**self.ROW, **columns})
+        dataset = load_dataset(path, plain, vocab_size=300)
+        assert len(dataset) == 1 and dataset.sequences[0].tokens.tolist() == [5, 6, 7, 8]
+        ((line, told),) = [(row.line, row.reason) for row in dataset.skipped]
+        assert line == 2 and reason in told
+
+    def test_a_fingerprint_knows_weights_but_not_their_type(self, plain: Any) -> None:
+        """Of data without weights it is what earlier versions wrote in their checkpoints."""
+        tokens, mask = np.array([5, 6, 7], np.int32), np.array([False, True, True])
+
+        def fingerprint(weights: Any) -> int:
+            sequences = (TrainingSequence(tokens, np.array(weights, np.float32)),)
+            return Dataset(None, "text", 1, sequences, (), 0).fingerprint  # type: ignore[arg-type]
+
+        assert fingerprint([0, 1, 1]) == zlib.crc32(tokens.tobytes() + mask.tobytes())
+        assert len({fingerprint([0, 1, w]) for w in (0, 0.5, 1, 2)}) == 4
 
 
 class TestPlainFormats:

@@ -11,9 +11,10 @@ conversation becomes several sequences, each exactly as served.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import Conversation, ConversationError
+from flexllm_jax.models.messages import Conversation, ConversationError, short
 
 _WORD = "zqanswerqz"  # stands for an answer, to see what the template puts around it
 
@@ -23,14 +24,25 @@ class UnusableRow(ValueError):
 
 
 MOST_MESSAGES = 1000  # of a row
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6  # so that no sum of them is lost in float32
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text: a trained turn or what stands before it."""
+    """A stretch of text: a trained turn or what stands before it, whose weight is 0."""
 
     text: str
-    trained: bool
+    weight: float
+
+
+def read_weight(value: Any, where: str) -> float:
+    """What a message or token counts in the loss. Raises UnusableRow."""
+    if isinstance(value, int | float) and (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+        return float(value)
+    raise UnusableRow(
+        f"{where} must be 0 or a number from {LEAST_WEIGHT} to {MOST_WEIGHT:.0f} (the loss is "
+        f"divided by the sum of weights), not {short(value)}"
+    )
 
 
 def conversation_segments(
@@ -38,12 +50,12 @@ def conversation_segments(
 ) -> list[list[Segment]]:
     """The sequences a conversation becomes, each a list of segments whose texts join to it.
 
-    Assistant turns with `weight` 0 (OpenAI's field) are not trained. Text after the last assistant
-    turn is left out: nothing in it is trained. Raises UnusableRow.
+    A turn counts as its `weight` says (OpenAI's field; 0: it is not trained), else 1. Text after
+    the last assistant turn is left out: nothing in it is trained. Raises UnusableRow.
     """
     if (count := len(conversation.messages)) > MOST_MESSAGES:  # every turn renders all before it
         raise UnusableRow(f"{count} messages, more than {MOST_MESSAGES}: make several rows of them")
-    sequences: list[tuple[str, list[tuple[int, int]]]] = []
+    sequences: list[tuple[str, list[tuple[int, int, float]]]] = []
     for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant" or index == 0:  # the first message answers nothing
             continue
@@ -51,7 +63,8 @@ def conversation_segments(
             start, text = _turn(template, conversation, index)
         except ConversationError as error:
             raise UnusableRow(str(error)) from None
-        spans = [(start, len(text))] if message.get("weight", 1) != 0 else []
+        weight = read_weight(message.get("weight", 1), f"messages[{index}].weight")
+        spans = [(start, len(text), weight)] if weight else []
         if sequences and text.startswith(sequences[-1][0]):
             sequences[-1] = (text, sequences[-1][1] + spans)
         else:
@@ -99,9 +112,9 @@ def _without(said: str, begun: str) -> str:
     return said.lstrip().removeprefix(mark).removeprefix(begun[len(begun.rstrip()) :])
 
 
-def _segments(text: str, spans: list[tuple[int, int]]) -> list[Segment]:
+def _segments(text: str, spans: list[tuple[int, int, float]]) -> list[Segment]:
     segments, at = [], 0
-    for start, end in spans:
-        segments += [Segment(text[at:start], False), Segment(text[start:end], True)]
+    for start, end, weight in spans:
+        segments += [Segment(text[at:start], 0.0), Segment(text[start:end], weight)]
         at = end
-    return [*segments, Segment(text[at:], False)]
+    return [*segments, Segment(text[at:], 0.0)]

@@ -1,9 +1,9 @@
-"""Dataset files to token sequences with loss masks.
+"""Dataset files to token sequences with a weight for each token.
 
-Formats: OpenAI chat (`messages`), sharegpt, prompt/completion, text, alpaca, question/answer; named
-or detected. Loss is on what the model is to say (the assistant's turns, the completion) up to and
-with the token that ends it, unless everything is asked for. A row that cannot be used is skipped,
-counted, and reported with its line and reason; it never stops a job.
+Formats: OpenAI chat (`messages`), sharegpt, prompt/completion, text, alpaca, question/answer, or
+tokens; named or detected. Loss is on what the model is to say (the assistant's turns, the
+completion) up to and with the token that ends it, unless everything is asked for. A row that cannot
+be used is skipped, counted, and reported with its line and reason; it never stops a job.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flexllm_jax.finetune.data.chat import UnusableRow
-from flexllm_jax.finetune.data.readers import FORMATS, Draft, read_row
+from flexllm_jax.finetune.data.readers import FORMATS, Draft, TokenDraft, read_row
 from flexllm_jax.finetune.data.rows import DatasetError, read_rows
 from flexllm_jax.finetune.data.tokens import CHARACTERS_PER_CALL, split_tokens
 from flexllm_jax.models.chat_template import ChatTemplate
@@ -35,13 +35,18 @@ MOST_WORK = 2**24  # characters of a row's pieces, each with all before it; of 1
 
 @dataclass(frozen=True, eq=False)
 class TrainingSequence:
-    """A sequence to train on. `loss_mask[i]`: predicting token i counts (never true at 0)."""
+    """A sequence to train on. `weights[i]`: what predicting token i counts (0 for the first)."""
 
     tokens: np.ndarray  # int32 [n]
-    loss_mask: np.ndarray  # bool [n]
+    weights: np.ndarray  # float32 [n]
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        """Which tokens count, bool [n]."""
+        return self.weights != 0
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,14 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> int:
-        """CRC-32 of tokens and masks; a resumed job checks that its data did not change."""
+        """CRC-32 of tokens, masks and weights that are not 1; a resumed job checks that its data
+        did not change."""
         crc = 0
         for sequence in self.sequences:
             crc = zlib.crc32(sequence.tokens.tobytes(), crc)
             crc = zlib.crc32(sequence.loss_mask.tobytes(), crc)
+            if not np.isin(sequence.weights, (0, 1)).all():
+                crc = zlib.crc32(sequence.weights.tobytes(), crc)
         return crc
 
     def summary(self, shown: int = 5) -> str:
@@ -150,7 +158,7 @@ def load_dataset(
     unread: Counter[str] = Counter()
     while batch := list(islice(reader, ROWS_PER_TOKENIZER_CALL)):
         rows += len(batch)
-        kept: list[tuple[int, list[Draft]]] = []
+        kept: list[tuple[int, list[Draft] | list[TokenDraft]]] = []
         for line, row in batch:
             _require(go_on, path)
             try:
@@ -218,12 +226,15 @@ class _Encoder:
         self.prefix = [t for t in encode_text(tokenizer, "") if t != self.eos]
 
     def __call__(
-        self, rows: list[tuple[int, list[Draft]]]
+        self, rows: list[tuple[int, list[Draft] | list[TokenDraft]]]
     ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
         """Yield (line, (sequence, was cut)) or (line, reason) for every draft, in order."""
         group: list[tuple[int, Draft, list[str]]] = []
         work = 0
         for line, draft in ((line, draft) for line, drafts in rows for draft in drafts):
+            if isinstance(draft, TokenDraft):
+                yield line, self._finish(draft.tokens, draft.weights)
+                continue
             texts = self._cut(draft.texts)
             own = sum(accumulate(map(len, texts)))  # every piece is tokenized with all before it
             if own > max(MOST_WORK, 16 * self.most_characters):
@@ -257,27 +268,33 @@ class _Encoder:
         self, draft: Draft, pieces: list[list[int]]
     ) -> tuple[TrainingSequence, bool] | str:
         tokens: list[int] = []
-        mask: list[bool] = []
+        weights: list[float] = []
         for piece, segment in zip(pieces, draft.segments, strict=False):  # the last may be cut off
             tokens += piece
             # Serving stops at a token that ends an output: what a template puts behind it (a
             # newline, mostly) is never to be said.
             end = next((at for at, token in enumerate(piece) if token in self.ends), len(piece))
             said = len(piece) if draft.raw else min(end + 1, len(piece))
-            mask += [segment.trained] * said + [False] * (len(piece) - said)
+            weights += [segment.weight] * said + [0.0] * (len(piece) - said)
         if draft.raw and tokens[: len(self.prefix)] != self.prefix:
-            tokens, mask = self.prefix + tokens, [False] * len(self.prefix) + mask
+            tokens, weights = self.prefix + tokens, [0.0] * len(self.prefix) + weights
         ended = bool(tokens) and tokens[-1] in self.ends
         if draft.raw and self.eos is not None and not ended:
             tokens.append(self.eos)
-            mask.append(True)
+            weights.append(1.0)
         if self.train_on_all:
-            mask = [True] * len(mask)
+            weights = [weight or 1.0 for weight in weights]
+        return self._finish(tokens, weights)
+
+    def _finish(
+        self, tokens: list[int], weights: list[float]
+    ) -> tuple[TrainingSequence, bool] | str:
+        """The sequence, cut to its longest; or why it cannot be used."""
         length = len(tokens)
         limit = self.max_seq_len or length
-        loss_mask = np.array(mask[:limit], bool)
-        loss_mask[:1] = False
-        if not loss_mask.any():
+        counted = np.array(weights[:limit], np.float32)
+        counted[:1] = 0
+        if not counted.any():
             if length > limit:
                 return (
                     f"{length} tokens or more, and nothing to train in the first {limit} "
@@ -288,7 +305,7 @@ class _Encoder:
         if self.vocab_size is not None and unknown >= self.vocab_size:
             text = self.tokenizer.convert_ids_to_tokens(unknown)
             return (
-                f"the tokenizer's token {text!r} has id {unknown}, and the model embeds ids 0 to "
+                f"the token {text!r} has id {unknown}, and the model embeds ids 0 to "
                 f"{self.vocab_size - 1}: use the model's own tokenizer, or a model resized for it"
             )
-        return TrainingSequence(np.array(tokens[:limit], np.int32), loss_mask), length > limit
+        return TrainingSequence(np.array(tokens[:limit], np.int32), counted), length > limit

@@ -12,7 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexllm_jax.finetune.data.chat import Segment, UnusableRow, conversation_segments
+from flexllm_jax.finetune.data.chat import (
+    Segment,
+    UnusableRow,
+    conversation_segments,
+    read_weight,
+)
 from flexllm_jax.finetune.data.rows import BadRow
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.messages import (
@@ -27,6 +32,7 @@ from flexllm_jax.models.messages import (
 
 # The fields that make a row of a format, the most telling formats first.
 FORMATS: dict[str, tuple[str, ...]] = {
+    "tokenized": ("input_ids",),
     "chat": ("messages",),
     "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
@@ -61,6 +67,14 @@ class Draft:
     def texts(self) -> list[str]:
         """Of its segments."""
         return [segment.text for segment in self.segments]
+
+
+@dataclass(frozen=True)
+class TokenDraft:
+    """A sequence that came as tokens; `weights` of predicting each."""
+
+    tokens: list[int]
+    weights: list[float]
 
 
 class Row:
@@ -102,7 +116,7 @@ _NOTHING = (None, "", [], {})
 
 def read_row(
     row: dict[str, Any] | BadRow, format: str, template: ChatTemplate
-) -> tuple[list[Draft], list[str]]:
+) -> tuple[list[Draft] | list[TokenDraft], list[str]]:
     """The sequences of a row, and its columns that were not read. Raises UnusableRow."""
     if isinstance(row, BadRow):
         raise UnusableRow(row.reason)
@@ -115,8 +129,8 @@ def read_row(
     except ConversationError as error:
         raise UnusableRow(str(error)) from None
     try:
-        for segment in (segment for draft in drafts for segment in draft.segments):
-            segment.text.encode("utf-8")
+        for text in (text for d in drafts if isinstance(d, Draft) for text in d.texts):
+            text.encode("utf-8")
     except UnicodeEncodeError:
         raise UnusableRow("text with half a surrogate pair, which is no character") from None
     return drafts, columns.unread()
@@ -145,11 +159,11 @@ def _read_prompt_completion(row: Row, template: ChatTemplate) -> list[Draft]:
     before = _join(row.texts("system"), *history, row.texts("context"))
     prompt = row.text("prompt", may_be_empty=True)
     prompt = f"{before}\n\n{prompt}" if before else prompt
-    return [Draft([Segment(prompt, False), Segment(row.text("completion"), True)], raw=True)]
+    return [Draft([Segment(prompt, 0.0), Segment(row.text("completion"), 1.0)], raw=True)]
 
 
 def _read_text(row: Row, template: ChatTemplate) -> list[Draft]:
-    return [Draft([Segment(row.text("text"), True)], raw=True)]
+    return [Draft([Segment(row.text("text"), 1.0)], raw=True)]
 
 
 def _read_alpaca(row: Row, template: ChatTemplate) -> list[Draft]:
@@ -167,7 +181,49 @@ def _read_question_answer(row: Row, template: ChatTemplate) -> list[Draft]:
     return _single_turn(row, template, question, answer, f"Question: {question}\nAnswer: ")
 
 
-_READERS: dict[str, Callable[[Row, ChatTemplate], list[Draft]]] = {
+def _read_tokenized(row: Row, template: ChatTemplate) -> list[TokenDraft]:
+    """As transformers' collators take them: what `labels` hides by -100, or a mask by 0, does not
+    count. `weights`, of predicting each token, are aligned with `input_ids`, too."""
+    tokens = row.get("input_ids")
+    if not isinstance(tokens, list) or not all(
+        type(token) is int and 0 <= token < 2**31 for token in tokens
+    ):
+        raise UnusableRow(f"`input_ids` must be a list of tokens, not {short(tokens)}")
+
+    def column(name: str, default: Any) -> list[Any]:
+        values = row.get(name)
+        if values is None:
+            return default
+        if not isinstance(values, list) or len(values) != len(tokens):
+            raise UnusableRow(
+                f"`{name}` must be a list of {len(tokens)} items, as many as `input_ids` has, not "
+                f"{short(values)}"
+            )
+        return values
+
+    ones = [1] * len(tokens)
+    weights = [read_weight(w, f"weights[{i}]") for i, w in enumerate(column("weights", ones))]
+    for at, (token, label) in enumerate(zip(tokens, column("labels", tokens), strict=True)):
+        if label == -100:
+            weights[at] = 0.0
+        elif label != token:
+            raise UnusableRow(
+                f"labels[{at}] is {short(label)}: it must be -100 or input_ids[{at}], which is "
+                f"{token}"
+            )
+    shown = column("attention_mask", ones)
+    for mask in (column("completion_mask", ones), column("assistant_masks", ones), shown):
+        weights = [w if counts else 0.0 for w, counts in zip(weights, mask, strict=True)]
+    return [
+        TokenDraft(
+            [token for token, one in zip(tokens, shown, strict=True) if one],
+            [weight for weight, one in zip(weights, shown, strict=True) if one],
+        )
+    ]
+
+
+_READERS: dict[str, Callable[[Row, ChatTemplate], list[Draft] | list[TokenDraft]]] = {
+    "tokenized": _read_tokenized,
     "chat": _read_chat,
     "sharegpt": _read_sharegpt,
     "prompt_completion": _read_prompt_completion,
@@ -188,7 +244,7 @@ def _single_turn(
     if conversation.tools or conversation.documents or conversation.options:
         raise UnusableRow("tools and documents need a chat template; the tokenizer has none")
     before = "".join(message["content"] + "\n\n" for message in conversation.messages[:-2])
-    return [Draft([Segment(before + plain, False), Segment(answer, True)], raw=True)]
+    return [Draft([Segment(before + plain, 0.0), Segment(answer, 1.0)], raw=True)]
 
 
 def _drafts(template: ChatTemplate, conversation: Conversation) -> list[Draft]:

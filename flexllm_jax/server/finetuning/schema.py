@@ -86,6 +86,7 @@ class CreateJob(Body):
     max_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     train_on: Literal["completion", "all"] = "completion"
     warmup: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    b_lr_ratio: Annotated[float, Field(gt=0, le=1e6)] = 1.0
     weight: Annotated[float, Field(gt=0)] = 1.0
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
 
@@ -144,7 +145,7 @@ class CreateJob(Body):
                 "alpha": self.lora_alpha or 2.0 * rank,
                 "target_modules": modules,
             },
-            "optimizer": {"lr": rate, "warmup": self.warmup},
+            "optimizer": {"lr": rate, "warmup": self.warmup, "b_lr_ratio": self.b_lr_ratio},
             "batch_tokens": batch_tokens,
             **({"epochs": epochs} if self.max_steps is None else {"steps": self.max_steps}),
             "seed": seed,
