@@ -67,6 +67,7 @@ class AdapterLoads:
     def go_on(self) -> None:
         """Between two steps: load what there are slots for, refuse what has waited too long."""
         now, slots = time.monotonic(), self._calls.slots_to_be_had()
+        lacking = len(self.waiting) - slots - self._calls.num_giving_up
         for name, wanted in list(self.waiting.items()):
             if slots > 0 and wanted.content is not None and self._publish(name, wanted):
                 slots -= 1
@@ -79,7 +80,8 @@ class AdapterLoads:
                 if not wanted.reading:
                     wanted.reading = True
                     self._in_worker(self._read, name, wanted)
-            elif now - wanted.since > _TURN_S and self._calls.num_giving_up < len(self.waiting):
+            elif now - wanted.since > _TURN_S and lacking > 0:
+                lacking -= 1
                 self._calls.give_up_oldest(now - _TURN_S)
 
     def _publish(self, name: str, wanted: Wanted) -> bool:

@@ -1,7 +1,6 @@
 """Requests for more adapters than there are slots wait for one, whatever runs in the others."""
 
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +9,6 @@ import pytest
 from tests.engines import random_prompts, save_random_adapter
 from tests.server.running import RunningServer, make_config
 
-SLOTS = 5  # one of 6 is `no adapter`
 COUNT = 16
 PROMPT = random_prompts([9])[0]
 
@@ -64,27 +62,6 @@ def test_all_are_answered_and_each_by_its_own(served):
     asked = [i % COUNT for i in range(4 * COUNT)]
     with ThreadPoolExecutor(len(asked)) as pool:
         assert list(pool.map(text, asked)) == [alone[name] for name in asked]
-
-
-def test_slots_that_are_always_in_use_are_handed_on(served):
-    """As many adapters as there are slots never stop being asked for; another one comes, too."""
-    stop, statuses = threading.Event(), []
-
-    def keep_asking(name):
-        while not stop.is_set():
-            statuses.append(ask(served, name, 40)[0])
-
-    with ThreadPoolExecutor(3 * SLOTS) as pool:
-        for i in range(3 * SLOTS):
-            pool.submit(keep_asking, i % SLOTS)
-        try:
-            served.wait(lambda: len(statuses) > SLOTS)
-            for name in (SLOTS, SLOTS + 1):
-                status, _, answer = ask(served, name)
-                assert status == 200, answer
-        finally:
-            stop.set()
-    assert set(statuses) == {200}
 
 
 def test_an_adapter_unloaded_while_its_requests_wait_ends_them(served):
