@@ -86,7 +86,8 @@ class Server:
         if new := self.metrics.jobs - self._owners.keys():
             query = select(JobRow.id, JobRow.owner).where(JobRow.id.in_(new))
             rows = await self.database.run(lambda s: [(r[0], r[1]) for r in s.execute(query)])
-            self._owners |= dict(rows)
+            known = self._owners | dict(rows)
+            self._owners = {job: known[job] for job in self.metrics.jobs if job in known}
         owners = dict(self._owners)
         for adapter in self.models.adapters.values():
             owners[adapter.name] = owners[adapter.engine_name] = adapter.owner

@@ -33,6 +33,7 @@ JOB_STATES = (
     "failed",
     "cancelled",
 )
+_ENDED_JOBS = 100  # that have labels of their own
 _LISTS = ("running_lora_adapters", "waiting_lora_adapters")
 _COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -145,6 +146,8 @@ class ServerMetrics:
         self._met = {name: deque(maxlen=_ATTAINMENT_WINDOW) for name in self._slos}
         self.recent: deque[Latencies] = deque(maxlen=_ATTAINMENT_WINDOW)
         self.jobs: set[str] = set()  # of which there is something
+        self._ended: dict[str, None] = {}  # of these, the first first
+        self._tokens = Counts[tuple[str, str]]()  # of these, by phase
         self._adapters: dict[str, Counts[str]] = {"running": Counts(), "waiting": Counts()}
         self._totals: dict[str, dict[Any, float]] = {}  # by engine: of the one that runs now
         self._versions: dict[str, dict[str, int]] = {}  # by engine: of its adapters
@@ -199,9 +202,13 @@ class ServerMetrics:
             self.jobs.add(job.name)
             for phase, tokens in (("forward", job.forwarded), ("backward", job.backwarded)):
                 counter = self.finetune_tokens.labels(job.name, phase)
-                _add(counter, totals, (job.name, phase), tokens)
+                self._tokens[job.name, phase] += _add(counter, totals, (job.name, phase), tokens)
+            self._ended.pop(job.name, None)
+            if job.status not in ("running", "paused"):
+                self._ended[job.name] = None
             if job.loss is not None:
                 self.finetune_loss.labels(job.name).set(job.loss)
+        self._forget({job.name for job in stats.jobs})
         self._versions[name] = {adapter.name: adapter.version for adapter in stats.adapters}
         self.adapter_version.clear()
         for holder, versions in self._versions.items():
@@ -210,6 +217,20 @@ class ServerMetrics:
         self.lora_info.clear()
         names = (",".join(sorted(self._adapters[key])) for key in ("running", "waiting"))
         self.lora_info.labels(str(self._slots - 1), *names).set_to_current_time()
+
+    def _forget(self, told: set[str]) -> None:
+        """Of jobs that have ended long ago, and that no engine tells of, their sum stays."""
+        old = [job for job in self._ended if job not in told]
+        for job in old[: max(0, len(self._ended) - _ENDED_JOBS)]:
+            del self._ended[job]
+            self.jobs.discard(job)
+            for phase in ("forward", "backward"):
+                self.finetune_tokens.labels("", phase).inc(self._tokens.pop((job, phase), 0))
+                self.finetune_tokens.remove(job, phase)
+                for totals in self._totals.values():
+                    totals.pop((job, phase), None)
+            self.finetune_loss.labels(job)  # it may have none
+            self.finetune_loss.remove(job)
 
     def count_jobs(self, states: Mapping[str, int]) -> None:
         """Take in how many jobs there are of each state."""
@@ -323,8 +344,8 @@ class _Visible(Collector):
         for family in self._registry.collect():
             shown, others = [], Counts[tuple]()
             for sample in family.samples:
-                name = sample.labels.get("job") or sample.labels.get("adapter")
-                if name is None or self._sees(name):
+                name = sample.labels.get("job", sample.labels.get("adapter"))
+                if name is None or (name and self._sees(name)):
                     shown.append(sample._replace(labels=self._names(sample.labels)))
                 elif sample.name.endswith("_total"):
                     rest = {**sample.labels, "job": ""}
@@ -341,9 +362,12 @@ class _Visible(Collector):
         }
 
 
-def _add(counter: Counter, totals: dict[Any, float], key: Any, total: float) -> None:
-    counter.inc(max(0, total - totals.get(key, 0)))
+def _add(counter: Counter, totals: dict[Any, float], key: Any, total: float) -> float:
+    """Bring a counter to an engine's total; what that adds."""
+    new = max(0, total - totals.get(key, 0))
+    counter.inc(new)
     totals[key] = total
+    return new
 
 
 def step_kind(step: Step) -> str:

@@ -1,11 +1,14 @@
 """Inference does not feel finetuning, and tenants do not feel each other (invariant 4)."""
 
+import math
+
 import numpy as np
 import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.hf_peft import load_adapter
+from scheduler.choice import Allowance
 from tests.engines import (
     given_back,
     job_config,
@@ -84,6 +87,21 @@ def test_inference_is_the_same_beside_finetuning(llm, params, rows, llama_refere
     if params.temperature == 0:
         for prompt, output in zip(PROMPTS[:3], beside, strict=False):
             assert output.token_ids == reference_greedy(llama_reference, prompt, 40)
+
+
+def test_a_job_in_other_token_buckets_trains_what_it_does_alone(
+    llm, llama, rows, starts, alone, monkeypatch
+):
+    """Beside requests and never more than 8 tokens a step: matrix products of another shape add in
+    another order. (In one bucket bits are the same: tests/numerics/test_gradients.py.)"""
+    few = Allowance(math.inf, tokens=8)
+    monkeypatch.setattr(llm.engine.scheduler.policy, "allowance", lambda step: few)
+    futures = [future for prompt in PROMPTS for future in llm.submit(prompt, DRAWN)]
+    job = run_alone(llm, "in-small-steps", rows[0], starts[0])
+    for future in futures:
+        future.result(60)
+    assert job.status == "succeeded", job.reason
+    assert_same_training(job, alone[0], starts[0], llama)
 
 
 def test_two_jobs_at_once_train_what_each_trains_alone(llm, llama, rows, starts, alone):

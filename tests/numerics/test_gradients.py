@@ -187,6 +187,18 @@ def test_gradients_are_those_of_the_whole_sequences(case, mode, monkeypatch):
     assert packed.evaluate(logprob[: packed.tokens])[0].sum() == pytest.approx(loss, rel=1e-5)
 
 
+def test_bits_do_not_depend_on_how_tokens_fall_into_steps(case, monkeypatch):
+    """In one token bucket: the same program computes a token, wherever in it the token is."""
+    quiet = run_one_step(case, monkeypatch, "quiet")
+    few = Allowance(math.inf, tokens=11, units=1)
+    monkeypatch.setattr(case.llm.engine.scheduler.policy, "allowance", lambda step: few)
+    beside = run_one_step(case, monkeypatch, "few-at-a-time", random_prompts([5, 31, 18, 44, 7]))
+    for (packed, pending, logprob), (same, others, other) in zip(quiet, beside, strict=True):
+        np.testing.assert_array_equal(packed.token, same.token)
+        jax.tree.map(np.testing.assert_array_equal, pending, others)
+        np.testing.assert_array_equal(logprob[: packed.tokens], other[: packed.tokens])
+
+
 def test_logprobs_in_training_are_those_of_serving(case, monkeypatch):
     seen = run_one_step(case, monkeypatch, "logprobs", random_prompts([9]))
     case.llm.load_adapter("served", case.adapter)

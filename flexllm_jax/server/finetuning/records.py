@@ -23,6 +23,7 @@ from flexllm_jax.server.finetuning.database import CheckpointRow, EventRow, File
 from flexllm_jax.server.finetuning.files import FileStore
 
 SHOWN_ROWS = 20  # of a file's bad ones, in events
+_NEAR = 16  # events read at once
 _VALUES = {"loss": "train_loss", "validation": "valid_loss"}  # of facts, in events
 
 
@@ -121,10 +122,7 @@ class JobRecords:
             return []
         name = f"{self._name(job)}:ckpt-step-{step}"
         path = str(self._folder(job.id) / "adapters" / f"step-{step}")
-        validation = values_of(session, job.id, "valid_loss")
-        metrics = {"step": step, "train_loss": losses_of(session, job.id).get(step)}
-        if step in validation:
-            metrics["valid_loss"] = validation[step]
+        metrics = {"step": step, "train_loss": None} | losses_at(session, job.id, step)
         session.add(CheckpointRow(job_id=job.id, step=step, name=name, path=path, metrics=metrics))
         tell(session, job.id, f"Checkpoint created at step {step} with Snapshot ID: {name}")
         return [ServedAdapter(name, f"{job.id}.step-{step}", path, owner=job.owner)]
@@ -157,6 +155,24 @@ class JobRecords:
 def losses_of(session: Session, job_id: str) -> dict[int, float]:
     """Training loss by step; of a step taken twice, the last."""
     return values_of(session, job_id, "train_loss")
+
+
+def losses_at(session: Session, job_id: str, step: int) -> dict[str, float]:
+    """A step's losses by name. Looked for from the newest event on, which is near: a long job has
+    many events, and many checkpoints."""
+    query = (
+        select(EventRow.data)
+        .where(EventRow.job_id == job_id, EventRow.type == "metrics")
+        .order_by(EventRow.number.desc())
+        .execution_options(yield_per=_NEAR)
+    )
+    found: dict[str, float] = {}
+    for data in session.scalars(query):
+        if data["step"] == step:
+            found = {name: data[name] for name in _VALUES.values() if name in data} | found
+        elif data["step"] < step and found:
+            break
+    return found
 
 
 def values_of(session: Session, job_id: str, name: str) -> dict[int, float]:

@@ -23,7 +23,7 @@ from flexllm_jax.server.finetuning.database import (
     JobRow,
 )
 from flexllm_jax.server.finetuning.files import FileStore
-from flexllm_jax.server.finetuning.records import JobRecords, losses_of
+from flexllm_jax.server.finetuning.records import JobRecords, losses_at, losses_of
 from flexllm_jax.server.finetuning.reports import ReportWriter
 from tests.server.running import make_config
 
@@ -233,6 +233,27 @@ def test_checkpoints_on_disk_are_found(world):
     rows = world.run(lambda s: list(s.scalars(select(CheckpointRow))))
     assert [(row.step, row.metrics["train_loss"]) for row in rows] == [(2, 0.5)]
     assert [adapter.path for adapter in world.adapters] == [str(folder / "step-2")]
+
+
+def test_a_checkpoint_has_the_losses_of_its_step_and_reads_few_events(world):
+    """However long the job is; of a step taken twice, the last."""
+    told = [loss(1), loss(2), ("validation", 2, 0.7), ("checkpoint", 2)]
+    told += [loss(step) for step in range(3, 2001)]
+    world.write(report(*told))
+    took = {}
+    for look in (losses_of, lambda s, job: losses_at(s, job, 2000)):
+        began = time.perf_counter()
+        found = world.run(lambda s, look=look: [look(s, JOB) for _ in range(5)])
+        took[look] = time.perf_counter() - began
+    assert found[0] == {"train_loss": 0.5}
+    everything, one = took.values()
+    assert one < everything / 4
+    rows = world.run(lambda s: list(s.scalars(select(CheckpointRow))))
+    assert rows[0].metrics == {"step": 2, "train_loss": 0.5, "valid_loss": 0.7}
+    again = (("started", 0), loss(1), loss(2, 0.25), ("checkpoint", 4))
+    world.write(report(*again, run="b"))
+    found = world.run(lambda s: losses_at(s, JOB, 2))
+    assert found["train_loss"] == 0.25
 
 
 def test_only_losses_of_the_engine_without_progress_fail_a_job(world):
