@@ -5,7 +5,15 @@ and the docs' page. Unknown keys are errors, numbers are never made out of strin
 section says about another is checked in `tree`, where both are known.
 """
 
-from flexllm_jax.config.fields import ALL_MODULES, AdapterKind, ConfigError, Section, TargetModule
+from flexllm_jax.config.fields import (
+    ALL_MODULES,
+    AdapterKind,
+    ConfigError,
+    LoraInit,
+    Section,
+    TargetModule,
+    ranks_taken,
+)
 from flexllm_jax.config.finetune import (
     FinetuneConfig,
     FinetuneSection,
@@ -33,6 +41,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneSection",
     "LogSection",
+    "LoraInit",
     "ModelSection",
     "OptimizerConfig",
     "ParallelSection",
@@ -48,4 +57,5 @@ __all__ = [
     "build_config",
     "describe",
     "load_config",
+    "ranks_taken",
 ]

@@ -15,12 +15,22 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 TargetModule = Literal[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"
 ]
+# PEFT's init_lora_weights; "default" is its `true`.
+LoraInit = Annotated[
+    str, Field(pattern=r"^(default|gaussian|olora|pissa|pissa_niter_[1-9][0-9]?)$")
+]
 AdapterKind = Literal["lora", "ia3", "bottleneck", "prefix"]
 ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)[:-1]  # "all-linear": no head
 
 
 class ConfigError(UserError):
     """A configuration cannot be used. The message is one line: field, value, remedy."""
+
+
+def ranks_taken(init: str) -> int:
+    """How many times its rank a LoRA takes that starts so: that from which a start out of the base
+    weights is subtracted takes two."""
+    return 1 if init in ("default", "gaussian") else 2
 
 
 class Section(BaseModel):

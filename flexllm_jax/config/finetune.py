@@ -117,6 +117,15 @@ class FinetuneConfig(Section):
             raise ValueError(f"{given} of epochs and steps is given; give exactly one")
         return self
 
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.init_adapter and self.peft.init != "default":
+            raise ValueError(
+                f"peft.init={self.peft.init} and init_adapter are given, and an adapter has one "
+                "start; leave one of them out"
+            )
+        return self
+
 
 class FinetuneSection(Section):
     """Token-level finetuning."""

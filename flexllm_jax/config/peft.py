@@ -14,6 +14,7 @@ from flexllm_jax.config.fields import (
     Bool,
     Float,
     Int,
+    LoraInit,
     Section,
     TargetModule,
     distinct,
@@ -46,6 +47,12 @@ class PeftConfig(Section):
 
     layers_to_transform: tuple[Annotated[Int, Field(ge=0)], ...] | None = Field(
         default=None, min_length=1, description="Layers that get LoRA, from 0. null: all."
+    )
+    init: LoraInit = Field(
+        default="default",
+        description="How LoRA starts, as PEFT's init_lora_weights: default, gaussian, olora, pissa "
+        "(exact, slow for large models) or pissa_niter_N (approximate, 16 will do). The last "
+        "three start from the base weights and take twice the rank.",
     )
     bottleneck_size: Int = Field(
         default=64, ge=1, description="Width of a bottleneck; at most adapters.max_bottleneck."

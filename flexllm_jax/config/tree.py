@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from flexllm_jax.config.fields import ConfigError, Section
+from flexllm_jax.config.fields import ConfigError, Section, ranks_taken
 from flexllm_jax.config.finetune import FinetuneSection
 from flexllm_jax.config.memory import AdaptersSection, CacheSection
 from flexllm_jax.config.model import ModelSection, ParallelSection
@@ -73,9 +73,11 @@ class Config(Section):
                 yield f"{field}.name: {job.name!r} is also a preloaded adapter; rename one of them"
             if job.peft.type not in adapters.kinds:
                 yield f"{field}.peft.type: {job.peft.type} is not in adapters.kinds; add it there"
-            rank = max((job.peft.r, *job.peft.rank_pattern.values()))
+            times = ranks_taken(job.peft.init)
+            rank = times * max((job.peft.r, *job.peft.rank_pattern.values()))
+            own_rank = f"init: {job.peft.init} takes twice the rank," if times > 1 else "r: rank"
             for kind, own, value, most in (
-                ("lora", "r: rank", rank, "max_rank"),
+                ("lora", own_rank, rank, "max_rank"),
                 ("bottleneck", "bottleneck_size:", job.peft.bottleneck_size, "max_bottleneck"),
                 ("prefix", "num_virtual_tokens:", job.peft.num_virtual_tokens, "max_prefix"),
             ):

@@ -139,6 +139,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         head_adapter = {"weights": state["master"][-1], "scales": {"head": _floats(1)}}
         head_gradients = pending[-1]
     kept = {k: state[k] for k in ("master", "optimizer")}
+    trained_ranks = ints(len(state["master"]), max(map(len, state["master"])))
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     return [
         Program(
@@ -172,7 +173,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         Program(
             "optimizer_step",
             partial(optimizer_step, sizes.placement),
-            (weights, state, _INT, _floats(len(HYPERPARAMETERS))),
+            (weights, state, _INT, trained_ranks, _floats(len(HYPERPARAMETERS))),
             (0, 1),
             (weights, state, _WHOLE),
         ),

@@ -355,11 +355,15 @@ class Runner:
         return self.programs["read_logprobs"](self.finetune["flow"]["logprob"])
 
     def optimizer_step(
-        self, state: dict, bank_slot: int, values: Float[np.ndarray, " 8"]
+        self,
+        state: dict,
+        bank_slot: int,
+        trained_ranks: jax.Array,
+        values: Float[np.ndarray, " 8"],
     ) -> tuple[dict, dict]:
         """Update a job's adapter in its slot; returns its state and the step's metrics."""
         self.bank["weights"], state, metrics = self.programs["optimizer_step"](
-            self.bank["weights"], state, np.int32(bank_slot - 1), values
+            self.bank["weights"], state, np.int32(bank_slot - 1), trained_ranks, values
         )
         return state, metrics
 

@@ -25,7 +25,8 @@ from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.optimizer import without_gradient
 from flexllm_jax.finetune.resume import made_with, refusal
 from flexllm_jax.finetune.source import Step
-from flexllm_jax.peft.bank import to_row
+from flexllm_jax.peft.adapter import LoraConfig
+from flexllm_jax.peft.bank import to_row, trained_ranks
 from scheduler.coserving import Scheduler
 from scheduler.request import BackwardUnits, FinetuneForward, Microbatch
 
@@ -84,6 +85,11 @@ class Trainer:
                 f"job {job.name!r} is still being written: wait for its end, or use another name"
             )
         runner = self._runner
+        if runner.sizes.placement and isinstance(job.peft, LoraConfig) and job.peft.from_base:
+            raise ValueError(
+                f"peft.init={job.peft.init} needs parallel.tp=1: how ranks are split over devices "
+                "does not know of the half that is not trained; use default or gaussian"
+            )
         job.made_with = made_with(job, runner.sizes.bank)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         kept = {"master": values}
@@ -95,6 +101,7 @@ class Trainer:
             job.restore(checkpoint.step, checkpoint.info)
             kept = checkpoint.arrays
         runner.write_adapter(job.bank_slot, kept["master"], scales)
+        job.trained_ranks = runner.put(trained_ranks(job.peft, runner.model, runner.sizes.bank))
         job.scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
         job.state = runner.new_job_state(kept)
         self.jobs[job.name] = job
@@ -218,7 +225,9 @@ class Trainer:
 
     def _step(self, job: FinetuneJob, step: Step) -> None:
         values = step.values if job.has_gradient else without_gradient(step.values)
-        job.state, metrics = self._runner.optimizer_step(job.state, job.bank_slot, values)
+        job.state, metrics = self._runner.optimizer_step(
+            job.state, job.bank_slot, job.trained_ranks, values
+        )
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
         job.step_dispatched(step)
         every = self._config.finetune.checkpoint_every

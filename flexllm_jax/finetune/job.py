@@ -24,6 +24,7 @@ from flexllm_jax.finetune.dataset import DatasetSource, Supervised
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.source import Step
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.hf_kernels import read_kernel
 from flexllm_jax.peft.adapter import (
     Adapter,
     AdapterConfig,
@@ -36,6 +37,7 @@ from flexllm_jax.peft.bottleneck import BottleneckConfig
 from flexllm_jax.peft.hf_peft import load_adapter
 from flexllm_jax.peft.ia3 import Ia3Config
 from flexllm_jax.peft.prefix import PrefixConfig
+from flexllm_jax.peft.principal import initialize_from_base
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def create_job(
     if config.init_adapter:
         adapter = load_adapter(config.init_adapter, model, model_path)
     else:
-        adapter = init_adapter(_adapter_config(config.peft), model, config.seed)
+        adapter = _fresh_adapter(_adapter_config(config.peft), model, model_path, config.seed)
     if config.optimizer.b_lr_ratio != 1 and adapter.config.kind != "lora":
         raise AdapterError(
             f"optimizer.b_lr_ratio={config.optimizer.b_lr_ratio}: an adapter of kind "
@@ -93,6 +95,15 @@ def create_job(
     told = [data for data in (dataset, validation) if data and (data.skipped or data.unread)]
     job.messages += [data.summary() for data in told]
     return job
+
+
+def _fresh_adapter(
+    config: AdapterConfig, model: ModelConfig, model_path: Path, seed: int
+) -> Adapter:
+    if not (isinstance(config, LoraConfig) and config.from_base):
+        return init_adapter(config, model, seed)
+    config, kernel = config.difference(), partial(read_kernel, model_path, model)
+    return Adapter(config, initialize_from_base(config, model, seed, kernel))
 
 
 def _adapter_config(peft: PeftConfig) -> AdapterConfig:
@@ -111,6 +122,7 @@ def _adapter_config(peft: PeftConfig) -> AdapterConfig:
         rank_pattern=peft.rank_pattern,
         alpha_pattern=peft.alpha_pattern,
         layers_to_transform=peft.layers_to_transform,
+        init=peft.init,
     )
 
 
@@ -141,6 +153,7 @@ class FinetuneJob:
     dispatched: int = 0
     has_gradient: bool = False  # a microbatch is committed since the last step
     in_order: deque[PackedMicrobatch | Step] = field(default_factory=deque, repr=False)
+    trained_ranks: Any = field(default=None, repr=False)  # `bank.trained_ranks`, on the device
     weights_version: int = 0  # steps handed over
     metrics: list[dict[str, float]] = field(default_factory=list)  # of every step
     step_times: list[float] = field(default_factory=list)  # of this run's steps, time.monotonic

@@ -118,6 +118,7 @@ def optimizer_step(
     weights: list,
     state: dict,
     bank_row: Int[Array, ""],
+    trained_ranks: Int[Array, "L M"],
     values: Float[Array, " 8"],
 ) -> tuple[list, dict, dict]:
     """One update of one job from its accumulated gradient times a scale.
@@ -127,6 +128,7 @@ def optimizer_step(
         weights: the bank, per layer: module -> {"a": [A, ...], "b": [A, ...]}; donated.
         state: the job's (`job_state_shapes`); donated.
         bank_row: the job's row of the bank.
+        trained_ranks: what of the job's LoRA is trained (`bank.trained_ranks`).
         values: HYPERPARAMETERS; with a scale of 0 a step without a gradient, in which AdamW's
             momentum still moves the weights.
 
@@ -139,12 +141,15 @@ def optimizer_step(
     gradients, (b_lr_ratio, max_norm, scale) = state["gradients"], values[-3:]
     if reduction:
         gradients = reduction.sum_gradients(gradients)
+    gradients = _trained(gradients, trained_ranks)
     scaled = jax.tree.map(lambda g: jnp.where(scale == 0, 0.0, g * scale), gradients)
     norm = norm_of(scaled)
     clipped = jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), scaled)
     updates, optimizer = _adamw(values).update(clipped, state["optimizer"], state["master"])
     updated: dict[str, Any] = {
-        "master": optax.apply_updates(state["master"], _with_rate_of_b(updates, b_lr_ratio)),
+        "master": optax.apply_updates(
+            state["master"], _trained(updates, trained_ranks, b_lr_ratio)
+        ),
         "optimizer": optimizer,
     }
     weight_norm = norm_of(updated["master"])
@@ -158,13 +163,20 @@ def optimizer_step(
     return weights, state | kept, {"gradient_norm": norm, "weight_norm": weight_norm}
 
 
-def _with_rate_of_b(updates: Any, ratio: Float[Array, ""]) -> list:
-    """AdamW's updates by layer with another learning rate for LoRA's B: they are proportional to
-    it, with the decay of weights."""
-    return [
-        {
-            site: own | {"b": own["b"] * ratio} if own.keys() == {"a", "b"} else own
-            for site, own in layer.items()
+def _trained(layers: Any, ranks: Int[Array, "L M"], b_lr_ratio: Any = 1.0) -> list:
+    """Gradients or updates by layer, 0 for the part of a LoRA's rank that stays as it is; B's times
+    a ratio, as AdamW's updates are proportional to the learning rate, with the decay of weights."""
+
+    def of_site(own: dict, rank: jax.Array) -> dict:
+        if own.keys() != {"a", "b"}:
+            return own
+        trained = jnp.arange(own["a"].shape[1]) < rank
+        return {
+            "a": jnp.where(trained, own["a"], 0.0),
+            "b": jnp.where(trained[:, None], own["b"] * b_lr_ratio, 0.0),
         }
-        for layer in updates
+
+    return [
+        {site: of_site(own, ranks[i, j]) for j, (site, own) in enumerate(sorted(layer.items()))}
+        for i, layer in enumerate(layers)
     ]

@@ -1,7 +1,7 @@
 """Hugging Face safetensors to the parameter tree and back, one tensor at a time.
 
 The parameter tree is a plain nested pytree (dicts, and a list of layers) whose kernels are
-[in, out]; checkpoints store [out, in]. `_tensors` describes every tensor once; abstract parameters,
+[in, out]; checkpoints store [out, in]. `tensors` describes every tensor once; abstract parameters,
 loading and saving all follow it. Invariant: loading never holds two tensors of the checkpoint in
 host memory (transposes and casts happen on the device); saving holds one output file's tensors.
 """
@@ -61,7 +61,7 @@ class _Tensor:
         return self.shape[::-1] if self.transposed else self.shape
 
 
-def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
+def tensors(config: ModelConfig) -> Iterator[_Tensor]:
     """Every parameter of the model, in the order in which a forward pass reads them."""
     table = (config.vocab_size, config.d_model)
     yield _Tensor(("embed", "weight"), "model.embed_tokens.weight", table)
@@ -112,7 +112,7 @@ def _leaf(tree: Any, path: tuple[str | int, ...]) -> Any:
 
 def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> Any:
     """Return the parameter tree with jax.ShapeDtypeStruct leaves: the layout, nothing allocated."""
-    return _tree(config, {t.path: jax.ShapeDtypeStruct(t.shape, dtype) for t in _tensors(config)})
+    return _tree(config, {t.path: jax.ShapeDtypeStruct(t.shape, dtype) for t in tensors(config)})
 
 
 def load_parameters(
@@ -125,8 +125,8 @@ def load_parameters(
     naming the tensor or file that is missing or does not fit.
     """
     directory = Path(path)
-    files = _checkpoint_files(directory)
-    expected = {tensor.name: tensor for tensor in _tensors(config)}
+    files = checkpoint_files(directory)
+    expected = {tensor.name: tensor for tensor in tensors(config)}
     missing = [name for name in expected if name not in files]
     if missing:
         raise WeightsError(
@@ -146,7 +146,7 @@ def load_parameters(
     return _tree(config, leaves)
 
 
-def _checkpoint_files(directory: Path) -> dict[str, str]:
+def checkpoint_files(directory: Path) -> dict[str, str]:
     """Which file holds each tensor of the checkpoint, by the index if there is one."""
     index, single = directory / _INDEX, directory / _SINGLE
     if single.is_file():
@@ -183,7 +183,7 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str
     A head beside tied embeddings and rotary frequencies are copies of what is used, and refused
     when they are not.
     """
-    expected = {tensor.name for tensor in _tensors(config)}
+    expected = {tensor.name for tensor in tensors(config)}
     modules = {name.rpartition(".")[0] for name in expected}
     ignored = []
     for name in sorted(files.keys() - expected):
@@ -234,7 +234,7 @@ def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
 
 def tensor_names(config: ModelConfig) -> set[str]:
     """Names of the model's tensors, that of a tied head too."""
-    return {tensor.name for tensor in _tensors(config)} | {"lm_head.weight"}
+    return {tensor.name for tensor in tensors(config)} | {"lm_head.weight"}
 
 
 def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -> bool | None:
@@ -243,7 +243,7 @@ def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -
     directory = Path(path)
     if name == "lm_head.weight" and config.tie_embeddings:
         name = "model.embed_tokens.weight"
-    file = _checkpoint_files(directory).get(name)
+    file = checkpoint_files(directory).get(name)
     if file is None:
         return None
     with _open(directory / file) as checkpoint:
@@ -267,15 +267,15 @@ def _load(file: Path, tensor: _Tensor, dtype: DTypeLike, sharding: Sharding | No
         source = NamedSharding(sharding.mesh, PartitionSpec(*spec[::-1]))
     if isinstance(source, NamedSharding):  # every device its part, one after the other
         array = jax.make_array_from_callback(
-            tensor.stored_shape, source, lambda part: _read(file, tensor, part)
+            tensor.stored_shape, source, lambda part: read_stored(file, tensor, part)
         )
     else:
-        array = jax.device_put(_read(file, tensor), source)
+        array = jax.device_put(read_stored(file, tensor), source)
     # Waiting leaves no second transfer in flight, whose source would stay in host memory.
     return _convert(tensor.transposed, jnp.dtype(dtype), sharding)(array).block_until_ready()
 
 
-def _read(file: Path, tensor: _Tensor, part: Any = None) -> np.ndarray:
+def read_stored(file: Path, tensor: _Tensor, part: Any = None) -> np.ndarray:
     """A stored tensor, or the part of it that a tuple of slices names."""
     # Opened for each tensor anew: a mapping kept open keeps the pages read in this process.
     with _open(file) as checkpoint:
@@ -376,7 +376,7 @@ def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[_Tens
     """Cut the tensors, in order, into files of at most `max_bytes` (or one larger tensor)."""
     shards: list[list[_Tensor]] = [[]]
     size = 0
-    for tensor in _tensors(config):
+    for tensor in tensors(config):
         nbytes = _leaf(params, tensor.path).nbytes
         if shards[-1] and size + nbytes > max_bytes:
             shards.append([])

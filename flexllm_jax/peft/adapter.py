@@ -13,7 +13,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flexllm_jax.config import ranks_taken
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 
@@ -115,7 +116,9 @@ class LoraConfig(AdapterConfig):
     `rank_pattern` and `alpha_pattern` map regular expressions on module paths to the rank and alpha
     used instead of `r` and `alpha`; the first that matches counts. `layers_to_transform` None: all.
     `resolved`: rank and alpha by module path, found out already; else the patterns are matched when
-    they are needed, which takes as long as who wrote them wants.
+    they are needed, which takes as long as who wrote them wants. `init`: `init_lora_weights` of
+    PEFT, "default" for its true; with "pissa", "pissa_niter_N" and "olora" half of the rank is a
+    start that is subtracted (`principal`).
     """
 
     r: int
@@ -125,6 +128,7 @@ class LoraConfig(AdapterConfig):
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
+    init: str = "default"
     resolved: Mapping[str, tuple[int, float]] | None = field(
         default=None, compare=False, repr=False
     )
@@ -188,6 +192,26 @@ class LoraConfig(AdapterConfig):
         rank = self.rank(layer, site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    @property
+    def from_base(self) -> bool:
+        """Whether it starts from the base weights, and half of its rank is that start."""
+        return ranks_taken(self.init) > 1
+
+    def difference(self) -> "LoraConfig":
+        """The same of twice the rank and of the same scale, which can hold its start, too."""
+        factor = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            self,
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * rank for key, rank in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+        )
+
+    def trained_rank(self, layer: int, module: str) -> int:
+        """How much of its rank is trained."""
+        return self.rank(layer, module) // (2 if self.from_base else 1)
+
     def targets(self, num_layers: int) -> tuple[tuple[int, str], ...]:
         """The (layer, module) pairs that a new adapter of this configuration has, by layer."""
         layers = self.layers_to_transform
@@ -204,7 +228,8 @@ class LoraConfig(AdapterConfig):
         return targets
 
     def initialize(self, model: ModelConfig, seed: int) -> Weights:
-        """Start as PEFT does: A uniform in ±1/sqrt(d_in), B zero, so it changes nothing.
+        """Start as PEFT does: A uniform in ±1/sqrt(d_in), or normal with deviation 1/rank
+        ("gaussian"); B zero, so it changes nothing.
 
         (PEFT's kaiming_uniform with a=sqrt(5): bound = sqrt(6 / ((1 + 5) * d_in)).) A projection's
         A depends on the seed, layer and module only, not on which other projections are targeted.
@@ -216,7 +241,11 @@ class LoraConfig(AdapterConfig):
             rank = self.rank(layer, module)
             random = np.random.default_rng([seed, layer, modules.index(module)])
             bound = 1 / math.sqrt(d_in)
-            a = random.uniform(-bound, bound, (d_in, rank)).astype(np.float32)
+            if self.init == "gaussian":
+                a = random.normal(0, 1 / rank, (d_in, rank))
+            else:
+                a = random.uniform(-bound, bound, (d_in, rank))
+            a = a.astype(np.float32)
             weights[layer, module] = {"a": a, "b": np.zeros((rank, d_out), np.float32)}
         return weights
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft import bottleneck, ia3, prefix
-from flexllm_jax.peft.adapter import Adapter, AdapterConfig, AdapterError, Site
+from flexllm_jax.peft.adapter import Adapter, AdapterConfig, AdapterError, LoraConfig, Site
 from kernels_pallas.rows import from_stored, to_stored
 
 KINDS = ("lora", "ia3", "bottleneck", "prefix")
@@ -141,6 +141,19 @@ def to_row(adapter: Adapter, config: ModelConfig, shape: BankShape, name: str) -
     return AdapterRow(values, factors)
 
 
+def trained_ranks(config: AdapterConfig, model: ModelConfig, shape: BankShape) -> np.ndarray:
+    """How much of LoRA's rank an optimizer may change: int32 by layer and site, sites in order of
+    their names."""
+    layers = shape.by_layer(model)
+    ranks = np.full((len(layers), max(map(len, layers))), shape.rank, np.int32)
+    if isinstance(config, LoraConfig) and config.from_base:
+        for layer, sites in enumerate(layers):
+            for at, site in enumerate(sorted(sites)):
+                if site in shape.modules:
+                    ranks[layer, at] = config.trained_rank(layer, site)
+    return ranks
+
+
 def from_row(values: list, config: AdapterConfig, shapes: Shapes) -> Adapter:
     """The adapter in one row's weights; `shapes` are those of what it has."""
     return Adapter(
@@ -181,10 +194,13 @@ def _check_fits(adapter: Adapter, shape: BankShape, name: str) -> None:
     if kind in measures:
         measure, array, most, field = measures[kind]
         largest = max((own[array][0] for own in shapes), default=0)
+        config, doubled = adapter.config, ""
+        if isinstance(config, LoraConfig) and config.from_base:
+            doubled = f", as init={config.init} takes twice its own,"
         if largest > most:
             raise AdapterError(
-                f"adapter {name!r} has {measure} {largest}, the bank holds at most {most}: "
-                f"raise {field}"
+                f"adapter {name!r} has {measure} {largest}{doubled}, the bank holds at most "
+                f"{most}: raise {field}"
             )
     if not all(np.isfinite(w).all() for own in adapter.weights.values() for w in own.values()):
         raise AdapterError(f"adapter {name!r} has weights that are not finite: train it again")

@@ -230,6 +230,15 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
         (with_job(name="../x"), ["finetune.jobs.0.name: got '../x'"]),
         (with_job(name=3), ["finetune.jobs.0.name: got 3", "string"]),
         (with_job(max_seq_len=4096), ["job 0 has max_seq_len 4096", "1024"]),
+        (
+            with_job(peft={"r": 9, "init": "pissa"}),
+            ["finetune.jobs.0.peft.init: pissa takes twice the rank, 18", "adapters.max_rank"],
+        ),
+        (with_job(peft={"init": "pisa"}), ["finetune.jobs.0.peft.init", "pisa"]),
+        (
+            with_job(peft={"init": "olora"}, init_adapter="folder"),
+            ["finetune.jobs.0: peft.init=olora and init_adapter are given"],
+        ),
         (with_job(peft={"r": 32}), ["finetune.jobs.0.peft.r: rank 32", "adapters.max_rank"]),
         (
             with_job(peft={"type": "ia3"}),

@@ -70,6 +70,7 @@ def info_of(job):
         ("peft.layers_to_transform", {"peft": LoraConfig(**LORA, layers_to_transform=(0,))}),
         ("peft.rank_pattern", {"peft": LoraConfig(**LORA, rank_pattern={"q_proj": 2})}),
         ("peft.alpha_pattern", {"peft": LoraConfig(**LORA, alpha_pattern={"q_proj": 2.0})}),
+        ("peft.init", {"peft": LoraConfig(**LORA, init="olora")}),
         ("peft.type", {"peft": Ia3Config()}),
         ("seed", {"seed": 1}),
         ("adapters.max_rank", {"bank": BankShape(3, 16, ("q", "v"))}),

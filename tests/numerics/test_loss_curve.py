@@ -3,19 +3,23 @@ weight decay, warm-up, a schedule and clipping, over 20 steps; alone and co-serv
 
 import jax
 import numpy as np
+import peft
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import AutoModelForCausalLM, get_scheduler
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.hf_peft import load_adapter
 from tests.engines import (
+    SEVEN,
     SHORT,
     job_config,
     letter_rows,
     load_with_adapter,
+    prompt_logprob_errors,
     random_prompts,
+    reference_logprobs,
     save_random_adapter,
     write_rows,
 )
@@ -60,15 +64,16 @@ def adamw(model, lr, decay, ratio=1.0):
     return torch.optim.AdamW(groups, weight_decay=decay)
 
 
-def peft_curve(base, start, sequences, batch_tokens, seed, schedule, lr=OPTIMIZER["lr"], ratio=1.0):
-    """Losses, gradient norms, and the trained model."""
-    model = load_with_adapter(base, start, is_trainable=True)
+def peft_curve(
+    model, sequences, batch_tokens, seed, schedule, lr=OPTIMIZER["lr"], ratio=1.0, steps=STEPS
+):
+    """Losses and gradient norms of training a model."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw(model, lr, OPTIMIZER["weight_decay"], ratio)
-    scheduler = get_scheduler(schedule, optimizer, OPTIMIZER["warmup"], STEPS)
+    scheduler = get_scheduler(schedule, optimizer, OPTIMIZER["warmup"], steps)
     losses, norms = [], []
     stream = batches(sequences, batch_tokens, seed)
-    for _ in range(STEPS):
+    for _ in range(steps):
         batch = next(stream)
         divisor = sum(float(s.weights.sum()) for s in batch)
         total = 0.0
@@ -84,7 +89,7 @@ def peft_curve(base, start, sequences, batch_tokens, seed, schedule, lr=OPTIMIZE
         optimizer.step()
         scheduler.step()
         losses.append(total)
-    return losses, norms, model
+    return losses, norms
 
 
 @pytest.mark.parametrize(
@@ -110,13 +115,14 @@ def test_the_curve_is_that_of_peft(llm, llama, start, rows, schedule, co_served)
         served += 1
     assert job.wait(120).status == "succeeded", job.reason
     assert served > 1 or not co_served, "hardly anything ran beside it"
+    assert_same_training(job, llama, start, schedule)
+
+
+def assert_same_training(job, llama, start, schedule, **options):
+    """A job did what torch does: losses, norms of gradients, and the adapter's way."""
+    model = load_with_adapter(llama, start, is_trainable=True)
     sequences = job._job.source.dataset.sequences
-    losses, norms, model = peft_curve(llama, start, sequences, 150, 5, schedule)
-    assert_same_training(job, losses, norms, model, start, llama)
-
-
-def assert_same_training(job, losses, norms, model, start, llama):
-    """A job did what torch did: losses, norms of gradients, and the adapter's way."""
+    losses, norms = peft_curve(model, sequences, 150, 5, schedule, **options)
     assert max(norms) > 2 * OPTIMIZER["clip"] > 0, "clipping was never needed"
     np.testing.assert_allclose(job.losses, losses, rtol=2e-4)
     np.testing.assert_allclose(job._job.gradient_norms, norms, rtol=2e-3)
@@ -157,8 +163,7 @@ def test_weights_of_tokens_and_a_learning_rate_for_b(llm, llama, start, tmp_path
     assert job.wait(120).status == "succeeded", job.reason
     sequences = job._job.source.dataset.sequences
     assert {float(w) for s in sequences for w in s.weights} == {0, 0.25, 1, 3}
-    expected = peft_curve(llama, start, sequences, 150, 5, "linear", lr=5e-3, ratio=4.0)
-    assert_same_training(job, *expected, start, llama)
+    assert_same_training(job, llama, start, "linear", lr=5e-3, ratio=4.0)
 
 
 def test_a_row_of_twice_the_weight_has_twice_the_gradient(llm, start, tmp_path, monkeypatch):
@@ -188,3 +193,60 @@ def test_a_row_of_twice_the_weight_has_twice_the_gradient(llm, start, tmp_path, 
     for one, two, changed in zip(once, twice, other, strict=True):
         np.testing.assert_allclose(two, 2 * one, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(changed, one)
+
+
+def trainable(base, init):
+    """A new PEFT adapter."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    options = {"target_modules": list(SEVEN), "r": 4, "lora_alpha": 8}
+    return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=init, **options))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_from_the_base_weights_train_as_in_peft(llm, llama, rows, tmp_path, init):
+    """Which has taken the start out of the base weights; the adapter here works on them as they
+    are, and so does the one that PEFT converts."""
+    optimizer = OPTIMIZER | {"schedule": "linear", "lr": 2e-3, "b_lr_ratio": 2.0}
+    peft_fields = {"r": 4, "alpha": 8.0, "init": init}
+    config = job_config(init, rows, steps=8, seed=5, optimizer=optimizer, peft=peft_fields)
+    job = llm.finetune(config)
+    model = trainable(llama, init)
+    model.save_pretrained(tmp_path / "start")
+    assert job.wait(120).status == "succeeded", job.reason
+    sequences = job._job.source.dataset.sequences
+    losses, norms = peft_curve(model, sequences, 150, 5, "linear", lr=2e-3, ratio=2.0, steps=8)
+    np.testing.assert_allclose(job.losses, losses, rtol=1e-4)
+    np.testing.assert_allclose(job._job.gradient_norms, norms, rtol=1e-3)
+    assert max(norms) > OPTIMIZER["clip"], "clipping was never needed"
+
+    prompt = random_prompts([40], seed=6)[0]
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    before, expected = (reference_logprobs(m.eval(), prompt) for m in (base, model))
+    moved = np.abs(expected - before).max()
+    served = load_with_adapter(llama, job.adapter_dir).eval()
+    assert np.abs(reference_logprobs(served, prompt) - expected).max() < 0.01 * moved
+    model.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    llm.load_adapter("converted", tmp_path / "converted")
+    for name in ("converted", init):
+        params = SamplingParams(max_tokens=1, prompt_logprobs=20)
+        (output,) = llm.generate([prompt], params, adapter=name)
+        assert prompt_logprob_errors(output, expected).max() < 0.01 * moved
+
+
+def test_the_subtracted_half_never_moves(llm, llama, rows):
+    """Not by the decay of weights either, nor through a checkpoint."""
+    fields = {"r": 4, "alpha": 8.0, "init": "olora", "rank_pattern": {"q_proj": 2}}
+    options = {"seed": 5, "optimizer": OPTIMIZER, "peft": fields}
+    llm.finetune(job_config("frozen", rows, steps=4, **options)).wait(60)
+    job = llm.finetune(job_config("frozen", rows, steps=6, **options | {"resume": True}))
+    assert job.wait(60).status == "succeeded" and job._job.resumed_from == 4
+    start = job._job.adapter.weights
+    ours = load_adapter(job.adapter_dir, ModelConfig.from_hf(llama), llama)
+    assert ours.weights[0, "q"]["a"].shape[1] == 4 and ours.weights[0, "k"]["a"].shape[1] == 8
+    for key, own in ours.weights.items():
+        half = len(own["b"]) // 2
+        for now, then in ((own["a"].T, start[key]["a"].T), (own["b"], start[key]["b"])):
+            np.testing.assert_array_equal(now[half:], then[half:])
+            assert (now[:half] != then[:half]).all()

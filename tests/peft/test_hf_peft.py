@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.hf_kernels import read_kernel
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.adapter import (
     Adapter,
@@ -26,6 +27,7 @@ from flexllm_jax.peft.bottleneck import BottleneckConfig
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 from flexllm_jax.peft.ia3 import Ia3Config
 from flexllm_jax.peft.prefix import PrefixConfig
+from flexllm_jax.peft.principal import initialize_from_base
 from tests.checkpoints import make_llama, make_qwen2
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -226,6 +228,54 @@ def test_a_merged_checkpoint_is_pefts_merge_and_unload(tmp_path, dtype, name):
         np.testing.assert_allclose(kernel, tensor, rtol=tolerance, atol=1e-6)
     assert on_device["embed"]["weight"] is params["embed"]["weight"]
     jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def starts(base, init, rank=4):
+    """scale * (A, B) of an adapter that starts from the base weights, and the kernels' own."""
+    config = LoraConfig(rank, 12, tuple(SEVEN), init=init).difference()
+
+    def decaying(layer, module):
+        """With singular values 1, 1/2, 1/4, ..."""
+        u, _, v = np.linalg.svd(read_kernel(base.path, base.config, layer, module))
+        size = min(len(u), len(v))
+        return ((u[:, :size] * 0.5 ** np.arange(size)) @ v[:size]).astype(np.float32)
+
+    for (layer, module), own in initialize_from_base(config, base.config, 3, decaying).items():
+        a, b = own["a"], own["b"]
+        np.testing.assert_array_equal(a[:, :rank], a[:, rank:])
+        np.testing.assert_array_equal(b[:rank], -b[rank:])
+        scale = config.scale(layer, module)
+        assert scale == 12 / rank
+        yield decaying(layer, module), scale, a[:, :rank], b[:rank]
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_8"])
+def test_pissa_starts_from_the_largest_singular_values(base, init):
+    for kernel, scale, a, b in starts(base, init):
+        left = np.linalg.svd(kernel - scale * a @ b, compute_uv=False)
+        np.testing.assert_allclose(left[:3], 0.5 ** np.arange(4, 7), rtol=1e-4)
+
+
+def test_olora_starts_from_orthonormal_factors(base):
+    for kernel, _, a, b in starts(base, "olora"):
+        np.testing.assert_allclose(b @ b.T, np.eye(4), atol=1e-5)
+        np.testing.assert_allclose(a[:4] @ b, kernel[:4], atol=1e-5)
+
+
+def test_a_gaussian_start_is_distributed_as_pefts(base):
+    own = init_adapter(LoraConfig(8, 8, ("q_proj",), init="gaussian"), base.config, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    options = {"r": 8, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"}
+    theirs = lora_layers(peft.get_peft_model(model, peft.LoraConfig(**options)))
+    for key, weights in own.weights.items():
+        deviation = theirs[key].lora_A["default"].weight.detach().numpy().std()
+        assert weights["a"].std() == pytest.approx(deviation, rel=0.15)
+        assert not weights["b"].any()
+
+
+def test_a_rank_beyond_the_base_weights(base):
+    with pytest.raises(AdapterError, match=r"r=4096: init=olora takes at most rank \d+"):
+        list(starts(base, "olora", rank=4096))
 
 
 def test_merging_with_donation_reuses_the_kernels_memory(base):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from flexllm_jax.config import ALL_MODULES, Config, TargetModule
+from flexllm_jax.config import ALL_MODULES, Config, LoraInit, TargetModule, ranks_taken
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
 
@@ -82,6 +82,7 @@ class CreateJob(Body):
     lora_target_modules: (
         Annotated[list[TargetModule], Field(fail_fast=True, min_length=1)] | None
     ) = None
+    lora_init: LoraInit = "default"
     batch_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     train_on: Literal["completion", "all"] = "completion"
@@ -102,11 +103,12 @@ class CreateJob(Body):
         bank = config.adapters
         if self.integrations:
             raise ApiError(400, "integrations: are not supported", param="integrations")
-        if self.lora_rank is not None and self.lora_rank > bank.max_rank:
+        most = bank.max_rank // ranks_taken(self.lora_init)
+        if (self.lora_rank or 1) > most:
             raise ApiError(
                 400,
-                f"lora_rank: got {self.lora_rank}; this server's adapters have at most "
-                f"{bank.max_rank} (adapters.max_rank)",
+                f"lora_rank: got {self.lora_rank}; this server's adapters have at most {most} with "
+                f"lora_init: {self.lora_init} (adapters.max_rank is {bank.max_rank})",
                 param="lora_rank",
             )
         outside = set(self.lora_target_modules or ()) - set(bank.target_modules)
@@ -135,7 +137,7 @@ class CreateJob(Body):
             size = chosen.batch_size
             auto = size == "auto"
             batch_tokens = AUTO_BATCH_TOKENS if auto else max(1, round(int(size) * mean_tokens))
-        rank = self.lora_rank or min(16, bank.max_rank)
+        rank = self.lora_rank or min(16, bank.max_rank // ranks_taken(self.lora_init))
         modules = self.lora_target_modules or [m for m in ALL_MODULES if m in bank.target_modules]
         fields = {
             "name": name,
@@ -144,6 +146,7 @@ class CreateJob(Body):
                 "r": rank,
                 "alpha": self.lora_alpha or 2.0 * rank,
                 "target_modules": modules,
+                "init": self.lora_init,
             },
             "optimizer": {"lr": rate, "warmup": self.warmup, "b_lr_ratio": self.b_lr_ratio},
             "batch_tokens": batch_tokens,

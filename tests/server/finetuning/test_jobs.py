@@ -318,6 +318,9 @@ def test_lists_of_files_are_read_page_by_page(client):
         ({"method": {"type": "dpo"}}, "supervised"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
         ({"extra_body": {"lora_rank": 9}}, "adapters.max_rank"),
+        ({"extra_body": {"lora_rank": 5, "lora_init": "pissa"}}, "at most 4 with lora_init"),
+        ({"extra_body": {"lora_init": "pisa"}}, "lora_init"),
+        ({"extra_body": {"b_lr_ratio": 0}}, "b_lr_ratio"),
         ({"extra_body": {"lora_target_modules": ["x_proj"]}}, "lora_target_modules"),
     ],
 )
