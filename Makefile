@@ -4,6 +4,7 @@
 # make test-newest  all tests in a new environment with the newest releases that pyproject.toml
 #                   allows; if they fail, says which packages differ from the tested ones
 # make fuzz         what clients send, made up, for the parsers: ten minutes of it
+# make faults       a server under random faults for ten rounds: nothing may be lost; SEED=... repeats
 # make check        format, lint, types
 # make docs         builds the documentation in docs/_build/html; a warning is an error
 # make gpu-compile  compiles every kernel and the engine's programs for H200 and A100, without a GPU
@@ -21,6 +22,7 @@ NEWEST_VENV := .venv-newest
 LOCK_VENV := .venv-lock
 BIN := $(VENV)/bin
 DEMO := runs/demo-world
+SEED = $(shell date +%Y%m%d)
 QUICKSTART := configs/quickstart.yaml
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # A build of torch for CPUs is a tenth of the default one. Tests need no more than that.
@@ -58,7 +60,7 @@ endif
 export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-newest fuzz check docs gpu-compile bench lock clean
+.PHONY: demo test test-fast test-newest fuzz faults check docs gpu-compile bench lock clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
@@ -79,6 +81,10 @@ test-newest:
 	$(MAKE) $(NEWEST_VENV)/.test VENV=$(NEWEST_VENV) TORCH=$(TORCH_NEWEST) \
 		CONSTRAINTS="--upgrade --upgrade-strategy eager"
 	$(MAKE) test VENV=$(NEWEST_VENV) || { $(NEWEST_VENV)/bin/python .ci/constraints/compare.py; exit 1; }
+
+faults: $(VENV)/.test
+	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
+	$(BIN)/python scripts/fault_campaign.py --config configs/serve.yaml --seed $(SEED)
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Counts
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -147,7 +147,7 @@ class ServerMetrics:
         self.recent: deque[Latencies] = deque(maxlen=_ATTAINMENT_WINDOW)
         self.jobs: set[str] = set()  # of which there is something
         self._ended: dict[str, None] = {}  # of these, the first first
-        self._tokens = Counts[tuple[str, str]]()  # of these, by phase
+        self._tokens = defaultdict[tuple[str, str], float](float)  # of these, by phase
         self._adapters: dict[str, Counts[str]] = {"running": Counts(), "waiting": Counts()}
         self._totals: dict[str, dict[Any, float]] = {}  # by engine: of the one that runs now
         self._versions: dict[str, dict[str, int]] = {}  # by engine: of its adapters

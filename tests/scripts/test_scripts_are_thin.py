@@ -22,7 +22,7 @@ ROWS = [
     if line.startswith("| `")
 ]
 # Families, and names that are a verb of their own; all others are a verb and its object.
-FAMILIES = ("benchmark_", "gpu_", "nightly_")
+FAMILIES = ("benchmark_", "fault_", "gpu_", "nightly_")
 VERBS = {"benchmark", "coserve", "export", "finetune", "generate", "make", "replay", "serve"}
 VERBS |= {"simulate", "tune"}
 HELP = """

@@ -168,6 +168,8 @@ def losses_at(session: Session, job_id: str, step: int) -> dict[str, float]:
     )
     found: dict[str, float] = {}
     for data in session.scalars(query):
+        if data is None:
+            continue
         if data["step"] == step:
             found = {name: data[name] for name in _VALUES.values() if name in data} | found
         elif data["step"] < step and found:
