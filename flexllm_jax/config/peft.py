@@ -51,7 +51,7 @@ class PeftConfig(Section):
     init: LoraInit = Field(
         default="default",
         description="How LoRA starts, as PEFT's init_lora_weights: default, gaussian, olora, pissa "
-        "(exact, slow for large models) or pissa_niter_N (approximate, 16 will do). The last "
+        "(exact, slow for large models) or pissa_niter_N (approximate). The last "
         "three start from the base weights and take twice the rank.",
     )
     bottleneck_size: Int = Field(

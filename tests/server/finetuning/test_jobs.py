@@ -114,6 +114,7 @@ def trained(client):
         suffix="mine",
         metadata={"owner": "tests"},
         method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        extra={"learning_rate": 2e-3, "lora_init": "olora", "b_lr_ratio": 2},
     )
     assert job.status in ("validating_files", "queued", "running")
     return wait(client, job, "succeeded")
@@ -146,8 +147,8 @@ def test_its_losses_are_those_of_the_python_api(client, trained, llm, tmp_path):
     config = FinetuneConfig(
         name="same",
         dataset=path,
-        peft={"r": 4, "alpha": 8.0},
-        optimizer={"lr": 1e-2},
+        peft={"r": 4, "alpha": 8.0, "init": "olora"},
+        optimizer={"lr": 2e-3, "b_lr_ratio": 2.0},
         batch_tokens=150,
         epochs=2,
         seed=3,
