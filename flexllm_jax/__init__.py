@@ -11,7 +11,15 @@ from flexllm_jax.version import __version__ as __version__
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
-    from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, load_config
+    from flexllm_jax.config import (
+        DpoConfig,
+        FinetuneConfig,
+        IpoConfig,
+        OptimizerConfig,
+        PeftConfig,
+        SimpoConfig,
+        load_config,
+    )
     from flexllm_jax.engine.sampling_params import SamplingParams
     from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
     from flexllm_jax.llm import LLM, CompletionOutput, JobHandle, RequestOutput
@@ -19,7 +27,15 @@ if TYPE_CHECKING:
 
 # Imported when asked for: a process without an engine, as the HTTP server, need not wait for one.
 _MODULES = {
-    "config": ("FinetuneConfig", "OptimizerConfig", "PeftConfig", "load_config"),
+    "config": (
+        "DpoConfig",
+        "FinetuneConfig",
+        "IpoConfig",
+        "OptimizerConfig",
+        "PeftConfig",
+        "SimpoConfig",
+        "load_config",
+    ),
     "engine.sampling_params": ("SamplingParams",),
     "engine.structured_outputs": ("StructuredOutputsParams",),
     "llm": ("LLM", "CompletionOutput", "JobHandle", "RequestOutput"),
@@ -29,13 +45,16 @@ _MODULES = {
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "DpoConfig",
     "FinetuneConfig",
+    "IpoConfig",
     "JobHandle",
     "LoraConfig",
     "OptimizerConfig",
     "PeftConfig",
     "RequestOutput",
     "SamplingParams",
+    "SimpoConfig",
     "StructuredOutputsParams",
     "load_config",
 ]

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt, MaxLen, MinLen
 from pydantic.fields import FieldInfo
 
 from flexllm_jax.config import Config, Section
+from flexllm_jax.config.fields import sections_in
 
 
 def configuration_markdown(root: type[Section] = Config) -> str:
@@ -21,10 +22,11 @@ def configuration_markdown(root: type[Section] = Config) -> str:
 
 
 def _sections(section: type[Section], path: str) -> Iterator[str]:
-    own = [(n, f) for n, f in section.model_fields.items() if _section_in(f.annotation) is None]
+    own = [(n, f) for n, f in section.model_fields.items() if not sections_in(f.annotation)]
     if path:
         level = min(2 + path.count("."), 4)
-        yield f"{'#' * level} `{path}`\n"
+        name, choice, kind = path.partition(" ")
+        yield f"{'#' * level} `{name}`{choice}{kind}\n"
         yield f"{_text(section.__doc__)}\n"
     elif own:
         yield "## At the top\n"
@@ -33,15 +35,15 @@ def _sections(section: type[Section], path: str) -> Iterator[str]:
         yield from (_row(name, field) for name, field in own)
         yield ""
     for name, field in section.model_fields.items():
-        child = _section_in(field.annotation)
-        if child is None:
-            continue
+        children = sections_in(field.annotation)
         below = f"{path}.{name}" if path else name
         if _is_list(field.annotation):
             below += "[]"
         elif _is_map(field.annotation):
             below += ".NAME"
-        yield from _sections(child, below)
+        for child in children:
+            kind = f" of type {child.model_fields['type'].default}" if len(children) > 1 else ""
+            yield from _sections(child, below + kind)
 
 
 def _row(name: str, field: FieldInfo) -> str:
@@ -110,12 +112,6 @@ def _plain(value: Any) -> str:
     home = str(Path.home())
     text = str(value)
     return text.replace(home, "~", 1) if text.startswith(home) else text
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _is_list(annotation: Any) -> bool:

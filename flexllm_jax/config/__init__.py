@@ -21,6 +21,15 @@ from flexllm_jax.config.finetune import (
 )
 from flexllm_jax.config.load import build_config, describe, load_config
 from flexllm_jax.config.memory import AdaptersSection, CacheSection, PreloadedAdapter
+from flexllm_jax.config.method import (
+    PREFERENCE_METHODS,
+    DpoConfig,
+    IpoConfig,
+    MethodConfig,
+    PreferenceConfig,
+    SimpoConfig,
+    SupervisedConfig,
+)
 from flexllm_jax.config.model import ModelSection, ParallelSection
 from flexllm_jax.config.peft import PeftConfig
 from flexllm_jax.config.scheduler import CompileSection, SchedulerSection, SloSection
@@ -30,6 +39,7 @@ from flexllm_jax.config.workload import ArrivalsConfig, WorkloadSection
 
 __all__ = [
     "ALL_MODULES",
+    "PREFERENCE_METHODS",
     "AdapterKind",
     "AdaptersSection",
     "ApiKey",
@@ -38,20 +48,26 @@ __all__ = [
     "CompileSection",
     "Config",
     "ConfigError",
+    "DpoConfig",
     "FinetuneConfig",
     "FinetuneSection",
+    "IpoConfig",
     "LogSection",
     "LoraInit",
+    "MethodConfig",
     "ModelSection",
     "OptimizerConfig",
     "ParallelSection",
     "PeftConfig",
+    "PreferenceConfig",
     "PreloadedAdapter",
     "RaySection",
     "SchedulerSection",
     "Section",
     "ServerSection",
+    "SimpoConfig",
     "SloSection",
+    "SupervisedConfig",
     "TargetModule",
     "WorkloadSection",
     "build_config",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
@@ -37,6 +37,14 @@ class Section(BaseModel):
     """Part of the configuration: immutable, no unknown keys, no infinities unless allowed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections an annotation holds: itself, or inside `tuple[...]` or `... | ...`. Several are
+    a choice by their `type`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for inside in get_args(annotation) for section in sections_in(inside)]
 
 
 def distinct(names: tuple[str, ...], prefix: str = "") -> tuple[str, ...]:

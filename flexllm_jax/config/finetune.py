@@ -16,6 +16,7 @@ from flexllm_jax.config.fields import (
     Section,
     distinct,
 )
+from flexllm_jax.config.method import MethodConfig, SupervisedConfig
 from flexllm_jax.config.peft import PeftConfig
 
 
@@ -62,7 +63,12 @@ class FinetuneConfig(Section):
         "alpaca",
         "sharegpt",
         "question_answer",
+        "preference",
+        "openai_preference",
     ] = Field(default="auto", description="What a row looks like. auto: detected from its fields.")
+    method: MethodConfig = Field(
+        default_factory=SupervisedConfig, discriminator="type", description="How to train."
+    )
     validation: Path | None = Field(default=None, description="Validation rows in the same format.")
     validation_every: Int = Field(
         default=0, ge=0, description="Optimizer steps between validations. 0: only at the end."
@@ -123,6 +129,15 @@ class FinetuneConfig(Section):
             raise ValueError(
                 f"peft.init={self.peft.init} and init_adapter are given, and an adapter has one "
                 "start; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_alone(self) -> Self:
+        if self.method.pairs and self.train_on == "all":
+            raise ValueError(
+                f"train_on: all is not for method {self.method.type}, which compares answers; "
+                "leave it at completion"
             )
         return self
 

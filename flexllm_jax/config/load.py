@@ -7,23 +7,19 @@ number and `yes` is a word. The fields themselves are in the modules beside this
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from flexllm_jax.config import renamed
+from flexllm_jax.config.explain import explain, one_line, section_of, walk
 from flexllm_jax.config.fields import ConfigError, Section
 from flexllm_jax.config.tree import Config
 
-Location = tuple[str | int, ...]
 Root = TypeVar("Root", bound=Section)
 
 
@@ -37,7 +33,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), root: type[Root
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give an existing YAML file to --config") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
     tree = _parse_yaml(text, str(path))
     if tree is None:
         tree = {}
@@ -53,13 +49,13 @@ def build_config(tree: dict[str, Any], source: str = "config", root: type[Root] 
     try:
         return root.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(error, root)}") from None
+        raise ConfigError(f"{source}: {explain(error, root)}") from None
 
 
 def describe(root: type[Section] = Config) -> str:
     """Every field, one a line, with type, default and description, for `--help` of the scripts."""
     lines = []
-    for name, field in _walk(root):
+    for name, field in walk(root):
         default = field.get_default(call_default_factory=True)
         given = "required" if field.is_required() else f"default {_yaml_value(default)}"
         lines.append(f"  {name} ({given})\n      {field.description}")
@@ -115,9 +111,9 @@ def _parse_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}{where}: not valid YAML: {_one_line(error.problem)}") from None
+        raise ConfigError(f"{source}{where}: not valid YAML: {one_line(error.problem)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{source}: not valid YAML: {one_line(error)}") from None
 
 
 def _set(tree: dict[str, Any], override: str, root: type[Section]) -> None:
@@ -156,98 +152,12 @@ def _full_name(keys: list[str], root: type[Section]) -> list[str]:
 
     `finetune.jobs.0.lr` is short for `finetune.jobs.0.optimizer.lr`.
     """
-    section = _section_of(tuple(int(key) if key.isdecimal() else key for key in keys[:-1]), root)
+    section = section_of(tuple(int(key) if key.isdecimal() else key for key in keys[:-1]), root)
     if section is None or keys[-1] in section.model_fields:
         return keys
-    names = [name.split(".") for name, _ in _walk(section)]
+    names = [name.split(".") for name in dict(walk(section))]
     below = [name for name in names if name[-1] == keys[-1] and "N" not in name]
     return [*keys[:-1], *below[0]] if len(below) == 1 else keys
-
-
-# --- what is wrong, in one line
-
-
-def _explain(error: ValidationError, root: type[Section]) -> str:
-    problems = error.errors(include_url=False)
-    # An old name first: what it makes missing is not worth telling.
-    old_names = [text for problem in problems if (text := _old_name(problem))]
-    text = old_names[0] if old_names else _explain_one(problems[0], root)
-    more = len(problems) - 1
-    return _one_line(text) + (f" (and {more} more)" if more else "")
-
-
-def _old_name(problem: ErrorDetails) -> str | None:
-    loc, given = problem["loc"], problem.get("input")
-    field = ".".join(map(str, loc))
-    if problem["type"] == "extra_forbidden" and (new := renamed.new_field(loc)):
-        return f"{field}: is called {new} now; rename it"
-    if new := renamed.new_value(loc, given):
-        return f"{field}: the value {given} is called {new} now; write that"
-    return None
-
-
-def _explain_one(problem: ErrorDetails, root: type[Section]) -> str:
-    loc, given = problem["loc"], problem.get("input")
-    field = ".".join(map(str, loc))
-    if problem["type"] == "extra_forbidden":
-        text = f"{field}: unknown field (value {_short(given)}); {_suggest(loc, root)}"
-    elif problem["type"] == "missing":
-        described = _field_at(loc, root)
-        about = f" ({described.description})" if described else ""
-        text = f"{field}: required field is missing; add it{about}"
-    elif problem["type"] == "value_error":
-        text = problem["msg"].removeprefix("Value error, ")
-        text = f"{field}: {text}" if field else text
-    else:
-        wanted = problem["msg"].replace("Input should be", "must be").replace("Input", "it")
-        wanted = wanted[0].lower() + wanted[1:]
-        if isinstance(given, str) and problem["type"] in ("int_type", "float_type", "bool_type"):
-            wanted += " (write it without quotes)"
-        text = f"{field}: got {_short(given)}; {wanted}"
-    return text
-
-
-def _field_at(loc: Location, root: type[Section]) -> FieldInfo | None:
-    section = _section_of(loc[:-1], root)
-    return section.model_fields.get(str(loc[-1])) if section else None
-
-
-def _section_of(loc: Location, root: type[Section]) -> type[Section] | None:
-    section: type[Section] | None = root
-    for key in loc:
-        if isinstance(key, str):
-            field = section.model_fields.get(key) if section else None
-            section = _section_in(field.annotation) if field else None
-    return section
-
-
-def _suggest(loc: Location, root: type[Section]) -> str:
-    key, section = str(loc[-1]), _section_of(loc[:-1], root) or root
-    near = difflib.get_close_matches(key, section.model_fields, n=1)
-    if near:
-        return f"did you mean {'.'.join(map(str, (*loc[:-1], near[0])))}?"
-    elsewhere = [name for name, _ in _walk(root) if name.rsplit(".", 1)[-1] == key]
-    if elsewhere:
-        return f"did you mean {elsewhere[0]}?"
-    return f"known here: {', '.join(section.model_fields)}"
-
-
-def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field with its dotted name; items of lists are called N."""
-    for name, field in section.model_fields.items():
-        child = _section_in(field.annotation)
-        if child is None:
-            yield prefix + name, field
-        else:
-            item = ".N" if "tuple" in str(field.annotation) else ""
-            yield from _walk(child, f"{prefix}{name}{item}.")
-
-
-def _section_in(annotation: Any) -> type[Section] | None:
-    """The section an annotation holds: itself, or inside `tuple[...]` or `... | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation if issubclass(annotation, Section) else None
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
 def _yaml_value(value: Any) -> str:
@@ -260,12 +170,3 @@ def _yaml_value(value: Any) -> str:
 
 def _kind(value: Any) -> str:
     return {list: "list", str: "text"}.get(type(value), type(value).__name__)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())

@@ -39,6 +39,17 @@ class JobHandle:
         return list(self._job.validation_losses)
 
     @property
+    def metrics(self) -> list[dict[str, float]]:
+        """What every optimizer step so far measured: `loss`, `gradient_norm`, and what the job's
+        method reports."""
+        return list(self._job.metrics)
+
+    @property
+    def validations(self) -> list[tuple[int, dict[str, float]]]:
+        """(optimizer step, what was measured) of every validation so far."""
+        return list(self._job.validations)
+
+    @property
     def steps(self) -> int:
         """Optimizer steps done."""
         return self._job.step

@@ -105,7 +105,7 @@ class DatasetSource:
         self._batches = self._steps = 0  # handed over; done
         self._passes: deque[_Pass] = deque()  # whose results are not all in, in order
         self._scored: deque[_Pass] = deque()  # batches whose step is not done
-        rows = [*dataset.sequences, *(validation.sequences if validation else ())]
+        rows = [*dataset.items, *(validation.items if validation else ())]
         self._rows: list[Any] = rows
         self._references: list[tuple[float, ...]] = []  # of each of `_rows`
         self._number = {id(row): i for i, row in enumerate(rows)} if method.needs_reference else {}
@@ -134,10 +134,13 @@ class DatasetSource:
         )
         self._batches += 1
         self._ready.append(Step(values, self.position()))
+        self._validate_if_due(self._batches)
+
+    def _validate_if_due(self, step: int) -> None:
         every = self.config.validation_every
-        due = self._batches == self.total_steps or (every and self._batches % every == 0)
+        due = step == self.total_steps or (every and step % every == 0)
         if self.validation is not None and due:
-            self._hand_over(self.validation.sequences, backward=False)
+            self._hand_over(self.validation.items, backward=False)
 
     def _hand_over(self, rows: Sequence[Any], *, backward: bool) -> _Pass:
         """Queue the microbatches of a pass."""
@@ -177,10 +180,13 @@ class DatasetSource:
         return None
 
     def _keep_references(self, scored: _Pass) -> None:
-        """The sums of log-probabilities of the sequences of every row."""
+        """The weighted sums of log-probabilities of the sequences of every row."""
         found: dict[int, tuple[float, ...]] = {}
         for rows, (packed, logprob) in zip(scored.groups, scored.scored, strict=True):
-            sums = iter(float(own.sum(dtype=np.float64)) for own in packed.split(logprob))
+            sums = iter(
+                float((datum.weight * own).sum(dtype=np.float64))
+                for datum, own in zip(packed.data, packed.split(logprob), strict=True)
+            )
             for row in rows:
                 count = len(self.method.data(row, ()))
                 found[id(row)] = tuple(next(sums) for _ in range(count))
@@ -200,7 +206,11 @@ class DatasetSource:
 
     def position(self) -> dict[str, Any]:
         """Where in the data the next batch begins, and the references of all rows in order."""
-        return {"stream": self.stream.state(), "references": self._references}
+        return {
+            "stream": self.stream.state(),
+            "references": self._references,
+            "validation": self.validation.fingerprint if self.validation else None,
+        }
 
     def restore(self, step: int, position: dict[str, Any]) -> None:
         """Go on after `step`, with what is left of the data. ValueError, naming the field, when it
@@ -215,4 +225,16 @@ class DatasetSource:
             )
         self._batches = self._steps = step
         references = position.get("references", ())  # older checkpoints have none
-        self._references = [tuple(own) for own in references]
+        if (
+            references
+            and self.validation is not None
+            and (position.get("validation") != self.validation.fingerprint)
+        ):
+            raise ValueError(
+                f"validation={c.validation}: its rows are not those that were scored under the "
+                f"weights which job {c.name!r} started from; give those, or none, or start anew "
+                "with resume: false"
+            )
+        self._references = [tuple(own) for own in references[: len(self._rows)]]
+        if step not in [at for at, _ in position.get("validations", ())]:
+            self._validate_if_due(step)  # a checkpoint is written before what follows its step

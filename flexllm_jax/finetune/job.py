@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from flexllm_jax.config import FinetuneConfig, FinetuneSection, PeftConfig
+from flexllm_jax.config import (
+    PREFERENCE_METHODS,
+    FinetuneConfig,
+    FinetuneSection,
+    PeftConfig,
+)
 from flexllm_jax.finetune.data import load_dataset
-from flexllm_jax.finetune.dataset import DatasetSource, Supervised
+from flexllm_jax.finetune.dataset import DatasetSource, Method, Supervised
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
+from flexllm_jax.finetune.preference import Preference
 from flexllm_jax.finetune.source import Step
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_kernels import read_kernel
@@ -40,6 +47,12 @@ from flexllm_jax.peft.prefix import PrefixConfig
 from flexllm_jax.peft.principal import initialize_from_base
 
 log = logging.getLogger(__name__)
+
+# By `method.type`: how rows are trained on.
+_METHODS: dict[str, Callable[[Any], Method]] = {
+    "supervised": lambda _: Supervised(),
+    **dict.fromkeys(PREFERENCE_METHODS, Preference),
+}
 
 
 class JobStatus(enum.Enum):
@@ -74,6 +87,8 @@ def create_job(
         train_on=config.train_on,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
+        pairs=config.method.pairs,
+        max_pair_tokens=max_tokens,
     )
     dataset = load(config.dataset)
     validation = load(config.validation) if config.validation else None
@@ -90,7 +105,8 @@ def create_job(
     # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
     half = max(unit, max_tokens // 2 // unit * unit)
     prefix = adapter.config.prefix_tokens
-    source = DatasetSource(config, Supervised(), dataset, validation, max_tokens, half, prefix)
+    method = _METHODS[config.method.type](config.method)
+    source = DatasetSource(config, method, dataset, validation, max_tokens, half, prefix)
     job = FinetuneJob(config, adapter.config, adapter, source)
     told = [data for data in (dataset, validation) if data and (data.skipped or data.unread)]
     job.messages += [data.summary() for data in told]
@@ -274,8 +290,8 @@ class FinetuneJob:
         if wrong:
             return (
                 f"job {self.name!r} stopped: {', '.join(wrong)} at step {self.step + 1} is not "
-                f"finite; lower optimizer.lr ({self.config.optimizer.lr}) or optimizer.clip and "
-                f"resume"
+                f"finite; lower optimizer.lr ({self.config.optimizer.lr}), optimizer.clip or what "
+                f"method {self.config.method.type} is set to, and resume"
             )
         del metrics["weight_norm"]
         self.step += 1

@@ -1,9 +1,10 @@
 """What a checkpoint was made with, and whether a job of another configuration may go on from it.
 
 Everything that the saved arrays and the place in the data mean something by must be the same: the
-adapter, the bank's sizes, the order of the rows. What only says how to go on may change: the
-optimizer's settings, batch_tokens, epochs or steps, weight and priority; the job then takes what is
-left of the data. Options of the dataset may change as long as its tokens stay the same.
+adapter, the bank's sizes, the method, the order of the rows. What only says how to go on may
+change: the optimizer's settings, batch_tokens, epochs or steps, weight and priority; the job then
+takes what is left of the data. Options of the dataset may change as long as its tokens stay the
+same.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ def made_with(job: FinetuneJob, bank: BankShape) -> dict[str, Any]:
         "adapters.max_bottleneck": bank.bottleneck,
         "adapters.max_prefix": bank.prefix,
     }
+    fields |= {f"method.{name}": value for name, value in config.method.model_dump().items()}
     fields |= {name: getattr(config, name) for name in _DATA_OPTIONS}
     return json.loads(json.dumps({name: _ordered(value) for name, value in fields.items()}))
 

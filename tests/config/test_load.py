@@ -246,6 +246,16 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
         ),
         (with_job(peft={"target_modules": ["c_attn"]}), ["peft.target_modules.0: got 'c_attn'"]),
         (with_job(peft={"rank_pattern": {"q(": 2}}), ["peft.rank_pattern: 'q(' is not a regular"]),
+        (with_job(method={"type": "dpo", "beta": 0}), ["jobs.0.method.beta: got 0", "than 0"]),
+        (with_job(method={"type": "ipo", "beta": -0.1}), ["method.beta: got -0.1", "than 0"]),
+        (with_job(method={"type": "dpo", "beta": math.inf}), ["method.beta: got inf", "finite"]),
+        (with_job(method={"type": "ppo"}), ["method.type: got 'ppo'", "'dpo', 'ipo', 'simpo'"]),
+        (with_job(method={"beta": 0.1}), ["jobs.0.method.type: required field is missing"]),
+        (with_job(method={"type": "dpo", "gamma": 1.0}), ["method.gamma: unknown", "type, beta"]),
+        (
+            with_job(method={"type": "simpo"}, train_on="all"),
+            ["finetune.jobs.0: train_on: all is not for method simpo"],
+        ),
         (
             with_job(optimizer={"lr": -1}),
             ["jobs.0.optimizer.lr: got -1", "greater than 0"],

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from flexllm_jax.config import Config, ConfigError, Section, build_config, load_config
-from flexllm_jax.config.load import _walk
+from flexllm_jax.config.explain import walk
 from flexllm_jax.config.renamed import FIELDS, VALUES
 from flexllm_jax.experiments.comparison.experiment import BenchmarkConfig
 from flexllm_jax.experiments.simulation.simulate import SimulationConfig
@@ -38,7 +38,7 @@ def test_an_old_field_is_refused_and_the_new_one_named(old: str, new: str) -> No
 @pytest.mark.parametrize("new", FIELDS.values())
 def test_the_new_field_exists(new: str) -> None:
     root, _ = ROOTS[new.split(".")[0]]
-    assert new in dict(_walk(root))
+    assert new in dict(walk(root))
 
 
 @pytest.mark.parametrize(

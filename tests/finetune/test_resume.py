@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from flexllm_jax.config import FinetuneConfig
+from flexllm_jax.config import DpoConfig, FinetuneConfig
 from flexllm_jax.finetune.data import Dataset, DatasetError, TrainingSequence
 from flexllm_jax.finetune.dataset import DatasetSource, Supervised
 from flexllm_jax.finetune.job import FinetuneJob
@@ -60,6 +60,12 @@ def info_of(job):
     return json.loads(json.dumps(job.checkpoint_info(job.position)))
 
 
+def test_another_beta_is_refused_by_name():
+    stronger, before = (make_job(method=DpoConfig(beta=beta)) for beta in (0.2, 0.1))
+    reason = refusal(stronger, info_of(before))
+    assert reason is not None and "method.beta=0.1 (now 0.2)" in reason
+
+
 @pytest.mark.parametrize(
     ("field", "change"),
     [
@@ -76,6 +82,7 @@ def info_of(job):
         ("adapters.max_rank", {"bank": BankShape(3, 16, ("q", "v"))}),
         ("adapters.target_modules", {"bank": BankShape(3, 8, ("q",))}),
         ("adapters.kinds", {"bank": BankShape(3, 8, ("q", "v"), ("lora", "ia3"))}),
+        ("method.type", {"method": DpoConfig()}),
         ("train_on", {"train_on": "all", "data": rows(offset=1)}),
         ("max_seq_len", {"max_seq_len": 8, "data": rows(length=8)}),
         ("format", {"format": "text", "data": rows(offset=1)}),

@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
-from flexllm_jax.finetune.data.readers import FORMATS
+from flexllm_jax.finetune.data import FORMATS, Dataset, DatasetError, load_dataset
 from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig, init_adapter
 from flexllm_jax.peft.hf_files import CONFIG
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
@@ -164,7 +163,11 @@ columns = {
     "conversations": st.lists(turns, max_size=4),
     "tools": st.lists(fields(type=st.just("function"), function=functions), max_size=2),
     "history": st.lists(st.lists(st.text(), min_size=2, max_size=2), max_size=2),
-} | {name: st.text() for names in FORMATS.values() for name in names if name[-1] != "s"}
+} | {name: st.text() for kind in FORMATS.values() for name in kind.fields if name[-1] != "s"}
+some = st.lists(messages, max_size=3)
+answers = {name: some | st.text() for name in ("prompt", "chosen", "rejected")}
+answers |= dict.fromkeys(("preferred_output", "non_preferred_output"), some)
+columns |= answers | {"input": st.text() | fields(messages=some, tools=columns["tools"])}
 lines = st.builds(json.dumps, fields(**columns) | anything) | st.text(max_size=30)
 
 
@@ -173,12 +176,13 @@ lines = st.builds(json.dumps, fields(**columns) | anything) | st.text(max_size=3
     st.lists(lines.map(str.encode) | st.binary(max_size=30), max_size=6),
     st.sampled_from(["jsonl", "array"]),
     st.sampled_from(["auto", *FORMATS]),
+    st.booleans(),
 )
-def test_datasets(tmp_path, tokenizer, rows, kind, form):
+def test_datasets(tmp_path, tokenizer, rows, kind, form, pairs):
     path = tmp_path / "rows"
     path.write_bytes(b"\n".join(rows) if kind == "jsonl" else b"[" + b",".join(rows) + b"]")
     try:
-        data = load_dataset(path, tokenizer, form, max_seq_len=32)
+        data = load_dataset(path, tokenizer, form, max_seq_len=32, pairs=pairs)
     except DatasetError as error:
         assert str(path) in str(error)
     else:

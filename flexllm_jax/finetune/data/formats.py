@@ -1,28 +1,35 @@
 """Dataset files to token sequences with a weight for each token.
 
-Formats: OpenAI chat (`messages`), sharegpt, prompt/completion, text, alpaca, question/answer, or
-tokens; named or detected. Loss is on what the model is to say (the assistant's turns, the
-completion) up to and with the token that ends it, unless everything is asked for. A row that cannot
-be used is skipped, counted, and reported with its line and reason; it never stops a job.
+Formats (`table`): chat, sharegpt, prompt/completion, text, alpaca, question/answer, tokens, and
+pairs of answers as OpenAI and TRL write them; named or detected. Loss is on what the model is to
+say (the assistant's turns, the completion) up to and with the token that ends it, unless everything
+is asked for. A row that cannot be used is skipped, counted, and reported with its line and reason;
+it never stops a job.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from flexllm_jax.config import PREFERENCE_METHODS
 from flexllm_jax.finetune.data.chat import UnusableRow
-from flexllm_jax.finetune.data.readers import FORMATS, Draft, TokenDraft, read_row
+from flexllm_jax.finetune.data.items import (
+    Dataset,
+    SkippedRow,
+    TrainingItem,
+    TrainingPair,
+    TrainingSequence,
+)
+from flexllm_jax.finetune.data.readers import Draft, Item, TokenDraft
 from flexllm_jax.finetune.data.rows import DatasetError, read_rows
+from flexllm_jax.finetune.data.table import FORMATS, read_row
 from flexllm_jax.finetune.data.tokens import CHARACTERS_PER_CALL, split_tokens
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.tokenizer import encode_text, end_token_ids
@@ -33,91 +40,11 @@ _MARGIN = 16  # tokens behind the last that is used, which a cut text may change
 MOST_WORK = 2**24  # characters of a row's pieces, each with all before it; of 16 texts if longer
 
 
-@dataclass(frozen=True, eq=False)
-class TrainingSequence:
-    """A sequence to train on. `weights[i]`: what predicting token i counts (0 for the first)."""
-
-    tokens: np.ndarray  # int32 [n]
-    weights: np.ndarray  # float32 [n]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def loss_mask(self) -> np.ndarray:
-        """Which tokens count, bool [n]."""
-        return self.weights != 0
-
-
-@dataclass(frozen=True)
-class SkippedRow:
-    """A row that was not used: its line from 1 (of a JSON array, the item's number) and why."""
-
-    line: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """What a file holds: sequences in file order, and what was left out."""
-
-    path: Path
-    format: str
-    rows: int
-    sequences: tuple[TrainingSequence, ...]
-    skipped: tuple[SkippedRow, ...]
-    truncated: int
-    unread: Mapping[str, int] = field(default_factory=dict)  # column -> rows whose was not read
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    @cached_property
-    def tokens(self) -> int:
-        """All tokens of all sequences."""
-        return sum(len(sequence) for sequence in self.sequences)
-
-    @cached_property
-    def trained_tokens(self) -> int:
-        """Tokens that count in the loss."""
-        return sum(int(sequence.loss_mask.sum()) for sequence in self.sequences)
-
-    @cached_property
-    def fingerprint(self) -> int:
-        """CRC-32 of tokens, masks and weights that are not 1; a resumed job checks that its data
-        did not change."""
-        crc = 0
-        for sequence in self.sequences:
-            crc = zlib.crc32(sequence.tokens.tobytes(), crc)
-            crc = zlib.crc32(sequence.loss_mask.tobytes(), crc)
-            if not np.isin(sequence.weights, (0, 1)).all():
-                crc = zlib.crc32(sequence.weights.tobytes(), crc)
-        return crc
-
-    def summary(self, shown: int = 5) -> str:
-        """Lines for a log: what was read, then the first `shown` skipped rows and why."""
-        lines = [
-            f"{self.path}: {self.rows} {self.format} rows, {len(self)} sequences, "
-            f"{self.tokens} tokens ({self.trained_tokens} trained), "
-            f"{self.truncated} truncated, {len(self.skipped)} rows skipped"
-        ]
-        if self.unread:
-            lines.append(f"  {self.describe_unread()}")
-        lines += [f"  line {row.line}: {row.reason}" for row in self.skipped[:shown]]
-        if len(self.skipped) > shown:
-            lines.append(f"  ... and {len(self.skipped) - shown} more")
-        return "\n".join(lines)
-
-    def describe_unread(self) -> str:
-        """Which columns were not read, in a line."""
-        columns = ", ".join(f"{name} ({rows} rows)" for name, rows in self.unread.items())
-        return f"columns that {self.format} rows do not use, not read: {columns}"
-
-
-def detect_format(row: Mapping[str, Any]) -> str | None:
-    """The format whose fields the row has, or None."""
-    for name, fields in FORMATS.items():
-        if all(field in row for field in fields):
+def detect_format(row: Mapping[str, Any], pairs: bool = False) -> str | None:
+    """The format whose fields the row has, of those with pairs of answers or of the others; or
+    None."""
+    for name, format in FORMATS.items():
+        if format.pairs == pairs and all(field in row for field in format.fields):
             return name
     return None
 
@@ -130,6 +57,8 @@ def load_dataset(
     train_on: Literal["completion", "all"] = "completion",
     vocab_size: int | None = None,
     eos_token_ids: Sequence[int] = (),
+    pairs: bool = False,
+    max_pair_tokens: int | None = None,
     go_on: Callable[[], bool] = lambda: True,
 ) -> Dataset:
     """Read, tokenize and mask a JSONL or JSON file.
@@ -137,49 +66,58 @@ def load_dataset(
     `tokenizer` is a Hugging Face tokenizer; conversations need its chat template. `eos_token_ids`:
     what else ends an output of the model, as its config says. Sequences longer than `max_seq_len`
     tokens are cut, and dropped if nothing trained is left; so are those with tokens that a model of
-    `vocab_size` embeddings does not have. Raises DatasetError for a file of which nothing can be
-    used, and when `go_on`, asked between rows, says no.
+    `vocab_size` embeddings does not have. `pairs`: rows are to have two answers, one preferred to
+    the other; a pair of which one is longer than `max_seq_len`, or both together than
+    `max_pair_tokens`, is dropped. Raises DatasetError for a file of which nothing can be used, and
+    when `go_on`, asked between rows, says no.
     """
     path = Path(path)
     if format != "auto" and format not in FORMATS:
         raise DatasetError(f"{path}: unknown format {format!r}; use auto or {', '.join(FORMATS)}")
     if format == "auto":
-        format = _detect(path)
-    if format in ("chat", "sharegpt") and not tokenizer.chat_template:
+        format = _detect(path, pairs)
+    if FORMATS[format].pairs != pairs:
+        raise DatasetError(_wrong_kind(path, format))
+    if FORMATS[format].needs_template and not tokenizer.chat_template:
         raise DatasetError(
             f"{path}: {format} rows need a chat template and the model's tokenizer has none; "
             "use a chat model or prompt/completion rows"
         )
     encode = _Encoder(tokenizer, eos_token_ids, max_seq_len, train_on == "all", vocab_size)
-    sequences: list[TrainingSequence] = []
+    found: list[TrainingItem] = []
     skipped: list[SkippedRow] = []
     rows = truncated = 0
     reader, template = read_rows(path), ChatTemplate(tokenizer)
     unread: Counter[str] = Counter()
     while batch := list(islice(reader, ROWS_PER_TOKENIZER_CALL)):
         rows += len(batch)
-        kept: list[tuple[int, list[Draft] | list[TokenDraft]]] = []
+        kept: list[tuple[int, Item]] = []
         for line, row in batch:
             _require(go_on, path)
             try:
-                drafts, columns = read_row(row, format, template)
+                items, columns = read_row(row, format, template)
             except UnusableRow as reason:
                 skipped.append(SkippedRow(line, str(reason)))
             else:
-                kept.append((line, drafts))
+                kept += [(line, item) for item in items]
                 unread.update(columns)
-        for line, outcome in encode(kept):
-            _require(go_on, path)
-            if isinstance(outcome, str):
-                skipped.append(SkippedRow(line, outcome))
+        outcomes = encode([draft for _, item in kept for draft in item])
+        for line, item in kept:
+            own = []
+            for _ in item:
+                _require(go_on, path)
+                own.append(next(outcomes))
+            made = _item(own, max_seq_len, max_pair_tokens)
+            if isinstance(made, str):
+                skipped.append(SkippedRow(line, made))
             else:
-                sequences.append(outcome[0])
-                truncated += outcome[1]
+                found.append(made)
+                truncated += own[0][1]
     skipped.sort(key=lambda row: row.line)
-    if not sequences:
+    if not found:
         first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise DatasetError(f"{path}: none of its {rows} rows can be trained on{first}")
-    return Dataset(path, format, rows, tuple(sequences), tuple(skipped), truncated, unread)
+    return Dataset(path, format, rows, tuple(found), tuple(skipped), truncated, unread)
 
 
 def _require(go_on: Callable[[], bool], path: Path) -> None:
@@ -187,18 +125,71 @@ def _require(go_on: Callable[[], bool], path: Path) -> None:
         raise DatasetError(f"{path}: was not read to its end")
 
 
-def _detect(path: Path) -> str:
+def _detect(path: Path, pairs: bool) -> str:
     seen: list[str] = []
+    other: str | None = None
     for _, row in islice(read_rows(path), ROWS_FOR_DETECTION):
         if isinstance(row, dict):
-            name = detect_format(row)
-            if name:
+            if name := detect_format(row, pairs):
                 return name
+            other = other or detect_format(row, not pairs)
             seen = seen or sorted(row)
+    if other is not None:
+        raise DatasetError(_wrong_kind(path, other))
     if not seen:
         raise DatasetError(f"{path}: no row in it can be read; it must be JSONL or a JSON array")
-    known = "; ".join(f"{name}: {', '.join(fields)}" for name, fields in FORMATS.items())
-    raise DatasetError(f"{path}: rows have the fields {', '.join(seen)}; a format needs ({known})")
+    raise DatasetError(
+        f"{path}: rows have the fields {', '.join(seen)}; a format needs ({_known(pairs)})"
+    )
+
+
+def _known(pairs: bool) -> str:
+    own = {name: format.fields for name, format in FORMATS.items() if format.pairs == pairs}
+    return "; ".join(f"{name}: {', '.join(fields)}" for name, fields in own.items())
+
+
+def _wrong_kind(path: Path, format: str) -> str:
+    """What is wrong with a file in a format that is not for the job's method."""
+    *others, last = PREFERENCE_METHODS
+    methods = f"{', '.join(others)} or {last}"
+    if FORMATS[format].pairs:
+        return (
+            f"{path}: {format} rows are pairs of answers, and this job is supervised: train on "
+            f"them with method {methods}, or give rows with one answer ({_known(False)})"
+        )
+    return (
+        f"{path}: {format} rows have one answer each, and method {methods} needs pairs "
+        f"({_known(True)}): give those, or train with method supervised"
+    )
+
+
+def _item(
+    own: list[tuple[TrainingSequence, bool] | str],
+    max_seq_len: int | None,
+    max_pair_tokens: int | None,
+) -> TrainingItem | str:
+    """A sequence, or a pair, from what became of its drafts; or why it cannot be used."""
+    for outcome in own:
+        if isinstance(outcome, str):
+            return outcome
+    first, *others = [outcome[0] for outcome in own if not isinstance(outcome, str)]
+    if not others:
+        return first
+    (rejected,) = others
+    pair = TrainingPair(first, rejected)
+    if any(outcome[1] for outcome in own):
+        return f"an answer with its prompt has more than {max_seq_len} tokens (max_seq_len)"
+    if max_pair_tokens is not None and len(pair) > max_pair_tokens:
+        return (
+            f"its answers with their prompts have {len(pair)} tokens together, more than "
+            f"{max_pair_tokens} (finetune.max_tokens)"
+        )
+    asked, other = (s.tokens[: int(s.loss_mask.argmax())] for s in (first, rejected))
+    if not np.array_equal(asked, other):
+        return "the prompts of its two answers differ"
+    if np.array_equal(first.tokens, rejected.tokens):
+        return "its two answers are the same"
+    return pair
 
 
 # --- segments as tokens
@@ -226,33 +217,37 @@ class _Encoder:
         self.prefix = [t for t in encode_text(tokenizer, "") if t != self.eos]
 
     def __call__(
-        self, rows: list[tuple[int, list[Draft] | list[TokenDraft]]]
-    ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
-        """Yield (line, (sequence, was cut)) or (line, reason) for every draft, in order."""
-        group: list[tuple[int, Draft, list[str]]] = []
+        self, drafts: list[Draft | TokenDraft]
+    ) -> Iterator[tuple[TrainingSequence, bool] | str]:
+        """Yield (sequence, was cut), or a reason, for every draft, in order."""
+        group: list[tuple[Draft, list[str]]] = []
         work = 0
-        for line, draft in ((line, draft) for line, drafts in rows for draft in drafts):
+        for draft in drafts:
             if isinstance(draft, TokenDraft):
-                yield line, self._finish(draft.tokens, draft.weights)
+                yield from self._encode(group)
+                group, work = [], 0
+                yield self._finish(draft.tokens, draft.weights)
                 continue
             texts = self._cut(draft.texts)
             own = sum(accumulate(map(len, texts)))  # every piece is tokenized with all before it
             if own > max(MOST_WORK, 16 * self.most_characters):
-                yield line, f"its {len(texts)} turns and pieces are too many for its length"
+                yield from self._encode(group)
+                group, work = [], 0
+                yield f"its {len(texts)} turns and pieces are too many for its length"
                 continue
             if group and work + own > CHARACTERS_PER_CALL:
                 yield from self._encode(group)
                 group, work = [], 0
-            group.append((line, draft, texts))
+            group.append((draft, texts))
             work += own
         yield from self._encode(group)
 
     def _encode(
-        self, group: list[tuple[int, Draft, list[str]]]
-    ) -> Iterator[tuple[int, tuple[TrainingSequence, bool] | str]]:
-        pieces = split_tokens(self.tokenizer, [texts for _, _, texts in group])
-        for (line, draft, _), own in zip(group, pieces, strict=True):
-            yield line, self._sequence(draft, own)
+        self, group: list[tuple[Draft, list[str]]]
+    ) -> Iterator[tuple[TrainingSequence, bool] | str]:
+        pieces = split_tokens(self.tokenizer, [texts for _, texts in group])
+        for (draft, _), own in zip(group, pieces, strict=True):
+            yield self._sequence(draft, own)
 
     def _cut(self, texts: list[str]) -> list[str]:
         """What of a text's pieces can matter: tokens beyond `max_seq_len` do not."""

@@ -6,33 +6,33 @@ nothing but speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from typing import TypeVar
 
-from flexllm_jax.finetune.data.formats import TrainingSequence
+Row = TypeVar("Row", bound=Sized)
 
 
-def pack(
-    sequences: Sequence[TrainingSequence], max_tokens: int, target: int | None = None
-) -> list[list[TrainingSequence]]:
-    """First fit in the given order: each sequence goes to the first microbatch with room for it.
+def pack(rows: Sequence[Row], max_tokens: int, target: int | None = None) -> list[list[Row]]:
+    """First fit in the given order: each row, a sequence or a pair, goes to the first microbatch
+    with room for it.
 
-    No microbatch has more than `target` tokens (default `max_tokens`), unless a sequence alone has.
+    No microbatch has more than `target` tokens (default `max_tokens`), unless a row alone has.
     ValueError for one that has more than `max_tokens`.
     """
     target = max_tokens if target is None else target
-    microbatches: list[list[TrainingSequence]] = []
+    microbatches: list[list[Row]] = []
     room: list[int] = []
-    for sequence in sequences:
-        tokens = len(sequence)
+    for row in rows:
+        tokens = len(row)
         if tokens > max_tokens:
             raise ValueError(
-                f"a sequence of {tokens} tokens does not fit a microbatch of {max_tokens}; "
+                f"a row of {tokens} tokens does not fit a microbatch of {max_tokens}; "
                 "lower max_seq_len or raise finetune.max_tokens"
             )
         index = next((i for i, free in enumerate(room) if free >= tokens), len(room))
         if index == len(room):
             microbatches.append([])
             room.append(target)
-        microbatches[index].append(sequence)
+        microbatches[index].append(row)
         room[index] -= tokens
     return microbatches

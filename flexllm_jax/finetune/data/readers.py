@@ -8,7 +8,7 @@ which of its columns were read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from flexllm_jax.finetune.data.chat import (
     conversation_segments,
     read_weight,
 )
-from flexllm_jax.finetune.data.rows import BadRow
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.messages import (
     Conversation,
@@ -30,16 +29,6 @@ from flexllm_jax.models.messages import (
     short,
 )
 
-# The fields that make a row of a format, the most telling formats first.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "tokenized": ("input_ids",),
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "question_answer": ("question", "answer"),
-    "text": ("text",),
-}
 SHAREGPT_ROLES = {
     "system": "system",
     "developer": "developer",
@@ -77,12 +66,17 @@ class TokenDraft:
     weights: list[float]
 
 
+# One sequence; or the preferred and the rejected one of a pair.
+Item = tuple[Draft | TokenDraft, ...]
+
+
 class Row:
     """The columns of a row, and which of them were read."""
 
     def __init__(self, columns: Mapping[str, Any]):
         self._columns = columns
         self._read: set[str] = set()
+        self._inner: dict[str, Row] = {}
 
     def get(self, column: str) -> Any:
         """A column's value; None if there is none."""
@@ -106,67 +100,63 @@ class Row:
             raise UnusableRow(f"`{column}` must be text, not {short(value)}")
         return _join(*texts)
 
+    def inner(self, column: str) -> Row:
+        """A column that has columns of its own."""
+        value = self.get(column)
+        if not isinstance(value, dict):
+            raise UnusableRow(f"`{column}` must be an object, not {short(value)}")
+        self._inner[column] = Row(value)
+        return self._inner[column]
+
     def unread(self) -> list[str]:
         """Columns that say something and were not read."""
-        return [c for c, v in self._columns.items() if c not in self._read and v not in _NOTHING]
+        own = [c for c, v in self._columns.items() if c not in self._read and v not in _NOTHING]
+        return own + [f"{c}.{name}" for c, row in self._inner.items() for name in row.unread()]
 
 
 _NOTHING = (None, "", [], {})
-
-
-def read_row(
-    row: dict[str, Any] | BadRow, format: str, template: ChatTemplate
-) -> tuple[list[Draft] | list[TokenDraft], list[str]]:
-    """The sequences of a row, and its columns that were not read. Raises UnusableRow."""
-    if isinstance(row, BadRow):
-        raise UnusableRow(row.reason)
-    missing = [field for field in FORMATS[format] if field not in row]
-    if missing:
-        raise UnusableRow(f"no field `{missing[0]}`, which {format} rows have")
-    columns = Row(row)
-    try:
-        drafts = _READERS[format](columns, template)
-    except ConversationError as error:
-        raise UnusableRow(str(error)) from None
-    try:
-        for text in (text for d in drafts if isinstance(d, Draft) for text in d.texts):
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UnusableRow("text with half a surrogate pair, which is no character") from None
-    return drafts, columns.unread()
 
 
 def _join(*texts: str) -> str:
     return "\n\n".join(text for text in texts if text.strip())
 
 
-def _read_chat(row: Row, template: ChatTemplate) -> list[Draft]:
+def read_chat(row: Row, template: ChatTemplate) -> list[Draft]:
+    """OpenAI's messages."""
     messages = read_messages(row.get("messages"))
-    return _drafts(template, _conversation(row, _with_context(row, messages)))
+    return drafts_of(template, read_row_conversation(row, with_context(row, messages)))
 
 
-def _read_sharegpt(row: Row, template: ChatTemplate) -> list[Draft]:
+def read_sharegpt(row: Row, template: ChatTemplate) -> list[Draft]:
+    """Turns from humans and models."""
     messages = _sharegpt_messages(row.get("conversations"), "conversations")
-    return _drafts(template, _conversation(row, _with_context(row, messages)))
+    return drafts_of(template, read_row_conversation(row, with_context(row, messages)))
 
 
-def _read_prompt_completion(row: Row, template: ChatTemplate) -> list[Draft]:
+def read_prompt_completion(row: Row, template: ChatTemplate) -> list[Draft]:
+    """A text and how it goes on, or messages and the answer to them."""
     if isinstance(row.get("prompt"), list):  # messages, as TRL has them
         asked = [{**m, "weight": 0} for m in read_messages(row.get("prompt"), "prompt")]
         said = read_messages(row.get("completion"), "completion")
-        return _drafts(template, _conversation(row, _with_context(row, [*asked, *said])))
-    history = (turn["content"] for turn in _history(row))
-    before = _join(row.texts("system"), *history, row.texts("context"))
-    prompt = row.text("prompt", may_be_empty=True)
-    prompt = f"{before}\n\n{prompt}" if before else prompt
+        return drafts_of(template, read_row_conversation(row, with_context(row, [*asked, *said])))
+    prompt = plain_prompt(row, row.text("prompt", may_be_empty=True))
     return [Draft([Segment(prompt, 0.0), Segment(row.text("completion"), 1.0)], raw=True)]
 
 
-def _read_text(row: Row, template: ChatTemplate) -> list[Draft]:
+def plain_prompt(row: Row, prompt: str) -> str:
+    """A prompt that is text, with what the row has before it."""
+    history = (turn["content"] for turn in _history(row))
+    before = _join(row.texts("system"), *history, row.texts("context"))
+    return f"{before}\n\n{prompt}" if before else prompt
+
+
+def read_text(row: Row, template: ChatTemplate) -> list[Draft]:
+    """Text that is trained as it is."""
     return [Draft([Segment(row.text("text"), 1.0)], raw=True)]
 
 
-def _read_alpaca(row: Row, template: ChatTemplate) -> list[Draft]:
+def read_alpaca(row: Row, template: ChatTemplate) -> list[Draft]:
+    """An instruction and its output."""
     instruction, answer = row.text("instruction"), row.text("output")
     given = _join(row.texts("input"), row.texts("context"))
     plain = f"### Instruction:\n{instruction}\n\n"
@@ -175,13 +165,14 @@ def _read_alpaca(row: Row, template: ChatTemplate) -> list[Draft]:
     return _single_turn(row, template, question, answer, plain + "### Response:\n")
 
 
-def _read_question_answer(row: Row, template: ChatTemplate) -> list[Draft]:
+def read_question_answer(row: Row, template: ChatTemplate) -> list[Draft]:
+    """A question and its answer."""
     question, answer = row.text("question"), row.text("answer")
     question = _join(row.texts("context"), question)
     return _single_turn(row, template, question, answer, f"Question: {question}\nAnswer: ")
 
 
-def _read_tokenized(row: Row, template: ChatTemplate) -> list[TokenDraft]:
+def read_tokenized(row: Row, template: ChatTemplate) -> list[TokenDraft]:
     """As transformers' collators take them: what `labels` hides by -100, or a mask by 0, does not
     count. `weights`, of predicting each token, are aligned with `input_ids`, too."""
     tokens = row.get("input_ids")
@@ -222,41 +213,28 @@ def _read_tokenized(row: Row, template: ChatTemplate) -> list[TokenDraft]:
     ]
 
 
-_READERS: dict[str, Callable[[Row, ChatTemplate], list[Draft] | list[TokenDraft]]] = {
-    "tokenized": _read_tokenized,
-    "chat": _read_chat,
-    "sharegpt": _read_sharegpt,
-    "prompt_completion": _read_prompt_completion,
-    "alpaca": _read_alpaca,
-    "question_answer": _read_question_answer,
-    "text": _read_text,
-}
-
-
 def _single_turn(
     row: Row, template: ChatTemplate, question: str, answer: str, plain: str
 ) -> list[Draft]:
     """A question and its answer: a conversation if the model has a chat template, else plain."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    conversation = _conversation(row, messages)
+    conversation = read_row_conversation(row, messages)
     if template.exists:
-        return _drafts(template, conversation)
+        return drafts_of(template, conversation)
     if conversation.tools or conversation.documents or conversation.options:
         raise UnusableRow("tools and documents need a chat template; the tokenizer has none")
     before = "".join(message["content"] + "\n\n" for message in conversation.messages[:-2])
     return [Draft([Segment(before + plain, 0.0), Segment(answer, 1.0)], raw=True)]
 
 
-def _drafts(template: ChatTemplate, conversation: Conversation) -> list[Draft]:
+def drafts_of(template: ChatTemplate, conversation: Conversation) -> list[Draft]:
+    """The sequences that a conversation becomes."""
     return [
         Draft(segments, raw=False) for segments in conversation_segments(template, conversation)
     ]
 
 
-# --- columns of conversations
-
-
-def _conversation(row: Row, messages: Sequence[dict[str, Any]]) -> Conversation:
+def read_row_conversation(row: Row, messages: Sequence[dict[str, Any]]) -> Conversation:
     """`messages` with what the row says besides: the system prompt and the turns before them come
     first."""
     own = [message for message in messages[:1] if message["role"] == "system"]
@@ -293,7 +271,7 @@ def _is_pair(turn: Any) -> bool:
     return isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) for t in turn)
 
 
-def _with_context(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_context(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The row's context before its first question, unless a message has it."""
     context = row.texts("context")
     if not context or any(context in message["content"] for message in messages):

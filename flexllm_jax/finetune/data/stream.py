@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flexllm_jax.finetune.data.formats import Dataset, TrainingSequence
+from flexllm_jax.finetune.data.items import Dataset, TrainingItem
 from flexllm_jax.finetune.data.rows import DatasetError
 
 
@@ -24,7 +24,7 @@ class BatchStream:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
         self._dataset, self._batch_tokens = dataset, batch_tokens
         self._seed, self._shuffle = seed, shuffle
-        self._lengths = np.array([len(sequence) for sequence in dataset.sequences])
+        self._lengths = np.array([len(item) for item in dataset.items])
         self._epoch = self._index = 0
         self._order = self._order_of(0)
 
@@ -50,10 +50,10 @@ class BatchStream:
         later = (self._order_of(epoch) for epoch in range(self._epoch + 1, epochs))
         return self._count(self._order, self._index) + sum(map(self._count, later))
 
-    def next_batch(self) -> list[TrainingSequence]:
+    def next_batch(self) -> list[TrainingItem]:
         """Rows in the epoch's order until the next would pass `batch_tokens`; at least one."""
         end = self._end(self._order, self._index)
-        batch = [self._dataset.sequences[row] for row in self._order[self._index : end]]
+        batch = [self._dataset.items[row] for row in self._order[self._index : end]]
         self._index = end
         if end == len(self._order):
             self._epoch, self._index = self._epoch + 1, 0
