@@ -247,6 +247,7 @@ class Scheduler:
         tokens = sum(chunk.length for chunk in prefill)
         used = len(decode) + tokens
         keys = [chunk.start + chunk.length for chunk in prefill]
+        sampled = [decode, *(chunk.sequence for chunk in prefill if chunk.samples)]
         return StepFeatures(
             token_bucket=buckets[bisect.bisect_left(buckets, used)] if used else 0,
             decode_tokens=len(decode),
@@ -256,6 +257,9 @@ class Scheduler:
             attention_pairs=sum(c.length * n for c, n in zip(prefill, keys, strict=True)),
             adapters=decode.adapters
             or any(chunk.sequence.request.cache_salt is not None for chunk in prefill),
+            sampling=max(s.sampling for s in sampled),
+            logprobs=any(s.logprobs for s in sampled),
+            most_rows=self.config.max_sequences,
         )
 
     def _dispatch(self, step: Step, work: FinetuneWork | None) -> StepPlan:

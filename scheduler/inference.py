@@ -64,6 +64,8 @@ class InferenceQueue:
             due=request.arrival + slo.ttft_s,
             tpot_s=slo.tpot_s,
             has_adapter=request.cache_salt is not None,
+            sampling=request.sampling,
+            logprobs=request.logprobs,
         )
         self.sequences[request.request_id] = sequence
         bisect.insort(self.waiting, sequence, key=_priority)
@@ -74,6 +76,7 @@ class InferenceQueue:
         sequences: list[Sequence] = []
         positions: list[int] = []
         earliest, least_s, adapters = math.inf, math.inf, False
+        sampling, logprobs = 0, False
         page_size = self.pool.page_size
         for sequence in tuple(self.running):
             position = sequence.computed
@@ -94,8 +97,12 @@ class InferenceQueue:
             sequence.due = due + tpot_s
             if sequence.has_adapter:
                 adapters = True
+            if sequence.sampling > sampling:
+                sampling = sequence.sampling
+            if sequence.logprobs:
+                logprobs = True
         keys = sum(positions) + len(positions)
-        return Decode(sequences, positions, keys, earliest, least_s, adapters)
+        return Decode(sequences, positions, keys, earliest, least_s, adapters, sampling, logprobs)
 
     def plan_prefill(self, room: int) -> tuple[list[Chunk], bool]:
         """Up to `room` prompt tokens, most urgent first, and whether some found no room."""

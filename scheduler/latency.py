@@ -14,12 +14,24 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterable, Mapping
+from enum import IntEnum
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from scheduler.least_squares import nonnegative_least_squares
+
+
+class Sampling(IntEnum):
+    """What is done to sample a step's tokens; each kind does what those before it do, too."""
+
+    GREEDY = 0  # the largest logit
+    ADJUSTED = 1  # penalties, and tokens that are not allowed
+    DRAWN = 2  # random draws
+    FILTERED = 3  # from the most likely tokens: top-k, top-p, min-p
+
 
 _FORWARD = (
     "decode_tokens",
@@ -30,8 +42,10 @@ _FORWARD = (
     "attention_pairs",
     "adapter_slots",
 )
+# Of each row that is sampled: of a kind, beside what the kind before costs; of log-probabilities.
+_SAMPLED = ("adjusted_rows", "drawn_rows", "filtered_rows", "logprob_rows")
 _UNITS = ("layer_units", "loss_units", "backward_pairs")
-COEFFICIENTS = _FORWARD + _UNITS
+COEFFICIENTS = _FORWARD + _SAMPLED + _UNITS
 _RECENT = 1000  # observations that the reported errors are of
 _RETURN = 0.01  # how fast a bucket's correction returns to the mean while others are observed
 _QUANTILE = 0.85  # of the steps shall stay within a budget; slack makes up for the others
@@ -48,6 +62,9 @@ class StepFeatures(NamedTuple):
     layer_units, loss_units   backward units after the forward, by kind
     backward_pairs   sum of slice length x key length over the layer units
     adapters         whether any token of the forward carries an adapter
+    sampling, logprobs   the most that any sampled token needs
+    most_rows        rows that the largest step samples; every step has as many, or one for each
+                     token slot, and the sampling is done for all of them
     """
 
     token_bucket: int = 0
@@ -61,6 +78,9 @@ class StepFeatures(NamedTuple):
     loss_units: int = 0
     backward_pairs: int = 0
     adapters: bool = False
+    sampling: int = Sampling.GREEDY
+    logprobs: bool = False
+    most_rows: int = 0
 
     @property
     def has_units(self) -> bool:
@@ -74,7 +94,7 @@ class LatencyModel:
     bases           token bucket -> seconds, not decreasing; a bucket between two of them is
                     interpolated, one above the largest extrapolated in proportion
     coefficients    seconds per unit of each of `COEFFICIENTS`, 0 where absent (`adapter_slots` are
-                    the token slots of a step that carries adapters)
+                    the token slots of a step that carries adapters; `_SAMPLED` see there)
     spread          the error to reckon with until there are observations: 85 % of steps take at
                     most 1 + `spread` times what is predicted
     online          False: errors are tracked, and nothing is corrected
@@ -101,6 +121,8 @@ class LatencyModel:
         self.spread, self.online = spread, online
         self.unit_correction = 1.0
         self._by_forward = tuple(self.coefficients[name] for name in _FORWARD)
+        *by_kind, self._by_logprob_row = (self.coefficients[name] for name in _SAMPLED)
+        self._by_sampled_row = tuple(accumulate(by_kind, initial=0.0))  # of each kind
         self._by_units = tuple(self.coefficients[name] for name in _UNITS)
         self._base_s: dict[int, float] = {}  # of every bucket asked for so far
         self._corrections: dict[int, float] = {}  # of every bucket observed so far
@@ -170,6 +192,11 @@ class LatencyModel:
         )
         if features.adapters:
             seconds += by_slot * bucket
+        if features.sampling or features.logprobs:
+            by_row = self._by_sampled_row[features.sampling]
+            if features.logprobs:
+                by_row += self._by_logprob_row
+            seconds += by_row * min(bucket, features.most_rows)
         return seconds * self._corrections.get(bucket, self._mean_correction)
 
     def unit_s(self, features: StepFeatures) -> float:
@@ -286,4 +313,8 @@ class LatencyModel:
 def _value(features: StepFeatures, name: str) -> float:
     if name == "adapter_slots":
         return float(features.token_bucket * features.adapters)
+    if name in _SAMPLED:
+        counts = *(features.sampling >= kind for kind in list(Sampling)[1:]), features.logprobs
+        rows = min(features.token_bucket, features.most_rows)
+        return float(rows * counts[_SAMPLED.index(name)])
     return float(getattr(features, name))

@@ -83,16 +83,11 @@ class Progress:
     def with_forward(self, features: StepFeatures, length: int, bucket: int) -> StepFeatures:
         """The features of a step that also holds the next `length` tokens."""
         pairs, keys = self._extent(self.forwarded, self.forwarded + length)
-        _, decode, prefill, _, decode_kv, chunk_kv, attention_pairs, *units, _ = features
-        return StepFeatures(
-            bucket,
-            decode,
-            prefill,
-            length,
-            decode_kv,
-            chunk_kv + keys,
-            attention_pairs + pairs,
-            *units,
+        return features._replace(
+            token_bucket=bucket,
+            finetune_tokens=length,
+            chunk_kv=features.chunk_kv + keys,
+            attention_pairs=features.attention_pairs + pairs,
             adapters=True,
         )
 

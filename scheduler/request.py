@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from scheduler.latency import StepFeatures
+from scheduler.latency import Sampling, StepFeatures
 
 _LONGEST_WAIT_S = 3600.0  # a request without a TTFT objective goes before one this much younger
 
@@ -56,7 +56,8 @@ class Request:
 
     `arrival` is in seconds on the clock of `Scheduler.plan(now)`. `cache_salt` (adapter name and
     version, or None for the base model) is part of every prefix-cache key: requests share KV pages
-    only when their salts are equal. `slo=None` takes the scheduler's default.
+    only when their salts are equal. `slo=None` takes the scheduler's default. `sampling` and
+    `logprobs` are what its tokens cost beside the forward.
     """
 
     request_id: str
@@ -65,6 +66,8 @@ class Request:
     arrival: float
     cache_salt: Hashable = None
     slo: Slo | None = None
+    sampling: int = Sampling.GREEDY
+    logprobs: bool = False
 
 
 class Status(enum.Enum):
@@ -92,7 +95,7 @@ class Sequence:
     due            when the token after all dispatched ones is due, in seconds on the clock of
                    `arrival`: the first at arrival + ttft_s, the n-th after it at its time +
                    n x tpot_s; inf while the first is in flight, as its time is not known yet
-    tpot_s, has_adapter   of `slo` and `request`, at hand
+    tpot_s, has_adapter, sampling, logprobs   of `slo` and `request`, at hand
     """
 
     request: Request
@@ -103,6 +106,8 @@ class Sequence:
     due: float
     tpot_s: float
     has_adapter: bool
+    sampling: int
+    logprobs: bool
     output: list[int] = field(default_factory=list)
     computed: int = 0
     in_flight: int = 0
@@ -193,6 +198,7 @@ class Decode:
     due        when the first of the next tokens is due
     tpot_s     their smallest TPOT objective
     adapters   whether any has an adapter
+    sampling, logprobs   the most that any needs
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -201,6 +207,8 @@ class Decode:
     due: float = math.inf
     tpot_s: float = math.inf
     adapters: bool = False
+    sampling: int = Sampling.GREEDY
+    logprobs: bool = False
 
     def __len__(self) -> int:
         """How many."""

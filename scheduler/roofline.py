@@ -95,6 +95,9 @@ QWEN2_5_14B = ModelCost("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064)
 QWEN2_5_32B = ModelCost("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064)
 MODELS = {m.name: m for m in (LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN2_5_14B, QWEN2_5_32B)}
 
+# Over a row of logits. The noise of draws is no pass but about 100 operations for each logit, which
+# take as long as 8; the searches of top-k and top-p have 16 passes each.
+_PASSES = {"adjusted_rows": 4, "drawn_rows": 8, "filtered_rows": 36, "logprob_rows": 10}
 _COLD_SPREAD = 1.0  # how far off a data sheet may be before anything is measured
 
 
@@ -138,6 +141,8 @@ def roofline(
         loss_units       unit_s + 4 U V D / C: logits, and their gradient's sum over the head
         backward_pairs   five products where the forward has two
         adapter_slots    2 x 2 R (d_in + d_out) of all projections / C
+        ..._rows         V float32 of a row, read or written so many times (`_PASSES`), by each
+                         device for itself; of log-probabilities the logits, too: 2 V D / C
     """
     e = efficiency or Efficiency()
     compute = e.compute * device.flops_per_s * tp
@@ -163,6 +168,9 @@ def roofline(
     widths += 2 * model.d_model + 3 * (model.d_model + model.ffn)
     pair_s = 0.5 * 4 * model.heads * model.head_dim / compute
     unit = (1 + e.recompute) * 2 * unit_tokens * model.layer_parameters / compute
+    row_pass_s = 4 * model.vocab / (e.memory * device.bytes_per_s)
+    sampled = {name: passes * row_pass_s for name, passes in _PASSES.items()}
+    sampled["logprob_rows"] += 2 * model.head_parameters / compute
     return LatencyModel(
         {bucket: base_s(bucket) for bucket in buckets},
         {
@@ -173,6 +181,7 @@ def roofline(
             "loss_units": e.unit_s + 4 * unit_tokens * model.head_parameters / compute,
             "backward_pairs": 2.5 * pair_s,
             "adapter_slots": model.layers * 2 * rank * widths / compute,
+            **sampled,
         },
         spread=spread,
     )

@@ -155,7 +155,14 @@ class Engine:
             salt = (salt, state.request_id)  # the whole prompt must be computed: share nothing
         self.scheduler.add(
             Request(
-                state.request_id, state.prompt, params.max_tokens, state.arrival, salt, state.slo
+                state.request_id,
+                state.prompt,
+                params.max_tokens,
+                state.arrival,
+                salt,
+                state.slo,
+                state.sampling(0),
+                params.logprobs is not None,
             )
         )
         if published:
@@ -246,7 +253,11 @@ class Engine:
                 allowed = self.matchers.allowed(planned.matchers, len(planned.rows.row))
             step.sampled = planned.sampled
             step.report = self.runner.sample(
-                hidden_rows, planned.rows, full=planned.full, allowed=allowed
+                hidden_rows,
+                planned.rows,
+                kind=planned.sampling,
+                logprobs=planned.logprobs,
+                allowed=allowed,
             )
             jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
         request_prompt_logprobs(self.runner, step, planned)

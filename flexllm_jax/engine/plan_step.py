@@ -15,6 +15,7 @@ from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.engine.trainer import MicrobatchInWork
+from scheduler.latency import Sampling
 from scheduler.request import Chunk, Decode, FinetuneForward, Sequence, StepPlan
 
 
@@ -36,6 +37,8 @@ class PromptTargets:
 class PlannedStep:
     """A step ready to run: which forward program, its vector, and who is sampled how.
 
+    sampling        the kind that does what all its requests need
+    logprobs        whether any wants log-probabilities of what is sampled
     matchers        of structured outputs, with their rows of `rows`
     awaits_tokens   which tokens they allow depends on those of the step before
     """
@@ -44,7 +47,8 @@ class PlannedStep:
     vector: np.ndarray
     sampled: list[RequestState]
     rows: SamplingRows
-    full: bool
+    sampling: Sampling
+    logprobs: bool
     prompt_targets: list[PromptTargets]
     matchers: list[tuple[LLMatcher, int]] = field(default_factory=list)
     awaits_tokens: bool = False
@@ -70,7 +74,7 @@ class StepBuilder:
             shape, runner.num_pages * page_size, runner.sizes.finetune_slots
         )
         rows = SamplingRows.neutral(shape.samples, no_row=runner.sizes.rows)
-        planned = PlannedStep("base", vector, [], rows, False, [])
+        planned = PlannedStep("base", vector, [], rows, Sampling.GREEDY, False, [])
         self._add_decode(planned, inputs, plan.decode, requests)
         at = len(plan.decode)
         for s, chunk in enumerate(plan.prefill, start=at):
@@ -173,9 +177,11 @@ class StepBuilder:
         index = len(sequence.output) + sequence.in_flight - 1  # the plan has counted this one
         rows, params = planned.rows, state.params
         rows.row[i], rows.adapter[i] = sequence.row, state.bank_row
-        if not state.needs_full_sampling(index):
+        planned.logprobs |= params.logprobs is not None
+        kind = state.sampling(index)
+        if kind == Sampling.GREEDY:
             return
-        planned.full = True
+        planned.sampling = max(planned.sampling, kind)
         if state.matcher:
             planned.matchers.append((state.matcher, i))
             planned.awaits_tokens |= sequence.in_flight > 1

@@ -25,7 +25,7 @@ from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.version import __version__
-from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.latency import COEFFICIENTS, LatencyModel, Sampling, StepFeatures
 from scheduler.roofline import ModelCost, find_device, roofline
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def profile_key(runner: Runner, config: Config) -> dict[str, str]:
         "num_pages": str(runner.num_pages),
         "tp": str(config.parallel.tp),
         "versions": json.dumps(versions, sort_keys=True),
+        "terms": ", ".join(COEFFICIENTS),
     }
 
 
@@ -152,7 +153,23 @@ def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]
                 adapters=True,
             )
             yield features, _forward(runner, bucket, [(0, chunk)], "adapters", slots)
+    yield from _sampling_cases(runner)
     yield from _unit_cases(runner)
+
+
+def _sampling_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
+    """Every way to sample, of the smallest step with each number of rows."""
+    smallest = {
+        shape.samples: bucket for bucket, shape in reversed(runner.sizes.step_shapes.items())
+    }
+    for bucket in smallest.values():
+        features = StepFeatures(bucket, decode_tokens=1, decode_kv=1, most_rows=runner.sizes.rows)
+        for kind in list(Sampling)[1:]:
+            yield features._replace(sampling=kind), _forward(runner, bucket, [(0, 1)], kind=kind)
+        yield (
+            features._replace(logprobs=True),
+            _forward(runner, bucket, [(0, 1)], logprobs=True),
+        )
 
 
 def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
@@ -192,6 +209,8 @@ def _forward(
     chunks: list[tuple[int, int]],
     variant: str = "base",
     finetune: int = 0,
+    kind: Sampling = Sampling.GREEDY,
+    logprobs: bool = False,
 ) -> Callable[[], object]:
     """A forward and a sample of sequences with (cached, new) tokens; the first `finetune` tokens
     are kept for a backward.
@@ -221,6 +240,6 @@ def _forward(
 
     def run() -> object:
         _, sampled = runner.forward(variant, bucket, vector)
-        return runner.sample(sampled, rows, full=False)
+        return runner.sample(sampled, rows, kind=kind, logprobs=logprobs)
 
     return run

@@ -31,6 +31,7 @@ from flexllm_jax.peft.bank import (
     read_row,
     write_row,
 )
+from scheduler.latency import Sampling
 
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _BOOL = jax.ShapeDtypeStruct((), jnp.bool_)
@@ -40,6 +41,11 @@ _WHOLE = PartitionSpec()  # results that every device has
 def head_parameters(params: dict) -> dict:
     """The parameters that turn outputs into logits."""
     return {name: params[name] for name in ("embed", "norm", "head") if name in params}
+
+
+def sampling_program(kind: Sampling, rows: int) -> str:
+    """The name of the program that samples so many rows."""
+    return f"sample/{kind.name.lower()}/{rows}"
 
 
 def list_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
@@ -94,21 +100,33 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
         for n in sizes.buckets
     ]
     for rows in sorted({shape.samples for shape in sizes.step_shapes.values()}):
-        packed = ints(sampler.PACKED_ROWS, rows)
-        greedy, full = (
-            partial(sample, decoder) for sample in (sampler.sample_greedy, sampler.sample_full)
-        )
+        packed, tokens = ints(sampler.PACKED_ROWS, rows), ints(rows)
         arguments = (head, bank, hidden(rows), last_tokens)
-        programs += [
-            Program(f"sample/greedy/{rows}", greedy, (*arguments, packed), (3,), _WHOLE),
+        allowed = ints(rows, mask_words(sizes.model.vocab_size))
+        greedy = partial(sampler.sample_greedy, decoder)
+        programs.append(
             Program(
-                f"sample/full/{rows}",
-                full,
-                (*arguments, history, packed, ints(rows, mask_words(sizes.model.vocab_size))),
-                (3, 4),
-                _WHOLE,
-            ),
-        ]
+                sampling_program(Sampling.GREEDY, rows), greedy, (*arguments, packed), (3,), _WHOLE
+            )
+        )
+        for kind in (Sampling.ADJUSTED, Sampling.DRAWN, Sampling.FILTERED):
+            programs.append(
+                Program(
+                    sampling_program(kind, rows),
+                    partial(sampler.sample, kind, decoder),
+                    (*arguments, history, packed, allowed),
+                    (3, 4),
+                    _WHOLE,
+                )
+            )
+        programs.append(
+            Program(
+                f"logprobs/{rows}",
+                partial(sampler.logprobs, decoder),
+                (*arguments[:3], tokens, tokens),
+                results=_WHOLE,
+            )
+        )
     counts = ints(sizes.model.vocab_size)
     prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)
     written = (history, _INT, counts, prompt)

@@ -12,6 +12,7 @@ from llguidance import LLMatcher
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.models.detokenizer import Detokenizer, OutputText
 from flexllm_jax.peft.bank import Published
+from scheduler.latency import Sampling
 from scheduler.request import Slo
 from scheduler.slo import RequestTiming
 
@@ -78,16 +79,14 @@ class RequestState:
         """Positions that its adapter takes before its first token."""
         return self.adapter.config.prefix_tokens if self.adapter else 0
 
-    def needs_full_sampling(self, index: int) -> bool:
-        """Whether output token `index` needs more than the largest logit."""
+    def sampling(self, index: int) -> Sampling:
+        """What output token `index` needs; the first needs the most."""
         p = self.params
-        return (
-            p.temperature > 0
-            or p.logprobs is not None
-            or p.needs_history
-            or index < p.min_tokens
-            or self.matcher is not None
-        )
+        if p.temperature > 0:
+            filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+            return Sampling.FILTERED if filtered else Sampling.DRAWN
+        adjusted = p.needs_history or index < p.min_tokens or self.matcher is not None
+        return Sampling.ADJUSTED if adjusted else Sampling.GREEDY
 
     def append(self, token: int, detokenizer: Detokenizer) -> str | None:
         """Take in a sampled token; returns "stop" when it is the last one.

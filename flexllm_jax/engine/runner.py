@@ -23,7 +23,7 @@ from flexllm_jax.engine import sampler
 from flexllm_jax.engine.activations import choose_saved
 from flexllm_jax.engine.cache import MemoryPlan, device_memory, plan_memory, tree_bytes
 from flexllm_jax.engine.placement import plan_placement
-from flexllm_jax.engine.programs import head_parameters, list_programs
+from flexllm_jax.engine.programs import head_parameters, list_programs, sampling_program
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.models.config import ModelConfig
@@ -31,6 +31,7 @@ from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.models.random_weights import random_parameters
 from kernels_pallas.backend import select_backend
+from scheduler.latency import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +96,11 @@ class Runner:
         """RuntimeError for a program that a step can ask for and that was not compiled: later it
         would be missing in the middle of a service."""
         shapes = self.sizes.step_shapes
+        rows = {shape.samples for shape in shapes.values()}
         wanted = {
             *(f"forward/{variant}/{n}" for variant in ("base", "adapters") for n in shapes),
-            *(f"sample/{kind}/{s.samples}" for kind in ("greedy", "full") for s in shapes.values()),
+            *(sampling_program(kind, n) for kind in Sampling for n in rows),
+            *(f"logprobs/{n}" for n in rows),
             *(f"prompt_logprobs/{n}" for n in shapes),
             *(f"zeros/{name}" for name in self.sizes.zeroed(1)),
             *_PROGRAMS,
@@ -199,24 +202,28 @@ class Runner:
         sampled: jax.Array,
         rows: sampler.SamplingRows,
         *,
-        full: bool,
+        kind: Sampling,
+        logprobs: bool = False,
         allowed: Int[np.ndarray, "R W"] | None = None,
     ) -> dict:
-        """Sample; returns {"tokens"} and, when `full`, the log-probabilities too. `allowed`: the
-        tokens that may be drawn, see `TokenMatchers.allowed`; None: all."""
+        """Sample; returns {"tokens"} and, when asked for, what `sampler.logprobs` tells of them.
+        `allowed`: the tokens that may be drawn, see `TokenMatchers.allowed`; None: all."""
         count = sampled.shape[0]
         head, packed = head_parameters(self.params), rows.packed()
-        if not full:
-            tokens, self.last_tokens = self.programs[f"sample/greedy/{count}"](
-                head, self._head_bank, sampled, self.last_tokens, packed
+        arguments = (head, self._head_bank, sampled, self.last_tokens)
+        program = self.programs[sampling_program(kind, count)]
+        if kind == Sampling.GREEDY:
+            tokens, self.last_tokens = program(*arguments, packed)
+        else:
+            if allowed is None:
+                allowed = self._all_allowed[count]
+            tokens, self.last_tokens, self.history = program(
+                *arguments, self.history, packed, allowed
             )
+        if not logprobs:
             return {"tokens": tokens}
-        if allowed is None:
-            allowed = self._all_allowed[count]
-        report, self.last_tokens, self.history = self.programs[f"sample/full/{count}"](
-            head, self._head_bank, sampled, self.last_tokens, self.history, packed, allowed
-        )
-        return report
+        report = self.programs[f"logprobs/{count}"](*arguments[:3], tokens, rows.adapter)
+        return {"tokens": tokens, **report}
 
     def prompt_logprobs(self, hidden: jax.Array, targets: Int[np.ndarray, "2 T"]) -> dict:
         """Log-probabilities of the targets (tokens, and rows of the bank) given the outputs of a

@@ -1,11 +1,11 @@
 """Sampling on the device, and the log-probabilities that requests ask for.
 
-Two programs share the contract: `sample_greedy` takes the largest logit and nothing else;
-`sample_full` applies, in vLLM's order, penalties, banned tokens and those that a structured output
-does not allow, temperature, min-p, top-k and top-p, draws with the request's own key, and reports
-log-probabilities. The host picks the full one only when a request of the step needs it. A draw
-depends on the request's seed and the index of its token alone, so neither batching nor preemption
-changes it. Log-probabilities are those of the raw logits, as in training.
+`sample_greedy` takes the largest logit and nothing else; `sample` applies, in vLLM's order,
+penalties, banned tokens and those that a structured output does not allow, temperature, min-p,
+top-k and top-p, and draws with the request's own key. The host picks the program that does least of
+those that do what the step's requests need (`Sampling`): the rest costs nothing. A draw depends on
+the request's seed and the index of its token alone, so neither batching nor preemption changes it.
+Log-probabilities are those of the raw logits, as in training; a program of their own reports them.
 """
 
 from dataclasses import dataclass, fields
@@ -17,13 +17,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.engine.cutoffs import kept
 from flexllm_jax.engine.sampling_params import BANNED, TOP_LOGPROBS
 from flexllm_jax.engine.structured_outputs import BITS
 from flexllm_jax.models.bypass import BypassFunction, no_bypass
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
+from scheduler.latency import Sampling
 
 _ROWS_AT_ONCE = 64
+_TOP_AT_ONCE = 16  # the most that XLA has a kernel for on a GPU; it sorts all for one more
 
 
 @dataclass
@@ -102,12 +105,13 @@ def sample_greedy(
     packed: Int[Array, "C R"],
 ) -> tuple[Int[Array, " R"], Int[Array, " Q"]]:
     """The most likely token of each row, also put in `last_tokens` (donated) for the next step to
-    read. Arguments as in `sample_full`."""
+    read. Arguments as in `sample`."""
     tokens = decoder.most_likely(params, hidden, _head_bypass(bank, packed[1]))
     return tokens, last_tokens.at[packed[0]].set(tokens, mode="drop")
 
 
-def sample_full(
+def sample(
+    kind: Sampling,
     decoder: Decoder,
     params: dict,
     bank: dict | None,
@@ -116,10 +120,13 @@ def sample_full(
     history: dict,
     packed: Int[Array, "C R"],
     allowed: Int[Array, "R W"],
-) -> tuple[dict, Int[Array, " Q"], dict]:
-    """Draw a token for each row with everything a request can ask for.
+) -> tuple[Int[Array, " R"], Int[Array, " Q"], dict]:
+    """A token for each row, with what requests can ask for up to `kind`.
 
     Args:
+        kind: ADJUSTED: penalties and masks; DRAWN: draws, too, where the temperature is not 0;
+            FILTERED: from what min-p, top-k and top-p leave. Rows that need less get what the
+            programs that do less would give them.
         decoder: the model's functions.
         params: parameters; the final norm and the head are read.
         bank: the output head's {"weights", "scales"} of the adapter bank, or None if it has none.
@@ -130,11 +137,10 @@ def sample_full(
         allowed: the tokens that may be drawn, as the bits of `TokenMatchers.allowed`.
 
     Returns:
-        {"tokens", "logprobs", "top_tokens", "top_logprobs"}, last_tokens, history.
+        tokens, last_tokens, history.
     """
     rows = SamplingRows.unpack(packed)
     logits = decoder.logits(params, hidden, _head_bypass(bank, rows.adapter))
-    report = _logprobs(logits)
     counts = history["counts"].at[rows.row].get(mode="fill", fill_value=0)
     seen = history["prompt"].at[rows.row].get(mode="fill", fill_value=False) | (counts > 0)
 
@@ -149,42 +155,59 @@ def sample_full(
     bits = bits.reshape(allowed.shape[0], -1)[:, : logits.shape[1]]
     logits = jnp.where(bits == 1, logits, -jnp.inf)
 
-    tokens = jnp.where(rows.temperature > 0, _draw(logits, rows), jnp.argmax(logits, axis=-1))
-    tokens = tokens.astype(jnp.int32)
+    if kind >= Sampling.DRAWN:
+        drawn = _perturbed(logits, rows, filtered=kind == Sampling.FILTERED)
+        logits = jnp.where(rows.temperature[:, None] > 0, drawn, logits)
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     counts = history["counts"].at[rows.row, tokens].add(1, mode="drop")
-    report |= {"tokens": tokens, "logprobs": _of(report.pop("all"), tokens)}
     last_tokens = last_tokens.at[rows.row].set(tokens, mode="drop")
-    return report, last_tokens, history | {"counts": counts}
+    return tokens, last_tokens, history | {"counts": counts}
 
 
-def _draw(logits: Float[Array, "R V"], rows: SamplingRows) -> Int[Array, " R"]:
-    """A token from the distribution that temperature, min-p, top-k and top-p leave."""
+def _perturbed(
+    logits: Float[Array, "R V"], rows: SamplingRows, *, filtered: bool
+) -> Float[Array, "R V"]:
+    """Scores of which the largest is a draw from the distribution that temperature and, when
+    `filtered`, min-p, top-k and top-p leave."""
     logits = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
-    ordered = -jnp.sort(-logits, axis=-1)
-    rank = jnp.arange(logits.shape[1])
-    likely = jax.nn.softmax(ordered, axis=-1)
-    top_k = jnp.where(rows.top_k > 0, rows.top_k, logits.shape[1])
-    kept = (likely >= rows.min_p[:, None] * likely[:, :1]) & (rank < top_k[:, None])
-    likely = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
-    before = jnp.cumsum(likely, axis=-1) - likely
-    kept &= (before < rows.top_p[:, None]) | (rank == 0)
-    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     noise = jax.vmap(
         lambda seed, index: jax.random.gumbel(
             jax.random.fold_in(jax.random.key(seed), index), logits.shape[1:]
         )
     )(rows.seed, rows.index)
-    return jnp.argmax(jnp.where(logits >= smallest, logits + noise, -jnp.inf), axis=-1)
+    if not filtered:
+        return logits + noise
+    filters = (jnp.asarray(x) for x in (rows.top_k, rows.top_p, rows.min_p))
+    left = kept(logits, *filters)
+    return jnp.where(left, logits + noise, -jnp.inf)
 
 
-def _logprobs(logits: Float[Array, "R V"]) -> dict:
-    all_of_them = jax.nn.log_softmax(logits, axis=-1)
-    top, tokens = lax.top_k(all_of_them, min(TOP_LOGPROBS, logits.shape[1]))
-    return {"all": all_of_them, "top_tokens": tokens, "top_logprobs": top}
+def logprobs(
+    decoder: Decoder,
+    params: dict,
+    bank: dict | None,
+    hidden: Float[Array, "R D"],
+    tokens: Int[Array, " R"],
+    adapter: Int[Array, " R"],
+) -> dict:
+    """{"logprobs" of the tokens, "top_tokens", "top_logprobs"}; adapter: rows of the bank, or
+    -1."""
+    logits = decoder.logits(params, hidden, _head_bypass(bank, adapter))
+    every = jax.nn.log_softmax(logits, axis=-1)
+    own = jnp.take_along_axis(every, tokens[:, None], axis=-1)[:, 0]
+    top, top_tokens = _top(every, min(TOP_LOGPROBS, logits.shape[1]))
+    return {"logprobs": own, "top_tokens": top_tokens, "top_logprobs": top}
 
 
-def _of(logprobs: Float[Array, "R V"], tokens: Int[Array, " R"]) -> Float[Array, " R"]:
-    return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+def _top(values: Float[Array, "R V"], count: int) -> tuple[jax.Array, jax.Array]:
+    """`lax.top_k`, a few at a time."""
+    row, found = jnp.arange(values.shape[0])[:, None], []
+    while count > 0:
+        found.append(lax.top_k(values, min(count, _TOP_AT_ONCE)))
+        values = values.at[row, found[-1][1]].set(-jnp.inf)
+        count -= _TOP_AT_ONCE
+    top, columns = zip(*found, strict=True)
+    return jnp.concatenate(top, axis=-1), jnp.concatenate(columns, axis=-1)
 
 
 def prompt_logprobs(
@@ -202,12 +225,9 @@ def prompt_logprobs(
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[1])
     targets, adapter = jnp.pad(targets, ((0, 0), (0, padding))).reshape(2, -1, rows)
 
-    def some(chunk):
-        bypass = _head_bypass(bank, chunk[2])
-        report = _logprobs(decoder.logits(params, chunk[0], bypass))
-        return report | {"logprobs": _of(report.pop("all"), chunk[1])}
-
-    report = lax.map(some, (hidden, targets, adapter))
+    report = lax.map(
+        lambda chunk: logprobs(decoder, params, bank, *chunk), (hidden, targets, adapter)
+    )
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], report)
 
 

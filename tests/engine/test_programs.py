@@ -46,7 +46,7 @@ def test_a_forward_updates_pages_and_finetuning_buffers_in_place(llm, bucket):
         ("clear", lambda r: (r.finetune,)),
         ("write_row", lambda r: (r.bank,)),
         ("copy_row", lambda r: (r.bank,)),
-        ("sample/full/6", lambda r: (r.history, r.last_tokens)),
+        ("sample/filtered/6", lambda r: (r.history, r.last_tokens)),
     ],
 )
 def test_other_programs_update_their_buffers_in_place(llm, program, buffers):
@@ -159,7 +159,7 @@ def test_buffers_stay_at_their_address_while_serving_and_training(llm, tmp_path)
     assert llm._loop.call(addresses) == before
 
 
-@pytest.mark.parametrize("name", ["forward/adapters/48", "sample/full/6", "unit/layer"])
+@pytest.mark.parametrize("name", ["forward/adapters/48", "sample/filtered/6", "unit/layer"])
 def test_a_program_that_is_not_listed_is_an_error_at_the_start(llama, tmp_path, monkeypatch, name):
     def without(sizes, num_pages):
         return [program for program in list_programs(sizes, num_pages) if program.name != name]

@@ -77,15 +77,27 @@ class TestDraws:
         assert freedom >= 1
         assert chi2 < freedom + 4 * np.sqrt(2 * freedom) + 4
 
-    def test_seeds_make_draws_reproducible_whatever_else_runs(self, llm):
-        seeded = SamplingParams(max_tokens=25, temperature=1.0, seed=3, ignore_eos=True)
+    @pytest.mark.parametrize(
+        "fields", [{}, {"temperature": 1.0}, {"temperature": 0.9, "top_p": 0.8}], ids=str
+    )
+    def test_seeds_make_outputs_reproducible_whatever_else_runs(self, llm, fields):
+        """Beside requests that need more than it does, too, in steps of another size."""
+        seeded = SamplingParams(max_tokens=25, seed=3, ignore_eos=True, **fields)
         (alone,) = llm.generate(PROMPT, seeded)
         others = random_prompts([60, 8, 31, 90, 17, 5], seed=8)
-        free = SamplingParams(max_tokens=30, temperature=1.0)
-        crowd = llm.generate([*others, PROMPT], [free] * 6 + [seeded])
+        free = [
+            SamplingParams(max_tokens=30, **more)
+            for more in (
+                {"temperature": 1.0},
+                {"temperature": 1.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1},
+                {"repetition_penalty": 1.5},
+            )
+        ]
+        crowd = llm.generate([*others, PROMPT], [*free, *free, seeded])
         assert crowd[-1].token_ids == alone.token_ids
-        other = SamplingParams(max_tokens=25, temperature=1.0, seed=4, ignore_eos=True)
-        assert llm.generate(PROMPT, other)[0].token_ids != alone.token_ids
+        if fields:
+            other = SamplingParams(max_tokens=25, seed=4, ignore_eos=True, **fields)
+            assert llm.generate(PROMPT, other)[0].token_ids != alone.token_ids
 
     def test_without_a_seed_draws_differ(self, llm):
         params = SamplingParams(max_tokens=12, temperature=1.0, n=2, ignore_eos=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency import LatencyModel, Sampling
 from scheduler.request import Microbatch, Slo, StepPlan
 from tests.scheduler.simulated_device import request
 
@@ -140,6 +140,39 @@ def test_prefill_is_bounded_by_the_pace_of_the_decoding():
     assert [run(scheduler, now).token_bucket for now in (0.0, 5.0)] == [8, 8]
     scheduler.cancel("decodes")
     assert run(scheduler, 5.0).token_bucket == 16
+
+
+def test_a_step_is_priced_by_the_most_that_its_tokens_need_of_sampling():
+    costs = {"adjusted_rows": 0.001, "drawn_rows": 0.01, "filtered_rows": 0.1, "logprob_rows": 1.0}
+    scheduler = make(LatencyModel({4: 0.5, 8: 0.5, 16: 0.5}, costs))
+
+    def add(name: str, prompt: int, sampling: Sampling, logprobs: bool = False) -> None:
+        asked = {"sampling": sampling, "logprobs": logprobs}
+        scheduler.add(replace(request(name, prompt, max_tokens=9), **asked))
+
+    add("greedy", 2, Sampling.GREEDY)
+    assert run(scheduler).predicted_s == pytest.approx(0.5)
+    add("filtered", 30, Sampling.FILTERED)
+    assert run(scheduler).predicted_s == pytest.approx(0.5), "it samples nothing yet"
+    assert run(scheduler).predicted_s == pytest.approx(0.5 + 4 * 0.111)
+    assert run(scheduler).predicted_s == pytest.approx(0.5 + 4 * 0.111)
+    scheduler.cancel("filtered")
+    add("drawn", 2, Sampling.DRAWN)
+    add("reported", 2, Sampling.GREEDY, logprobs=True)
+    assert run(scheduler).predicted_s == pytest.approx(0.5 + 4 * 1.011)
+    scheduler.cancel("reported")
+    assert run(scheduler).predicted_s == pytest.approx(0.5 + 4 * 0.011)
+    scheduler.cancel("drawn")
+    assert run(scheduler).predicted_s == pytest.approx(0.5)
+
+
+def test_finetuning_tokens_leave_what_sampling_costs():
+    scheduler = make(LatencyModel({4: 0.5, 8: 0.5, 16: 0.5}, {"drawn_rows": 0.01}), idle_step_s=9.0)
+    scheduler.add(Microbatch(0, (12,)))
+    scheduler.add(replace(request("drawn", 2, max_tokens=9), sampling=Sampling.DRAWN))
+    plan = run(scheduler)
+    assert plan.forward is not None
+    assert plan.predicted_s == pytest.approx(0.5 + 4 * 0.01)
 
 
 # ---- prefix cache ----

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.latency import LatencyModel, Sampling, StepFeatures
 from scheduler.least_squares import nonnegative_least_squares
 
 
@@ -29,6 +29,9 @@ def profile(noise=0.0, seed=0):
                 loss_units=int(generator.integers(4)) if units else 0,
                 backward_pairs=int(generator.integers(1_000_000)) if units else 0,
                 adapters=adapters,
+                sampling=int(generator.integers(4)),
+                logprobs=bool(generator.integers(2)),
+                most_rows=100,
             )
             samples.append((features, device_seconds(features) * (1 + noise * generator.normal())))
     return samples
@@ -45,11 +48,22 @@ COSTS = {
     "loss_units": 3e-3,
     "backward_pairs": 2e-9,
     "adapter_slots": 1e-6,
+    "adjusted_rows": 1e-6,
+    "drawn_rows": 3e-6,
+    "filtered_rows": 2e-5,
+    "logprob_rows": 5e-6,
 }
 
 
 def device_seconds(features):
-    values = features._asdict() | {"adapter_slots": features.token_bucket * features.adapters}
+    rows = min(features.token_bucket, features.most_rows)
+    values = features._asdict() | {
+        "adapter_slots": features.token_bucket * features.adapters,
+        "adjusted_rows": rows if features.sampling >= Sampling.ADJUSTED else 0,
+        "drawn_rows": rows if features.sampling >= Sampling.DRAWN else 0,
+        "filtered_rows": rows if features.sampling == Sampling.FILTERED else 0,
+        "logprob_rows": rows if features.logprobs else 0,
+    }
     base = 8e-3 + 20e-6 * features.token_bucket
     return base + sum(cost * values[name] for name, cost in COSTS.items())
 

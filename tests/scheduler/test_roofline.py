@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import StepFeatures
+from scheduler.latency import Sampling, StepFeatures
 from scheduler.request import Slo
 from scheduler.roofline import (
     A100,
@@ -43,6 +43,22 @@ def test_small_steps_read_the_weights_and_large_ones_compute():
     assert model.coefficients["decode_kv"] == pytest.approx(kv_s)
     unit_s = 2 * 512 * layers / 32 / 312e12
     assert model.coefficients["layer_units"] == pytest.approx(unit_s)
+
+
+def test_sampling_costs_what_its_passes_over_the_logits_read():
+    model = roofline(A100, LLAMA_3_1_8B, BUCKETS, 512, efficiency=PERFECT)
+    step, row_s = StepFeatures(2048, most_rows=256), 4 * 128256 / 2.039e12
+    greedy_s = model.predict(step)
+    for sampling, passes in {
+        Sampling.ADJUSTED: 4,
+        Sampling.DRAWN: 4 + 8,
+        Sampling.FILTERED: 4 + 8 + 36,
+    }.items():
+        more_s = model.predict(step._replace(sampling=sampling)) - greedy_s
+        assert more_s == pytest.approx(256 * passes * row_s, rel=1e-6)
+    few = StepFeatures(16, most_rows=256)
+    more_s = model.predict(few._replace(sampling=Sampling.ADJUSTED)) - model.predict(few)
+    assert more_s == pytest.approx(16 * 4 * row_s, rel=1e-6)
 
 
 def test_tensor_parallel_devices_share_the_work_and_pay_for_reducing():
