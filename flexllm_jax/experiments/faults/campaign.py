@@ -38,6 +38,7 @@ OVERRIDES = (
     f"server.stuck_after_s={STUCK_S}",
     f"server.grace_s={GRACE_S}",
 )
+_SPREAD = {"start-up": 10.0, "checkpoint": 0.1}  # of faults: a start is long, a checkpoint short
 _MOMENT_S = 30.0  # that a moment is waited for
 _ROUND_S = 240.0  # that a round's jobs may take, once its faults are over
 
@@ -230,7 +231,7 @@ class Campaign:
             if fault.moment != moment:
                 continue
             came = self._await(watch(), jobs)
-            time.sleep(fault.after_s if moment != "checkpoint" else fault.after_s / 10)
+            time.sleep(fault.after_s * _SPREAD.get(moment, 1.0))
             met = self._carry_out(fault, done) and came
             away_s = self._server.recover()
             done.happened.append(Happened(fault, met, away_s))
@@ -249,13 +250,12 @@ class Campaign:
         return True
 
     def _restart(self) -> Callable[[], bool]:
-        """A moment: the server starts."""
+        """A moment: the server starts, and has started its engine."""
         if self._server.alive:
             self._server.signal("http", signal.SIGTERM)
             self._server.wait_end(GRACE_S + 10)
         self._server.start()
-        time.sleep(2.0)  # the interpreter and its libraries come first
-        return _at_once
+        return lambda: self._server.engine_pid is not None
 
     def _while_uploading(self, done: Round, planned: Sequence[Fault]) -> str:
         files: list[str] = []
@@ -284,7 +284,8 @@ class Campaign:
                 return met
             case ["stop", process]:
                 with server.stopped(process) as met:
-                    time.sleep(fault.lasts_s * 2)  # an engine may be killed for it
+                    # An engine may stand still for longer than the server lets it.
+                    time.sleep(fault.lasts_s * (2 if process == "engine" else 1))
                 return met
             case ["sigterm"]:
                 server.signal("http", signal.SIGTERM)

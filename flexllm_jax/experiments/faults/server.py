@@ -26,6 +26,7 @@ from flexllm_jax.errors import UserError
 from flexllm_jax.experiments.load.client import open_client
 
 _READY_S = 180.0
+_ENGINE = b"flexllm_jax.server.engines.process"  # of its command line
 _SMALL = 2048  # bytes: a disk that has no room for more
 
 
@@ -57,7 +58,7 @@ class FaultyServer:
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
             for child in map(int, children):
-                if b"python" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if _ENGINE in Path(f"/proc/{child}/cmdline").read_bytes():
                     return child
         return None
 
