@@ -24,6 +24,7 @@ from flexllm_jax.engine.outputs import CompletionOutput, RequestOutput
 from flexllm_jax.engine.prompts import read_prompt, read_prompts
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.tracking import JobTracking
 from flexllm_jax.finetune.job import FinetuneJob, create_job
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.dtype import export_dtype
@@ -31,6 +32,7 @@ from flexllm_jax.models.messages import read_conversation
 from flexllm_jax.models.tokenizer import encode_text, load_tokenizer
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
+from flexllm_jax.trackers import kinds as trackers
 
 
 class LLM:
@@ -79,11 +81,13 @@ class LLM:
         return llm
 
     def _start(self, config: Config, progress: bool) -> None:
+        trackers.require(config.trackers)
         self.config = config
         self.tokenizer = load_tokenizer(config.model.path)
         self.template = ChatTemplate(self.tokenizer)
         self.engine = Engine(config, self.tokenizer, progress=progress)
         self._loop = EngineLoop(self.engine)
+        self._tracking = JobTracking(config, self._loop)
         weakref.finalize(self, self._loop.stop)  # also when the program ends without close()
 
     # -- inference --------------------------------------------------------------------------------
@@ -241,6 +245,7 @@ class LLM:
     def start_job(self, job: FinetuneJob) -> JobHandle:
         """`finetune` with a job whose data is loaded already."""
         self._loop.call(self.engine.add_job, job)
+        self._tracking.follow(job)
         return JobHandle(job, self._loop)
 
     def load_adapter(self, name: str, path: str | Path) -> int:
@@ -283,8 +288,10 @@ class LLM:
     # -- the end ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop: running jobs write a checkpoint, unfinished requests fail."""
+        """Stop: running jobs write a checkpoint, unfinished requests fail, trackers are told."""
+        self._tracking.settle()
         self._loop.stop()
+        self._tracking.close()
 
     def __enter__(self) -> "LLM":
         return self

@@ -34,6 +34,12 @@ from flexllm_jax.config.model import ModelSection, ParallelSection
 from flexllm_jax.config.peft import PeftConfig
 from flexllm_jax.config.scheduler import CompileSection, SchedulerSection, SloSection
 from flexllm_jax.config.server import ApiKey, LogSection, RaySection, ServerSection
+from flexllm_jax.config.trackers import (
+    MlflowSection,
+    TensorboardSection,
+    TrackersSection,
+    WandbSection,
+)
 from flexllm_jax.config.tree import Config
 from flexllm_jax.config.workload import ArrivalsConfig, WorkloadSection
 
@@ -55,6 +61,7 @@ __all__ = [
     "LogSection",
     "LoraInit",
     "MethodConfig",
+    "MlflowSection",
     "ModelSection",
     "OptimizerConfig",
     "ParallelSection",
@@ -69,6 +76,9 @@ __all__ = [
     "SloSection",
     "SupervisedConfig",
     "TargetModule",
+    "TensorboardSection",
+    "TrackersSection",
+    "WandbSection",
     "WorkloadSection",
     "build_config",
     "describe",

@@ -62,6 +62,12 @@ class SchedulerSection(Section):
             raise ValueError("`standard` is what scheduler.slo describes; set its fields there")
         return classes
 
+    @property
+    def least_urgent(self) -> str:
+        """The class of requests that may wait longest."""
+        classes = {"standard": self.slo, **self.slo_classes}
+        return max(classes, key=lambda name: classes[name].ttft_ms)
+
     @model_validator(mode="after")
     def _every_sequence_decodes(self) -> Self:
         if self.max_tokens_per_step and self.max_sequences > self.max_tokens_per_step:

@@ -14,6 +14,7 @@ from flexllm_jax.config.memory import AdaptersSection, CacheSection
 from flexllm_jax.config.model import ModelSection, ParallelSection
 from flexllm_jax.config.scheduler import CompileSection, SchedulerSection
 from flexllm_jax.config.server import LogSection, RaySection, ServerSection
+from flexllm_jax.config.trackers import TrackersSection
 from flexllm_jax.config.workload import WorkloadSection
 
 
@@ -32,6 +33,9 @@ class Config(Section):
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="Steps.")
     compile: CompileSection = Field(default_factory=CompileSection, description="Programs.")
     finetune: FinetuneSection = Field(default_factory=FinetuneSection, description="Finetuning.")
+    trackers: TrackersSection = Field(
+        default_factory=TrackersSection, description="Where the progress of jobs is written."
+    )
     workload: WorkloadSection | None = Field(default=None, description="Requests to replay.")
     server: ServerSection = Field(default_factory=ServerSection, description="HTTP server.")
     ray: RaySection = Field(default_factory=RaySection, description="Replicas.")

@@ -26,6 +26,7 @@ from flexllm_jax.server.engines.alone import lock_for_server
 from flexllm_jax.server.engines.watchdog import end_within
 from flexllm_jax.server.http.connections import BoundedConnection, Waiting
 from flexllm_jax.server.http.logs import use_json
+from flexllm_jax.trackers import kinds as trackers
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def log_address(host: str, port: int) -> None:
 def check(config: Config) -> None:
     """ConfigError for what makes no sense in a server."""
     config.require_inputs()
+    trackers.require(config.trackers)
     if config.finetune.jobs:
         raise ConfigError("finetune.jobs: the server takes jobs over HTTP; remove them here")
     needed = config.server.max_running_jobs + 2

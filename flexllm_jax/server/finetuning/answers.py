@@ -75,6 +75,7 @@ class Job(BaseModel):
     seed: int
     hyperparameters: dict[str, Any]
     metadata: dict[str, str] | None
+    integrations: list[dict[str, Any]]
 
 
 class JobPage(Page):

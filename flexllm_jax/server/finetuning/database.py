@@ -94,6 +94,10 @@ class JobRow(Base):
     init_adapter: Mapped[str | None] = mapped_column(Text)  # folder that `model` meant
     run: Mapped[str | None] = mapped_column(String(64))  # of whose facts `facts` are written down
     facts: Mapped[int | None]
+    tracked: Mapped[bool | None]  # whether all trackers know how it ended; None: none knows of it
+    questions: Mapped[list[dict[str, Any]] | None] = mapped_column(
+        JSON
+    )  # for a look at its outputs
     created_at: Mapped[int] = mapped_column(default=now)
     finished_at: Mapped[int | None]
     owner: Mapped[str | None] = mapped_column(Text)

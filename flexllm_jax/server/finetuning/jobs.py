@@ -31,6 +31,7 @@ from flexllm_jax.server.finetuning.files import UNFINISHED, FileStore
 from flexllm_jax.server.finetuning.records import JobRecords, find_job, finished_adapters
 from flexllm_jax.server.finetuning.reports import ReportWriter
 from flexllm_jax.server.finetuning.schema import CreateJob, random_seed
+from flexllm_jax.server.finetuning.tracking import ServerTracking
 from flexllm_jax.server.finetuning.transitions import ToStart
 from flexllm_jax.server.finetuning.validation import FileValidation, UnusableFiles
 from flexllm_jax.server.http.access import Client
@@ -40,6 +41,7 @@ from flexllm_jax.server.metrics import ServerMetrics
 log = logging.getLogger(__name__)
 
 _ANSWER_S = 10.0  # that an engine may take to pause, resume or cancel a job
+_TRACKERS_S = 3.0  # that trackers may take at the end
 
 
 class JobManager:
@@ -64,6 +66,9 @@ class JobManager:
         self._losing: set[str] = set()  # jobs of an engine that has ended, until that is noted
         self._records = JobRecords(config, models, files)
         self._reports = ReportWriter(database, self._records, self._written)
+        self._tracking = ServerTracking(
+            config, database, engines, tokenizer, lambda: self._spawn(self._told())
+        )
         self._scheduling = asyncio.Lock()
         self.closing = False
         self.version = 0  # counts events
@@ -77,6 +82,7 @@ class JobManager:
 
     async def start(self) -> None:
         """Go on with what an earlier process left."""
+        await self._tracking.start()
         self._spawn(self._reports.run())
         self._spawn(self._tidy_up())
         for job_id in await self._ids("validating_files"):
@@ -99,6 +105,7 @@ class JobManager:
         `timeout_s`; if not, the next engine tells it again."""
         if not await self._reports.all_settled(timeout_s):
             log.warning("the last of some jobs is not written; the next start tells it again")
+        await self._tracking.close(_TRACKERS_S)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -246,6 +253,7 @@ class JobManager:
         if given is not None:
             self._in_engine[job_id] = engine
             self._spawn(self._begin(job_id, engine, given))
+            await self._tracking.follow(job_id)
         await self._told()
 
     async def _begin(self, job_id: str, engine: EngineClient, given: ToStart) -> None:

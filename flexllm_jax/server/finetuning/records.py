@@ -73,7 +73,7 @@ class JobRecords:
                 case "checkpoint":
                     adapters += self._note_checkpoint(session, job, fact.step)
                 case "message":
-                    self._note_message(session, job, fact.text or "")
+                    tell_once(session, job.id, fact.text or "", level="warn")
                 case "ended" if job.status != "cancelled":  # whatever became of it
                     adapters += self._note_end(session, job, fact, report)
         return adapters
@@ -91,11 +91,6 @@ class JobRecords:
         text = f"Step {fact.step}/{job.total_steps}: {what} loss={fact.value:.4f}"
         data = {"step": fact.step, "total_steps": job.total_steps, _VALUES[fact.kind]: fact.value}
         tell(session, job.id, text, type="metrics", data=data)
-
-    def _note_message(self, session: Session, job: JobRow, text: str) -> None:
-        known = select(EventRow.number).where(EventRow.job_id == job.id, EventRow.message == text)
-        if session.scalars(known).first() is None:
-            tell(session, job.id, text, level="warn")
 
     def _note_end(
         self, session: Session, job: JobRow, fact: Fact, report: JobReport
@@ -220,6 +215,13 @@ def tell(
 ) -> None:
     """Add an event."""
     session.add(EventRow(job_id=job_id, message=message, level=level, type=type, data=data))
+
+
+def tell_once(session: Session, job_id: str, message: str, level: str) -> None:
+    """Add an event, unless it is there."""
+    known = select(EventRow.number).where(EventRow.job_id == job_id, EventRow.message == message)
+    if session.scalars(known).first() is None:
+        tell(session, job_id, message, level=level)
 
 
 def tell_rows(session: Session, job_id: str, kind: str, dataset: Dataset) -> None:

@@ -46,7 +46,7 @@ def describe_job(job: JobRow, organization: str) -> dict[str, Any]:
         "hyperparameters": job.hyperparameters,
         "method": method,
         "metadata": request.get("metadata"),
-        "integrations": [],
+        "integrations": request.get("integrations") or [],
         "estimated_finish": None,
         "user_provided_suffix": request.get("suffix"),
     }

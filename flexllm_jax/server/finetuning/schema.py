@@ -32,6 +32,7 @@ def _short(given: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+_TAGS = Field(max_length=50, fail_fast=True)
 
 
 class Hyperparameters(Body):
@@ -55,6 +56,22 @@ class Method(Body):
     supervised: Supervised | None = None
 
 
+class Wandb(Body):
+    """A run at Weights & Biases, in the account of who runs the server."""
+
+    project: Annotated[Text, Field(min_length=1, max_length=128)]
+    name: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    entity: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
+    tags: Annotated[list[Annotated[Text, Field(min_length=1, max_length=64)]], _TAGS] | None = None
+
+
+class Integration(Body):
+    """Where the progress of a job is told."""
+
+    type: Literal["wandb"]
+    wandb: Wandb
+
+
 class CreateJob(Body):
     """POST /v1/fine_tuning/jobs. From `learning_rate` on, fields are ours (`extra_body`)."""
 
@@ -75,7 +92,7 @@ class CreateJob(Body):
     ) = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None
-    integrations: list[Any] | None = None
+    integrations: Annotated[list[Integration], Field(max_length=1)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     lora_rank: Annotated[int, Field(ge=1)] | None = None
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -101,8 +118,13 @@ class CreateJob(Body):
     def check(self, config: Config) -> None:
         """ApiError 400 for what this server's adapters have no room for."""
         bank = config.adapters
-        if self.integrations:
-            raise ApiError(400, "integrations: are not supported", param="integrations")
+        if self.integrations and config.trackers.wandb is None:
+            raise ApiError(
+                400,
+                "integrations: this server is not connected to wandb; leave it out, or ask who "
+                "runs the server (trackers.wandb)",
+                param="integrations",
+            )
         most = bank.max_rank // ranks_taken(self.lora_init)
         if (self.lora_rank or 1) > most:
             raise ApiError(

@@ -79,6 +79,7 @@ def queue(session: Session, job_id: str, validated: ValidatedJob) -> None:
     for kind, dataset in validated.datasets.items():
         tell_rows(session, job_id, kind, dataset)
     row.config, row.hyperparameters = validated.config, validated.hyperparameters
+    row.questions = validated.questions
     row.status = "queued"
     tell(session, job_id, "Files validated, moving job to queued state")
 

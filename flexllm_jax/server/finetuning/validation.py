@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
+from flexllm_jax.finetune.data.questions import questions
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.engines.registry import ModelRegistry
@@ -40,11 +41,13 @@ class UnusableFiles(Exception):
 @dataclass(frozen=True)
 class ValidatedJob:
     """What a job's files hold, by kind ("training", "validation"), and what follows from them: the
-    tree of its FinetuneConfig, and the hyperparameters that were left to choose."""
+    tree of its FinetuneConfig, the hyperparameters that were left to choose, and the first
+    questions that are asked there."""
 
     datasets: dict[str, Dataset]
     config: dict[str, Any]
     hyperparameters: dict[str, Any]
+    questions: list[dict[str, Any]]
 
 
 class FileValidation:
@@ -111,7 +114,14 @@ class FileValidation:
             tree["validation"] = str(self._files.path(job.validation_file))
         if job.init_adapter is not None:  # what the name meant when the job was created
             tree["init_adapter"] = job.init_adapter
-        return ValidatedJob(loaded, tree, shown)
+        return ValidatedJob(loaded, tree, shown, self._questions(loaded))
+
+    def _questions(self, loaded: dict[str, Dataset]) -> list[dict[str, Any]]:
+        section = self._config.trackers
+        context = self._model.context_length(self._config.model.max_model_len)
+        rows = loaded.get("validation", loaded["training"]).items
+        found = questions(rows, section.samples, context - section.sample_tokens)
+        return [question._asdict() for question in found]
 
     async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
         """Add events on the first rows that cannot be read, of files that cannot be used."""

@@ -1,0 +1,1 @@
+"""Where the progress of finetuning jobs is told: TensorBoard, Weights & Biases, MLflow."""
