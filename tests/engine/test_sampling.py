@@ -86,12 +86,9 @@ class TestDraws:
         (alone,) = llm.generate(PROMPT, seeded)
         others = random_prompts([60, 8, 31, 90, 17, 5], seed=8)
         free = [
-            SamplingParams(max_tokens=30, **more)
-            for more in (
-                {"temperature": 1.0},
-                {"temperature": 1.0, "top_k": 5, "top_p": 0.5, "min_p": 0.1},
-                {"repetition_penalty": 1.5},
-            )
+            SamplingParams(max_tokens=30, temperature=1.0),
+            SamplingParams(max_tokens=30, temperature=1.0, top_k=5, top_p=0.5, min_p=0.1),
+            SamplingParams(max_tokens=30, repetition_penalty=1.5, logprobs=2),
         ]
         crowd = llm.generate([*others, PROMPT], [*free, *free, seeded])
         assert crowd[-1].token_ids == alone.token_ids
