@@ -185,7 +185,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)
         ),
         Program("clear", _clear, (finetune,), (0,), finetune),
-        Program("commit", commit, (pending, state, _BOOL), (1,), state),
+        Program("commit", commit, (pending, state, _BOOL, trained_ranks), (1,), state),
         Program("read_logprobs", _copy, (flow["logprob"],), results=_WHOLE),
         Program("copy_state", _copy, (kept,), results=GATHERED),
         Program(

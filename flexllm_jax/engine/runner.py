@@ -352,10 +352,10 @@ class Runner:
         )
         return done
 
-    def commit(self, state: dict, first: np.bool_) -> dict:
+    def commit(self, state: dict, first: np.bool_, trained_ranks: jax.Array) -> dict:
         """Add the finished microbatch's gradients to its job's state; `first`: of those since the
         last optimizer step."""
-        return self.programs["commit"](self.pending, state, first)
+        return self.programs["commit"](self.pending, state, first, trained_ranks)
 
     def read_logprobs(self) -> jax.Array:
         """A copy of the log-probabilities of the labels in all finetuning slots, float32 [S]."""

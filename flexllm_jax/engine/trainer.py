@@ -211,7 +211,7 @@ class Trainer:
         own = slice(in_work.first_token_slot, in_work.first_token_slot + packed.tokens)
         self._results.append(lambda: self._scored(job, packed, np.asarray(logprobs)[own]))
         if packed.backward:
-            job.state = runner.commit(job.state, np.bool_(not job.has_gradient))
+            job.state = runner.commit(job.state, np.bool_(not job.has_gradient), job.trained_ranks)
             job.has_gradient = True
             job.tokens_pending += packed.tokens
             job.backwarded += packed.tokens

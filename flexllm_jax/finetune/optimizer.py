@@ -103,12 +103,17 @@ def job_state_shapes(master: list) -> dict:
     }
 
 
-def commit(gradients: list, state: dict, first: Bool[Array, ""]) -> dict:
-    """Add a finished microbatch's gradients to its job's state (donated); those of the `first`
-    since the last step take the place of what that left."""
+def commit(
+    gradients: list, state: dict, first: Bool[Array, ""], trained_ranks: Int[Array, "L M"]
+) -> dict:
+    """Add a finished microbatch's gradients, of what is trained, to its job's state (donated);
+    those of the `first` since the last step take the place of what that left."""
+    # Not in `optimizer_step`: there, fused with the norm, it would take XLA twice as long.
     return state | {
         "gradients": jax.tree.map(
-            lambda total, own: jnp.where(first, 0.0, total) + own, state["gradients"], gradients
+            lambda total, own: jnp.where(first, 0.0, total) + own,
+            state["gradients"],
+            _trained(gradients, trained_ranks),
         )
     }
 
@@ -141,7 +146,6 @@ def optimizer_step(
     gradients, (b_lr_ratio, max_norm, scale) = state["gradients"], values[-3:]
     if reduction:
         gradients = reduction.sum_gradients(gradients)
-    gradients = _trained(gradients, trained_ranks)
     scaled = jax.tree.map(lambda g: jnp.where(scale == 0, 0.0, g * scale), gradients)
     norm = norm_of(scaled)
     clipped = jax.tree.map(lambda g: jnp.where(norm < max_norm, g, g / norm * max_norm), scaled)

@@ -35,8 +35,8 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
     runner = llm.engine.runner
     seen, commit = [], runner.commit
 
-    def spy(state, first):
-        state, compiled = commit(state, first), runner.compilations.count
+    def spy(state, first, *ranks):
+        state, compiled = commit(state, first, *ranks), runner.compilations.count
         gradients, shapes = state["gradients"], runner.sizes.job_state["master"]
         on_host = jax.tree.map(runner.to_host, gradients)
         whole = jax.tree.map(add_summands, on_host, jax.tree.map(shardings, gradients), shapes)

@@ -179,9 +179,9 @@ def test_a_row_of_twice_the_weight_has_twice_the_gradient(llm, start, tmp_path, 
     trainer, found = llm.engine.trainer, {}
     commit = llm.engine.runner.commit
 
-    def spy(state, first):
+    def spy(state, *arguments):
         found[name] = jax.tree.map(np.array, llm.engine.runner.pending)
-        return commit(state, first)
+        return commit(state, *arguments)
 
     monkeypatch.setattr(trainer._runner, "commit", spy)
     for name, (own, counted) in cases.items():
