@@ -22,6 +22,7 @@ from flexllm_jax.config.finetune import (
 from flexllm_jax.config.load import build_config, describe, load_config
 from flexllm_jax.config.memory import AdaptersSection, CacheSection, PreloadedAdapter
 from flexllm_jax.config.method import (
+    METHODS,
     PREFERENCE_METHODS,
     DpoConfig,
     IpoConfig,
@@ -45,6 +46,7 @@ from flexllm_jax.config.workload import ArrivalsConfig, WorkloadSection
 
 __all__ = [
     "ALL_MODULES",
+    "METHODS",
     "PREFERENCE_METHODS",
     "AdapterKind",
     "AdaptersSection",

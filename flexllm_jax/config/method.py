@@ -60,6 +60,7 @@ class SimpoConfig(Section):
 
 PreferenceConfig = DpoConfig | IpoConfig | SimpoConfig
 MethodConfig = SupervisedConfig | PreferenceConfig
-PREFERENCE_METHODS: tuple[str, ...] = tuple(
-    config.model_fields["type"].default for config in get_args(PreferenceConfig)
-)
+METHODS: dict[str, type[MethodConfig]] = {
+    config.model_fields["type"].default: config for config in get_args(MethodConfig)
+}
+PREFERENCE_METHODS = tuple(name for name, config in METHODS.items() if config.pairs)

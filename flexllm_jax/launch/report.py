@@ -48,6 +48,8 @@ def _job_section(job: JobHandle) -> dict[str, Any]:
         "tokens_per_s": job.tokens_per_s,
         "losses": job.losses,
         "validation_losses": [list(entry) for entry in job.validation_losses],
+        "metrics": job.metrics,
+        "validations": [{"step": step, **measured} for step, measured in job.validations],
         "adapter_dir": str(job.adapter_dir) if job.adapter_dir else None,
         "messages": job.messages,
     }

@@ -73,6 +73,8 @@ def summary_table(report: dict[str, Any]) -> Table:
         if validated:
             text += f", validation loss {validated[-1][1]:.3f}"
         table.add_row(f"job {name}", text)
+        if measured := _measured(job):
+            table.add_row("", measured)
         if job["adapter_dir"]:
             table.add_row("", f"adapter: {job['adapter_dir']}")
     host = engine["host_ms_per_step"]
@@ -84,6 +86,19 @@ def summary_table(report: dict[str, Any]) -> Table:
         f"{engine['peak_memory_bytes'] / 2**20:,.0f} MiB at most",
     )
     return table
+
+
+def _measured(job: dict[str, Any]) -> str:
+    """What the job's method reports besides the loss, of the last step and the last validation."""
+    last = {"": job["metrics"][-1:], "validation ": job["validations"][-1:]}
+    own = ("loss", "gradient_norm", "step")
+    return ", ".join(
+        f"{when}{name.replace('_', ' ')} {number(value)}"
+        for when, entries in last.items()
+        for entry in entries
+        for name, value in entry.items()
+        if name not in own
+    )
 
 
 def number(value: float | None) -> str:

@@ -206,8 +206,8 @@ class ServerMetrics:
             self._ended.pop(job.name, None)
             if job.status not in ("running", "paused"):
                 self._ended[job.name] = None
-            if job.loss is not None:
-                self.finetune_loss.labels(job.name).set(job.loss)
+            if job.metrics:
+                self.finetune_loss.labels(job.name).set(job.metrics["loss"])
         self._forget({job.name for job in stats.jobs})
         self._versions[name] = {adapter.name: adapter.version for adapter in stats.adapters}
         self.adapter_version.clear()

@@ -21,7 +21,9 @@ def metrics(tmp_path, monkeypatch):
 
 
 def report(name, status, forward):
-    return JobReport(name, "a", status, 1, 2, forward, forward // 2, 0, 0.0, 1.5, None, 0, [])
+    return JobReport(
+        name, "a", status, 1, 2, forward, forward // 2, 0, 0.0, {"loss": 1.5}, None, 0, []
+    )
 
 
 def take(metrics, *jobs):

@@ -175,6 +175,7 @@ def _read_jobs(session: Session, seen: int, client: Client) -> tuple[list[dict[s
             "total_steps": row.total_steps,
             "error": row.error["message"] if row.error else None,
             "points": [],
+            "metrics": {},  # the last of each, if new
         }
         for row in rows
     }
@@ -182,7 +183,11 @@ def _read_jobs(session: Session, seen: int, client: Client) -> tuple[list[dict[s
     query = query.where(EventRow.number > seen, EventRow.type == "metrics")
     for number, job_id, data in session.execute(query.order_by(EventRow.number)):
         seen = max(seen, number)
-        if job_id in jobs and data and "train_loss" in data:
+        if job_id not in jobs or not data:
+            continue
+        measured = {k: v for k, v in data.items() if k not in ("step", "total_steps", "train_loss")}
+        jobs[job_id]["metrics"] |= measured
+        if "train_loss" in data:
             jobs[job_id]["points"].append([data["step"], data["train_loss"]])
     for job in jobs.values():
         points = job["points"]

@@ -1,6 +1,6 @@
 """What has happened to the jobs of an engine, told until the HTTP process has written it down.
 
-Whatever a job adds to its lists (losses, validations, messages, checkpoints) and its end become
+Whatever a job adds to its lists (metrics, validations, messages, checkpoints) and its end become
 numbered facts. Reports carry those that are not acknowledged, so nothing is lost while the database
 refuses, or between a step and its record. A run that goes on from a checkpoint tells again what the
 checkpoint knows and the database lacks, before it says that it has started.
@@ -28,9 +28,9 @@ class JobFacts:
         self.checkpoints: list[int] = []  # steps with an adapter on disk, in this run
         self._untold: deque[Fact] = deque()  # not acknowledged
         self._count = 0
-        self._losses = min(losses_known, job.resumed_from)
+        self._steps = min(losses_known, job.resumed_from)
         self._validations = self._messages = self._checkpoints = 0
-        self._collect_losses()
+        self._collect_metrics()
         self._add("started", step=job.resumed_from)
         self._ended = False
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class JobFacts:
             backwarded=job.backwarded,
             tokens=job.earlier_tokens + job.tokens,
             tokens_per_s=job.tokens_per_s,
-            loss=job.losses[-1] if job.losses else None,
+            metrics=job.metrics[-1] if job.metrics else {},
             eta_s=job.eta_s,
             resumed_from=job.resumed_from,
             facts=facts,
@@ -74,7 +74,7 @@ class JobFacts:
     def _collect(self, status: str) -> None:
         if self._ended:
             return
-        self._collect_losses()
+        self._collect_metrics()
         for step in self.checkpoints[self._checkpoints :]:
             self._checkpoints += 1
             self._add("checkpoint", step=step)
@@ -85,13 +85,13 @@ class JobFacts:
             self._ended = True
             self._add("ended", text=self.job.reason, status=status)
 
-    def _collect_losses(self) -> None:
-        for loss in self.job.losses[self._losses :]:
-            self._losses += 1
-            self._add("loss", step=self._losses, value=loss)
-        for step, loss in self.job.validation_losses[self._validations :]:
+    def _collect_metrics(self) -> None:
+        for metrics in self.job.metrics[self._steps :]:
+            self._steps += 1
+            self._add("step", step=self._steps, metrics=metrics)
+        for step, metrics in self.job.validations[self._validations :]:
             self._validations += 1
-            self._add("validation", step=step, value=loss)
+            self._add("validation", step=step, metrics=metrics)
 
     def _add(self, kind: Any, **what: Any) -> None:
         self._count += 1

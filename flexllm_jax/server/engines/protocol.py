@@ -154,8 +154,8 @@ class AdapterState(msgspec.Struct, frozen=True, array_like=True):
 class Fact(msgspec.Struct, frozen=True, array_like=True):
     """Something that has happened to a job; `number` counts those of a run from 1.
 
-    loss        of optimizer step `step`: `value`
-    validation  after optimizer step `step`, its mean loss: `value`
+    step        optimizer step `step` is done: `metrics`, as the job's method measures them
+    validation  after optimizer step `step`: `metrics`
     started     this run goes on from `step`; 0: from the beginning
     checkpoint  of `step`: its adapter is on disk
     message     a warning: `text`
@@ -163,9 +163,9 @@ class Fact(msgspec.Struct, frozen=True, array_like=True):
     """
 
     number: int
-    kind: Literal["loss", "validation", "started", "checkpoint", "message", "ended"]
+    kind: Literal["step", "validation", "started", "checkpoint", "message", "ended"]
     step: int = 0
-    value: float = 0.0
+    metrics: dict[str, float] = {}
     text: str | None = None
     status: str = ""
 
@@ -178,7 +178,7 @@ class JobReport(msgspec.Struct, frozen=True, array_like=True):
     status                  running, paused, succeeded, failed or cancelled
     forwarded, backwarded   tokens computed in this run, validation's and repeated ones included
     tokens                  tokens of all finished optimizer steps, earlier runs' too
-    loss                    of the last optimizer step
+    metrics                 of the last optimizer step
     """
 
     name: str
@@ -190,7 +190,7 @@ class JobReport(msgspec.Struct, frozen=True, array_like=True):
     backwarded: int
     tokens: int
     tokens_per_s: float
-    loss: float | None
+    metrics: dict[str, float]
     eta_s: float | None
     resumed_from: int
     facts: list[Fact]

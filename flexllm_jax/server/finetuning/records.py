@@ -24,7 +24,7 @@ from flexllm_jax.server.finetuning.files import FileStore
 
 SHOWN_ROWS = 20  # of a file's bad ones, in events
 _NEAR = 16  # events read at once
-_VALUES = {"loss": "train_loss", "validation": "valid_loss"}  # of facts, in events
+_PREFIX = {"step": "train_", "validation": "valid_"}  # of what facts measure, in events
 
 
 class JobRecords:
@@ -53,15 +53,15 @@ class JobRecords:
             tell(session, job.id, text, level="warn")
         # What an earlier run has told, and this one knows from its checkpoint.
         told: dict[str, set[int]] = {}
-        for kind in {f.kind for f in facts if f.kind in _VALUES and f.step <= report.resumed_from}:
-            told[kind] = set(values_of(session, job.id, _VALUES[kind]))
+        for kind in {f.kind for f in facts if f.kind in _PREFIX and f.step <= report.resumed_from}:
+            told[kind] = set(values_of(session, job.id, f"{_PREFIX[kind]}loss"))
         adapters = []
         for fact in facts:
             match fact.kind:
-                case "loss" | "validation":
+                case "step" | "validation":
                     job.step = max(job.step, fact.step)
                     if fact.step > report.resumed_from or fact.step not in told[fact.kind]:
-                        self._note_loss(session, job, fact)
+                        self._note_metrics(session, job, fact)
                 case "started":
                     job.step = fact.step
                     if fact.step:
@@ -86,10 +86,11 @@ class JobRecords:
         found = [self._note_checkpoint(session, job, step) for step in steps]
         return [adapter for adapters in found for adapter in adapters]
 
-    def _note_loss(self, session: Session, job: JobRow, fact: Fact) -> None:
-        what = "training" if fact.kind == "loss" else "validation"
-        text = f"Step {fact.step}/{job.total_steps}: {what} loss={fact.value:.4f}"
-        data = {"step": fact.step, "total_steps": job.total_steps, _VALUES[fact.kind]: fact.value}
+    def _note_metrics(self, session: Session, job: JobRow, fact: Fact) -> None:
+        what = "training" if fact.kind == "step" else "validation"
+        text = f"Step {fact.step}/{job.total_steps}: {what} loss={fact.metrics['loss']:.4f}"
+        measured = {_PREFIX[fact.kind] + name: value for name, value in fact.metrics.items()}
+        data = {"step": fact.step, "total_steps": job.total_steps, **measured}
         tell(session, job.id, text, type="metrics", data=data)
 
     def _note_end(
@@ -99,7 +100,7 @@ class JobRecords:
             job.status, job.finished_at, job.trained_tokens = "succeeded", now(), report.tokens
             name, path = self._name(job), str(self._folder(job.id) / "adapter")
             job.fine_tuned_model, job.adapter_path = name, path
-            job.result_files = [self._write_losses(session, job)]
+            job.result_files = [self._write_metrics(session, job)]
             tell(session, job.id, f"New fine-tuned model created: {name}")
             tell(session, job.id, "The job has successfully completed")
             return [ServedAdapter(name, job.id, path, owner=job.owner)]
@@ -117,17 +118,21 @@ class JobRecords:
             return []
         name = f"{self._name(job)}:ckpt-step-{step}"
         path = str(self._folder(job.id) / "adapters" / f"step-{step}")
-        metrics = {"step": step, "train_loss": None} | losses_at(session, job.id, step)
+        metrics = {"step": step, "train_loss": None} | metrics_at(session, job.id, step)
         session.add(CheckpointRow(job_id=job.id, step=step, name=name, path=path, metrics=metrics))
         tell(session, job.id, f"Checkpoint created at step {step} with Snapshot ID: {name}")
         return [ServedAdapter(name, f"{job.id}.step-{step}", path, owner=job.owner)]
 
-    def _write_losses(self, session: Session, job: JobRow) -> str:
-        """Keep a job's losses as a CSV file; returns its id."""
+    def _write_metrics(self, session: Session, job: JobRow) -> str:
+        """Keep what a job's steps measured as a CSV file; returns its id."""
+        steps: dict[int, dict[str, float]] = {}
+        for data in _metrics_events(session, job.id):
+            steps.setdefault(data["step"], {}).update(_measured(data))
+        names = list(dict.fromkeys(name for row in steps.values() for name in row))
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["step", "train_loss"])
-        writer.writerows(sorted(losses_of(session, job.id).items()))
+        writer = csv.DictWriter(text, ["step", *names], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"step": step, **steps[step]} for step in sorted(steps))
         # A name that is the job's: however often this is tried, there is one file.
         file_id = f"file-{uuid.uuid5(uuid.NAMESPACE_OID, job.id).hex}"
         data = text.getvalue().encode()
@@ -152,9 +157,9 @@ def losses_of(session: Session, job_id: str) -> dict[int, float]:
     return values_of(session, job_id, "train_loss")
 
 
-def losses_at(session: Session, job_id: str, step: int) -> dict[str, float]:
-    """A step's losses by name. Looked for from the newest event on, which is near: a long job has
-    many events, and many checkpoints."""
+def metrics_at(session: Session, job_id: str, step: int) -> dict[str, float]:
+    """What a step and the validation after it measured, by name. Looked for from the newest event
+    on, which is near: a long job has many events, and many checkpoints."""
     query = (
         select(EventRow.data)
         .where(EventRow.job_id == job_id, EventRow.type == "metrics")
@@ -166,21 +171,30 @@ def losses_at(session: Session, job_id: str, step: int) -> dict[str, float]:
         if data is None:
             continue
         if data["step"] == step:
-            found = {name: data[name] for name in _VALUES.values() if name in data} | found
+            found = _measured(data) | found
         elif data["step"] < step and found:
             break
     return found
 
 
-def values_of(session: Session, job_id: str, name: str) -> dict[int, float]:
-    """What the events of a job say of one value, by step."""
+def _measured(data: dict[str, Any]) -> dict[str, float]:
+    """The metrics in an event's data."""
+    return {k: v for k, v in data.items() if k.startswith(tuple(_PREFIX.values()))}
+
+
+def _metrics_events(session: Session, job_id: str) -> list[dict[str, Any]]:
     query = (
         select(EventRow.data)
         .where(EventRow.job_id == job_id, EventRow.type == "metrics")
         .order_by(EventRow.number)
     )
-    rows = [data for data in session.scalars(query) if data and name in data]
-    return {data["step"]: data[name] for data in rows}
+    return [data for data in session.scalars(query) if data]
+
+
+def values_of(session: Session, job_id: str, name: str) -> dict[int, float]:
+    """What the events of a job say of one value, by step; of a step taken twice, the last."""
+    rows = _metrics_events(session, job_id)
+    return {data["step"]: data[name] for data in rows if name in data}
 
 
 def finished_adapters(session: Session) -> Iterator[ServedAdapter]:

@@ -27,7 +27,8 @@ _READ_AT_ONCE = 1000  # events: the database's one thread is soon free for other
 def describe_job(job: JobRow, organization: str) -> dict[str, Any]:
     """A job as OpenAI shows it."""
     request = job.request
-    method = {"type": "supervised", "supervised": {"hyperparameters": job.hyperparameters}}
+    kind = (request.get("method") or {}).get("type", "supervised")
+    method = {"type": kind, kind: {"hyperparameters": job.hyperparameters}}
     return {
         "id": job.id,
         "object": "fine_tuning.job",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
-from flexllm_jax.config import ALL_MODULES, Config, LoraInit, TargetModule, ranks_taken
+from flexllm_jax.config import ALL_MODULES, METHODS, Config, LoraInit, TargetModule, ranks_taken
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
 
@@ -36,11 +36,24 @@ _TAGS = Field(max_length=50, fail_fast=True)
 
 
 class Hyperparameters(Body):
-    """OpenAI's."""
+    """OpenAI's. One that a method does not have is refused: it would be without effect."""
 
+    model_config = ConfigDict(extra="forbid")
     n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
     batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = "auto"
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
+
+
+class BetaHyperparameters(Hyperparameters):
+    """OpenAI's of DPO; IPO has the same."""
+
+    beta: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
+
+
+class SimpoHyperparameters(BetaHyperparameters):
+    """SimPO's, which has a margin besides."""
+
+    gamma: Annotated[float, Field(ge=0, le=1e6)] | Auto = "auto"
 
 
 class Supervised(Body):
@@ -49,11 +62,33 @@ class Supervised(Body):
     hyperparameters: Hyperparameters | None = None
 
 
-class Method(Body):
-    """How to train."""
+class Preference(Body):
+    """Of a method that learns from pairs of answers."""
 
-    type: Literal["supervised"]
+    hyperparameters: BetaHyperparameters | None = None
+
+
+class Simpo(Body):
+    """Of SimPO."""
+
+    hyperparameters: SimpoHyperparameters | None = None
+
+
+class Method(Body):
+    """How to train. `ipo` and `simpo` are ours."""
+
+    type: Literal["supervised", "dpo", "ipo", "simpo"]
     supervised: Supervised | None = None
+    dpo: Preference | None = None
+    ipo: Preference | None = None
+    simpo: Simpo | None = None
+
+    @model_validator(mode="after")
+    def _of_its_type(self) -> Method:
+        for name in sorted(type(self).model_fields.keys() - {"type", self.type}):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is given, and type is {self.type}: leave one of them out")
+        return self
 
 
 class Wandb(Body):
@@ -109,11 +144,23 @@ class CreateJob(Body):
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
 
     @property
+    def method_type(self) -> str:
+        """How to train."""
+        return self.method.type if self.method else "supervised"
+
+    @property
     def chosen(self) -> Hyperparameters:
         """The hyperparameters, wherever they were given."""
-        supervised = self.method.supervised if self.method else None
-        given = supervised.hyperparameters if supervised else None
-        return given or self.hyperparameters or Hyperparameters()
+        own = getattr(self.method, self.method_type, None)
+        given = (own.hyperparameters if own else None) or self.hyperparameters
+        return given or Hyperparameters()
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What its method is set to; what is left to choose is not there."""
+        common = Hyperparameters.model_fields
+        given = self.chosen.model_dump().items()
+        return {name: v for name, v in given if name not in common and v != "auto"}
 
     def check(self, config: Config) -> None:
         """ApiError 400 for what this server's adapters have no room for."""
@@ -124,6 +171,12 @@ class CreateJob(Body):
                 "integrations: this server is not connected to wandb; leave it out, or ask who "
                 "runs the server (trackers.wandb)",
                 param="integrations",
+            )
+        if self.train_on == "all" and METHODS[self.method_type].pairs:
+            raise ApiError(
+                400,
+                f"train_on: all is not for method {self.method_type}, which compares answers",
+                param="train_on",
             )
         most = bank.max_rank // ranks_taken(self.lora_init)
         if (self.lora_rank or 1) > most:
@@ -164,6 +217,7 @@ class CreateJob(Body):
         fields = {
             "name": name,
             "train_on": self.train_on,
+            "method": {"type": self.method_type, **self.settings},
             "peft": {
                 "r": rank,
                 "alpha": self.lora_alpha or 2.0 * rank,
@@ -181,6 +235,7 @@ class CreateJob(Body):
             "n_epochs": epochs,
             "batch_size": max(1, round(batch_tokens / mean_tokens)),
             "learning_rate_multiplier": rate / BASE_LEARNING_RATE,
+            **METHODS[self.method_type].model_validate(self.settings).model_dump(exclude={"type"}),
         }
         return fields, shown
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from flexllm_jax.config import Config
+from flexllm_jax.config import METHODS, Config
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.questions import questions
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
@@ -92,7 +92,7 @@ class FileValidation:
             for kind, file_id in files.items():
                 if file_id is not None:
                     loaded[kind] = await loop.run_in_executor(
-                        self._threads, self._load, file_id, limit, body.train_on, stopping
+                        self._threads, self._load, file_id, limit, body, stopping
                     )
         except DatasetError as error:
             reason = str(error).replace(f"{self._files.folder}/", "")
@@ -145,14 +145,18 @@ class FileValidation:
                 found += islice(bad, SHOWN_ROWS)
         return found
 
-    def _load(self, file_id: str, limit: int, train_on: Any, stopping: threading.Event) -> Dataset:
+    def _load(
+        self, file_id: str, limit: int, body: CreateJob, stopping: threading.Event
+    ) -> Dataset:
         path = self._files.path(file_id)
         return load_dataset(
             path,
             self._tokenizer,
             max_seq_len=limit,
-            train_on=train_on,
+            train_on=body.train_on,
             vocab_size=self._model.vocab_size,
             eos_token_ids=self._model.eos_token_ids,
+            pairs=METHODS[body.method_type].pairs,
+            max_pair_tokens=limit,
             go_on=lambda: not stopping.is_set(),
         )

@@ -24,8 +24,8 @@ def make_job(resumed_from=0):
         earlier_tokens=0,
         tokens=0,
         tokens_per_s=0.0,
-        losses=[1.0 / (n + 1) for n in range(resumed_from)],
-        validation_losses=[],
+        metrics=[{"loss": 1.0 / (n + 1)} for n in range(resumed_from)],
+        validations=[],
         messages=[],
         eta_s=None,
         resumed_from=resumed_from,
@@ -34,7 +34,7 @@ def make_job(resumed_from=0):
 
 
 def told(report):
-    return [(f.number, f.kind, f.step, f.value, f.text, f.status) for f in report.facts]
+    return [(f.number, f.kind, f.step, f.metrics, f.text, f.status) for f in report.facts]
 
 
 @given(st.lists(st.sampled_from(["loss", "checkpoint", "message", "report", "ack", "old ack"])))
@@ -44,9 +44,9 @@ def test_every_fact_is_told_until_it_is_acknowledged(actions):
     expected, heard, written = [("started", 0)], {}, 0
     for number, action in enumerate([*actions, "report"]):
         if action == "loss":
-            job.losses.append(float(number))
+            job.metrics.append({"loss": float(number)})
             job.step += 1
-            expected.append(("loss", job.step))
+            expected.append(("step", job.step))
         elif action == "checkpoint":
             facts.checkpoints.append(number)
             expected.append(("checkpoint", number))
@@ -72,8 +72,8 @@ def test_every_fact_is_told_until_it_is_acknowledged(actions):
 def test_a_run_that_goes_on_tells_what_the_checkpoint_knows_and_the_database_lacks():
     facts = JobFacts(make_job(resumed_from=5), losses_known=3)
     assert [(f.kind, f.step) for f in facts.report().facts] == [
-        ("loss", 4),
-        ("loss", 5),
+        ("step", 4),
+        ("step", 5),
         ("started", 5),
     ]
     ahead = JobFacts(make_job(resumed_from=5), losses_known=8)

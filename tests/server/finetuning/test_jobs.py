@@ -1,6 +1,7 @@
 """Finetuning through the unmodified openai SDK: files, jobs, events, checkpoints, adapters."""
 
 import contextlib
+import csv
 import io
 import json
 import os
@@ -156,10 +157,11 @@ def test_its_losses_are_those_of_the_python_api(client, trained, llm, tmp_path):
     )
     expected = llm.finetune(config).wait(120).losses
     content = client.files.content(trained.result_files[0]).read().decode()
-    lines = [line.split(",") for line in content.splitlines()]
-    assert lines[0] == ["step", "train_loss"]
-    assert [int(step) for step, _ in lines[1:]] == list(range(1, len(expected) + 1))
-    np.testing.assert_allclose([float(loss) for _, loss in lines[1:]], expected, rtol=1e-4)
+    rows = list(csv.DictReader(io.StringIO(content)))
+    assert list(rows[0]) == ["step", "train_loss", "train_gradient_norm", "valid_loss"]
+    assert [int(row["step"]) for row in rows] == list(range(1, len(expected) + 1))
+    np.testing.assert_allclose([float(row["train_loss"]) for row in rows], expected, rtol=1e-4)
+    assert [row["step"] for row in rows if row["valid_loss"]] == [rows[-1]["step"]]
 
 
 def test_its_tokens_and_loss_are_metrics(server, client, trained):
@@ -316,7 +318,7 @@ def test_lists_of_files_are_read_page_by_page(client):
         ({"model": "absent"}, "does not exist"),
         ({"training_file": "file-absent"}, "no such file"),
         ({"suffix": "a b"}, "suffix"),
-        ({"method": {"type": "dpo"}}, "supervised"),
+        ({"method": {"type": "reinforcement"}}, "supervised"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
         ({"extra_body": {"lora_rank": 9}}, "adapters.max_rank"),
         ({"extra_body": {"lora_rank": 5, "lora_init": "pissa"}}, "at most 4 with lora_init"),

@@ -23,7 +23,7 @@ from flexllm_jax.server.finetuning.database import (
     JobRow,
 )
 from flexllm_jax.server.finetuning.files import FileStore
-from flexllm_jax.server.finetuning.records import JobRecords, losses_at, losses_of
+from flexllm_jax.server.finetuning.records import JobRecords, losses_of, metrics_at
 from flexllm_jax.server.finetuning.reports import ReportWriter
 from tests.server.running import make_config
 
@@ -97,15 +97,15 @@ def world(tmp_path, monkeypatch):
 def report(*facts, run="a", resumed_from=0, first=1):
     numbered = [Fact(first + i, *fact) for i, fact in enumerate(facts)]
     status = numbered[-1].status or "running"
-    return JobReport(JOB, run, status, 0, 9, 0, 0, 70, 0.0, None, None, resumed_from, numbered)
+    return JobReport(JOB, run, status, 0, 9, 0, 0, 70, 0.0, {}, None, resumed_from, numbered)
 
 
 STARTED = ("started", 0)
-SUCCEEDED = ("ended", 0, 0.0, None, "succeeded")
+SUCCEEDED = ("ended", 0, {}, None, "succeeded")
 
 
 def loss(step, value=0.5):
-    return ("loss", step, value)
+    return ("step", step, {"loss": value})
 
 
 @contextmanager
@@ -237,11 +237,11 @@ def test_checkpoints_on_disk_are_found(world):
 
 def test_a_checkpoint_has_the_losses_of_its_step_and_reads_few_events(world):
     """However long the job is; of a step taken twice, the last."""
-    told = [loss(1), loss(2), ("validation", 2, 0.7), ("checkpoint", 2)]
+    told = [loss(1), loss(2), ("validation", 2, {"loss": 0.7}), ("checkpoint", 2)]
     told += [loss(step) for step in range(3, 2001)]
     world.write(report(*told))
     took = {}
-    for look in (losses_of, lambda s, job: losses_at(s, job, 2000)):
+    for look in (losses_of, lambda s, job: metrics_at(s, job, 2000)):
         began = time.perf_counter()
         found = world.run(lambda s, look=look: [look(s, JOB) for _ in range(5)])
         took[look] = time.perf_counter() - began
@@ -252,7 +252,7 @@ def test_a_checkpoint_has_the_losses_of_its_step_and_reads_few_events(world):
     assert rows[0].metrics == {"step": 2, "train_loss": 0.5, "valid_loss": 0.7}
     again = (("started", 0), loss(1), loss(2, 0.25), ("checkpoint", 4))
     world.write(report(*again, run="b"))
-    found = world.run(lambda s: losses_at(s, JOB, 2))
+    found = world.run(lambda s: metrics_at(s, JOB, 2))
     assert found["train_loss"] == 0.25
 
 
