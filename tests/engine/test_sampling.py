@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from flexllm_jax import SamplingParams
+from scheduler.latency import Sampling
 from tests.engines import (
     random_prompts,
     reference_greedy,
@@ -109,6 +110,27 @@ class TestDraws:
         for i, one in enumerate(output.outputs):
             single = SamplingParams(max_tokens=12, temperature=1.0, seed=40 + i, ignore_eos=True)
             assert llm.generate(PROMPT, single)[0].token_ids == one.token_ids
+
+
+@pytest.mark.parametrize(
+    ("params", "sampling", "logprobs"),
+    [
+        (SamplingParams(), Sampling.GREEDY, False),
+        (SamplingParams(logprobs=0), Sampling.GREEDY, True),
+        (SamplingParams(top_p=0.5, top_k=3), Sampling.GREEDY, False),
+        (SamplingParams(presence_penalty=0.1), Sampling.ADJUSTED, False),
+        (SamplingParams(min_tokens=3), Sampling.ADJUSTED, False),
+        (SamplingParams(temperature=0.1), Sampling.DRAWN, False),
+        (SamplingParams(temperature=0.1, repetition_penalty=1.1), Sampling.DRAWN, False),
+        (SamplingParams(temperature=0.1, top_k=3, logprobs=2), Sampling.FILTERED, True),
+        (SamplingParams(temperature=0.1, top_p=0.5), Sampling.FILTERED, False),
+        (SamplingParams(temperature=0.1, min_p=0.5), Sampling.FILTERED, False),
+    ],
+)
+def test_the_latency_model_is_told_what_a_request_needs(llm, params, sampling, logprobs):
+    llm.generate(PROMPT, params)
+    features, _, _ = llm.engine.scheduler.latency.recent[-1]
+    assert (features.sampling, features.logprobs) == (sampling, logprobs)
 
 
 def penalized_greedy(model, prompt, count, repetition=1.0, presence=0.0, frequency=0.0, banned=()):
