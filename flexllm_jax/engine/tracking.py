@@ -36,12 +36,14 @@ class JobTracking:
     def __init__(self, config: Config, loop: EngineLoop):
         self._config, self._loop = config, loop
         self._feeds: list[tuple[FinetuneJob, Feed]] = []
+        self._late: list[Feed] = []
 
     def follow(self, job: FinetuneJob) -> None:
         """Tell every tracker of a job that has been started."""
         chosen = list(self._config.trackers.chosen())
         if not chosen:
             return
+        self._feeds = [(job, feed) for job, feed in self._feeds if not feed.over]
         output = self._config.output_dir
         config = {"model": str(self._config.model.path), **job.config.model_dump(mode="json")}
         run = Run(_run_id(output / job.name, job), job.name, config, output.absolute())
@@ -56,15 +58,16 @@ class JobTracking:
         """Wait for what is to be told of jobs that have ended, while the engine still answers."""
         patience = _LAST_S + (_SAMPLES_S if self._config.trackers.samples else 0)
         by = time.monotonic() + patience
-        for job, feed in self._feeds:
-            if job.ended.is_set():
-                feed.join(by)
+        ended = [feed for job, feed in self._feeds if job.ended.is_set()]
+        for feed in ended:
+            feed.join(by)
+        self._late = [feed for feed in ended if not feed.over]
 
     def close(self) -> None:
-        """After the engine's end: tell the rest."""
-        by = time.monotonic() + _LAST_S
+        """After the engine's end: tell the rest, but wait no longer for who has not settled."""
+        now = time.monotonic()
         for _, feed in self._feeds:
-            feed.close(by)
+            feed.close(now if feed in self._late else now + _LAST_S)
 
 
 def _note(job: FinetuneJob, text: str, reason: str) -> None:

@@ -17,6 +17,7 @@ from flexllm_jax.llm import LLM, JobHandle
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.trackers import kinds as trackers
 
 _POLL_S = 0.1
 _SAMPLE_S = 0.5
@@ -39,6 +40,7 @@ def prepare(config: Config) -> Inputs:
     Raises the error of whatever cannot be used. Weights are left for the engine.
     """
     config.require_inputs()
+    trackers.require(config.trackers)
     path = config.model.path
     model = ModelConfig.from_hf(path)
     tokenizer = load_tokenizer(path)

@@ -59,6 +59,11 @@ class Feed:
         self._thread = threading.Thread(target=self._work, name=f"{kind} {run.id}", daemon=True)
         self._thread.start()
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, with or without the tracker's help."""
+        return not self._thread.is_alive()
+
     def join(self, by: float) -> None:
         """Wait for its end until time.monotonic() is `by`."""
         self._thread.join(max(0.0, by - time.monotonic()))

@@ -20,6 +20,7 @@ from flexllm_jax.config.trackers import WandbSection
 from flexllm_jax.errors import UserError
 from flexllm_jax.trackers.tracker import Logged, Run, Sample
 
+_ANSWER_S = 20.0  # that the service may take to begin a run; Python cannot end before
 _BLOCK, _HEAD = 32 * 1024, struct.Struct("<IHB")
 _WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4  # kinds of pieces
 
@@ -54,6 +55,7 @@ class WandbTracker:
             reinit="create_new",  # runs of other jobs in this process go on
             settings=wandb.Settings(
                 silent=True,
+                init_timeout=_ANSWER_S,
                 console="off",
                 disable_git=True,
                 save_code=False,

@@ -65,8 +65,12 @@ def train_in_two_parts(llama, folder, rows, kind, **trackers):
     while not checkpoint.exists() or (steps_told(first, kind) <= 20 and kind != "wandb"):
         assert job.status == "running"
         time.sleep(0.01)
-    if kind == "wandb":  # whose process writes to the end what it was told
+    if kind == "wandb":  # whose process writes a file when it is closed, a little later
         llm.close()
+        end = time.monotonic() + 10
+        while steps_told(first, kind) <= 20:
+            assert time.monotonic() < end
+            time.sleep(0.05)
     shutil.copytree(first, second)  # what a kill leaves
     llm.close()
     known = steps_told(second, kind)

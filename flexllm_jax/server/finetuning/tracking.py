@@ -69,12 +69,15 @@ class ServerTracking:
             self._feed(job)
 
     async def follow(self, job_id: str) -> None:
-        """Tell every tracker of a job that has been given to an engine; once."""
-        if job_id in self._feeds or not list(self._config.trackers.chosen()):
+        """Tell every tracker of a job that has been given to an engine, unless they are told."""
+        if self._followed(job_id) or not list(self._config.trackers.chosen()):
             return
         job = await self._database.until_written(partial(_begin, job_id=job_id))
-        if job is not None and job_id not in self._feeds:
+        if job is not None and not self._followed(job_id):
             self._feed(job)
+
+    def _followed(self, job_id: str) -> bool:
+        return any(not feed.over for feed in self._feeds.get(job_id, ()))
 
     async def close(self, timeout_s: float) -> None:
         """Tell what there is, as far as that goes in `timeout_s`."""
@@ -95,7 +98,8 @@ class ServerTracking:
             **{name: value for name, value in (job.config or {}).items() if name not in _HIDDEN},
             "metadata": job.request.get("metadata"),
         }
-        folder, feeds = self._config.output_dir.absolute(), []
+        folder, feeds = self._config.output_dir.absolute(), self._feeds.setdefault(job.id, [])
+        feeds.clear()
         for kind, section in self._config.trackers.chosen():
             wanted = asked.get(kind, {})
             run = Run(
@@ -110,7 +114,6 @@ class ServerTracking:
             found = partial(self._found, job.id, kind)
             read = _Reader(self, job.id)
             feeds.append(Feed(kind, tracker, run, read, note, found, partial(self._done, job.id)))
-        self._feeds[job.id] = feeds
 
     # -- in the feeds' threads --------------------------------------------------------------------
 
@@ -144,18 +147,21 @@ class ServerTracking:
             self._loop.call_soon_threadsafe(self._told)
 
     def _done(self, job_id: str) -> None:
-        """A feed has ended."""
-        feeds = self._feeds[job_id]
-        if all(feed.complete for feed in feeds):
-            self._tell_done(job_id)
+        """A tracker knows how a job ended; with the last of them it need not be followed again."""
+        feeds = self._feeds.get(job_id, [])
+        if len(feeds) < len(list(self._config.trackers.chosen())):
+            return
+        if not all(feed.complete for feed in feeds):
+            return
 
-    def _tell_done(self, job_id: str) -> None:
         def note(session: Session) -> None:
             if (job := find_job(session, job_id)) is not None and job.status in ENDED:
                 job.tracked = True
 
-        self.run(note)
-        del self._feeds[job_id]
+        try:
+            self.run(note)
+        except (DatabaseUnavailable, RuntimeError) as error:  # the next start follows it again
+            log.warning("job %s: the end of its tracking is not written down: %s", job_id, error)
 
     # -- a look at outputs ------------------------------------------------------------------------
 
