@@ -7,7 +7,7 @@
 # make faults       a server under random faults for ten rounds: nothing may be lost; SEED=... repeats
 # make check        format, lint, types
 # make docs         builds the documentation in docs/_build/html; a warning is an error
-# make gpu-compile  compiles every kernel and the engine's programs for H200 and A100, without a GPU
+# make gpu-compile  compiles every kernel and the engine's programs for H100, H200 and A100, without a GPU
 #                   (QUICK=1: for H200 alone, the kernels of one model, the programs of four layers)
 # make bench        measures against transformers + PEFT on this CPU
 # make lock         finds the versions to test with, for every Python (.ci/constraints/py*.txt)

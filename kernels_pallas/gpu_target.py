@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -80,10 +81,12 @@ class CompiledProgram:
 
     kernels: the Pallas kernels. launches: device operations of one run (loops counted once).
     outside_graphs: those that no CUDA graph holds, by kind and name. aliased, donated: bytes that
-    the program updates in place, and that it was given to.
+    the program updates in place, and that it was given to. traced_s: processor time of tracing and
+    lowering, seconds.
     """
 
     temp: int
+    traced_s: float
     aliased: int
     donated: int
     kernels: tuple[Kernel, ...]
@@ -108,21 +111,17 @@ class CompiledProgram:
         return asdict(self)
 
 
-def compile_only(
-    target: Target,
-    function: Callable,
-    arguments: tuple,
-    donated: tuple[int, ...] = (),
-    options: dict[str, str | bool] | None = None,
-) -> jax.stages.Compiled:
-    """XLA's program of a function of abstract arguments for the target, which can be looked at and
-    not be run."""
+def lower_only(
+    target: Target, function: Callable, arguments: tuple, donated: tuple[int, ...] = ()
+) -> jax.stages.Lowered:
+    """A function of abstract arguments traced and lowered for the target; what it compiles to can
+    be looked at and not be run."""
     placed = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target.sharding), arguments
     )
     jitted = jax.jit(function, donate_argnums=donated, keep_unused=True)
     with use_abstract_mesh(target.mesh):
-        return jitted.lower(*placed).compile(compiler_options=options)
+        return jitted.lower(*placed)
 
 
 def compile_for(
@@ -131,7 +130,10 @@ def compile_for(
     """Compile a function of abstract arguments (pytrees of ShapeDtypeStruct) for the target."""
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-        compiled = compile_only(target, function, arguments, donated, options)
+        started = time.thread_time()
+        lowered = lower_only(target, function, arguments, donated)
+        traced_s = time.thread_time() - started
+        compiled = lowered.compile(compiler_options=options)
         # The last list is the one with graphs; XLA writes no second one for very short programs.
         thunks = sorted(Path(folder).glob("*.thunk_sequence*.txt"), key=lambda f: len(f.name))[-1]
         shared, launches, outside = _read_thunks(thunks.read_text(encoding="utf-8"))
@@ -141,6 +143,7 @@ def compile_for(
     assert memory is not None
     return CompiledProgram(
         temp=memory.temp_size_in_bytes,
+        traced_s=round(traced_s, 3),
         aliased=memory.alias_size_in_bytes,
         donated=sum(
             math.prod(x.shape) * x.dtype.itemsize

@@ -9,6 +9,7 @@ import pytest
 
 from flexllm_jax.experiments.gpu.compile import TARGETS, Compilation, chips, compile_all
 from flexllm_jax.experiments.gpu.first_contact import essential_cases
+from flexllm_jax.experiments.gpu.growth import grown, record
 from flexllm_jax.experiments.gpu.kernels import kernel_cases
 from flexllm_jax.experiments.gpu.llama_8b import write_config
 from flexllm_jax.experiments.gpu.tuning import keys_and_cases
@@ -18,7 +19,7 @@ from kernels_pallas.check import relative_error, widened
 
 
 def test_the_chips_are_described() -> None:
-    assert chips() == ["a100", "h200"]
+    assert chips() == ["a100", "h100", "h200"]
     for chip in chips():
         assert "gpu_device_info" in (TARGETS / f"{chip}.txtpb").read_text()
 
@@ -36,6 +37,18 @@ def test_what_does_not_compile_is_a_row_with_its_fault() -> None:
         ("h200", "engine", "two"),
     ]
     assert all(len(row["faults"]) == 1 for row in rows)
+
+
+def test_a_program_that_grows_is_told(tmp_path) -> None:
+    row: dict[str, Any] = {"chip": "h200", "kind": "engine", "name": "unit/loss", "launches": 60}
+    row |= {"outside_graphs": {"kWhile ": 1}, "temp": 2**20, "kernels": []}
+    versions, file = {"jax": "1"}, tmp_path / "compiled.json"
+    record([row, {"chip": "h200", "faults": ["fails"]}], versions, file)
+    assert grown([row | {"launches": 63, "temp": 2**20 + 99}], versions, file) == []
+    assert grown([row | {"launches": 64}, row | {"name": "new"}], versions, file) == [
+        "h200/engine/unit/loss: launches 60 -> 64"
+    ]
+    assert grown([row | {"launches": 64}], {"jax": "2"}, file) == []
 
 
 def test_first_contact_takes_cases_of_every_kernel_that_there_are() -> None:

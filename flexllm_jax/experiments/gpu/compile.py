@@ -26,7 +26,7 @@ from flexllm_jax.engine.programs import list_programs
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.experiments.gpu.llama_8b import write_config
 from flexllm_jax.models.config import ModelConfig
-from kernels_pallas.backend import Backend
+from kernels_pallas.backend import Backend, chip_name
 from kernels_pallas.cases import KERNELS, arg_specs
 from kernels_pallas.gpu_target import CompiledProgram, Target, compile_for
 
@@ -42,9 +42,11 @@ _ENGINE_PROGRAMS = (
     "sample/drawn/256",
     "sample/filtered/256",
     "logprobs/256",
+    "unit/score",
     "unit/loss",
     "unit/layer",
     "optimizer_step",
+    "commit",
     "begin_backward",
     "clear",
 )
@@ -91,13 +93,13 @@ class Compilation:
 
 def kernel_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation]:
     """Every case of every kernel, or those of one model and of odd shapes."""
-    backend = Backend("pallas", target.name)
+    backend = Backend("pallas", chip_name(target.name))
     key = jax.eval_shape(lambda: jax.random.key(0))
     for kernel in KERNELS:
         for case in arg_specs(kernel).CASES:
             skipped = quick and "/tp" in case.name and "llama-3.1-8b/tp1" not in case.name
             name = f"{kernel}/{case.name}"
-            if match in name and target.name in case.chips and not skipped:
+            if match in name and chip_name(target.name) in case.chips and not skipped:
                 arguments = jax.eval_shape(case.make, key)
                 function = partial(case.function, backend=backend)
                 yield Compilation(kernel, case.name, target, function, arguments, case.donated)
@@ -110,7 +112,7 @@ def engine_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation
     if quick:
         model = replace(model, num_layers=_QUICK_LAYERS)  # they are all alike
     config = Config.model_validate(_ENGINE_CONFIG)
-    sizes = EngineSizes.from_config(config, model, "gpu", Backend("pallas", target.name))
+    sizes = EngineSizes.from_config(config, model, "gpu", Backend("pallas", chip_name(target.name)))
     for program in list_programs(sizes, _ENGINE_PAGES):
         if program.name in _ENGINE_PROGRAMS and match in f"engine/{program.name}":
             yield Compilation(

@@ -44,7 +44,7 @@ from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import KINDS, BankShape
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.gpu_target import Target, compile_only
+from kernels_pallas.gpu_target import Target, lower_only
 
 Row = dict[str, Any]
 STAGES = ("no optimization", "pruning", "rematerialization", "token-level")
@@ -160,7 +160,8 @@ class Compiler:
     def memory(self, function: Callable, arguments: tuple, donated: tuple[int, ...] = ()) -> Any:
         """`memory_analysis()` of the compiled function."""
         if self.target:
-            return compile_only(self.target, function, arguments, donated).memory_analysis()
+            lowered = lower_only(self.target, function, arguments, donated)
+            return lowered.compile().memory_analysis()
         jitted = jax.jit(function, donate_argnums=donated)
         return jitted.lower(*arguments).compile().memory_analysis()
 
