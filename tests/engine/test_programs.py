@@ -2,17 +2,21 @@
 (invariant 7; that nothing compiles is shown in `test_resume`, in a process of its own)."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.compile.buckets import Program, compile_programs
 from flexllm_jax.engine import runner as runner_module
+from flexllm_jax.engine.first_runs import run_all
 from flexllm_jax.engine.programs import list_programs
+from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.finetune.buffers import saved_columns
 from flexllm_jax.models.decoder import Decoder
@@ -167,3 +171,25 @@ def test_a_program_that_is_not_listed_is_an_error_at_the_start(llama, tmp_path, 
     monkeypatch.setattr(runner_module, "list_programs", without)
     with pytest.raises(RuntimeError, match=f"without the programs {name}:"):
         start_engine(llama, tmp_path)
+
+
+def test_every_program_runs_at_the_start_and_leaves_nothing(llm, monkeypatch):
+    ran = Counter()
+
+    def counted(name, program):
+        def run(*arguments):
+            ran[name] += 1
+            return program(*arguments)
+
+        return run
+
+    runner = Runner(llm.config, progress=False)
+    programs = {name: counted(name, program) for name, program in runner.programs.items()}
+    monkeypatch.setattr(runner, "programs", programs)
+    run_all(runner)
+    never = set(programs) - set(ran)
+    assert not {name for name in never if not name.startswith("zeros/")}  # those made the arrays
+    arrays = (runner.pages, runner.bank, runner.finetune, runner.pending, runner.history)
+    assert not any(np.asarray(array).any() for array in jax.tree.leaves(arrays))
+    assert llm.engine.start_seconds["first runs"] > 0
+    runner.close()

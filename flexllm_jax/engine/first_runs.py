@@ -1,0 +1,60 @@
+"""Every program runs once before service: what a device prepares for a program at its first run
+(modules, CUDA graphs, their memory) costs no request its latency, and fails at the start if at all.
+"""
+
+import jax
+import numpy as np
+
+from flexllm_jax.engine.runner import Runner
+from flexllm_jax.engine.sampler import SamplingRows
+from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.finetune.buffers import MicrobatchTable
+from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.finetune.optimizer import HYPERPARAMETERS
+
+
+def run_all(runner: Runner) -> None:
+    """Run every program on padding: all arrays end as they were, zeros. Waits for the device."""
+    _run_steps(runner)
+    _run_finetuning(runner)
+    jax.block_until_ready((runner.pages, runner.bank, runner.finetune, runner.history))
+
+
+def _run_steps(runner: Runner) -> None:
+    sizes, model = runner.sizes, runner.model
+    kv_slots = runner.num_pages * sizes.page_size
+    for bucket, shape in sizes.step_shapes.items():
+        _, vector = StepInputs.empty(shape, kv_slots, sizes.finetune_slots)
+        for variant in ("base", "adapters"):
+            hidden, sampled = runner.forward(variant, bucket, vector)
+        targets = np.zeros((2, bucket), np.int32)
+        targets[1] = -1
+        runner.prompt_logprobs(hidden, targets)
+        rows = SamplingRows.neutral(shape.samples, no_row=sizes.rows)
+        for full in (False, True):
+            runner.sample(sampled, rows, full=full)
+    nothing = np.zeros(model.vocab_size, np.int32)
+    runner.write_history(0, nothing, nothing.astype(bool))
+
+
+def _run_finetuning(runner: Runner) -> None:
+    sizes = runner.sizes
+    values, scales = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), tuple(sizes.adapter_row))
+    runner.write_adapter(1, values, scales)
+    runner.copy_adapter(1, 1)
+    runner.read_adapter(1)
+    own_scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
+    state = runner.new_job_state({})
+    weights = state["master"]
+    packed = MicrobatchTable.empty(sizes.finetune_slots)[1]
+    table, loss = runner.put((packed, Loss.of().packed()))
+    runner.begin_backward()
+    runner.score_unit(table, weights, own_scales, 0)
+    runner.loss_unit(table, loss, weights, own_scales, 0)
+    runner.layer_unit(0, table, weights, own_scales, 0)
+    runner.read_logprobs()
+    state = runner.commit(state, np.bool_(True))
+    state, _ = runner.optimizer_step(state, 1, np.full(len(HYPERPARAMETERS), 0.5, np.float32))
+    runner.copy_state(state)
+    runner.begin_backward()
+    runner.clear_finetune()
