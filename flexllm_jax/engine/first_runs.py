@@ -11,6 +11,7 @@ from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.optimizer import HYPERPARAMETERS
+from scheduler.latency import Sampling
 
 
 def run_all(runner: Runner) -> None:
@@ -31,8 +32,8 @@ def _run_steps(runner: Runner) -> None:
         targets[1] = -1
         runner.prompt_logprobs(hidden, targets)
         rows = SamplingRows.neutral(shape.samples, no_row=sizes.rows)
-        for full in (False, True):
-            runner.sample(sampled, rows, full=full)
+        for kind in Sampling:
+            runner.sample(sampled, rows, kind=kind, logprobs=True)
     nothing = np.zeros(model.vocab_size, np.int32)
     runner.write_history(0, nothing, nothing.astype(bool))
 
@@ -53,8 +54,10 @@ def _run_finetuning(runner: Runner) -> None:
     runner.loss_unit(table, loss, weights, own_scales, 0)
     runner.layer_unit(0, table, weights, own_scales, 0)
     runner.read_logprobs()
-    state = runner.commit(state, np.bool_(True))
-    state, _ = runner.optimizer_step(state, 1, np.full(len(HYPERPARAMETERS), 0.5, np.float32))
+    ranks = runner.put(np.zeros((len(weights), max(map(len, weights))), np.int32))
+    state = runner.commit(state, np.bool_(True), ranks)
+    values = np.full(len(HYPERPARAMETERS), 0.5, np.float32)
+    state, _ = runner.optimizer_step(state, 1, ranks, values)
     runner.copy_state(state)
     runner.begin_backward()
     runner.clear_finetune()
