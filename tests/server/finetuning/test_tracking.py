@@ -22,7 +22,7 @@ def events_of(client, job):
     return list(client.fine_tuning.jobs.list_events(job.id, limit=1000))
 
 
-def losses(client, job, name):
+def measured(client, job, name):
     """By step, from events."""
     found = {e.data["step"]: e.data[name] for e in events_of(client, job) if name in (e.data or {})}
     return sorted(found.items())
@@ -72,13 +72,18 @@ def test_a_job_is_tracked_over_a_kill_of_the_server(chat_llama, tmp_path, monkey
             assert time.monotonic() < end, server.output
             time.sleep(0.1)
         server.wait(lambda: read_tensorboard(folder)[1].get("samples"))
-        told, validated = (losses(client, job, name) for name in ("train_loss", "valid_loss"))
+        names = ("train_loss", "train_gradient_norm", "valid_loss")
+        told, norms, validated = (measured(client, job, name) for name in names)
         events = [event.message for event in events_of(client, job)]
         assert server.stop() == 0
     assert [step for step, _ in told] == list(range(1, 61))
     scalars, texts = read_tensorboard(folder)
     assert len(list(folder.glob("events*"))) == 2
-    for series, wanted in (("train/loss", told), ("validation/loss", validated)):
+    for series, wanted in (
+        ("train/loss", told),
+        ("train/gradient_norm", norms),
+        ("validation/loss", validated),
+    ):
         assert [step for step, _ in scalars[series]] == [step for step, _ in wanted]
         values = [value for _, value in wanted]
         assert [value for _, value in scalars[series]] == pytest.approx(values, rel=1e-6)
