@@ -51,7 +51,7 @@ def loss_unit(
     flow: dict,
     gradients: dict | None,
     table: Int[Array, "8 S"],
-    loss: Float[Array, " 5"],
+    loss: Float[Array, " L"],
     start: Int[Array, ""],
 ) -> tuple[dict, dict | None]:
     """Log-probabilities of the labels of a slice of tokens, and the gradient of their loss with
@@ -110,7 +110,7 @@ def _with_slice(logprobs: jax.Array, own: jax.Array, start: jax.Array) -> jax.Ar
 
 
 def _coefficients(
-    loss: Float[Array, " 5"],
+    loss: Float[Array, " L"],
     table: MicrobatchTable,
     logprob: Float[Array, " S"],
     start: Int[Array, ""],
