@@ -12,6 +12,8 @@ whole sequence G = sum of w (lp - q) and W = sum of w:
     ppo                  -min(r A, clip(r, low, high) A)                -r A, or 0 where clipped
     cispo                -k lp A, k = clip(r, low, high), a constant    -k A
     dro                  -(lp A - beta/2 (lp - q)^2)                    -A + beta (lp - q)
+    sapo                 -f(r) A, f(r) = 4/tau sigmoid(tau (r - 1)),    -f'(r) r A
+                         tau = tau_pos where A > 0, else tau_neg
     gspo                 as ppo with s = exp(G/W) in the place of r     -s A, or 0 where clipped
 
 and of a pair of a preferred (A = 1) and a rejected sequence (A = -1), counted at the preferred
@@ -22,8 +24,8 @@ one's first token:
     simpo                -log sigmoid(z), q = 0,                        -sigmoid(-z) beta A w/W
                          z = beta (G+/W+ - G-/W-) - gamma
 
-Sources: ppo arXiv 1707.06347, cispo 2506.13585, dro 2405.19107, gspo 2507.18071, dpo 2305.18290,
-ipo 2310.12036 (of mean log-probabilities, as TRL has it), simpo 2405.14734.
+Sources: ppo arXiv 1707.06347, cispo 2506.13585, dro 2405.19107, sapo 2511.20347, gspo 2507.18071,
+dpo 2305.18290, ipo 2310.12036 (of mean log-probabilities, as TRL has it), simpo 2405.14734.
 
 Losses are sums: what a job divides by is part of its optimizer step. All in float32. The functions
 take numpy's functions or jax.numpy's, so that what the device trains and what the host reports are
@@ -66,12 +68,15 @@ class LossTokens(NamedTuple):
 
 
 class LossSettings(NamedTuple):
-    """What a loss may be configured by: bounds of a ratio, beta, and SimPO's margin."""
+    """What a loss may be configured by: bounds of a ratio, beta, SimPO's margin, and SAPO's
+    temperatures."""
 
     low: float
     high: float
     beta: float
     gamma: float
+    tau_pos: float
+    tau_neg: float
 
 
 Formula = Callable[[LossTokens, LossSettings, ModuleType], tuple[Array, Array]]
@@ -103,6 +108,12 @@ def _cispo(t: LossTokens, s: LossSettings, xp: ModuleType) -> tuple[Array, Array
 def _dro(t: LossTokens, s: LossSettings, xp: ModuleType) -> tuple[Array, Array]:
     drift = t.logprob - t.reference
     return 0.5 * s.beta * drift**2 - t.logprob * t.advantage, s.beta * drift - t.advantage
+
+
+def _sapo(t: LossTokens, s: LossSettings, xp: ModuleType) -> tuple[Array, Array]:
+    ratio, tau = xp.exp(t.logprob - t.reference), xp.where(t.advantage > 0, s.tau_pos, s.tau_neg)
+    gate = _sigmoid(tau * (ratio - 1), xp)
+    return -_gain(4 / tau * gate, t, xp), -_gain(4 * gate * (1 - gate) * ratio, t, xp)
 
 
 def _dpo(t: LossTokens, s: LossSettings, xp: ModuleType) -> tuple[Array, Array]:
@@ -168,6 +179,7 @@ LOSSES: dict[str, LossKind] = {
     "ppo": LossKind(_ppo, _RATIO),
     "cispo": LossKind(_cispo, {"low": 0.0, "high": 4.0}),
     "dro": LossKind(_dro, {"beta": 0.05}),
+    "sapo": LossKind(_sapo, {"tau_pos": 1.0, "tau_neg": 1.05}),
     "gspo": LossKind(_gspo, _RATIO, of_sequences=True),
     "dpo": LossKind(_dpo, {"beta": 0.1}, of_sequences=True),
     "ipo": LossKind(_ipo, {"beta": 0.1}, of_sequences=True),
@@ -195,8 +207,9 @@ class Loss:
             if not math.isfinite(value):
                 raise ValueError(f"{key}={value} of the loss {name} must be a finite number")
         values = dict.fromkeys(LossSettings._fields, 0.0) | defaults | settings
-        if "beta" in defaults and values["beta"] <= 0:
-            raise ValueError(f"beta={values['beta']} of the loss {name} must be more than 0")
+        for key in ("beta", "tau_pos", "tau_neg"):
+            if key in defaults and values[key] <= 0:
+                raise ValueError(f"{key}={values[key]} of the loss {name} must be more than 0")
         if "high" in defaults and not 0 <= values["low"] <= values["high"]:
             raise ValueError(
                 f"low={values['low']} and high={values['high']} of the loss {name} must be bounds "
@@ -210,7 +223,8 @@ class Loss:
         return LOSSES[self.name].of_sequences
 
     def packed(self) -> np.ndarray:
-        """For the device: the loss's number in LOSSES and its settings, float32 [5]."""
+        """For the device: the loss's number in LOSSES and its settings, float32
+        [L]."""
         return np.array([list(LOSSES).index(self.name), *self.settings], np.float32)
 
     def evaluate(self, tokens: LossTokens) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +233,7 @@ class Loss:
         return loss, np.broadcast_to(coefficient, loss.shape)
 
 
-def coefficients(packed: Float[jax.Array, " 5"], tokens: LossTokens) -> Float[jax.Array, " U"]:
+def coefficients(packed: Float[jax.Array, " L"], tokens: LossTokens) -> Float[jax.Array, " U"]:
     """dL/dlogprob of tokens for the loss that `Loss.packed` names, on the device: one program
     serves all losses, and computes those few numbers for each of them."""
     settings = LossSettings(*packed[1:])

@@ -63,6 +63,9 @@ def reference(packed, logprobs):
             total = total - (ratio.clamp(s.low, s.high).detach() * lp * A[i]).sum()
         elif name == "dro":
             total = total - (lp * A[i] - s.beta / 2 * (lp - q[i]) ** 2).sum()
+        elif name == "sapo":
+            tau = torch.where(A[i] > 0, s.tau_pos, s.tau_neg)
+            total = total - (torch.sigmoid(tau * (ratio - 1)) * 4 / tau * A[i]).sum()
         elif name == "gspo":  # the gradient passes through the token's own log-probability
             of_all = torch.exp((w[i] * (lp - q[i])).sum() / w[i].sum()).detach()
             total = total + clipped(of_all * torch.exp(lp - lp.detach()), A[i])
@@ -125,7 +128,7 @@ def test_losses_and_coefficients_are_those_of_torch(name, far):
 
 
 def test_an_advantage_of_zero_gains_nothing_whatever_the_ratio():
-    for name in ("importance_sampling", "ppo", "cispo"):
+    for name in ("importance_sampling", "ppo", "cispo", "sapo"):
         packed = PackedMicrobatch((_datum(advantage=0.0, reference=-1e4),), Loss.of(name))
         with np.errstate(over="ignore", invalid="ignore"):
             loss, coefficients = packed.evaluate(np.float32([-1, -2, 0]))
