@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from flexllm_jax.config import ALL_MODULES, METHODS, Config, LoraInit, TargetModule, ranks_taken
 from flexllm_jax.server.http.body import Body
@@ -38,10 +38,18 @@ _TAGS = Field(max_length=50, fail_fast=True)
 class Hyperparameters(Body):
     """OpenAI's. One that a method does not have is refused: it would be without effect."""
 
-    model_config = ConfigDict(extra="forbid")
     n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
     batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = "auto"
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        for name in given if isinstance(given, dict) else ():  # pydantic would tell each of them
+            if name not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise ValueError(f"{name[:64]} is none of its hyperparameters, {known}")
+        return given
 
 
 class BetaHyperparameters(Hyperparameters):

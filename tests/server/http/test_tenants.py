@@ -87,6 +87,8 @@ def test_adapters_of_another_key_are_not_there(client, other, job):
 def test_metrics_name_a_keys_own_jobs_and_adapters(server, client, job):
     (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
     client.completions.create(model=checkpoint.fine_tuned_model_checkpoint, prompt="a")
+    client.completions.create(model="random", prompt="a")
+    server.wait(lambda: 'adapter="random"' in server.get("/metrics")[1], 10)
     server.wait(lambda: f"{job.id}.step-" in server.get("/metrics", KEY)[1], 10)
     tokens = server.metric("flexllm:finetune_tokens_total", KEY)
     loss = f'flexllm:finetune_loss{{job="{job.id}"}}'

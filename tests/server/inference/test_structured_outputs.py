@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import jsonschema
+import llguidance.hf as hf
 import numpy as np
 import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from flexllm_jax.engine import structured_outputs
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers, quote
 from flexllm_jax.server.inference.tool_calls import calls_of
 from tests.server.inference.test_tool_calls import parse
@@ -117,13 +117,13 @@ def test_some_function_has_to_be_called(client):
 
 def test_a_vocabulary_is_read_once_and_when_it_is_needed(tokenizer, monkeypatch):
     """It takes seconds: an engine's start does not wait for it, nor one request for another's."""
-    made, read = [], structured_outputs.from_tokenizer
+    made, read = [], hf.from_tokenizer
 
     def counted(*given):
         made.append(read(*given))
         return made[-1]
 
-    monkeypatch.setattr(structured_outputs, "from_tokenizer", counted)
+    monkeypatch.setattr(hf, "from_tokenizer", counted)
     matchers = TokenMatchers(tokenizer, 272, [tokenizer.eos_token_id])
     assert matchers.match_all(None, 2) == [None, None] and not made
     with ThreadPoolExecutor(4) as pool:
