@@ -247,6 +247,12 @@ class FinetuneJob:
     def restore(self, step: int, info: dict) -> None:
         """Go on from a checkpoint taken after optimizer step `step`. ValueError, naming the field,
         when its source cannot."""
+        if "metrics" not in info:  # an older checkpoint has these two alone
+            kept = zip(info["losses"], info["gradient_norms"], strict=True)
+            info = info | {
+                "metrics": [{"loss": loss, "gradient_norm": norm} for loss, norm in kept],
+                "validations": [(at, {"loss": loss}) for at, loss in info["validation_losses"]],
+            }
         self.source.restore(step, info)
         self._position = self.source.position()
         self.step = self.dispatched = self.resumed_from = step

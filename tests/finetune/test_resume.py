@@ -150,6 +150,19 @@ def test_a_checkpoint_that_does_not_say_what_it_was_made_with():
     assert refusal(make_job(LoraConfig(**LORA | {"alpha": 1.0})), info) is None
 
 
+def test_a_checkpoint_that_keeps_losses_alone():
+    """As versions wrote it that had one loss."""
+    job = make_job()
+    trained(job, 2)
+    info = info_of(job)
+    del info["metrics"], info["validations"], info["references"], info["validation"]
+    info |= {"losses": [2.0, 1.5], "gradient_norms": [0.3, 0.2], "validation_losses": [[2, 1.6]]}
+    later = make_job()
+    later.restore(2, info)
+    assert (later.losses, later.gradient_norms) == ([2.0, 1.5], [0.3, 0.2])
+    assert later.validation_losses == [(2, 1.6)]
+
+
 class TestTheRestOfTheData:
     """20 rows of 10 tokens; the first run does 3 steps of 4 rows."""
 
