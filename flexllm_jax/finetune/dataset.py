@@ -20,7 +20,7 @@ from flexllm_jax.finetune.source import Step
 
 
 class Method(Protocol):
-    """How rows of a dataset are trained on. A row is a sequence, or several (`data`)."""
+    """How rows of a dataset are trained on. Every row is as many sequences (`data`)."""
 
     loss: Loss
     # Whether the rows have to be scored under the weights that the job starts from.
@@ -35,8 +35,12 @@ class Method(Protocol):
         """What the gradient of a batch, and its loss, are divided by."""
         ...
 
-    def metrics(self, scored: list[tuple[PackedMicrobatch, np.ndarray]]) -> dict[str, float]:
-        """What is reported of a batch besides its loss."""
+    def measure(self, packed: PackedMicrobatch, logprob: np.ndarray) -> Any:
+        """What `metrics` needs of a microbatch."""
+        ...
+
+    def metrics(self, measured: list[Any]) -> dict[str, float]:
+        """What is reported of a batch besides its loss, from the measures of its microbatches."""
         ...
 
 
@@ -54,7 +58,10 @@ class Supervised:
         """The sum of weights: without any, the number of tokens to be said."""
         return float(sum(row.weights[1:].sum(dtype=np.float64) for row in rows))
 
-    def metrics(self, scored: list[tuple[PackedMicrobatch, np.ndarray]]) -> dict[str, float]:
+    def measure(self, packed: PackedMicrobatch, logprob: np.ndarray) -> None:
+        """Nothing."""
+
+    def metrics(self, measured: list[None]) -> dict[str, float]:
         """None."""
         return {}
 
@@ -64,18 +71,23 @@ class _Pass:
 
     def __init__(self, groups: Sequence[Sequence[Any]], divisor: float, *, backward: bool):
         self.groups, self.divisor, self.backward = groups, divisor, backward
-        self.scored: list[tuple[PackedMicrobatch, np.ndarray]] = []
+        self.scored = 0  # microbatches whose results are in
+        self._loss_sum = 0.0
+        self._measured: list[Any] = []
 
     @property
     def complete(self) -> bool:
         """Whether the results of all its microbatches are in."""
-        return len(self.scored) == len(self.groups)
+        return self.scored == len(self.groups)
+
+    def add(self, method: Method, packed: PackedMicrobatch, logprob: np.ndarray) -> None:
+        """Account for a microbatch's results; neither is kept."""
+        self._loss_sum += float(packed.evaluate(logprob)[0].sum(dtype=np.float64))
+        self._measured.append(method.measure(packed, logprob))
 
     def metrics(self, method: Method) -> dict[str, float]:
         """Mean loss, and what the method reports."""
-        losses = (packed.evaluate(logprob)[0] for packed, logprob in self.scored)
-        total = sum(float(loss.sum(dtype=np.float64)) for loss in losses)
-        return {"loss": total / self.divisor, **method.metrics(self.scored)}
+        return {"loss": self._loss_sum / self.divisor, **method.metrics(self._measured)}
 
 
 class DatasetSource:
@@ -110,6 +122,7 @@ class DatasetSource:
         self._references: list[tuple[float, ...]] = []  # of each of `_rows`
         self._number = {id(row): i for i, row in enumerate(rows)} if method.needs_reference else {}
         self._reference_pass: _Pass | None = None
+        self._found: dict[int, tuple[float, ...]] = {}  # references by id of the row, so far
 
     # -- handing over -----------------------------------------------------------------------------
 
@@ -167,30 +180,33 @@ class DatasetSource:
     def scored(self, packed: PackedMicrobatch, logprob: np.ndarray) -> dict[str, float] | None:
         """The results of a microbatch; they come in the order of `next`."""
         current = self._passes[0]
-        current.scored.append((packed, logprob))
+        if current is self._reference_pass:
+            self._keep_references(current.groups[current.scored], packed, logprob)
+        else:
+            current.add(self.method, packed, logprob)
+        current.scored += 1
         if not current.complete:
             return None
         self._passes.popleft()
         if packed.backward:
             self._scored.append(current)
         elif current is self._reference_pass:
-            self._keep_references(current)
+            self._references = [self._found.pop(id(row)) for row in self._rows]
         else:
             return current.metrics(self.method)
         return None
 
-    def _keep_references(self, scored: _Pass) -> None:
-        """The weighted sums of log-probabilities of the sequences of every row."""
-        found: dict[int, tuple[float, ...]] = {}
-        for rows, (packed, logprob) in zip(scored.groups, scored.scored, strict=True):
-            sums = iter(
-                float((datum.weight * own).sum(dtype=np.float64))
-                for datum, own in zip(packed.data, packed.split(logprob), strict=True)
-            )
-            for row in rows:
-                count = len(self.method.data(row, ()))
-                found[id(row)] = tuple(next(sums) for _ in range(count))
-        self._references = [found[id(row)] for row in self._rows]
+    def _keep_references(
+        self, rows: Sequence[Any], packed: PackedMicrobatch, logprob: np.ndarray
+    ) -> None:
+        """The weighted sums of log-probabilities of the sequences of a microbatch's rows."""
+        sums = [
+            float((datum.weight * own).sum(dtype=np.float64))
+            for datum, own in zip(packed.data, packed.split(logprob), strict=True)
+        ]
+        each = len(sums) // len(rows)  # sequences of a row
+        for number, row in enumerate(rows):
+            self._found[id(row)] = tuple(sums[number * each : (number + 1) * each])
 
     def stepped(self) -> dict[str, float]:
         """The metrics of the next step."""

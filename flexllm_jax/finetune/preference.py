@@ -36,20 +36,20 @@ class Preference:
         """The number of pairs."""
         return float(len(rows))
 
-    def metrics(self, scored: list[tuple[PackedMicrobatch, np.ndarray]]) -> dict[str, float]:
+    def measure(self, packed: PackedMicrobatch, logprob: np.ndarray) -> np.ndarray:
+        """Rewards of its answers, [pairs, 2]."""
+        gains = []
+        for datum, own in zip(packed.data, packed.split(logprob), strict=True):
+            gain = (datum.weight * (own - datum.reference)).sum(dtype=np.float64)
+            gains.append(gain if self.needs_reference else gain / (datum.weight.sum() or 1))
+        return self.loss.settings.beta * np.array(gains).reshape(-1, 2)
+
+    def metrics(self, measured: list[np.ndarray]) -> dict[str, float]:
         """Share of pairs whose preferred answer has more reward, mean difference, mean rewards."""
-        rewards = np.concatenate([self._rewards(*one) for one in scored])  # [pairs, 2]
-        preferred, rejected = rewards.T
+        preferred, rejected = np.concatenate(measured).T
         return {
             "accuracy": float(np.mean(preferred > rejected)),
             "margin": float(np.mean(preferred - rejected)),
             "reward_preferred": float(np.mean(preferred)),
             "reward_rejected": float(np.mean(rejected)),
         }
-
-    def _rewards(self, packed: PackedMicrobatch, logprob: np.ndarray) -> np.ndarray:
-        gains = []
-        for datum, own in zip(packed.data, packed.split(logprob), strict=True):
-            gain = (datum.weight * (own - datum.reference)).sum(dtype=np.float64)
-            gains.append(gain if self.needs_reference else gain / (datum.weight.sum() or 1))
-        return self.loss.settings.beta * np.array(gains).reshape(-1, 2)
