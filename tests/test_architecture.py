@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("flexllm_jax.compile",),
     ("flexllm_jax.peft",),
     ("flexllm_jax.models",),
-    ("flexllm_jax.trackers",),
+    ("flexllm_jax.trackers", "flexllm_jax.graders"),
     ("flexllm_jax.config",),
     ("flexllm_jax.errors", "flexllm_jax.version"),
     ("scheduler", "kernels_pallas"),

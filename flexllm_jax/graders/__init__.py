@@ -1,0 +1,42 @@
+"""Graders: a reward for a text that a model wrote.
+
+`make_grader` refuses, in one line, what cannot be used. What goes wrong with one sample is told in
+its grade. Nothing here knows an engine or a server: a model is a function that the caller hands in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flexllm_jax.config.graders import GraderConfig
+from flexllm_jax.graders.grade import Grade, Grader, GradingError, Sample, SampleError, Usage
+from flexllm_jax.graders.string_check import StringCheck
+
+__all__ = [
+    "Grade",
+    "Grader",
+    "GradingError",
+    "Sample",
+    "SampleError",
+    "Usage",
+    "make_grader",
+]
+
+
+def make_grader(
+    config: GraderConfig,
+    complete: Callable[..., Any] | None = None,
+    *,
+    field: str = "grader",
+) -> Grader:
+    """The grader that `config` tells of.
+
+    Args:
+        complete: asks a model; None: there is none to ask.
+        field: what the grader is called in messages.
+
+    Raises:
+        UserError: it cannot be used; the message is one line.
+    """
+    return StringCheck(config, field)
