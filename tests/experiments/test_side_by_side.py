@@ -10,9 +10,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexllm_jax.experiments.gpu.workload import engine_workload
+from flexllm_jax.experiments.side_by_side.epoch import compare_epoch, read_rows
 from flexllm_jax.experiments.side_by_side.peft import Theirs, make_model
-from flexllm_jax.experiments.side_by_side.report import plot, show
-from flexllm_jax.experiments.side_by_side.workload import random_tokens, write_rows
+from flexllm_jax.experiments.side_by_side.report import plot, plot_epoch, show, show_epoch
+from flexllm_jax.experiments.side_by_side.workload import (
+    EpochWorkload,
+    random_tokens,
+    write_rows,
+)
 from flexllm_jax.finetune.data import load_dataset
 
 WORKLOAD = engine_workload(dry_run=True)
@@ -68,3 +73,38 @@ def test_the_report(tmp_path) -> None:
     plot(RESULT, tmp_path / "plot.png")
     assert matplotlib.image.imread(tmp_path / "plot.png").shape[1] == 1650
     json.dumps(RESULT)
+
+
+def test_the_three_of_an_epoch_have_the_same_rows_and_loss(tmp_path) -> None:
+    """Padded, packed and on the engine, the first step's loss is the same number: the same tokens
+    count, and packed rows do not see each other."""
+    workload = EpochWorkload(
+        title="tiny",
+        hf_config=dict(WORKLOAD.hf_config, vocab_size=512),
+        batch_rows=6,
+        rank=4,
+        lr=1e-3,
+        token_buckets=[64],
+        finetune={"max_tokens": 512, "unit_tokens": 128, "checkpoint_every": 0},
+    )
+    file = tmp_path / "rows.jsonl"
+    words = [f"{i} and {i * i}" for i in range(2, 8)]
+    rows = [{"question": f"What is {w * (1 + i % 3)}?", "answer": w} for i, w in enumerate(words)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = compare_epoch(file, tmp_path, workload, slices=1, limit=None)
+    ours, padded, packed = (losses[0] for losses in result["mean_loss"].values())
+    assert padded == pytest.approx(ours, rel=1e-4) and packed == pytest.approx(ours, rel=1e-4)
+    assert result["tokens_that_count"] < result["tokens"] and result["rows"] == 6
+
+    console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
+    show_epoch(workload, result, console)
+    assert "Trainer, packed" in console.export_text()
+    plot_epoch(result, tmp_path / "plot.png")
+    assert matplotlib.image.imread(tmp_path / "plot.png").shape[1] == 900
+
+
+def test_a_row_without_an_answer_is_named(tmp_path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"question": "What?"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: needs `question` and `answer`"):
+        read_rows(file)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from flexllm_jax.experiments.side_by_side.workload import Workload
+from flexllm_jax.experiments.side_by_side.workload import EpochWorkload, Workload
 
 
 def show(workload: Workload, result: dict[str, Any], console: Console) -> None:
@@ -52,4 +52,44 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes[2].set_title("requests and job, seconds")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
+def show_epoch(workload: EpochWorkload, result: dict[str, Any], console: Console) -> None:
+    """Print an epoch's result as a table."""
+    table = Table(
+        title=f"{workload.title}, {result['rows']} rows, {result['tokens']:,} tokens, "
+        f"{result['tokens_that_count']:,} of them in the loss"
+    )
+    for column in ("", "seconds", "tokens in the loss per s", "mean loss", "ours ÷ theirs"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, seconds in result["seconds"].items():
+        ratio = result["ratio"].get(name)
+        loss = result["mean_loss"][name]
+        table.add_row(
+            name,
+            f"{seconds:.1f}",
+            f"{result['tokens_that_count'] / seconds:.0f}",
+            f"{sum(loss) / len(loss):.3f}",
+            f"{ratio:.2f}" if ratio else "",
+        )
+    console.print(table)
+
+
+def plot_epoch(result: dict[str, Any], file: Path) -> None:
+    """Tokens in the loss per second of the three: a bar for the epoch, a dot for each slice."""
+    matplotlib.use("agg")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for i, (name, seconds) in enumerate(result["seconds"].items()):
+        rates = result["counted_tokens_per_s"][name]
+        axis.bar(
+            name,
+            result["tokens_that_count"] / seconds,
+            color="#9aa5b1" if i else "#2f6fb0",
+            width=0.6,
+        )
+        axis.plot([i] * len(rates), rates, ".", color="black", markersize=4)
+    axis.set_title("tokens in the loss per second")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)

@@ -1,6 +1,6 @@
 """What `make bench` compares on a CPU: a random Llama of 33M parameters in float32."""
 
-from flexllm_jax.experiments.side_by_side.workload import Workload
+from flexllm_jax.experiments.side_by_side.workload import EpochWorkload, Workload
 
 SEQUENCE = 512
 WORKLOAD = Workload(
@@ -36,4 +36,19 @@ WORKLOAD = Workload(
         },
     },
     targets={"finetune": 0.9, "decode": 2.0},
+)
+EPOCH = EpochWorkload(
+    title=f"{WORKLOAD.title}: one epoch of LoRA",
+    hf_config=WORKLOAD.hf_config,
+    batch_rows=8,  # Trainer's default
+    rank=WORKLOAD.rank,
+    lr=2e-4,
+    token_buckets=[8, 256],
+    finetune={
+        "max_tokens": 2048,
+        "unit_tokens": 512,
+        "saved": "all",
+        "idle_step_ms": 10_000,
+        "checkpoint_every": 0,
+    },
 )

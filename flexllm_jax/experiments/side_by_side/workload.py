@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -43,6 +43,29 @@ class Workload:
     def sampling(self) -> SamplingParams:
         """Greedy, to the last token."""
         return SamplingParams(max_tokens=self.new_tokens, ignore_eos=True)
+
+
+class TokenRow(TypedDict):
+    """A row as transformers' collators take it; a label of -100 does not count."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class EpochWorkload:
+    """One epoch of LoRA on all linear layers with AdamW, `batch_rows` rows a step.
+
+    finetune: the engine's section of that name.
+    """
+
+    title: str
+    hf_config: dict
+    batch_rows: int
+    rank: int
+    lr: float
+    token_buckets: list[int]
+    finetune: dict[str, Any]
 
 
 def random_tokens(rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
