@@ -9,6 +9,10 @@ from flexllm_jax.version import __version__ as __version__
 # Said before transformers is imported: it would tell everybody that PyTorch is not installed, which
 # is not needed here.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+# Said before JAX makes its client of a GPU, which else takes three quarters of the memory; what is
+# left besides holds CUDA graphs, modules and cuBLAS' workspace. Both at once JAX refuses.
+if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & os.environ.keys():
+    os.environ["XLA_CLIENT_MEM_FRACTION"] = "0.92"
 
 if TYPE_CHECKING:
     from flexllm_jax.config import (

@@ -13,8 +13,6 @@ from pathlib import Path
 
 if "--dry-run" in sys.argv:
     os.environ["JAX_PLATFORMS"] = "cpu"
-# JAX's default is three quarters; CUDA graphs, cuBLAS and modules lie outside of its pool.
-os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
 
 import jax
 

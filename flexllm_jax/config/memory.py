@@ -33,7 +33,14 @@ class CacheSection(Section):
         default=0.9,
         gt=0,
         le=1,
-        description="Part of the device's memory the engine may use; unused if num_pages is set.",
+        description="Part of the device's memory the engine may use, of what JAX may (on a GPU 92 "
+        "percent, unless XLA_CLIENT_MEM_FRACTION says otherwise).",
+    )
+    budget_gb: Float | None = Field(
+        default=None,
+        gt=0,
+        description="Memory the engine may use on each device, GB (1e9 bytes), in place of "
+        "memory_fraction. null: that.",
     )
     prefix_caching: Bool = Field(
         default=True,

@@ -13,6 +13,7 @@ from flexllm_jax.compile.layer_graph import LayerGraph, trace_layer
 from flexllm_jax.compile.remat import Plan, all_plans, make_plan
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.memory import fixed_parts
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.finetune.backward import job_bypass
 from flexllm_jax.finetune.buffers import saved_columns
@@ -63,8 +64,8 @@ def choose_saved(config: Config, sizes: EngineSizes, available: float) -> Engine
     Args:
         config: the whole configuration.
         sizes: everything else.
-        available: bytes the engine may use; only `auto` looks at them. Of what weights and
-            adapters leave it takes what the KV pages could never use, and a quarter in any case.
+        available: bytes the engine may use; only `auto` looks at them. Of what all else leaves it
+            takes what the KV pages could never use, and a quarter in any case.
     """
     saved = config.finetune.saved
     if not isinstance(saved, str):
@@ -76,8 +77,7 @@ def choose_saved(config: Config, sizes: EngineSizes, available: float) -> Engine
         return with_saved(sizes, make_plan(graph, inf).saved)
     smallest = with_saved(sizes, ())
     pages = config.cache.num_pages or sizes.wanted_pages
-    taken = (sizes.parameters, sizes.bank_arrays, smallest.finetune_arrays, smallest.pending_arrays)
-    left = available - tree_bytes(taken)
+    left = available - sum(fixed_parts(config, smallest).values())
     spare = left - pages * tree_bytes(sizes.pages(1))
     budget = spare if config.cache.num_pages else max(spare, _AUTO_SHARE * left)
     budget *= sizes.devices

@@ -9,11 +9,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Float, Int
 
 from flexllm_jax.compile.buckets import CompilationCounter, compile_programs, use_persistent_cache
@@ -21,7 +21,12 @@ from flexllm_jax.compile.kept import KeptPrograms
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.activations import choose_saved
-from flexllm_jax.engine.cache import MemoryPlan, device_memory, plan_memory, tree_bytes
+from flexllm_jax.engine.memory import (
+    MemoryPlan,
+    compiled_temporaries,
+    memory_budget,
+    plan_memory,
+)
 from flexllm_jax.engine.placement import plan_placement
 from flexllm_jax.engine.programs import head_parameters, list_programs, sampling_program
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
@@ -62,7 +67,7 @@ class Runner:
         self.model = ModelConfig.from_hf(config.model.path)
         self.device = jax.local_devices()[0]
         backend = select_backend(config.kernels, self.device)
-        available = least_of_all(device_memory(self.device)) * config.cache.memory_fraction
+        available = memory_budget(config, self.device)
         platform = self.device.platform
         placement = plan_placement(
             config,
@@ -73,19 +78,15 @@ class Runner:
         )
         sizes = EngineSizes.from_config(config, self.model, platform, backend, placement)
         self.sizes = choose_saved(config, sizes, available)
+        memory = plan_memory(config, self.sizes, available)
         self.start_seconds: dict[str, float] = {}
         with self._timed("weights"):
             self.params = jax.block_until_ready(self._load(config))
-        self.memory = self._plan(config, int(available))
-        self.num_pages = self.memory.num_pages
         # Compiled before the pages take what memory there is: XLA tries kernels out on arrays of
         # its own.
         with self._timed("programs"):
-            self.programs = compile_programs(
-                list_programs(self.sizes, self.num_pages),
-                progress=progress,
-                kept=self._kept(config),
-            )
+            self.memory, self.programs = self._compile(config, memory, progress)
+        self.num_pages = self.memory.num_pages
         self._check_lattice()
         with self._timed("arrays"):
             self._allocate()
@@ -118,11 +119,31 @@ class Runner:
         yield
         self.start_seconds[phase] = time.monotonic() - started
 
-    def _kept(self, config: Config) -> KeptPrograms | None:
+    def _compile(
+        self, config: Config, memory: MemoryPlan, progress: bool
+    ) -> tuple[MemoryPlan, dict[str, jax.stages.Compiled]]:
+        """The programs, for as many pages as they leave room for while they run: those that need
+        more of it than was reckoned are compiled again, for fewer."""
+        while True:
+            kept = self._kept(config, memory.num_pages)
+            listed = list_programs(self.sizes, memory.num_pages)
+            programs = compile_programs(listed, progress=progress, kept=kept)
+            temporaries = compiled_temporaries(programs.values())
+            measured = replace(memory, parts={**memory.parts, "temporaries": temporaries})
+            if measured.total <= memory.available:
+                return measured, programs
+            log.info(
+                "compiled programs need %.1f MiB while they run, %.1f were reckoned: they are "
+                "compiled again for fewer KV pages",
+                *(temporaries / 2**20, memory.parts["temporaries"] / 2**20),
+            )
+            memory = plan_memory(config, self.sizes, memory.available, temporaries)
+
+    def _kept(self, config: Config, num_pages: int) -> KeptPrograms | None:
         folder = config.compile.cache_dir
         if folder is None or self.sizes.placement:  # those of one device alone
             return None
-        return KeptPrograms(folder, repr((self.sizes, self.num_pages)), self.device)
+        return KeptPrograms(folder, repr((self.sizes, num_pages)), self.device)
 
     # -- arrays -----------------------------------------------------------------------------------
 
@@ -132,18 +153,6 @@ class Runner:
         if config.model.load_format == "dummy":
             return random_parameters(self.model, self.sizes.dtype, where)
         return load_parameters(config.model.path, self.model, self.sizes.dtype, where)
-
-    def _plan(self, config: Config, available: int) -> MemoryPlan:
-        sizes = self.sizes
-        return plan_memory(
-            available,
-            weights=tree_bytes(self.params),
-            adapters=tree_bytes(sizes.bank_arrays),
-            finetuning=tree_bytes((sizes.finetune_arrays, sizes.pending_arrays)),
-            page_bytes=tree_bytes(sizes.pages(1)),
-            wanted_pages=sizes.wanted_pages,
-            fixed_pages=config.cache.num_pages,
-        )
 
     def _allocate(self) -> None:
         self.bank, self.finetune, self.pending, self.pages, requests = (
@@ -387,10 +396,3 @@ class Runner:
 @cache
 def _gather(everywhere: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(lambda array: array, out_shardings=everywhere)
-
-
-def least_of_all(count: int) -> int:
-    """The smallest of the processes' numbers, to 2**20."""
-    if jax.process_count() == 1:
-        return count
-    return int(process_allgather(np.int32(count >> 20)).min()) << 20

@@ -25,7 +25,7 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from scheduler.latency import Sampling
 
-_ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64
 _TOP_AT_ONCE = 16  # the most that XLA has a kernel for on a GPU; it sorts all for one more
 
 
@@ -220,7 +220,7 @@ def prompt_logprobs(
     """Log-probability of each row's target and the most likely tokens, a few rows of logits at a
     time. targets: the tokens, and the rows of the bank (or -1)."""
     num_tokens = hidden.shape[0]
-    rows = min(_ROWS_AT_ONCE, num_tokens)
+    rows = min(ROWS_AT_ONCE, num_tokens)
     padding = -num_tokens % rows
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[1])
     targets, adapter = jnp.pad(targets, ((0, 0), (0, padding))).reshape(2, -1, rows)

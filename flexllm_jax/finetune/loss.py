@@ -19,7 +19,7 @@ from flexllm_jax.models.decoder import Decoder
 from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
 
-_VOCABULARY_CHUNK = 4096
+VOCABULARY_CHUNK = 4096
 
 
 def score_unit(
@@ -186,7 +186,7 @@ class _Head(NamedTuple):
 
     @property
     def _chunk(self) -> int:
-        return min(_VOCABULARY_CHUNK, self.weight.shape[0])
+        return min(VOCABULARY_CHUNK, self.weight.shape[0])
 
     @property
     def _chunks(self) -> int:

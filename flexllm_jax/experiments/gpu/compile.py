@@ -105,14 +105,19 @@ def kernel_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation
                 yield Compilation(kernel, case.name, target, function, arguments, case.donated)
 
 
-def engine_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation]:
-    """The engine's programs at the size of Llama-3.1-8B, or of a few of its layers."""
+def engine_sizes(chip: str, quick: bool) -> EngineSizes:
+    """Those of the engine whose programs are compiled, with the first of its layers if `quick`."""
     with tempfile.TemporaryDirectory() as folder:
         model = ModelConfig.from_hf(write_config(Path(folder)))
     if quick:
         model = replace(model, num_layers=_QUICK_LAYERS)  # they are all alike
     config = Config.model_validate(_ENGINE_CONFIG)
-    sizes = EngineSizes.from_config(config, model, "gpu", Backend("pallas", chip_name(target.name)))
+    return EngineSizes.from_config(config, model, "gpu", Backend("pallas", chip_name(chip)))
+
+
+def engine_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation]:
+    """The engine's programs at the size of Llama-3.1-8B, or of a few of its layers."""
+    sizes = engine_sizes(target.name, quick)
     for program in list_programs(sizes, _ENGINE_PAGES):
         if program.name in _ENGINE_PROGRAMS and match in f"engine/{program.name}":
             yield Compilation(

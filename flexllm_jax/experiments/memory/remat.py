@@ -16,7 +16,7 @@ from flexllm_jax.compile.remat import Plan
 from flexllm_jax.compile.whole_layer import PAGES
 from flexllm_jax.config import Config
 from flexllm_jax.engine.activations import choose_saved
-from flexllm_jax.engine.cache import device_memory
+from flexllm_jax.engine.memory import memory_budget
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import select_backend
@@ -29,7 +29,7 @@ def planned_sizes(config: Config, device: Any) -> EngineSizes:
     model = ModelConfig.from_hf(config.model.path)
     backend = select_backend(config.kernels, device)
     sizes = EngineSizes.from_config(config, model, device.platform, backend)
-    return choose_saved(config, sizes, int(device_memory(device) * config.cache.memory_fraction))
+    return choose_saved(config, sizes, memory_budget(config, device))
 
 
 def activations(graph: LayerGraph, saved: tuple[str, ...]) -> list[Row]:

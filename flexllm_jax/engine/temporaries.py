@@ -1,0 +1,45 @@
+"""What the engine's programs need of a device's memory while they run, reckoned without compiling.
+
+The page pool is sized before anything is compiled, as programs are compiled for its size. These are
+upper bounds of what XLA has been seen to allocate: a forward's widest moment is its feed-forward, a
+backward unit's the feed-forward's gradients, sampling holds rows of logits, a loss unit a chunk of
+the head. Once programs are compiled the engine takes their own numbers (`memory.plan_memory`).
+"""
+
+from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.sampler import ROWS_AT_ONCE
+from flexllm_jax.engine.sizes import EngineSizes
+from flexllm_jax.finetune.loss import VOCABULARY_CHUNK
+
+_SLACK = 1.05
+_FLOAT = 4  # bytes of a float32
+# Rows of attention's outputs that decode keeps besides, float32: it splits long contexts.
+_PARTIAL_ROWS = 1024
+# Of the references, which stand in for the kernels on a CPU: queries of a block, and copies of it.
+_BLOCK, _BLOCK_ARRAYS = 64, 6
+
+
+def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
+    """Bytes on each device, by kind of program."""
+    local, item = sizes.decoder.config, sizes.dtype.itemsize
+    width, inner = local.d_model, local.d_ff
+    queries, vocabulary = local.num_heads * local.head_dim, sizes.model.vocab_size
+    shape = sizes.step_shapes[sizes.buckets[-1]]
+    tokens, unit = shape.tokens, sizes.unit_tokens
+    rows = max(shape.samples, min(ROWS_AT_ONCE, tokens))
+    chunk = min(VOCABULARY_CHUNK, vocabulary // sizes.devices)
+
+    forward = item * tokens * 3 * (inner + width) + _FLOAT * _PARTIAL_ROWS * queries
+    layer = item * unit * (7 * inner + 4 * width)
+    if sizes.backend.implementation == "xla":
+        blocks = tokens // _BLOCK + min(shape.sequences, tokens)
+        forward += _FLOAT * _BLOCK_ARRAYS * blocks * _BLOCK * queries
+        layer += _FLOAT * _BLOCK_ARRAYS * (unit // _BLOCK + 1) * _BLOCK * queries
+    reckoned = {
+        "forward": forward,
+        "sample": 2.4 * _FLOAT * rows * vocabulary,
+        "unit/loss": item * chunk * width + unit * (10 * chunk + 3 * _FLOAT * width),
+        "unit/layer": layer,
+        "optimizer_step": tree_bytes(sizes.adapter_row.weights),
+    }
+    return {name: int(_SLACK * size) for name, size in reckoned.items()}
