@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -78,15 +78,19 @@ def _follow(loc: Location, root: type[Section]) -> tuple[list[str], list[type[Se
     pydantic puts the `type` that was given between two keys; a name has none."""
     names: list[str] = []
     choice: list[type[Section]] = [root]
+    is_name = False  # of an item of a mapping
     for key in loc:
         chosen = [s for s in choice if len(choice) > 1 and s.model_fields["type"].default == key]
-        if chosen:
+        if chosen and not is_name:
             choice = chosen
             continue
         names.append(str(key))
-        if isinstance(key, str):
+        if isinstance(key, str) and not is_name:
             field = next((s.model_fields[key] for s in choice if key in s.model_fields), None)
             choice = sections_in(field.annotation) if field else []
+            is_name = field is not None and get_origin(field.annotation) is dict
+        else:
+            is_name = False
     return names, choice
 
 

@@ -9,9 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flexllm_jax.config.graders import GraderConfig
+from flexllm_jax.config.graders import (
+    GraderConfig,
+    MultiConfig,
+    StringCheckConfig,
+    TextSimilarityConfig,
+)
+from flexllm_jax.errors import UserError
 from flexllm_jax.graders.grade import Grade, Grader, GradingError, Sample, SampleError, Usage
+from flexllm_jax.graders.multi import Multi
 from flexllm_jax.graders.string_check import StringCheck
+from flexllm_jax.graders.text_similarity import TextSimilarity
 
 __all__ = [
     "Grade",
@@ -39,4 +47,16 @@ def make_grader(
     Raises:
         UserError: it cannot be used; the message is one line.
     """
-    return StringCheck(config, field)
+    match config:
+        case StringCheckConfig():
+            return StringCheck(config, field)
+        case TextSimilarityConfig():
+            return TextSimilarity(config, field)
+        case MultiConfig():
+            parts = {
+                name: make_grader(part, complete, field=f"{field}.graders.{name}")
+                for name, part in config.graders.items()
+            }
+            return Multi(parts, config.calculate_output, field)
+        case _:
+            raise UserError(f"{field}.type: {config.type} is not here yet")
