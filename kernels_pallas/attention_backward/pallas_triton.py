@@ -48,25 +48,11 @@ def attention_backward(
 ) -> tuple[Float[Array, "U N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """See `base.attention_backward`."""
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
-    token = first_row + jnp.arange(q.shape[0], dtype=jnp.int32)
-    live = sequence_starts <= token
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    rows = _Rows(
-        starts=jnp.where(live, sequence_starts, NEVER),
-        q=q,
-        d_out=d_out,
-        lse=jnp.where(live, lse.T * LOG2_E, jnp.inf),
-        minus_delta=jnp.where(live, -delta.T, 0.0),
+    ranges, rows = _prepare(
+        first_row, sequence_starts, q, d_out, out, lse, kv_slots.shape[0], backend
     )
-    bounds = jnp.stack(
-        [
-            first_row.astype(jnp.int32),
-            jnp.min(rows.starts),
-            jnp.max(jnp.where(live, token + 1, 0)),
-        ]
-    )
-    dq = _dq(bounds, rows, kv_slots, keys, values, backend)
-    return dq, *_dkv(bounds, rows, kv_slots, keys, values, dk, dv, backend)
+    dq = _dq(ranges, rows, kv_slots, keys, values, backend)
+    return dq, *_dkv(ranges, rows, kv_slots, keys, values, dk, dv, backend)
 
 
 def attention_of_slice(
@@ -81,55 +67,40 @@ def attention_of_slice(
     """See `base.attention_of_slice`: a program owns a block of queries of one head, as in dq."""
     unit_tokens, num_heads, head_dim = q.shape
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
-    token = first_row + jnp.arange(unit_tokens, dtype=jnp.int32)
-    live = sequence_starts <= token
-    starts = jnp.where(live, sequence_starts, NEVER)
-    ends = jnp.max(jnp.where(live, token + 1, 0))
-    bounds = jnp.stack([first_row.astype(jnp.int32), jnp.min(starts), ends])
     tile = dq_tiles(backend.chip, head_dim, q.dtype, unit_tokens, kv_slots.shape[0])
-    out, lse = pl.pallas_call(
+    return pl.pallas_call(
         partial(_attention_kernel, queries=tile["queries"], keys=tile["keys"]),
         grid=(pl.cdiv(unit_tokens, tile["queries"]), num_heads),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_heads, unit_tokens), jnp.float32),
+            jax.ShapeDtypeStruct((unit_tokens, num_heads), jnp.float32),
         ),
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
         name="attention_of_slice",
-    )(bounds, _keys_seen(bounds, starts, tile), starts, q, kv_slots, keys, values)
-    return out, lse.T
+    )(first_row.astype(jnp.int32).reshape(1), sequence_starts, q, kv_slots, keys, values)
 
 
 def _attention_kernel(
-    bounds_ref,
-    seen_ref,
-    starts_ref,
-    q_ref,
-    slots_ref,
-    k_ref,
-    v_ref,
-    out_ref,
-    lse_ref,
-    *,
-    queries: int,
-    keys: int,
-):
+    first_ref, starts_ref, q_ref, slots_ref, k_ref, v_ref, out_ref, lse_ref,
+    *, queries: int, keys: int,
+):  # fmt: skip
     """A block of one head's queries against the keys that they see, with an online softmax."""
     unit_tokens, num_heads, head_dim = q_ref.shape
     block, head = pl.program_id(0), pl.program_id(1)
     kv_head = lax.div(head, num_heads // k_ref.shape[1])
     row = block * queries + _iota(queries)
-    token = bounds_ref[0] + row
+    token = first_ref[0] + row
     inside = row < unit_tokens
     starts = _load(starts_ref.at[row], inside, NEVER)
-    live = starts < NEVER
+    live = inside & (starts <= token)
     q = _load_rows(q_ref, row, head, live)
+    span, seen = _keys_seen(starts, token, live, keys)
 
     def add_block(_, index, masked: bool, carry):
         total, maximum, accumulated = carry
         key = index * keys + _iota(keys)
-        read = _is_read(bounds_ref, key) if masked else None
+        read = span.holds(key) if masked else None
         slot = _load(slots_ref.at[key], read, 0)
         k, v = (_load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
         scores = _dot(q, k.T) * (head_dim**-0.5 * LOG2_E)
@@ -145,13 +116,12 @@ def _attention_kernel(
 
     zeros = jnp.zeros((queries,), jnp.float32)
     carry = (zeros, zeros + _LEAST, jnp.zeros(q.shape, jnp.float32))
-    seen = _Range.load(seen_ref, block)
     total, maximum, accumulated = seen.accumulate(add_block, 1, carry)
     total = jnp.where(live, total, 1.0)
     out = jnp.where(live[:, None], accumulated / total[:, None], 0.0)
     lse = jnp.where(live, (maximum + jnp.log2(total)) / LOG2_E, 0.0)
     _store_rows(out_ref, row, head, out, inside)
-    pltriton.store(lse_ref.at[(jnp.full(row.shape, head), row)], lse, mask=inside)
+    pltriton.store(lse_ref.at[(row, jnp.full(row.shape, head))], lse, mask=inside)
 
 
 class _Rows(NamedTuple):
@@ -169,6 +139,17 @@ class _Rows(NamedTuple):
     minus_delta: jax.Array
 
 
+class _Span(NamedTuple):
+    """The keys from `first` up to `end`: those that queries see, and only those hold numbers."""
+
+    first: jax.Array
+    end: jax.Array
+
+    def holds(self, key) -> jax.Array:
+        """Whether each key is one of them."""
+        return (key >= self.first) & (key < self.end)
+
+
 class _Range(NamedTuple):
     """Blocks [first, last), of which those in [full_first, full_last) need no mask: every query of
     a program sees every key."""
@@ -182,6 +163,11 @@ class _Range(NamedTuple):
     def load(cls, ref, block) -> "_Range":
         """A program's row of a table of ranges."""
         return cls(*(ref[block, i] for i in range(4)))
+
+    def store(self, ref, block) -> None:
+        """Write a program's row."""
+        for i, bound in enumerate(self):
+            ref[block, i] = bound
 
     def split(self, index, count) -> "_Range":
         """Part `index` of `count` equal parts."""
@@ -209,7 +195,94 @@ class _Range(NamedTuple):
         return over(full, lambda n: self.full_first + n, False, carry)
 
 
-def _dq(bounds, rows: _Rows, slots, keys, values, backend: Backend) -> jax.Array:
+class _Ranges(NamedTuple):
+    """What the queries of a slice see, as arrays.
+
+    bounds: the slice's first row, and the `_Span` of the keys that any of its queries sees. seen:
+    for each block of queries, the `_Range` of the blocks of keys that it sees [blocks, 4]. seeing:
+    for each block of keys, that of the blocks of queries that see it.
+    """
+
+    bounds: Int[Array, " 3"]
+    seen: Int[Array, "blocks 4"]
+    seeing: Int[Array, "blocks 4"]
+
+
+def _prepare(
+    first_row, starts, q, d_out, out, lse, slots: int, backend: Backend
+) -> tuple[_Ranges, _Rows]:
+    """All that the two kernels want to know of the slice, in one launch."""
+    unit_tokens, num_heads, head_dim = q.shape
+    dq = dq_tiles(backend.chip, head_dim, q.dtype, unit_tokens, slots)
+    dkv = dkv_tiles(backend.chip, head_dim, q.dtype, unit_tokens, slots)
+    blocks = pl.cdiv(unit_tokens, dq["queries"])
+    table = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    statistic = jax.ShapeDtypeStruct((num_heads, unit_tokens), jnp.float32)
+    *ranges, starts, lse, minus_delta = pl.pallas_call(
+        partial(_prepare_kernel, dq=dq, dkv=dkv),
+        grid=(blocks, num_heads),
+        out_shape=(
+            table((3,)),
+            table((blocks, 4)),
+            table((pl.cdiv(slots, dkv["keys"]), 4)),
+            table((unit_tokens,)),
+            statistic,
+            statistic,
+        ),
+        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=backend.interpret,
+        name="attention_backward_prepare",
+    )(first_row.astype(jnp.int32).reshape(1), starts, d_out, out, lse)
+    return _Ranges(*ranges), _Rows(starts, q, d_out, lse, minus_delta)
+
+
+def _prepare_kernel(
+    first_ref, starts_ref, d_out_ref, out_ref, lse_ref,
+    bounds_ref, seen_ref, seeing_ref, new_starts_ref, new_lse_ref, minus_delta_ref,
+    *, dq: dict[str, int], dkv: dict[str, int],
+):  # fmt: skip
+    """The statistics of a block of one head's queries; for the first head, what it sees. Blocks of
+    keys are shared out among the programs."""
+    unit_tokens = starts_ref.shape[0]
+    block, head = pl.program_id(0), pl.program_id(1)
+    first_row = first_ref[0]
+    row = block * dq["queries"] + _iota(dq["queries"])
+    inside, token = row < unit_tokens, first_row + row
+    starts = _load(starts_ref.at[row], inside, NEVER)
+    live = inside & (starts <= token)
+    out, d_out = (
+        _load_rows(ref, row, head, live).astype(jnp.float32) for ref in (out_ref, d_out_ref)
+    )
+    heads = jnp.full(row.shape, head)
+    lse = _load(lse_ref.at[(row, heads)], live, 0.0)
+    lse = jnp.where(live, lse * LOG2_E, jnp.inf)
+    pltriton.store(new_lse_ref.at[(heads, row)], lse, mask=inside)
+    minus_delta = -jnp.sum(out * d_out, axis=1)
+    pltriton.store(minus_delta_ref.at[(heads, row)], minus_delta, mask=inside)
+
+    @pl.when(head == 0)
+    def _():
+        pltriton.store(new_starts_ref.at[row], jnp.where(live, starts, NEVER), mask=inside)
+        _keys_seen(starts, token, live, dq["keys"])[1].store(seen_ref, block)
+
+    number, programs = block * pl.num_programs(1) + head, pl.num_programs(0) * pl.num_programs(1)
+
+    @pl.when(number < seeing_ref.shape[0])
+    def _():
+        table = _Table.of(starts_ref, first_row, dkv["queries"])
+        bounds = (first_row, *table.span)
+
+        @pl.when(number == 0)
+        def _():
+            for i, bound in enumerate(bounds):
+                bounds_ref[i] = bound
+
+        @pl.loop(number, seeing_ref.shape[0], step=programs)
+        def _(keys):
+            table.seeing(keys * dkv["keys"], dkv["keys"]).store(seeing_ref, keys)
+
+
+def _dq(ranges: _Ranges, rows: _Rows, slots, keys, values, backend: Backend) -> jax.Array:
     """Gradient of the queries."""
     unit_tokens, num_heads, head_dim = rows.q.shape
     tile = dq_tiles(backend.chip, head_dim, rows.q.dtype, unit_tokens, slots.shape[0])
@@ -223,7 +296,7 @@ def _dq(bounds, rows: _Rows, slots, keys, values, backend: Backend) -> jax.Array
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
         name="attention_backward_dq",
-    )(bounds, _keys_seen(bounds, rows.starts, tile), *rows, slots, keys, values)
+    )(ranges.bounds, ranges.seen, *rows, slots, keys, values)
     return jnp.sum(parts.reshape(splits, *rows.q.shape), axis=0).astype(rows.q.dtype)
 
 
@@ -258,7 +331,7 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
     _store_rows(dq_ref, split * unit_tokens + row, head, dq, inside)
 
 
-def _dkv(bounds, rows: _Rows, slots, keys, values, dk, dv, backend: Backend) -> tuple:
+def _dkv(ranges: _Ranges, rows: _Rows, slots, keys, values, dk, dv, backend: Backend) -> tuple:
     """The accumulators with this slice's share added, in place."""
     unit_tokens, _, head_dim = rows.q.shape
     tile = dkv_tiles(backend.chip, head_dim, rows.q.dtype, unit_tokens, slots.shape[0])
@@ -272,8 +345,8 @@ def _dkv(bounds, rows: _Rows, slots, keys, values, dk, dv, backend: Backend) -> 
         interpret=backend.interpret,
         name="attention_backward_dkv",
     )(
-        bounds,
-        _queries_seeing(bounds, rows.starts, slots.shape[0], tile),
+        ranges.bounds,
+        ranges.seeing,
         *rows,
         slots,
         keys,
@@ -377,55 +450,64 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
     return pltriton.dot(x, y, precision=precision)
 
 
-class _QueryBlocks(NamedTuple):
-    """For each block of queries: its first token, the first start and the last token of its rows
-    that are not padding, and the last start of all its rows."""
+def _keys_seen(starts, token, live, keys: int) -> tuple[_Span, _Range]:
+    """The keys that a block of queries sees, and the range of their blocks. Without a live row
+    there are none."""
+    first_start = jnp.min(jnp.where(live, starts, NEVER))
+    end = jnp.max(jnp.where(live, token + 1, 0))
+    # A block of keys is full from the last start on, up to the first query.
+    last_start = jnp.max(jnp.where(live, starts, NEVER - keys))
+    last = lax.div(end + keys - 1, keys)
+    first = jnp.minimum(lax.div(first_start, keys), last)
+    full_first = jnp.clip(lax.div(last_start + keys - 1, keys), first, last)
+    full_last = jnp.clip(lax.div(jnp.min(token) + 1, keys), full_first, last)
+    return _Span(first_start, end), _Range(first, full_first, full_last, last)
+
+
+class _Table(NamedTuple):
+    """For each block of a slice's queries: its first token, the first start and the last token + 1
+    of its rows that are not padding, and the last start of all its rows."""
 
     first_token: jax.Array
     first_start: jax.Array
-    last_token: jax.Array
+    end: jax.Array
     last_start: jax.Array
 
+    @classmethod
+    def of(cls, starts_ref, first_row, queries: int) -> "_Table":
+        """The table of all queries, in blocks of `queries`; a power of two of them."""
+        unit_tokens = starts_ref.shape[0]
+        shape = (pl.next_power_of_2(pl.cdiv(unit_tokens, queries)), queries)
+        row = lax.broadcasted_iota(jnp.int32, shape, 0) * queries
+        row += lax.broadcasted_iota(jnp.int32, shape, 1)
+        inside, token = row < unit_tokens, first_row + row
+        starts = _load(starts_ref.at[row], inside, NEVER)
+        live = inside & (starts <= token)
+        starts = jnp.where(live, starts, NEVER)
+        return cls(
+            jnp.min(token, axis=1),
+            jnp.min(starts, axis=1),
+            jnp.max(jnp.where(live, token + 1, 0), axis=1),
+            jnp.max(starts, axis=1),
+        )
 
-def _query_blocks(bounds, starts, size: int) -> _QueryBlocks:
-    blocks = pl.cdiv(starts.shape[0], size)
-    row = jnp.arange(blocks * size, dtype=jnp.int32).reshape(blocks, size)
-    starts = jnp.pad(starts, (0, row.size - starts.shape[0]), constant_values=NEVER)
-    starts = starts.reshape(row.shape)
-    token = bounds[0] + row
-    return _QueryBlocks(
-        first_token=token[:, 0],
-        first_start=jnp.min(starts, axis=1),
-        last_token=jnp.max(jnp.where(starts < NEVER, token, -1), axis=1),
-        last_start=jnp.max(starts, axis=1),
-    )
+    @property
+    def span(self) -> _Span:
+        """The keys that any query sees."""
+        return _Span(jnp.min(self.first_start), jnp.max(self.end))
 
-
-def _keys_seen(bounds, starts, tile: dict[str, int]) -> Int[Array, "blocks 4"]:
-    """Range of the blocks of keys that each block of queries sees."""
-    rows, keys = _query_blocks(bounds, starts, tile["queries"]), tile["keys"]
-    last = rows.last_token // keys + 1
-    first = jnp.minimum(rows.first_start // keys, last)
-    # A key block is full from the last start on, up to the first query.
-    full_first = jnp.clip((rows.last_start - 1) // keys + 1, first, last)
-    full_last = jnp.clip((rows.first_token + 1) // keys, full_first, last)
-    return jnp.stack([first, full_first, full_last, last], axis=1)
-
-
-def _queries_seeing(bounds, starts, slots: int, tile: dict[str, int]) -> Int[Array, "blocks 4"]:
-    """Range of the blocks of queries that see each block of keys."""
-    rows, keys = _query_blocks(bounds, starts, tile["queries"]), tile["keys"]
-    first_key = jnp.arange(0, slots, keys, dtype=jnp.int32)[:, None]
-    last_key = first_key + keys - 1
-    index = jnp.arange(rows.first_token.shape[0], dtype=jnp.int32)
-    some = (rows.first_start <= last_key) & (rows.last_token >= first_key)
-    full = (rows.last_start <= first_key) & (rows.first_token >= last_key)
-    first = jnp.min(jnp.where(some, index, index.size), axis=1)
-    last = jnp.max(jnp.where(some, index + 1, 0), axis=1)
-    full_first = jnp.min(jnp.where(full, index, last[:, None]), axis=1)
-    ended = ~full & (index >= full_first[:, None])
-    full_last = jnp.min(jnp.where(ended, index, last[:, None]), axis=1)
-    return jnp.stack([first, full_first, full_last, last], axis=1)
+    def seeing(self, first_key, keys: int) -> _Range:
+        """The blocks of queries that see some of the keys from `first_key` on."""
+        index, blocks = _iota(self.end.shape[0]), self.end.shape[0]
+        last_key = first_key + keys - 1
+        some = (self.first_start <= last_key) & (self.end > first_key)
+        full = (self.last_start <= first_key) & (self.first_token >= last_key)
+        first = jnp.min(jnp.where(some, index, blocks))
+        last = jnp.max(jnp.where(some, index + 1, 0))
+        full_first = jnp.min(jnp.where(full, index, last))
+        ended = (index >= full_first) & jnp.logical_not(full)
+        full_last = jnp.min(jnp.where(ended, index, last))
+        return _Range(first, full_first, full_last, last)
 
 
 def tuning_key(kernel: str, head_dim: int, dtype) -> str:
