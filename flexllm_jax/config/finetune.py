@@ -183,7 +183,17 @@ class FinetuneSection(Section):
         ge=0,
         description="Optimizer steps between checkpoints. 0: only at the end or on Ctrl-C.",
     )
+    dropout: Bool = Field(
+        default=False,
+        description="Compile what jobs with peft.lora_dropout need, for such jobs that come later. "
+        "For those of `jobs` it is compiled anyway.",
+    )
     jobs: tuple[FinetuneConfig, ...] = Field(default=(), description="Jobs, trained side by side.")
+
+    @property
+    def with_dropout(self) -> bool:
+        """Whether a job may have dropout."""
+        return self.dropout or any(job.peft.lora_dropout for job in self.jobs)
 
     @field_validator("saved", mode="before")
     @classmethod

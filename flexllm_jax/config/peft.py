@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,7 @@ from flexllm_jax.config.fields import (
     Section,
     TargetModule,
     distinct,
+    ranks_taken,
 )
 
 
@@ -54,12 +55,28 @@ class PeftConfig(Section):
         "(exact, slow for large models) or pissa_niter_N (approximate). The last "
         "three start from the base weights and take twice the rank.",
     )
+    lora_dropout: Float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Probability with which an element of what LoRA reads is dropped in training, "
+        "a mask for each module, as in PEFT. null: that of init_adapter, or 0.",
+    )
     bottleneck_size: Int = Field(
         default=64, ge=1, description="Width of a bottleneck; at most adapters.max_bottleneck."
     )
     num_virtual_tokens: Int = Field(
         default=16, ge=1, description="Tokens of a prefix; at most adapters.max_prefix."
     )
+
+    @model_validator(mode="after")
+    def _keeps_its_start(self) -> Self:
+        if self.lora_dropout and ranks_taken(self.init) > 1:
+            raise ValueError(
+                f"lora_dropout: {self.lora_dropout} and init: {self.init} are given, and dropout "
+                "would also drop the start that is subtracted; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -248,7 +248,7 @@ class Engine:
         microbatch = self.trainer.forward(plan.forward) if plan.forward else None
         planned = self._builder.build(plan, self._requests, microbatch)
         step.hidden, hidden_rows = self.runner.forward(
-            planned.variant, plan.token_bucket, planned.vector
+            planned.variant, plan.token_bucket, planned.vector, planned.dropout
         )
         return planned, hidden_rows
 

@@ -11,6 +11,7 @@ from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.optimizer import HYPERPARAMETERS
+from flexllm_jax.peft.dropout import JobDropout
 from scheduler.latency import Sampling
 
 
@@ -24,10 +25,13 @@ def run_all(runner: Runner) -> None:
 def _run_steps(runner: Runner) -> None:
     sizes, model = runner.sizes, runner.model
     kv_slots = runner.num_pages * sizes.page_size
+    dropout = _dropout(runner)
     for bucket, shape in sizes.step_shapes.items():
         _, vector = StepInputs.empty(shape, kv_slots, sizes.finetune_slots)
         for variant in ("base", "adapters"):
             hidden, sampled = runner.forward(variant, bucket, vector)
+        if dropout:
+            runner.forward("adapters", bucket, vector, dropout)
         targets = np.zeros((2, bucket), np.int32)
         targets[1] = -1
         runner.prompt_logprobs(hidden, targets)
@@ -36,6 +40,14 @@ def _run_steps(runner: Runner) -> None:
             runner.sample(sampled, rows, kind=kind, logprobs=True)
     nothing = np.zeros(model.vocab_size, np.int32)
     runner.write_history(0, nothing, nothing.astype(bool))
+
+
+def _dropout(runner: Runner) -> JobDropout | None:
+    """One of nothing, if jobs may have dropout."""
+    if not runner.sizes.dropout:
+        return None
+    keys = np.zeros(runner.sizes.finetune_slots, np.uint32)
+    return runner.put(JobDropout(keys, np.float32(0.5)))
 
 
 def _run_finetuning(runner: Runner) -> None:
@@ -50,9 +62,10 @@ def _run_finetuning(runner: Runner) -> None:
     packed = MicrobatchTable.empty(sizes.finetune_slots)[1]
     table, loss = runner.put((packed, Loss.of().packed()))
     runner.begin_backward()
-    runner.score_unit(table, weights, own_scales, 0)
-    runner.loss_unit(table, loss, weights, own_scales, 0)
-    runner.layer_unit(0, table, weights, own_scales, 0)
+    for dropout in (None, _dropout(runner))[: 1 + sizes.dropout]:
+        runner.score_unit(table, weights, own_scales, 0, dropout)
+        runner.loss_unit(table, loss, weights, own_scales, 0, dropout)
+        runner.layer_unit(0, table, weights, own_scales, 0, dropout)
     runner.read_logprobs()
     ranks = runner.put(np.zeros((len(weights), max(map(len, weights))), np.int32))
     state = runner.commit(state, np.bool_(True), ranks)

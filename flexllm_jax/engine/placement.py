@@ -10,6 +10,7 @@ its own part) is an array with all devices' summands, one after the other in its
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -75,6 +76,11 @@ class Placement:
     def replicated(self) -> NamedSharding:
         """The same everywhere."""
         return NamedSharding(self.mesh, P())
+
+    @cached_property
+    def gather(self) -> Callable[[jax.Array], jax.Array]:
+        """Gives every device all of an array."""
+        return jax.jit(lambda array: array, out_shardings=self.replicated)
 
     def _placed(self, array: Any, spec: P) -> jax.ShapeDtypeStruct:
         sharding = NamedSharding(self.mesh, spec)

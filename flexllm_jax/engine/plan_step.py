@@ -15,6 +15,7 @@ from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.engine.trainer import MicrobatchInWork
+from flexllm_jax.peft.dropout import JobDropout
 from scheduler.latency import Sampling
 from scheduler.request import Chunk, Decode, FinetuneForward, Sequence, StepPlan
 
@@ -41,6 +42,7 @@ class PlannedStep:
     logprobs        whether any wants log-probabilities of what is sampled
     matchers        of structured outputs, with their rows of `rows`
     awaits_tokens   which tokens they allow depends on those of the step before
+    dropout         of the finetuning tokens; None: of nothing
     """
 
     variant: str
@@ -52,6 +54,7 @@ class PlannedStep:
     prompt_targets: list[PromptTargets]
     matchers: list[tuple[LLMatcher, int]] = field(default_factory=list)
     awaits_tokens: bool = False
+    dropout: JobDropout | None = None
 
 
 class StepBuilder:
@@ -102,7 +105,7 @@ class StepBuilder:
         inputs.num_decode[...] = len(plan.decode)
         sequences = len(plan.decode) + len(plan.prefill)
         if plan.forward is not None and microbatch is not None:
-            planned.variant = "adapters"
+            planned.variant, planned.dropout = "adapters", microbatch.dropout
             sequences = self._add_finetuning(plan.forward, inputs, microbatch, at, sequences)
         inputs.num_sequences[...] = sequences
         return planned

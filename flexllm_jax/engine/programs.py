@@ -4,7 +4,8 @@ it updates in place.
 Nothing here touches a device: the same programs compile for a GPU that is not there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -31,8 +32,25 @@ from flexllm_jax.peft.bank import (
     read_row,
     write_row,
 )
+from flexllm_jax.peft.dropout import JobDropout
 from scheduler.latency import Sampling
 
+# Those without a size in their name.
+_ALONE = (
+    "write_history",
+    "write_row",
+    "copy_row",
+    "read_row",
+    "begin_backward",
+    "clear",
+    "unit/score",
+    "unit/loss",
+    "unit/layer",
+    "commit",
+    "read_logprobs",
+    "optimizer_step",
+    "copy_state",
+)
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _BOOL = jax.ShapeDtypeStruct((), jnp.bool_)
 _WHOLE = PartitionSpec()  # results that every device has
@@ -60,6 +78,32 @@ def list_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     return [sizes.placement.distribute(p) for p in programs] if sizes.placement else programs
 
 
+def check_lattice(sizes: EngineSizes, compiled: Set[str]) -> None:
+    """RuntimeError for a program that a step can ask for and that was not compiled: later it would
+    be missing in the middle of a service."""
+    shapes = sizes.step_shapes
+    rows = {shape.samples for shape in shapes.values()}
+    variants: list[str] = ["base", "adapters"]
+    units: list[str] = list(_ALONE)
+    if sizes.dropout:
+        variants.append("dropout")
+        units.append("unit/layer/dropout")
+        units += ["unit/score/dropout", "unit/loss/dropout"] * sizes.bank.has_head
+    wanted = {
+        *(f"forward/{variant}/{n}" for variant in variants for n in shapes),
+        *(sampling_program(kind, n) for kind in Sampling for n in rows),
+        *(f"logprobs/{n}" for n in rows),
+        *(f"prompt_logprobs/{n}" for n in shapes),
+        *(f"zeros/{name}" for name in sizes.zeroed(1)),
+        *units,
+    }
+    if missing := sorted(wanted - compiled):
+        raise RuntimeError(
+            f"the engine cannot start without the programs {', '.join(missing)}: "
+            f"engine.programs.list_programs does not list them for buckets {tuple(shapes)}"
+        )
+
+
 def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     decoder, params, pages = sizes.decoder, sizes.parameters, sizes.pages(num_pages)
     last_tokens = sizes.request_arrays["last_tokens"]
@@ -67,12 +111,16 @@ def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         "base": (None, None),
         "adapters": (sizes.bank_arrays, sizes.finetune_arrays),
     }
+    if sizes.dropout:
+        variants["dropout"] = variants["adapters"]
     programs = []
     for bucket, shape in sizes.step_shapes.items():
         forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend)
         for variant, (bank, finetune) in variants.items():
             arguments = (params, bank, pages, finetune, last_tokens, ints(shape.size))
             results = (pages, finetune, _WHOLE, _WHOLE)
+            if variant == "dropout":
+                arguments += (JobDropout.shapes(sizes.finetune_slots),)
             programs.append(
                 Program(f"forward/{variant}/{bucket}", forward, arguments, (2, 3), results)
             )
@@ -159,7 +207,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     kept = {k: state[k] for k in ("master", "optimizer")}
     trained_ranks = ints(len(state["master"]), max(map(len, state["master"])))
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
-    return [
+    head_units = [
         Program(
             "unit/score",
             _with_done(partial(score_unit, decoder, unit_tokens)),
@@ -174,13 +222,24 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             (2, 3),
             (flow, head_gradients, _WHOLE),
         ),
-        Program(
-            "unit/layer",
-            _with_done(partial(layer_unit, decoder, unit_tokens, sizes.columns, sizes.backend)),
-            (*one_layer, flow, pending[0], table, _INT),
-            (4, 5),
-            (flow, pending[0], _WHOLE),
-        ),
+    ]
+    one_layer_unit = Program(
+        "unit/layer",
+        _with_done(partial(layer_unit, decoder, unit_tokens, sizes.columns, sizes.backend)),
+        (*one_layer, flow, pending[0], table, _INT),
+        (4, 5),
+        (flow, pending[0], _WHOLE),
+    )
+    with_dropout = []
+    if sizes.dropout:
+        dropout = JobDropout.shapes(sizes.finetune_slots)
+        with_dropout = [_with(one_layer_unit, dropout, _INT)]
+        if sizes.bank.has_head:
+            with_dropout += [_with(unit, dropout) for unit in head_units]
+    return [
+        *head_units,
+        one_layer_unit,
+        *with_dropout,
         Program(
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)
         ),
@@ -211,6 +270,12 @@ def _zeros(shapes):
         return jnp.zeros(s.sharding.shard_shape(s.shape) if s.sharding else s.shape, s.dtype)
 
     return jax.tree.map(own, shapes)
+
+
+def _with(unit: Program, *dropout) -> Program:
+    """A unit that also takes the dropout of its microbatch: one of its own, so that others have no
+    argument for it and draw no mask."""
+    return replace(unit, name=f"{unit.name}/dropout", arguments=(*unit.arguments, *dropout))
 
 
 def _with_done(unit: Callable) -> Callable:

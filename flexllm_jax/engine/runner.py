@@ -7,10 +7,9 @@ from one program to the next. Nothing here waits for a result or compiles one af
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 
 import jax
 import numpy as np
@@ -28,34 +27,23 @@ from flexllm_jax.engine.memory import (
     plan_memory,
 )
 from flexllm_jax.engine.placement import plan_placement
-from flexllm_jax.engine.programs import head_parameters, list_programs, sampling_program
+from flexllm_jax.engine.programs import (
+    check_lattice,
+    head_parameters,
+    list_programs,
+    sampling_program,
+)
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.models.random_weights import random_parameters
+from flexllm_jax.peft.dropout import JobDropout
 from kernels_pallas.backend import select_backend
 from scheduler.latency import Sampling
 
 log = logging.getLogger(__name__)
-
-# Those without a size in their name.
-_PROGRAMS = (
-    "write_history",
-    "write_row",
-    "copy_row",
-    "read_row",
-    "begin_backward",
-    "clear",
-    "unit/score",
-    "unit/loss",
-    "unit/layer",
-    "commit",
-    "read_logprobs",
-    "optimizer_step",
-    "copy_state",
-)
 
 
 class Runner:
@@ -87,30 +75,11 @@ class Runner:
         with self._timed("programs"):
             self.memory, self.programs = self._compile(config, memory, progress)
         self.num_pages = self.memory.num_pages
-        self._check_lattice()
+        check_lattice(self.sizes, self.programs.keys())
         with self._timed("arrays"):
             self._allocate()
             jax.block_until_ready(self.pages)
         self.compilations = CompilationCounter()
-
-    def _check_lattice(self) -> None:
-        """RuntimeError for a program that a step can ask for and that was not compiled: later it
-        would be missing in the middle of a service."""
-        shapes = self.sizes.step_shapes
-        rows = {shape.samples for shape in shapes.values()}
-        wanted = {
-            *(f"forward/{variant}/{n}" for variant in ("base", "adapters") for n in shapes),
-            *(sampling_program(kind, n) for kind in Sampling for n in rows),
-            *(f"logprobs/{n}" for n in rows),
-            *(f"prompt_logprobs/{n}" for n in shapes),
-            *(f"zeros/{name}" for name in self.sizes.zeroed(1)),
-            *_PROGRAMS,
-        }
-        if missing := sorted(wanted - self.programs.keys()):
-            raise RuntimeError(
-                f"the engine cannot start without the programs {', '.join(missing)}: "
-                f"engine.programs.list_programs does not list them for buckets {tuple(shapes)}"
-            )
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -193,14 +162,23 @@ class Runner:
 
     # -- a step -----------------------------------------------------------------------------------
 
-    def forward(self, variant: str, bucket: int, vector: Int[np.ndarray, " X"]):
+    def forward(
+        self,
+        variant: str,
+        bucket: int,
+        vector: Int[np.ndarray, " X"],
+        dropout: JobDropout | None = None,
+    ):
         """Run the forward program; returns the outputs [T, D] and those of the sampled rows [R, D].
 
         `variant`: "base", or "adapters" when a token has an adapter or is a finetuning token.
+        `dropout`: of its finetuning tokens; None: of nothing.
         """
         bank, finetune = (None, None) if variant == "base" else (self.bank, self.finetune)
-        self.pages, finetune, hidden, sampled = self.programs[f"forward/{variant}/{bucket}"](
-            self.params, bank, self.pages, finetune, self.last_tokens, vector
+        more = () if dropout is None else (dropout,)
+        program = self.programs[f"forward/{'dropout' if more else variant}/{bucket}"]
+        self.pages, finetune, hidden, sampled = program(
+            self.params, bank, self.pages, finetune, self.last_tokens, vector, *more
         )
         if finetune is not None:
             self.finetune = finetune
@@ -276,7 +254,7 @@ class Runner:
         """An array on the host, whole, however it is sharded; waits for the device."""
         placement = self.sizes.placement
         if placement and not (array.is_fully_addressable or array.is_fully_replicated):
-            array = _gather(placement.replicated)(array)
+            array = placement.gather(array)
         return np.asarray(array)
 
     # -- finetuning -------------------------------------------------------------------------------
@@ -297,31 +275,50 @@ class Runner:
         """Zero the finetuning buffers."""
         self.finetune = self.programs["clear"](self.finetune)
 
-    def score_unit(self, table: jax.Array, weights: list, scales: list, start: int) -> jax.Array:
+    def score_unit(
+        self,
+        table: jax.Array,
+        weights: list,
+        scales: list,
+        start: int,
+        dropout: JobDropout | None = None,
+    ) -> jax.Array:
         """Log-probabilities of one slice of tokens; returns a scalar, ready when it is done.
 
-        weights, scales: as of `loss_unit`.
+        weights, scales, dropout: as of `loss_unit`.
         """
-        self.finetune["flow"], done = self.programs["unit/score"](
+        adapter = self._head_adapter(weights, scales)
+        more = (dropout,) if dropout and adapter else ()
+        program = self.programs[f"unit/score{'/dropout' if more else ''}"]
+        self.finetune["flow"], done = program(
             head_parameters(self.params),
-            self._head_adapter(weights, scales),
+            adapter,
             self.finetune["flow"],
             table,
             np.int32(start),
+            *more,
         )
         return done
 
     def loss_unit(
-        self, table: jax.Array, loss: jax.Array, weights: list, scales: list, start: int
+        self,
+        table: jax.Array,
+        loss: jax.Array,
+        weights: list,
+        scales: list,
+        start: int,
+        dropout: JobDropout | None = None,
     ) -> jax.Array:
         """Loss of one slice of tokens and its gradient; returns a scalar, ready when it is done.
 
         loss: `Loss.packed`. weights, scales: the job's adapter, by layer, of which the output
-        head's is taken.
+        head's is taken. dropout: of the microbatch; None: of nothing.
         """
         adapter = self._head_adapter(weights, scales)
         gradients = self.pending[-1] if adapter else None
-        self.finetune["flow"], gradients, done = self.programs["unit/loss"](
+        more = (dropout,) if dropout and adapter else ()
+        program = self.programs[f"unit/loss{'/dropout' if more else ''}"]
+        self.finetune["flow"], gradients, done = program(
             head_parameters(self.params),
             adapter,
             self.finetune["flow"],
@@ -329,6 +326,7 @@ class Runner:
             table,
             loss,
             np.int32(start),
+            *more,
         )
         if adapter:
             self.pending[-1] = gradients
@@ -340,15 +338,23 @@ class Runner:
         return {"weights": weights[-1], "scales": scales[-1]}
 
     def layer_unit(
-        self, layer: int, table: jax.Array, weights: list, scales: list, start: int
+        self,
+        layer: int,
+        table: jax.Array,
+        weights: list,
+        scales: list,
+        start: int,
+        dropout: JobDropout | None = None,
     ) -> jax.Array:
         """Backward of one layer for one slice of tokens; returns a scalar, ready when it is
         done.
 
         weights, scales: the job's adapter, by layer, as `finetune.backward.layer_unit` takes it.
+        dropout: of the microbatch; None: of nothing.
         """
         adapter = {"weights": weights[layer], "scales": scales[layer]}
-        program = self.programs["unit/layer"]
+        more = (dropout, np.int32(layer)) if dropout else ()
+        program = self.programs[f"unit/layer{'/dropout' if more else ''}"]
         self.finetune["flow"], self.pending[layer], done = program(
             self.params["layers"][layer],
             adapter,
@@ -358,6 +364,7 @@ class Runner:
             self.pending[layer],
             table,
             np.int32(start),
+            *more,
         )
         return done
 
@@ -391,8 +398,3 @@ class Runner:
     def close(self) -> None:
         """Nothing is called any more."""
         self.compilations.close()
-
-
-@cache
-def _gather(everywhere: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda array: array, out_shardings=everywhere)

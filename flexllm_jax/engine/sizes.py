@@ -38,7 +38,8 @@ class EngineSizes:
     rows: most running requests. finetune_slots: tokens of the microbatches in work. unit_tokens:
     tokens of a backward unit. buckets: token slots of the forward programs. columns: where a
     saved activation lies in its row (`finetune.buffers.saved_columns`), on one device. placement:
-    where arrays lie when the model is split over devices; None: whole, on one.
+    where arrays lie when the model is split over devices; None: whole, on one. dropout: whether a
+    job may have dropout.
     """
 
     model: ModelConfig
@@ -53,6 +54,7 @@ class EngineSizes:
     bank: BankShape
     columns: dict[str, slice]
     placement: Placement | None = None
+    dropout: bool = False
 
     @classmethod
     def from_config(
@@ -88,6 +90,7 @@ class EngineSizes:
                 Decoder(placement.local if placement else model, dtype), ("attended",)
             ),
             placement=placement,
+            dropout=config.finetune.with_dropout,
         )
 
     @property

@@ -13,6 +13,7 @@ from flexllm_jax.engine.step_inputs import StepInputs, StepShape
 from flexllm_jax.models.bypass import no_bypass
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
+from flexllm_jax.peft.dropout import JobDropout
 from kernels_pallas.backend import Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.rows import set_rows
@@ -29,6 +30,7 @@ def forward_step(
     finetune: dict | None,
     last_tokens: Int[Array, " Q"],
     vector: Int[Array, " X"],
+    dropout: JobDropout | None = None,
 ) -> tuple[list[dict], dict | None, Float[Array, "T D"], Float[Array, "R D"]]:
     """Run a step's tokens through the model.
 
@@ -45,6 +47,7 @@ def forward_step(
             without finetuning tokens; donated.
         last_tokens: newest token of each request row.
         vector: packed `StepInputs`.
+        dropout: of the microbatch that the step's finetuning tokens are of; None: of nothing.
 
     Returns:
         pages, finetune, the last layer's outputs before the final norm, and those of the sampled
@@ -57,13 +60,16 @@ def forward_step(
     x = decoder.embed(params, token)
 
     @jax.jit
-    def run_layer(layer_params, layer_bank, layer_pages, layer_saved, x):
+    def run_layer(layer_params, layer_bank, layer_pages, layer_saved, layer_number, x):
         # A function of its own, so that it is traced and lowered for one layer and not for each:
         # that would take most of a start. XLA inlines the calls.
         layer = decoder.layer(layer_params)
         adapters = None
         if layer_bank is not None:
-            adapters = Bypass(layer_bank[0], layer_bank[1], inputs.adapter, backend)
+            dropped = None
+            if dropout is not None:
+                dropped = dropout.of_layer(inputs.saved_row, layer_number, decoder.axes)
+            adapters = Bypass(layer_bank[0], layer_bank[1], inputs.adapter, backend, dropped)
         bypass = adapters or no_bypass
         activations = {"x": x}
         q, k, v = layer.before_attention(x, angles, bypass, activations.setdefault)
@@ -103,7 +109,10 @@ def forward_step(
     for i, layer_params in enumerate(params["layers"]):
         layer_bank = None if bank is None else (bank["weights"][i], bank["scales"][i])
         layer_saved = None if finetune is None else finetune["saved"][i]
-        layer_pages, layer_saved, x = run_layer(layer_params, layer_bank, pages[i], layer_saved, x)
+        number = None if dropout is None else i
+        layer_pages, layer_saved, x = run_layer(
+            layer_params, layer_bank, pages[i], layer_saved, number, x
+        )
         new_pages.append(layer_pages)
         new_saved.append(layer_saved)
     if finetune is not None:

@@ -27,6 +27,7 @@ from flexllm_jax.finetune.resume import made_with, refusal
 from flexllm_jax.finetune.source import Step
 from flexllm_jax.peft.adapter import LoraConfig
 from flexllm_jax.peft.bank import to_row, trained_ranks
+from flexllm_jax.peft.dropout import JobDropout
 from scheduler.coserving import Scheduler
 from scheduler.request import BackwardUnits, FinetuneForward, Microbatch
 
@@ -37,8 +38,8 @@ _QUEUED = 3  # microbatches of a job with the scheduler: one backward, one forwa
 @dataclass(frozen=True)
 class MicrobatchInWork:
     """A microbatch on the device: whose it is, the first of its finetuning slots, its pages, where
-    each token's key is, its table (`finetune.buffers.MicrobatchTable`) and its loss
-    (`Loss.packed`)."""
+    each token's key is, its table (`finetune.buffers.MicrobatchTable`), its loss (`Loss.packed`),
+    and its dropout, None where nothing is dropped: in every pass that trains nothing."""
 
     job: FinetuneJob
     packed: PackedMicrobatch
@@ -47,6 +48,7 @@ class MicrobatchInWork:
     kv_slot: np.ndarray
     table: jax.Array
     loss: jax.Array
+    dropout: JobDropout | None
 
 
 class Trainer:
@@ -89,6 +91,11 @@ class Trainer:
             raise ValueError(
                 f"peft.init={job.peft.init} needs parallel.tp=1: how ranks are split over devices "
                 "does not know of the half that is not trained; use default or gaussian"
+            )
+        if job.lora_dropout and not runner.sizes.dropout:
+            raise ValueError(
+                f"peft.lora_dropout={job.lora_dropout}: this engine has no programs for dropout; "
+                "set finetune.dropout: true and start it anew, or train with lora_dropout: 0"
             )
         job.made_with = made_with(job, runner.sizes.bank)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
@@ -159,15 +166,13 @@ class Trainer:
                 for own, length in zip(forward.pages, packed.lengths, strict=True)
             ]
         )
-        table, loss = runner.put(
-            (
-                packed.table(runner.sizes.finetune_slots, forward.first_token_slot, kv_slot),
-                packed.loss.packed(),
-            )
-        )
-        in_work = MicrobatchInWork(
-            job, packed, forward.first_token_slot, forward.pages, kv_slot, table, loss
-        )
+        slots, first = runner.sizes.finetune_slots, forward.first_token_slot
+        dropout = None
+        if packed.backward and job.lora_dropout:
+            keys = packed.dropout_keys(job.config.seed, slots, first)
+            dropout = JobDropout(keys, np.float32(job.lora_dropout))
+        on_device = runner.put((packed.table(slots, first, kv_slot), packed.loss.packed(), dropout))
+        in_work = MicrobatchInWork(job, packed, first, forward.pages, kv_slot, *on_device)
         self.in_work[microbatch_id] = in_work
         return in_work
 
@@ -180,21 +185,22 @@ class Trainer:
         unit_tokens, first = runner.sizes.unit_tokens, in_work.first_token_slot
         slices = -(-in_work.packed.tokens // unit_tokens)
         weights, scales = in_work.job.state["master"], in_work.job.scales
+        table, dropout = in_work.table, in_work.dropout
         scoring = slices * work.microbatch.scored
         if not work.units.start:
             runner.begin_backward()
         for unit in work.units:
             if unit < scoring:
                 start = first + unit * unit_tokens
-                done = runner.score_unit(in_work.table, weights, scales, start)
+                done = runner.score_unit(table, weights, scales, start, dropout)
             elif unit < scoring + slices:
                 start = first + (unit - scoring) * unit_tokens
-                done = runner.loss_unit(in_work.table, in_work.loss, weights, scales, start)
+                done = runner.loss_unit(table, in_work.loss, weights, scales, start, dropout)
             else:
                 layers, later_slices = divmod(unit - scoring - slices, slices)
                 start = first + (slices - 1 - later_slices) * unit_tokens
                 layer = runner.model.num_layers - 1 - layers
-                done = runner.layer_unit(layer, in_work.table, weights, scales, start)
+                done = runner.layer_unit(layer, table, weights, scales, start, dropout)
         return done
 
     def finish_microbatch(self, microbatch: Microbatch) -> None:

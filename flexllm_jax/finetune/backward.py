@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Int
 from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
+from flexllm_jax.peft.dropout import Dropout, JobDropout
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.backend import Backend
 from kernels_pallas.rows import from_stored, to_stored
@@ -34,11 +35,13 @@ def _recall(computed: jax.Array, saved: jax.Array) -> jax.Array:
 _recall.defvjp(lambda computed, saved: (saved, None), lambda _, gradient: (gradient, None))
 
 
-def job_bypass(adapter: dict, is_token: Bool[Array, " U"], backend: Backend) -> Bypass:
+def job_bypass(
+    adapter: dict, is_token: Bool[Array, " U"], backend: Backend, dropout: Dropout | None = None
+) -> Bypass:
     """The bypass of one job's adapter in one layer ({"weights", "scales"}, see `layer_unit`) over
     tokens of which some are padding."""
     stacked = jax.tree.map(lambda w: w[None], adapter["weights"])
-    return Bypass(stacked, adapter["scales"], jnp.where(is_token, 0, -1), backend)
+    return Bypass(stacked, adapter["scales"], jnp.where(is_token, 0, -1), backend, dropout)
 
 
 def layer_unit(
@@ -54,6 +57,8 @@ def layer_unit(
     gradients: dict,
     table: Int[Array, "8 S"],
     start: Int[Array, ""],
+    dropout: JobDropout | None = None,
+    layer_number: Int[Array, ""] | None = None,
 ) -> tuple[dict, dict]:
     """One layer of the backward for one slice of tokens.
 
@@ -72,6 +77,8 @@ def layer_unit(
         gradients: like the adapter's weights, added to; donated.
         table: the microbatch (`MicrobatchTable`).
         start: first token slot of the slice.
+        dropout: of the microbatch, as the forward had it; None: of nothing.
+        layer_number: which layer it is, for `dropout` alone.
 
     Returns:
         The updated flow and gradients.
@@ -94,9 +101,13 @@ def layer_unit(
         return _recall(value, kept[name]) if name in kept else value
 
     own = adapter["weights"]
+    dropped = None
+    if dropout is not None:
+        slots = start + jnp.arange(unit_tokens)
+        dropped = dropout.of_layer(slots, layer_number, decoder.axes)
 
     def bypass(own: dict) -> Bypass:
-        return job_bypass(adapter | {"weights": own}, is_token, backend)
+        return job_bypass(adapter | {"weights": own}, is_token, backend, dropped)
 
     angles = decoder.angles(slice_of(whole.position))
     x = kept["x"]

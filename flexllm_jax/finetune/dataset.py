@@ -69,11 +69,20 @@ class Supervised:
 class _Pass:
     """Rows that are handed over together: a batch, the validation set, or rows to be scored."""
 
-    def __init__(self, groups: Sequence[Sequence[Any]], divisor: float, *, backward: bool):
-        self.groups, self.divisor, self.backward = groups, divisor, backward
+    def __init__(
+        self, groups: Sequence[Sequence[Any]], divisor: float, places: dict[int, tuple[int, int]]
+    ):
+        """`places`: of a batch, (epoch, place in its order) of each row, by its id; of other
+        passes, nothing."""
+        self.groups, self.divisor, self.places = groups, divisor, places
         self.scored = 0  # microbatches whose results are in
         self._loss_sum = 0.0
         self._measured: list[Any] = []
+
+    @property
+    def backward(self) -> bool:
+        """Whether it is a batch."""
+        return bool(self.places)
 
     @property
     def complete(self) -> bool:
@@ -133,15 +142,17 @@ class DatasetSource:
         if not self._ready:
             return None
         item = self._ready.popleft()
-        return item if isinstance(item, Step) else self._pack(item[1], item[0].backward)
+        return item if isinstance(item, Step) else self._pack(item[1], item[0].places)
 
     def _prepare(self) -> None:
         """The rows to be scored first, or the next batch, and the validation set if it is due."""
         if self.method.needs_reference and not self._references:
             if self._reference_pass is None:
-                self._reference_pass = self._hand_over(self._rows, backward=False)
+                self._reference_pass = self._hand_over(self._rows)
             return
-        batch = self._hand_over(self.stream.next_batch(), backward=True)
+        epoch, first = self.stream.epoch, self.stream.index
+        rows = self.stream.next_batch()
+        batch = self._hand_over(rows, {id(row): (epoch, first + i) for i, row in enumerate(rows)})
         values = hyperparameters(
             self.config.optimizer, self._batches, self.total_steps, batch.divisor
         )
@@ -153,26 +164,32 @@ class DatasetSource:
         every = self.config.validation_every
         due = step == self.total_steps or (every and step % every == 0)
         if self.validation is not None and due:
-            self._hand_over(self.validation.items, backward=False)
+            self._hand_over(self.validation.items)
 
-    def _hand_over(self, rows: Sequence[Any], *, backward: bool) -> _Pass:
-        """Queue the microbatches of a pass."""
+    def _hand_over(
+        self, rows: Sequence[Any], places: dict[int, tuple[int, int]] | None = None
+    ) -> _Pass:
+        """Queue the microbatches of a pass; `places` (see `_Pass`) make it a batch."""
         groups = pack(rows, self._max_tokens, self._pack_tokens)
-        rows_pass = _Pass(groups, self.method.divisor(rows) or 1.0, backward=backward)
+        rows_pass = _Pass(groups, self.method.divisor(rows) or 1.0, places or {})
         self._passes.append(rows_pass)
         self._ready += [(rows_pass, group) for group in groups]
         return rows_pass
 
-    def _pack(self, rows: Sequence[Any], backward: bool) -> PackedMicrobatch:
+    def _pack(self, rows: Sequence[Any], places: dict[int, tuple[int, int]]) -> PackedMicrobatch:
         data: list[Datum] = []
         pairs: list[int] = []
+        names: list[tuple[int, ...]] = []
         for row in rows:
             known = self._references[self._number[id(row)]] if self._references else ()
             own = self.method.data(row, known)
             pairs += [len(data) + i for i in reversed(range(len(own)))]
             data += own
+            if places:
+                names += [(*places[id(row)], i) for i in range(len(own))]
         return PackedMicrobatch(
-            tuple(data), self.method.loss, tuple(pairs), self._first_position, backward
+            *(tuple(data), self.method.loss, tuple(pairs)),
+            *(self._first_position, bool(places), tuple(names)),
         )
 
     # -- results ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def create_job(
     validation = load(config.validation) if config.validation else None
     if config.init_adapter:
         adapter = load_adapter(config.init_adapter, model, model_path)
+        adapter = _with_dropout(adapter, config.peft.lora_dropout)
     else:
         adapter = _fresh_adapter(_adapter_config(config.peft), model, model_path, config.seed)
     if config.optimizer.b_lr_ratio != 1 and adapter.config.kind != "lora":
@@ -122,6 +123,14 @@ def _fresh_adapter(
     return Adapter(config, initialize_from_base(config, model, seed, kernel))
 
 
+def _with_dropout(adapter: Adapter, lora_dropout: float | None) -> Adapter:
+    """An adapter of a file, which has the dropout that it was trained with until now unless told
+    otherwise."""
+    if lora_dropout is None or not isinstance(adapter.config, LoraConfig):
+        return adapter
+    return replace(adapter, config=replace(adapter.config, lora_dropout=lora_dropout))
+
+
 def _adapter_config(peft: PeftConfig) -> AdapterConfig:
     """What the adapter of a job is to be."""
     if peft.type == "ia3":
@@ -139,6 +148,7 @@ def _adapter_config(peft: PeftConfig) -> AdapterConfig:
         alpha_pattern=peft.alpha_pattern,
         layers_to_transform=peft.layers_to_transform,
         init=peft.init,
+        lora_dropout=peft.lora_dropout or 0.0,
     )
 
 
@@ -199,6 +209,11 @@ class FinetuneJob:
     def shapes(self) -> dict[Site, dict[str, tuple[int, ...]]]:
         """Shapes of the adapter's weights."""
         return self.adapter.shapes
+
+    @property
+    def lora_dropout(self) -> float:
+        """Probability of dropout in training; 0: none."""
+        return self.peft.lora_dropout if isinstance(self.peft, LoraConfig) else 0.0
 
     @property
     def total_steps(self) -> int:

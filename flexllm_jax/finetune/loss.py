@@ -16,6 +16,7 @@ from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
 from flexllm_jax.finetune.losses import LossTokens, coefficients
 from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.peft.dropout import JobDropout
 from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
 
@@ -30,6 +31,7 @@ def score_unit(
     flow: dict,
     table: Int[Array, "8 S"],
     start: Int[Array, ""],
+    dropout: JobDropout | None = None,
 ) -> dict:
     """Log-probabilities of the labels of a slice of tokens, without a gradient.
 
@@ -38,7 +40,7 @@ def score_unit(
     Returns:
         The updated flow.
     """
-    head = _Head.of(decoder, unit_tokens, params, adapter, flow, table, start)
+    head = _Head.of(decoder, unit_tokens, params, adapter, flow, table, start, dropout)
     logprob, _ = head.logprobs(expect=False)
     return flow | {"logprob": _with_slice(flow["logprob"], logprob, start)}
 
@@ -53,6 +55,7 @@ def loss_unit(
     table: Int[Array, "8 S"],
     loss: Float[Array, " L"],
     start: Int[Array, ""],
+    dropout: JobDropout | None = None,
 ) -> tuple[dict, dict | None]:
     """Log-probabilities of the labels of a slice of tokens, and the gradient of their loss with
     respect to the last layer's output.
@@ -75,11 +78,12 @@ def loss_unit(
         table: the microbatch (`MicrobatchTable`).
         loss: `Loss.packed`.
         start: first token slot of the slice.
+        dropout: of the microbatch; only the output head's LoRA reads it. None: of nothing.
 
     Returns:
         The updated flow and gradients.
     """
-    head = _Head.of(decoder, unit_tokens, params, adapter, flow, table, start)
+    head = _Head.of(decoder, unit_tokens, params, adapter, flow, table, start, dropout)
     logprob, softmax = head.logprobs(expect=True)
     all_logprobs = _with_slice(flow["logprob"], logprob, start)
     c = _coefficients(loss, MicrobatchTable.unpack(table), all_logprobs, start, unit_tokens)
@@ -91,11 +95,12 @@ def loss_unit(
     )
     if head.lora and gradients:
         d_low = d_shrunk[0] * head.lora["scale"]
-        d_hidden += d_low @ head.lora["a"].astype(jnp.float32).T
+        d_read = d_low @ head.lora["a"].astype(jnp.float32).T
+        d_hidden += d_read if head.lora["factors"] is None else d_read * head.lora["factors"]
         own = gradients["head"]
         gradients = {
             "head": {
-                "a": own["a"] + head.hidden.astype(jnp.float32).T @ d_low,
+                "a": own["a"] + head.lora["read"].astype(jnp.float32).T @ d_low,
                 "b": head.add_gradient_of_b(own["b"], softmax.normalizer, c),
             }
         }
@@ -169,6 +174,7 @@ class _Head(NamedTuple):
         flow: dict,
         table: jax.Array,
         start: jax.Array,
+        dropout: JobDropout | None,
     ) -> "_Head":
         rows = MicrobatchTable.unpack(lax.dynamic_slice_in_dim(table, start, unit_tokens, axis=1))
         outputs = without_padding(
@@ -176,7 +182,12 @@ class _Head(NamedTuple):
             rows.sequence_start < table.shape[1],
         )
         hidden, pull = jax.vjp(lambda x: decoder.final_norm(params, x), outputs)
-        weight, lora = decoder.head(params), _head_lora(adapter, hidden)
+        factors = None
+        if dropout is not None:
+            slots = start + jnp.arange(unit_tokens)
+            dropped = dropout.of_layer(slots, decoder.config.num_layers, decoder.axes)
+            factors = dropped.factors("head", hidden.shape[1])
+        weight, lora = decoder.head(params), _head_lora(adapter, hidden, factors)
         counts, label = rows.label >= 0, jnp.maximum(rows.label, 0)
         inputs, targets = [hidden], [rows_of(weight, label, decoder.axes).astype(jnp.float32)]
         if lora:
@@ -265,13 +276,19 @@ class _Head(NamedTuple):
         return lax.fori_loop(0, self._chunks, add_chunk, so_far)
 
 
-def _head_lora(adapter: dict | None, hidden: Float[Array, "U D"]) -> dict | None:
-    """LoRA on the head for a slice of tokens: its factors and scale, and h A scale; rounded where
-    serving rounds them (`grouped_lora`), so that it trains the log-probabilities it samples with.
+def _head_lora(
+    adapter: dict | None, hidden: Float[Array, "U D"], factors: Float[Array, "U D"] | None
+) -> dict | None:
+    """LoRA on the head for a slice of tokens: its factors and scale, what it reads (`hidden` times
+    dropout's `factors`, if there are any), and that times A scale; rounded where serving rounds
+    them (`grouped_lora`), so that it trains the log-probabilities it samples with.
     """
     if adapter is None:
         return None
     own, scale = adapter["weights"]["head"], adapter["scales"]["head"][0]
     own = {name: factor.astype(hidden.dtype) for name, factor in own.items()}
-    shrunk = product("ud,dr->ur", hidden, own["a"]) * scale
-    return own | {"scale": scale, "shrunk": shrunk.astype(hidden.dtype)}
+    read = hidden
+    if factors is not None:
+        read = (hidden.astype(jnp.float32) * factors).astype(hidden.dtype)
+    shrunk = (product("ud,dr->ur", read, own["a"]) * scale).astype(hidden.dtype)
+    return own | {"scale": scale, "read": read, "factors": factors, "shrunk": shrunk}

@@ -7,6 +7,7 @@ import numpy as np
 
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss, LossTokens
+from flexllm_jax.peft.dropout import token_keys
 from scheduler.request import Microbatch
 
 
@@ -52,7 +53,8 @@ class PackedMicrobatch:
 
     pairs: for each datum the number of the other of its pair; its own number if it has none.
     first_position: of every sequence (behind the tokens of a prefix). backward: False to score
-    alone.
+    alone. names: for each datum, numbers from 0 that no other of the job has, however it is packed:
+    what masks of dropout are drawn from; only jobs with dropout need them.
     """
 
     data: tuple[Datum, ...]
@@ -60,6 +62,7 @@ class PackedMicrobatch:
     pairs: tuple[int, ...] = ()
     first_position: int = 0
     backward: bool = True
+    names: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -122,6 +125,16 @@ class PackedMicrobatch:
         for row, value in zip(table, values, strict=True):
             row[own] = value
         return packed
+
+    def dropout_keys(self, seed: int, slots: int, first_token_slot: int) -> np.ndarray:
+        """`dropout.token_keys` in the finetuning slots, for a job of that seed; uint32 [slots]."""
+        keys = np.zeros(slots, np.uint32)
+        own = [
+            token_keys((seed, *name), length)
+            for name, length in zip(self.names, self.lengths, strict=True)
+        ]
+        keys[first_token_slot : first_token_slot + self.tokens] = np.concatenate(own)
+        return keys
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
         """Values [tokens] by sequence."""

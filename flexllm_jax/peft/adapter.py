@@ -118,7 +118,8 @@ class LoraConfig(AdapterConfig):
     `resolved`: rank and alpha by module path, found out already; else the patterns are matched when
     they are needed, which takes as long as who wrote them wants. `init`: `init_lora_weights` of
     PEFT, "default" for its true; with "pissa", "pissa_niter_N" and "olora" half of the rank is a
-    start that is subtracted (`principal`).
+    start that is subtracted (`principal`). `lora_dropout`: what a job trains with (`dropout`); it
+    means nothing to an adapter that is served.
     """
 
     r: int
@@ -129,6 +130,7 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: tuple[int, ...] | None = None
     init: str = "default"
+    lora_dropout: float = 0.0
     resolved: Mapping[str, tuple[int, float]] | None = field(
         default=None, compare=False, repr=False
     )

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from flexllm_jax.models.bypass import Join, Outputs, whole_already
 from flexllm_jax.peft import prefix
 from flexllm_jax.peft.bottleneck import bottleneck
+from flexllm_jax.peft.dropout import Dropout
 from flexllm_jax.peft.ia3 import ia3
 from flexllm_jax.peft.lora import lora
 from kernels_pallas.backend import XLA, Backend
@@ -25,17 +26,23 @@ class Bypass:
     An adapter is of one kind; its rows of the others' sites are zero and change nothing.
 
     weights: site -> name -> [A, ...]. scales: site -> [A] float32. adapter: row of both for each
-    token, or -1 for the base model alone.
+    token, or -1 for the base model alone. dropout: of what LoRA reads, in a job's training.
     """
 
     weights: dict
     scales: dict
     adapter: Int[Array, " T"]
     backend: Backend = XLA
+    dropout: Dropout | None = None
 
     def __call__(self, x: jax.Array, outputs: Outputs, join: Join = whole_already) -> Outputs:
         """The projections' outputs with what the adapters make of them."""
-        outputs = lora(self.weights, self.scales, self.adapter, x, outputs, self.backend)
+        split = join is not whole_already  # then x, too, is split over devices
+        outputs = lora(
+            *(self.weights, self.scales, self.adapter),
+            *(x, outputs, self.backend, self.dropout),
+            split=split,
+        )
         outputs = ia3(self.weights, self.scales, self.adapter, outputs)
         outputs = {name: join(output) for name, output in outputs.items()}
         return bottleneck(self.weights, self.scales, self.adapter, outputs, self.backend)

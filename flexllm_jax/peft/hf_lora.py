@@ -83,6 +83,7 @@ def load_lora(
             ),
             use_rslora=bool(raw.get("use_rslora")),
             **_patterns(raw, model_config),
+            lora_dropout=float(raw.get("lora_dropout") or 0.0),
             layers_to_transform=(
                 None if len(layers) in (0, model_config.num_layers) else tuple(sorted(layers))
             ),
@@ -129,7 +130,7 @@ def _refuse_unsupported(directory: Path, raw: Mapping[str, Any]) -> None:
     for field, remedy in UNSUPPORTED.items():
         if raw.get(field):
             refuse(field, remedy)
-    dropout = raw.get("lora_dropout") or 0.0  # which plays no part here
+    dropout = raw.get("lora_dropout") or 0.0
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         refuse("lora_dropout", "it must be from 0 to 1")
     if raw.get("bias", "none") != "none":
@@ -201,7 +202,7 @@ def lora_files(
     fields = {
         "r": config.r,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "rank_pattern": dict(config.rank_pattern),
         "alpha_pattern": dict(config.alpha_pattern),

@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Int
 
 from flexllm_jax.models.bypass import Outputs
+from flexllm_jax.peft.dropout import Dropout
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora
 
@@ -17,6 +18,9 @@ def lora(
     x: jax.Array,
     outputs: Outputs,
     backend: Backend = XLA,
+    dropout: Dropout | None = None,
+    *,
+    split: bool = False,
 ) -> Outputs:
     """`outputs` with the low-rank products of their input added.
 
@@ -28,17 +32,24 @@ def lora(
         x: [T, d_in], what all projections of `outputs` read.
         outputs: projection -> [T, d_out].
         backend: which kernels to use.
+        dropout: of what each projection reads, a mask of its own; None: of nothing.
+        split: whether each device has its own part of x.
     """
     names = [name for name in outputs if name in weights]
     if not names:
         return outputs
-    sums: Any = grouped_lora(
-        x,
-        tuple(outputs[name] for name in names),
-        tuple(weights[name]["a"] for name in names),
-        tuple(weights[name]["b"] for name in names),
-        tuple(scales[name] for name in names),
-        adapter,
-        backend,
-    )
-    return outputs | dict(zip(names, sums, strict=True))
+    groups = [(x, names)]
+    if dropout is not None:
+        groups = [(dropout(x, name, split=split), [name]) for name in names]
+    for read, group in groups:
+        sums: Any = grouped_lora(
+            read,
+            tuple(outputs[name] for name in group),
+            tuple(weights[name]["a"] for name in group),
+            tuple(weights[name]["b"] for name in group),
+            tuple(scales[name] for name in group),
+            adapter,
+            backend,
+        )
+        outputs = outputs | dict(zip(group, sums, strict=True))
+    return outputs

@@ -124,9 +124,9 @@ def test_an_adapter_of_peft_loads_and_goes_back(base, tmp_path, name):
     assert_same_adapter(adapter, original)
 
     save_adapter(adapter, base.config, base.path, tmp_path / "ours")
-    assert peft.PeftConfig.from_pretrained(tmp_path / "ours").base_model_name_or_path == str(
-        base.path
-    )
+    exported = peft.PeftConfig.from_pretrained(tmp_path / "ours")
+    assert exported.base_model_name_or_path == str(base.path)
+    assert exported.lora_dropout == CONFIGS[name].get("lora_dropout", 0.0)
     model = AutoModelForCausalLM.from_pretrained(base.path)
     returned = peft.PeftModel.from_pretrained(model, tmp_path / "ours")
     assert_same_adapter(adapter, returned)

@@ -34,6 +34,11 @@ class BatchStream:
         return self._epoch
 
     @property
+    def index(self) -> int:
+        """Rows of the epoch under way that are in batches."""
+        return self._index
+
+    @property
     def batches_per_epoch(self) -> int:
         """Batches in the epoch under way; shuffling makes epochs differ a little."""
         return self._count(self._order)

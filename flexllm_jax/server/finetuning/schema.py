@@ -143,6 +143,7 @@ class CreateJob(Body):
         Annotated[list[TargetModule], Field(fail_fast=True, min_length=1)] | None
     ) = None
     lora_init: LoraInit = "default"
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     batch_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     train_on: Literal["completion", "all"] = "completion"
@@ -194,6 +195,20 @@ class CreateJob(Body):
                 f"lora_init: {self.lora_init} (adapters.max_rank is {bank.max_rank})",
                 param="lora_rank",
             )
+        if self.lora_dropout and not config.finetune.with_dropout:
+            raise ApiError(
+                400,
+                f"lora_dropout: got {self.lora_dropout}; this server trains without dropout: leave "
+                "it out, or ask who runs the server (finetune.dropout)",
+                param="lora_dropout",
+            )
+        if self.lora_dropout and most < bank.max_rank:
+            raise ApiError(
+                400,
+                f"lora_dropout: got {self.lora_dropout}, which would also drop the start that "
+                f"lora_init: {self.lora_init} subtracts; leave one of them out",
+                param="lora_dropout",
+            )
         outside = set(self.lora_target_modules or ()) - set(bank.target_modules)
         if outside:
             raise ApiError(
@@ -231,6 +246,7 @@ class CreateJob(Body):
                 "alpha": self.lora_alpha or 2.0 * rank,
                 "target_modules": modules,
                 "init": self.lora_init,
+                "lora_dropout": self.lora_dropout,
             },
             "optimizer": {"lr": rate, "warmup": self.warmup, "b_lr_ratio": self.b_lr_ratio},
             "batch_tokens": batch_tokens,

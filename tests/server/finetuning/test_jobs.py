@@ -323,6 +323,8 @@ def test_lists_of_files_are_read_page_by_page(client):
         ({"extra_body": {"lora_rank": 9}}, "adapters.max_rank"),
         ({"extra_body": {"lora_rank": 5, "lora_init": "pissa"}}, "at most 4 with lora_init"),
         ({"extra_body": {"lora_init": "pisa"}}, "lora_init"),
+        ({"extra_body": {"lora_dropout": 0.1}}, "trains without dropout"),
+        ({"extra_body": {"lora_dropout": 1}}, "lora_dropout"),
         ({"extra_body": {"b_lr_ratio": 0}}, "b_lr_ratio"),
         ({"extra_body": {"lora_target_modules": ["x_proj"]}}, "lora_target_modules"),
     ],
