@@ -239,6 +239,11 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
             with_job(peft={"init": "olora"}, init_adapter="folder"),
             ["finetune.jobs.0: peft.init=olora and init_adapter are given"],
         ),
+        (
+            with_job(peft={"init": "olora", "lora_dropout": 0.1}),
+            ["finetune.jobs.0.peft: lora_dropout: 0.1 and init: olora are given"],
+        ),
+        (with_job(peft={"lora_dropout": 1.0}), ["finetune.jobs.0.peft.lora_dropout: got 1.0"]),
         (with_job(peft={"r": 32}), ["finetune.jobs.0.peft.r: rank 32", "adapters.max_rank"]),
         (
             with_job(peft={"type": "ia3"}),
