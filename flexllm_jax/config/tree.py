@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from flexllm_jax.config.fields import ConfigError, Section, ranks_taken
 from flexllm_jax.config.finetune import FinetuneSection
+from flexllm_jax.config.graders import GradersSection
 from flexllm_jax.config.memory import AdaptersSection, CacheSection
 from flexllm_jax.config.model import ModelSection, ParallelSection
 from flexllm_jax.config.scheduler import CompileSection, SchedulerSection
@@ -33,6 +34,9 @@ class Config(Section):
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection, description="Steps.")
     compile: CompileSection = Field(default_factory=CompileSection, description="Programs.")
     finetune: FinetuneSection = Field(default_factory=FinetuneSection, description="Finetuning.")
+    graders: GradersSection = Field(
+        default_factory=GradersSection, description="What graders may take of the machine."
+    )
     trackers: TrackersSection = Field(
         default_factory=TrackersSection, description="Where the progress of jobs is written."
     )

@@ -11,13 +11,16 @@ from typing import Any
 
 from flexllm_jax.config.graders import (
     GraderConfig,
+    GradersSection,
     MultiConfig,
+    PythonConfig,
     StringCheckConfig,
     TextSimilarityConfig,
 )
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders.grade import Grade, Grader, GradingError, Sample, SampleError, Usage
 from flexllm_jax.graders.multi import Multi
+from flexllm_jax.graders.python import Python
 from flexllm_jax.graders.string_check import StringCheck
 from flexllm_jax.graders.text_similarity import TextSimilarity
 
@@ -35,6 +38,7 @@ __all__ = [
 def make_grader(
     config: GraderConfig,
     complete: Callable[..., Any] | None = None,
+    settings: GradersSection | None = None,
     *,
     field: str = "grader",
 ) -> Grader:
@@ -42,6 +46,7 @@ def make_grader(
 
     Args:
         complete: asks a model; None: there is none to ask.
+        settings: what graders may take; by default no programs are run.
         field: what the grader is called in messages.
 
     Raises:
@@ -52,9 +57,11 @@ def make_grader(
             return StringCheck(config, field)
         case TextSimilarityConfig():
             return TextSimilarity(config, field)
+        case PythonConfig():
+            return Python(config, settings or GradersSection(), field)
         case MultiConfig():
             parts = {
-                name: make_grader(part, complete, field=f"{field}.graders.{name}")
+                name: make_grader(part, complete, settings, field=f"{field}.graders.{name}")
                 for name, part in config.graders.items()
             }
             return Multi(parts, config.calculate_output, field)
