@@ -81,7 +81,21 @@ class Efficiency:
     unit_s: float = 1e-4
     all_reduce_s: float = 2e-5
     recompute: float = 0.0
+    attention: float | None = None
+    adapter_passes: float = 0.0
+    unit_passes: float = 0.0
 
+
+# What this engine reached with Llama-3.1-8B on an H100 (docs/results/gpu).
+MEASURED = Efficiency(
+    compute=0.58,
+    memory=0.92,
+    step_s=2.5e-3,
+    unit_s=2e-5,
+    attention=0.29,
+    adapter_passes=21.0,
+    unit_passes=42.0,
+)
 
 A100 = DeviceSpec("NVIDIA A100-SXM4-80GB", 312e12, 2.039e12, 300e9, 80e9)
 H100 = DeviceSpec("NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 450e9, 80e9)
@@ -136,11 +150,13 @@ def roofline(
         base[T]          step_s + ((2 T P / C)^p + (weight bytes / M)^p)^(1/p) + all-reduces of T
         decode_kv        KV bytes of a token / M
         chunk_kv         the same: a chunk reads its keys once
-        attention_pairs  4 H heads layers / C, a half for causality
-        layer_units      unit_s + (1 + recompute) x 2 U P_layer / C + all-reduces of a layer
+        attention_pairs  4 H heads layers / (attention x FLOP/s), a half for causality
+        layer_units      unit_s + (1 + recompute) x 2 U P_layer / C + unit_passes x U ffn bytes / M
+                         + all-reduces of a layer
         loss_units       unit_s + 4 U V D / C: logits, and their gradient's sum over the head
         backward_pairs   five products where the forward has two
         adapter_slots    2 x 2 R (d_in + d_out) of all projections / C
+                         + layers x adapter_passes x ffn bytes / M
         ..._rows         V float32 of a row, read or written so many times (`_PASSES`), by each
                          device for itself; of log-probabilities the logits, too: 2 V D / C
     """
@@ -166,8 +182,11 @@ def roofline(
 
     widths = 2 * model.d_model + 2 * (model.heads + model.kv_heads) * model.head_dim
     widths += 2 * model.d_model + 3 * (model.d_model + model.ffn)
-    pair_s = 0.5 * 4 * model.heads * model.head_dim / compute
+    attended = compute * (1.0 if e.attention is None else e.attention / e.compute)
+    pair_s = 0.5 * 4 * model.heads * model.head_dim / attended
+    pass_s = model.ffn * model.dtype_bytes / memory  # of a token
     unit = (1 + e.recompute) * 2 * unit_tokens * model.layer_parameters / compute
+    unit += e.unit_passes * unit_tokens * pass_s
     row_pass_s = 4 * model.vocab / (e.memory * device.bytes_per_s)
     sampled = {name: passes * row_pass_s for name, passes in _PASSES.items()}
     sampled["logprob_rows"] += 2 * model.head_parameters / compute
@@ -180,7 +199,8 @@ def roofline(
             "layer_units": e.unit_s + unit + all_reduce_s(unit_tokens),
             "loss_units": e.unit_s + 4 * unit_tokens * model.head_parameters / compute,
             "backward_pairs": 2.5 * pair_s,
-            "adapter_slots": model.layers * 2 * rank * widths / compute,
+            "adapter_slots": model.layers
+            * (2 * rank * widths / compute + e.adapter_passes * pass_s),
             **sampled,
         },
         spread=spread,

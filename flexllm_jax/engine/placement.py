@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexllm_jax.compile.buckets import Program
@@ -47,7 +47,7 @@ class Placement:
 
     model: ModelConfig
     plan: ParallelPlan
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | AbstractMesh
 
     @classmethod
     def on(cls, devices: list, model: ModelConfig, plan: ParallelPlan) -> "Placement":
@@ -60,6 +60,11 @@ class Placement:
             )
         grid = np.array(devices[: m.tp]).reshape(m.kv, m.replicas)
         return cls(model, plan, jax.sharding.Mesh(grid, ALL))
+
+    @classmethod
+    def without_devices(cls, model: ModelConfig, plan: ParallelPlan) -> "Placement":
+        """Over devices that are not there: enough to know what each would hold."""
+        return cls(model, plan, AbstractMesh((plan.mesh.kv, plan.mesh.replicas), ALL))
 
     @cached_property
     def local(self) -> ModelConfig:
@@ -230,23 +235,31 @@ def _summed_over(plan: WeightPlan) -> tuple[str, ...]:
     return (REPLICAS,) if plan.kv_only else ALL
 
 
-def plan_placement(
+def split(
     config: Config, model: ModelConfig, bank: BankShape, tokens: int, dtype: np.dtype
-) -> Placement | None:
-    """How the model is split over devices, for steps of up to `tokens`; None for one device.
-    ParallelError when it cannot be."""
+) -> ParallelPlan | None:
+    """How `parallel.tp` devices share the model, for steps of up to `tokens`; None for one device.
+    ParallelError when they cannot."""
     if config.parallel.tp == 1:
         return None
-    mesh = Mesh.of(model, config.parallel.tp)
-    plan = plan_parallel(
+    return plan_parallel(
         model,
-        mesh,
+        Mesh.of(model, config.parallel.tp),
         tuple(bank.sites(model)),
         rank=bank.rank,
         bottleneck=bank.bottleneck,
         tokens=tokens,
         itemsize=dtype.itemsize,
     )
+
+
+def plan_placement(
+    config: Config, model: ModelConfig, bank: BankShape, tokens: int, dtype: np.dtype
+) -> Placement | None:
+    """`split` over the devices that JAX sees."""
+    plan = split(config, model, bank, tokens, dtype)
+    if plan is None:
+        return None
     log.info("%s", plan.describe())
     by_process = itertools.groupby(jax.devices(), key=lambda device: device.process_index)
     each = config.parallel.tp // config.parallel.num_processes

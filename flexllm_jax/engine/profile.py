@@ -21,6 +21,7 @@ from rich.progress import track
 from flexllm_jax.config import Config
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
+from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
@@ -86,9 +87,22 @@ def profile_key(runner: Runner, config: Config) -> dict[str, str]:
 
 def cold_model(runner: Runner) -> LatencyModel:
     """A roofline of the device; ValueError if its data sheet is not known."""
-    sizes, model = runner.sizes, runner.model
-    spec = ModelCost(
-        "",
+    sizes = runner.sizes
+    return roofline(
+        find_device(runner.device.device_kind),
+        model_cost(sizes),
+        sizes.buckets,
+        sizes.unit_tokens,
+        tp=sizes.devices,
+        rank=sizes.bank.rank,
+    )
+
+
+def model_cost(sizes: EngineSizes) -> ModelCost:
+    """What a roofline needs to know of the model."""
+    model = sizes.model
+    return ModelCost(
+        model.architecture,
         model.num_layers,
         model.d_model,
         model.d_ff,
@@ -98,9 +112,6 @@ def cold_model(runner: Runner) -> LatencyModel:
         model.vocab_size,
         sizes.dtype.itemsize,
     )
-    device = find_device(runner.device.device_kind)
-    rank = sizes.bank.rank
-    return roofline(device, spec, sizes.buckets, sizes.unit_tokens, tp=sizes.devices, rank=rank)
 
 
 def measure(runner: Runner, *, progress: bool) -> LatencyModel:

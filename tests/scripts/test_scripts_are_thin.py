@@ -23,8 +23,8 @@ ROWS = [
 ]
 # Families, and names that are a verb of their own; all others are a verb and its object.
 FAMILIES = ("benchmark_", "fault_", "gpu_", "nightly_")
-VERBS = {"benchmark", "coserve", "export", "finetune", "generate", "make", "replay", "serve"}
-VERBS |= {"simulate", "tune"}
+VERBS = {"benchmark", "coserve", "export", "finetune", "generate", "make", "plan", "replay"}
+VERBS |= {"serve", "simulate", "tune"}
 HELP = """
 import contextlib, io, json, runpy, sys
 told = {}

@@ -228,16 +228,23 @@ def simulate(
     return Simulation(config, arrivals, fleet.engines, span_s, made)
 
 
+def at_rate(arrivals: list[Arrival], rate: float) -> list[Arrival]:
+    """The requests thinned evenly, or replayed by several at once, to `rate` per second.
+    ConfigError for too few to have one."""
+    span = arrivals[-1].arrival_s - arrivals[0].arrival_s if arrivals else 0.0
+    if not span:
+        raise ConfigError("workload: requests that arrive at one time have no rate; leave rate out")
+    wanted = rate * span / (len(arrivals) - 1)
+    # Request i is there as often as the wanted count rises over it: evenly, and no draw.
+    counts = np.diff(np.floor(np.arange(len(arrivals) + 1) * wanted + 1e-9)).astype(int)
+    return [a for a, count in zip(arrivals, counts, strict=True) for _ in range(count)]
+
+
 def select_arrivals(config: SimulationConfig) -> list[Arrival]:
     """The requests to simulate."""
     arrivals = read_arrivals(config.workload)[: config.workload.max_requests]
     if config.rate is not None:
-        span = arrivals[-1].arrival_s - arrivals[0].arrival_s
-        have = (len(arrivals) - 1) / span
-        wanted = config.rate / have
-        # Request i is there as often as the wanted count rises over it: evenly, and no draw.
-        counts = np.diff(np.floor(np.arange(len(arrivals) + 1) * wanted + 1e-9)).astype(int)
-        arrivals = [a for a, count in zip(arrivals, counts, strict=True) for _ in range(count)]
+        arrivals = at_rate(arrivals, config.rate)
     limit = math.inf if config.duration_s is None else config.duration_s
     arrivals = [a for a in arrivals if a.arrival_s < limit]
     if not arrivals:

@@ -1,0 +1,1 @@
+"""What an engine would do on a GPU that is not there: whether it fits, how fast it is, how many."""
