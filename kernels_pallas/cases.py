@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax
 
-KERNELS = ("ragged_paged_attention", "attention_backward", "grouped_lora")
+KERNELS = ("ragged_paged_attention", "attention_backward", "grouped_lora", "layer_passes")
 TENSOR_PARALLEL = (1, 2, 4)
 
 

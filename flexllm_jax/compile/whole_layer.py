@@ -119,6 +119,6 @@ def whole_layer(
 ) -> Float[Array, "T D"]:
     """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`."""
     made = bypass(adapter)
-    q, k, v = layer.before_attention(x, angles, made, tap)
+    q, k, v, x = layer.before_attention(x, angles, made, tap)
     attended: Any = causal_attention(q, k, v, adapter, bypass, backend)
     return layer.after_attention(x, attended, made, tap)

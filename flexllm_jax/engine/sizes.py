@@ -102,8 +102,8 @@ class EngineSizes:
     def decoder(self) -> Decoder:
         """The model's functions, as programs use them: over one device's part of the model."""
         if self.placement:
-            return Decoder(self.placement.local, self.dtype, ALL)
-        return Decoder(self.model, self.dtype)
+            return Decoder(self.placement.local, self.dtype, ALL, self.backend)
+        return Decoder(self.model, self.dtype, backend=self.backend)
 
     @property
     def stored(self) -> jnp.dtype:

@@ -15,6 +15,7 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import JobDropout
 from kernels_pallas.backend import Backend
+from kernels_pallas.layer_passes import rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.rows import set_rows
 
@@ -72,15 +73,14 @@ def forward_step(
             adapters = Bypass(layer_bank[0], layer_bank[1], inputs.adapter, backend, dropped)
         bypass = adapters or no_bypass
         activations = {"x": x}
-        q, k, v = layer.before_attention(x, angles, bypass, activations.setdefault)
-        new_pages = {
-            "k": _write(layer_pages["k"], inputs.kv_slot, k),
-            "v": _write(layer_pages["v"], inputs.kv_slot, v),
-        }
+        q, k, v, x = layer.project(x, bypass, activations.setdefault)
+        q, *written = rotate_and_write(
+            *(q, k, v, angles, inputs.kv_slot, layer_pages["k"], layer_pages["v"]), backend=backend
+        )
+        new_pages = dict(zip(("k", "v"), written, strict=True))
         attended, lse = ragged_paged_attention(
             q,
-            new_pages["k"],
-            new_pages["v"],
+            *written,
             inputs.query_starts,
             inputs.kv_lengths,
             inputs.page_tables,
@@ -119,11 +119,3 @@ def forward_step(
         outputs = set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
         finetune = {"saved": new_saved, "flow": finetune["flow"] | {"stream": outputs}}
     return new_pages, finetune, x, x[inputs.sample]
-
-
-def _write(
-    pages: Float[Array, "P B K H"], slots: Int[Array, " T"], values: Float[Array, "T K H"]
-) -> Float[Array, "P B K H"]:
-    """Put each token's row in its slot of the pages; slots past the end are padding."""
-    flat = pages.reshape(-1, *pages.shape[2:])
-    return set_rows(flat, slots, values).reshape(pages.shape)

@@ -111,7 +111,7 @@ def layer_unit(
 
     angles = decoder.angles(slice_of(whole.position))
     x = kept["x"]
-    (q, k, v), pull_inputs = jax.vjp(
+    (q, k, v, x), pull_inputs = jax.vjp(
         lambda x, own: layer.before_attention(x, angles, bypass(own), tap), x, own
     )
     keys_and_values = (pages["k"], pages["v"], whole.kv_slot, sequence_start, start)
@@ -121,7 +121,7 @@ def layer_unit(
         attended, lse = attention_of_slice(q, *keys_and_values, backend=backend)
         attended, lse = bypass(own).attend(q, attended, lse)
     _, pull_outputs = jax.vjp(
-        lambda x, attended, own: layer.after_attention(x, attended, bypass(own), tap),
+        lambda x, attended, own: layer.after_attention(x, attended, bypass(own), tap, kept),
         x,
         attended,
         own,
@@ -139,11 +139,11 @@ def layer_unit(
     )
     dq, d_own_attention = bypass(own).attend_backward(dq, q, attended, lse, d_attended)
     d_keys, d_values = slice_of(dk).astype(k.dtype), slice_of(dv).astype(v.dtype)
-    d_input, d_own_inputs = pull_inputs((dq, d_keys, d_values))
+    d_input, d_own_inputs = pull_inputs((dq, d_keys, d_values, d_residual))
 
     cleared = jnp.zeros((unit_tokens, *dk.shape[1:]), jnp.float32)  # ready for the next layer
     flow = flow | {
-        "stream": with_slice(flow["stream"], d_residual + d_input),
+        "stream": with_slice(flow["stream"], d_input),
         "dk": with_slice(dk, cleared),
         "dv": with_slice(dv, cleared),
     }

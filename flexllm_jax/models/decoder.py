@@ -13,7 +13,7 @@ runs forward and backward:
 `split` turns the modules into plain pytrees once; the step programs merge them back while tracing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,7 +32,9 @@ from flexllm_jax.models.collectives import (
     sum_outputs,
 )
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles, rotate
+from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles
+from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.layer_passes import gated, rotate
 
 Tap = Callable[[str, jax.Array], jax.Array]
 Angles = tuple[jax.Array, jax.Array]
@@ -50,7 +52,13 @@ class DecoderLayer(nnx.Module):
     o and down) and two backward (of the gradients of the inputs of q, k, v and of gate, up).
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, axes: Axes = ()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        axes: Axes = (),
+        backend: Backend = XLA,
+    ):
         c = config
         q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.pre_attn_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
@@ -66,6 +74,7 @@ class DecoderLayer(nnx.Module):
         self.up = Linear(c.d_model, c.d_ff, dtype)
         self.down = Linear(c.d_ff, c.d_model, dtype)
         self.qk_norm, self.head_dim, self.axes = c.qk_norm, c.head_dim, axes
+        self.backend = backend
 
     def before_attention(
         self,
@@ -73,16 +82,38 @@ class DecoderLayer(nnx.Module):
         angles: Angles,
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        """Queries, keys and values of the layer's input, rotated."""
-        h = share_input(self.pre_attn_norm(x), self.axes)
+    ) -> tuple[
+        Float[Array, "T N H"],
+        Float[Array, "T K H"],
+        Float[Array, "T K H"],
+        Float[Array, "T D"],
+    ]:
+        """Queries, keys and values of the layer's input, rotated; and the input as
+        `after_attention` takes it: through here go all of its gradients."""
+        q, k, v, x = self.project(x, bypass, tap)
+        return rotate(q, angles), rotate(k, angles), v, x
+
+    def project(
+        self,
+        x: Float[Array, "T D"],
+        bypass: BypassFunction = no_bypass,
+        tap: Tap = no_tap,
+    ) -> tuple[
+        Float[Array, "T N H"],
+        Float[Array, "T K H"],
+        Float[Array, "T K H"],
+        Float[Array, "T D"],
+    ]:
+        """`before_attention` without the rotation."""
+        x, h = self.pre_attn_norm.join(x, None, self.backend)
+        h = share_input(h, self.axes)
         heads = (x.shape[0], -1, self.head_dim)
         outputs = bypass(h, {"q": self.q(h), "k": self.k(h), "v": self.v(h)})
         q, k = tap("query", outputs["q"]).reshape(heads), outputs["k"]
         v = outputs["v"].reshape(heads)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(tap("key", k).reshape(heads))
-        return rotate(q, angles), rotate(k.reshape(heads), angles), v
+        return q, k.reshape(heads), v, x
 
     def after_attention(
         self,
@@ -90,17 +121,24 @@ class DecoderLayer(nnx.Module):
         attended: Float[Array, "T N H"],
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
+        recalled: Collection[str] = (),
     ) -> Float[Array, "T D"]:
-        """The layer's output, from its input and what attention returned."""
+        """The layer's output, from its input and what attention returned; `recalled`: names of what
+        the tap replaces."""
 
         def join(y: jax.Array) -> jax.Array:
             return sum_outputs(y, self.axes)
 
         attended = attended.reshape(x.shape[0], -1)
-        x = tap("residual", x + bypass(attended, {"o": self.o(attended)}, join)["o"])
-        h = share_input(self.pre_mlp_norm(x), self.axes)
+        y = bypass(attended, {"o": self.o(attended)}, join)["o"]
+        if "residual" in recalled:  # then the norm is of what was recalled
+            x, h = self.pre_mlp_norm.join(tap("residual", x + y), None, self.backend)
+        else:
+            x, h = self.pre_mlp_norm.join(x, y, self.backend)
+            x = tap("residual", x)
+        h = share_input(h, self.axes)
         outputs = bypass(h, {"gate": self.gate(h), "up": self.up(h)})
-        inner = jax.nn.silu(tap("gate", outputs["gate"])) * tap("up", outputs["up"])
+        inner = gated(tap("gate", outputs["gate"]), tap("up", outputs["up"]), self.backend)
         return x + bypass(inner, {"down": self.down(inner)}, join)["down"]
 
 
@@ -108,16 +146,18 @@ class DecoderLayer(nnx.Module):
 class Decoder:
     """The decoder's functions over plain parameter pytrees (the layout of `hf_weights`).
 
-    With `axes`, over one device's part of them; `config` is then what that device has.
+    With `axes`, over one device's part of them; `config` is then what that device has. `backend`:
+    which kernels to use.
     """
 
     config: ModelConfig
     dtype: jnp.dtype
     axes: Axes = ()
+    backend: Backend = XLA
 
     def layer(self, params: dict) -> DecoderLayer:
         """A layer's module holding these parameters; call it while tracing."""
-        return nnx.merge(_layer_graph(self.config, self.dtype, self.axes), params)
+        return nnx.merge(_layer_graph(self.config, self.dtype, self.axes, self.backend), params)
 
     def taps(self) -> dict[str, int]:
         """Name and width of each array of a layer that the forward may save for the backward:
@@ -131,7 +171,7 @@ class Decoder:
 
         def both_halves(x, positions, attended):
             layer = DecoderLayer(c, self.dtype)
-            layer.before_attention(x, self.angles(positions), tap=tap)
+            x = layer.before_attention(x, self.angles(positions), tap=tap)[-1]
             return layer.after_attention(x, attended, tap=tap)
 
         rows = [jax.ShapeDtypeStruct((1, n), self.dtype) for n in (c.d_model, widths["attended"])]
@@ -148,7 +188,8 @@ class Decoder:
 
     def final_norm(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The norm before the output head."""
-        return nnx.merge(_norm_graph(self.config, self.dtype), params["norm"])(x)
+        norm = nnx.merge(_norm_graph(self.config, self.dtype), params["norm"])
+        return norm.join(x, None, self.backend)[1]
 
     def head(self, params: dict) -> Float[Array, "V D"]:
         """The output head's rows; the embedding's when they are tied."""
@@ -175,8 +216,10 @@ class Decoder:
 
 
 @cache
-def _layer_graph(config: ModelConfig, dtype: jnp.dtype, axes: Axes) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, dtype, axes)))[0]
+def _layer_graph(
+    config: ModelConfig, dtype: jnp.dtype, axes: Axes, backend: Backend
+) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, dtype, axes, backend)))[0]
 
 
 @cache

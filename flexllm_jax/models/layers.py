@@ -13,6 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.collectives import Axes
 from flexllm_jax.models.config import ModelConfig
+from kernels_pallas.backend import Backend
+from kernels_pallas.layer_passes import add_norm
 
 
 class Linear(nnx.Module):
@@ -46,9 +48,13 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalize in float32; the result has x's dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * wide.astype(x.dtype)
+        return add_norm(x, None, self.weight[...], self.eps)[1]
+
+    def join(
+        self, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, backend: Backend
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """The residual x + y, and it normalized: one pass, and one backward."""
+        return add_norm(x, y, self.weight[...], self.eps, backend)
 
 
 def rotary_frequencies(config: ModelConfig) -> Float[Array, " F"]:
@@ -78,16 +84,3 @@ def rotary_angles(
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def rotate(
-    x: Float[Array, "T N H"], angles: tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]
-) -> Float[Array, "T N H"]:
-    """Rotate the two halves of each head by the angles, in x's dtype.
-
-    One multiply-add over whole heads: XLA's CPU backend vectorizes it, and not a concatenation of
-    rotated halves.
-    """
-    cos, sin = (angle.astype(x.dtype) for angle in angles)
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([second, first], axis=-1) * sin

@@ -6,7 +6,7 @@ import pytest
 
 from kernels_pallas import tuning
 
-KERNELS = ("ragged_paged_attention", "attention_backward", "grouped_lora")
+KERNELS = ("ragged_paged_attention", "attention_backward", "grouped_lora", "layer_passes")
 
 
 @pytest.fixture

@@ -100,10 +100,8 @@ def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Arr
     angles = decoder.angles(jnp.tile(jnp.arange(length), batch))
     for layer_params in params["layers"]:
         layer = decoder.layer(layer_params)
-        q, k, v = (
-            heads.reshape(batch, length, -1, config.head_dim)
-            for heads in layer.before_attention(x, angles)
-        )
+        *heads, x = layer.before_attention(x, angles)
+        q, k, v = (own.reshape(batch, length, -1, config.head_dim) for own in heads)
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
         x = layer.after_attention(x, attended.reshape(batch * length, -1, config.head_dim))
     losses = optax.softmax_cross_entropy_with_integer_labels(

@@ -79,8 +79,11 @@ _CASES = (
     "grouped_lora/llama-3.1-8b/tp1/gate_up/decode-256-of-64",
     "grouped_lora/llama-3.1-8b/tp1/down/prefill-4096-of-4",
     "grouped_lora/llama-3.1-8b/tp1/qkv/train-1024-backward",
+    "layer_passes/llama-3.1-8b/tp1/norm-1024-backward",
+    "layer_passes/llama-3.1-8b/tp1/gated-1024-backward",
+    "layer_passes/llama-3.1-8b/tp1/rotate-256",
 )
-_OURS = ("attention", "grouped_lora")  # how our kernels' names begin
+_OURS = ("attention", "grouped_lora", "add_norm", "gated", "rotate")  # how our kernels' names begin
 
 
 # -- kernels ---------------------------------------------------------------------------------------

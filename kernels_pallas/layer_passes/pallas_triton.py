@@ -1,0 +1,202 @@
+"""A layer's passes as Pallas-Triton kernels: a program has a row, or a piece of an array, loads it
+once, computes in float32 and stores it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as pltriton
+
+from kernels_pallas.backend import Backend
+from kernels_pallas.tuning import tiles
+
+
+def add_norm(x, y, weight, eps: float, backend: Backend) -> tuple[jax.Array, jax.Array]:
+    """See `base.add_norm`; x is [T, D]. A program has a row."""
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    arguments = (x, weight) if y is None else (x, weight, y)
+    *total, normed = pl.pallas_call(
+        partial(_add_norm_kernel, eps=eps),
+        grid=x.shape[:1],
+        out_shape=[like] * (len(arguments) - 1),
+        compiler_params=_row_options(backend, x),
+        interpret=backend.interpret,
+        name="add_norm",
+    )(*arguments)
+    return (total[0] if total else x), normed
+
+
+def _add_norm_kernel(x_ref, weight_ref, *refs, eps: float):
+    *sum_refs, normed_ref = refs
+    row, columns, mask = _row(x_ref)
+    total = _load(x_ref.at[row, columns], mask)
+    if sum_refs:
+        y_ref, sum_ref = sum_refs
+        # Rounded, as what reads the sum will read it.
+        total = (total + _load(y_ref.at[row, columns], mask)).astype(sum_ref.dtype)
+        pltriton.store(sum_ref.at[row, columns], total, mask=mask)
+        total = total.astype(jnp.float32)
+    normed = (total * _root(total, x_ref, eps)).astype(normed_ref.dtype)
+    weighted = _load(weight_ref.at[columns], mask) * normed.astype(jnp.float32)
+    pltriton.store(normed_ref.at[row, columns], weighted.astype(normed_ref.dtype), mask=mask)
+
+
+def add_norm_backward(total, weight, d_total, d_normed, eps: float, backend: Backend) -> jax.Array:
+    """The gradient of x and of y, given those of both results."""
+    return pl.pallas_call(
+        partial(_add_norm_backward_kernel, eps=eps),
+        grid=total.shape[:1],
+        out_shape=jax.ShapeDtypeStruct(total.shape, total.dtype),
+        compiler_params=_row_options(backend, total),
+        interpret=backend.interpret,
+        name="add_norm_backward",
+    )(total, weight, d_total, d_normed)
+
+
+def _add_norm_backward_kernel(
+    total_ref, weight_ref, d_total_ref, d_normed_ref, d_ref, *, eps: float
+):
+    """With n = x / rms(x) and g the gradient of n: (g - n mean(g n)) / rms(x)."""
+    row, columns, mask = _row(total_ref)
+    total = _load(total_ref.at[row, columns], mask)
+    root = _root(total, total_ref, eps)
+    normed = total * root
+    gradient = _load(weight_ref.at[columns], mask) * _load(d_normed_ref.at[row, columns], mask)
+    mean = jnp.sum(gradient * normed) / total_ref.shape[1]
+    through_norm = root * (gradient - normed * mean)
+    d_total = _load(d_total_ref.at[row, columns], mask)
+    pltriton.store(d_ref.at[row, columns], (d_total + through_norm).astype(d_ref.dtype), mask=mask)
+
+
+def _root(total, ref, eps: float):
+    """The reciprocal of the row's root mean square."""
+    return lax.rsqrt(jnp.sum(total * total) / ref.shape[1] + eps)
+
+
+def _row(ref):
+    """Index arrays of a program's row, and their mask."""
+    size = pl.next_power_of_2(ref.shape[1])
+    columns = lax.iota(jnp.int32, size)
+    mask = None if size == ref.shape[1] else columns < ref.shape[1]
+    return jnp.full((size,), pl.program_id(0)), columns, mask
+
+
+def gated_backward(gate, up, d_inner, backend: Backend) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `base.gated`; a program has a piece of the arrays, taken as flat."""
+    like = jax.ShapeDtypeStruct((gate.size,), gate.dtype)
+    tile = gated_tiles(backend.chip, gate.dtype)
+    d_gate, d_up = pl.pallas_call(
+        partial(_gated_backward_kernel, size=tile["size"]),
+        grid=(pl.cdiv(gate.size, tile["size"]),),
+        out_shape=(like, like),
+        compiler_params=_options(tile),
+        interpret=backend.interpret,
+        name="gated_backward",
+    )(*(array.reshape(-1) for array in (gate, up, d_inner)))
+    return d_gate.reshape(gate.shape), d_up.reshape(gate.shape)
+
+
+def _gated_backward_kernel(gate_ref, up_ref, d_inner_ref, d_gate_ref, d_up_ref, *, size: int):
+    """With s = sigmoid(gate): the derivative of gate s is s (1 + gate (1 - s))."""
+    index = pl.program_id(0) * size + lax.iota(jnp.int32, size)
+    mask = None if gate_ref.shape[0] % size == 0 else index < gate_ref.shape[0]
+    gate, up, d_inner = (_load(ref.at[index], mask) for ref in (gate_ref, up_ref, d_inner_ref))
+    sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
+    d_gate = d_inner * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    pltriton.store(d_gate_ref.at[index], d_gate.astype(d_gate_ref.dtype), mask=mask)
+    d_up = d_inner * gate * sigmoid
+    pltriton.store(d_up_ref.at[index], d_up.astype(d_up_ref.dtype), mask=mask)
+
+
+def rotate_and_write(q, k, v, angles, slots, k_pages, v_pages, backend: Backend):
+    """See `base.rotate_and_write`; a program has the heads of a token."""
+    tokens, _, head_dim = q.shape
+    cos, sin = (angle.reshape(tokens, head_dim) for angle in angles)
+    flat = [pages.reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages)]
+    rotated, *written = pl.pallas_call(
+        _rotate_and_write_kernel,
+        grid=(tokens,),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *flat)),
+        input_output_aliases={6: 1, 7: 2},
+        compiler_params=_options(rotate_tiles(backend.chip, head_dim, q.dtype)),
+        interpret=backend.interpret,
+        name="rotate_and_write",
+    )(q, k, v, cos, sin, slots, *flat)
+    return rotated, *(x.reshape(k_pages.shape) for x in written)
+
+
+def _rotate_and_write_kernel(
+    q_ref, k_ref, v_ref, cos_ref, sin_ref, slots_ref, _, __, rotated_ref, k_pages_ref, v_pages_ref
+):
+    token = pl.program_id(0)
+    slot = slots_ref[token]
+    half = q_ref.shape[2] // 2
+
+    def rotate(ref, out_ref, row, kept: bool | jax.Array) -> None:
+        places = _heads(ref, half)
+        head, column, inside = places
+        mask = inside & kept
+        first, second = (_load(ref.at[token, head, column + i * half], inside) for i in (0, 1))
+        for i, (own, other) in enumerate(((first, second), (second, first))):
+            at = column + i * half
+            cos, sin = (
+                _load(angle.at[token, at], inside, ref.dtype) for angle in (cos_ref, sin_ref)
+            )
+            rotated = (own * cos + other * sin).astype(out_ref.dtype)
+            pltriton.store(out_ref.at[row, head, at], rotated, mask=mask)
+
+    rotate(q_ref, rotated_ref, token, True)
+    kept = slot < k_pages_ref.shape[0]
+    rotate(k_ref, k_pages_ref, slot, kept)
+    head, column, inside = _heads(v_ref, v_ref.shape[2])
+    value = pltriton.load(v_ref.at[token, head, column], mask=inside, other=0.0)
+    value = value.astype(v_pages_ref.dtype)
+    pltriton.store(v_pages_ref.at[slot, head, column], value, mask=inside & kept)
+
+
+def _heads(ref, width: int):
+    """Index arrays of `width` columns of all heads, and which of them there are."""
+    shape = (pl.next_power_of_2(ref.shape[1]), pl.next_power_of_2(width))
+    head, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return head, column, (head < ref.shape[1]) & (column < width)
+
+
+def _load(ref, mask, rounded: jnp.dtype | None = None) -> jax.Array:
+    """Values in float32, zeros where masked; `rounded` to another dtype first."""
+    values = pltriton.load(ref, mask=mask, other=None if mask is None else 0.0)
+    if rounded is not None:
+        values = values.astype(rounded)
+    return values.astype(jnp.float32)
+
+
+def _row_options(backend: Backend, x: jax.Array):
+    return _options(row_tiles(backend.chip, x.shape[1], x.dtype))
+
+
+def row_tiles(chip: str, size: int, dtype) -> dict[str, int]:
+    """Of programs that have a row of so many columns."""
+    default = {"num_warps": min(16, max(1, pl.next_power_of_2(size) // 512)), "num_stages": 1}
+    return tiles("layer_passes", chip, tuning_key("row", size, dtype), default)
+
+
+def gated_tiles(chip: str, dtype) -> dict[str, int]:
+    """size: of a program's piece."""
+    default = {"size": 2048, "num_warps": 4, "num_stages": 1}
+    return tiles("layer_passes", chip, tuning_key("gated", 0, dtype), default)
+
+
+def rotate_tiles(chip: str, head_dim: int, dtype) -> dict[str, int]:
+    """Of programs that have the heads of a token."""
+    default = {"num_warps": 4, "num_stages": 1}
+    return tiles("layer_passes", chip, tuning_key("rotate", head_dim, dtype), default)
+
+
+def tuning_key(kernel: str, size: int, dtype) -> str:
+    """What the tiles of "row", "gated" or "rotate" depend on; size: of a row, or of a head."""
+    return "/".join([kernel, *([str(size)] if size else []), jnp.dtype(dtype).name])
+
+
+def _options(tile: dict[str, int]):
+    return pltriton.CompilerParams(num_warps=tile["num_warps"], num_stages=tile["num_stages"])
