@@ -6,28 +6,30 @@ its grade. Nothing here knows an engine or a server: a model is a function that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from flexllm_jax.config.graders import (
     GraderConfig,
     GradersSection,
+    LabelModelConfig,
     MultiConfig,
     PythonConfig,
+    ScoreModelConfig,
     StringCheckConfig,
     TextSimilarityConfig,
 )
-from flexllm_jax.errors import UserError
 from flexllm_jax.graders.grade import Grade, Grader, GradingError, Sample, SampleError, Usage
+from flexllm_jax.graders.model import Complete, Completion, Question, label_model, score_model
 from flexllm_jax.graders.multi import Multi
 from flexllm_jax.graders.python import Python
 from flexllm_jax.graders.string_check import StringCheck
 from flexllm_jax.graders.text_similarity import TextSimilarity
 
 __all__ = [
+    "Complete",
+    "Completion",
     "Grade",
     "Grader",
     "GradingError",
+    "Question",
     "Sample",
     "SampleError",
     "Usage",
@@ -37,7 +39,7 @@ __all__ = [
 
 def make_grader(
     config: GraderConfig,
-    complete: Callable[..., Any] | None = None,
+    complete: Complete | None = None,
     settings: GradersSection | None = None,
     *,
     field: str = "grader",
@@ -59,11 +61,13 @@ def make_grader(
             return TextSimilarity(config, field)
         case PythonConfig():
             return Python(config, settings or GradersSection(), field)
+        case ScoreModelConfig():
+            return score_model(config, complete, field)
+        case LabelModelConfig():
+            return label_model(config, complete, field)
         case MultiConfig():
             parts = {
                 name: make_grader(part, complete, settings, field=f"{field}.graders.{name}")
                 for name, part in config.graders.items()
             }
             return Multi(parts, config.calculate_output, field)
-        case _:
-            raise UserError(f"{field}.type: {config.type} is not here yet")
