@@ -118,6 +118,11 @@ class ServerSection(Section):
         default=(),
         description="Folders whose adapters /v1/load_lora_adapter may load. None: it is off.",
     )
+    allowed_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Origins whose pages may call the server from a browser (CORS): "
+        "https://example.org, or * for all. None: it is off.",
+    )
     trust_request_chat_template: Bool = Field(
         default=False,
         description="Whether requests may bring a `chat_template`: a program, run without limits "

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 from llguidance.numpy import fill_next_token_bitmask_par
 
 BITS = 32  # tokens in a word of a mask
 _LONGEST_REASON = 300  # characters: reasons repeat what was given
 _KEPT = 32  # matchers of a model
+_MOST_EBNF = 8192  # characters; turning more into Lark takes over a third of a second
 # Of llguidance, which has more. A state takes about 2 kB; the usual schema has hundreds of them.
 LIMITS = {"verbose_errors": False, "max_lexer_states": 50_000}
 
@@ -34,7 +36,8 @@ class StructuredOutputsParams:
     json_object    any JSON object
     regex          a regular expression (of Rust's regex library, without look-around)
     choice         one of these strings
-    grammar        a context-free grammar in Lark's syntax, as llguidance reads it
+    grammar        a context-free grammar in Lark's syntax, as llguidance reads it; one in EBNF as
+                   llama.cpp has it (`root ::= "yes" | "no"`) becomes one in Lark's
 
     disable_any_whitespace   JSON without white space between its tokens: small models can write it
                              without end
@@ -67,6 +70,8 @@ class StructuredOutputsParams:
         if not good:
             value = getattr(self, given[0])
             raise ValueError(f"structured_outputs.{given[0]}={value!r} must be {rule}")
+        if self.grammar is not None and "::=" in self.grammar and not is_lark_syntax(self.grammar):
+            object.__setattr__(self, "grammar", _lark_of(self.grammar))
 
     def to_grammar(self) -> str:
         """Its grammar in llguidance's form, which may be wrong. ValueError if it has none."""
@@ -110,6 +115,19 @@ def _are_texts(choice: Any) -> bool:
 def quote(text: str) -> str:
     """A text as a literal of a Lark grammar, which is that of JSON."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _lark_of(grammar: str) -> str:
+    """A grammar in EBNF, in Lark's syntax."""
+    if len(grammar) > _MOST_EBNF:
+        raise ValueError(
+            f"structured_outputs.grammar: it has {len(grammar)} characters of EBNF, at most "
+            f"{_MOST_EBNF} can be converted; write it in Lark's syntax"
+        )
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # it raises what is nothing more special
+        raise ValueError(describe(str(error) or type(error).__name__)) from None
 
 
 def describe(message: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from pydantic import BaseModel
 from sqlalchemy import select
@@ -112,6 +113,14 @@ def _make_app(server: Server) -> FastAPI:
         section=server.config.server,
         limit_of=body_limits(server.config),
     )
+    if origins := server.config.server.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(AccessLog)
 
     app.state.keys = server.keys

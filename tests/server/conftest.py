@@ -46,6 +46,7 @@ def server(chat_llama, adapter, tmp_path_factory):
             "max_body_bytes": 100_000,
             "max_upload_bytes": 200_000,
             "adapter_dirs": [str(adapter.parent)],
+            "allowed_origins": ["https://pages.example"],
         },
     )
     with RunningServer(config) as running:

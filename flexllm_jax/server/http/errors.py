@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -74,6 +75,25 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
     return [method for method in _METHODS if is_for(method)]
 
 
+def _is_of_a_type(error: Mapping[str, Any], body: Any) -> bool:
+    """Whether it is one of those of a field that may be of several types, which is reported once
+    for each: then its place ends in a type, and not in a part of the body."""
+    value, place = body, error["loc"][1:-1]
+    for part in place:
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            return False
+    return bool(place) and error["type"] != "missing" and value is error["input"]
+
+
+def _reason(error: Mapping[str, Any], depth: int) -> str:
+    """What is wrong, and where in a value whose own place has that many parts."""
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    within = ".".join(map(str, error["loc"][depth:]))
+    return f"{within} {message}" if within else message
+
+
 def install(app: FastAPI) -> None:
     """Make every error of `app` one of these."""
 
@@ -83,20 +103,25 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+        errors = error.errors()
+        first = errors[0]
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", "")
             return ApiError(400, f"the body is not JSON: {reason}").response()
         where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        # A field that may be of several types is reported once for each: name the field itself.
         name = where[0] if where else None
         if isinstance(first.get("input"), bytes):
             message = "the body is taken for no JSON: send Content-Type: application/json"
             return ApiError(400, message).response()
         given = repr(first.get("input"))
         given = given if len(given) <= 80 else given[:77] + "..."
-        message = first["msg"].removeprefix("Value error, ")
-        message = message.replace("Input should be", "must be")
+        if _is_of_a_type(first, error.body):
+            where = where[:-1]
+            depth = len(first["loc"])
+            of_types = [e for e in errors if e["loc"][: depth - 1] == first["loc"][:-1]]
+            message = ", or ".join(dict.fromkeys(_reason(e, depth) for e in of_types))
+        else:
+            message = _reason(first, len(first["loc"]))
         at = ".".join(where) or "body"
         return ApiError(400, f"{at}: got {given}; {message}", param=name).response()
 

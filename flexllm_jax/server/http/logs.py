@@ -1,13 +1,14 @@
 """Logs as lines of JSON: time, level, logger, message, and fields of their own.
 
 Every request to the application is one line when it has been answered, with an id that the client
-gets too (X-Request-Id).
+gets too, or gave (X-Request-Id).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import uuid
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger(__name__)
 
 _QUIET = ("/health", "/metrics")  # asked all the time by machines
+_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "taskName", "asctime"}
 
 
@@ -45,6 +47,14 @@ def use_json() -> None:
     logging.basicConfig(handlers=[handler], level=logging.ERROR, force=True)
 
 
+def _given_id(scope: Scope) -> str | None:
+    """The id that the client gave its request, if it is one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _ID.fullmatch(value):
+            return value.decode()
+    return None
+
+
 class AccessLog:
     """One line for every request."""
 
@@ -57,7 +67,7 @@ class AccessLog:
             await self.app(scope, receive, send)
             return
         started, status, sent = time.monotonic(), 0, 0
-        request_id = uuid.uuid4().hex
+        request_id = _given_id(scope) or uuid.uuid4().hex
         state = scope.setdefault("state", {})
 
         async def counted(message: Message) -> None:

@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.logprobs import id_of_token, text_of_token
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
@@ -58,9 +59,11 @@ class _Chat:
         if report is None:
             return None
 
+        name = id_of_token if self.body.return_tokens_as_token_ids else text_of_token
+
         def entry(token: int, text: str, value: float | None) -> dict[str, Any]:
             data = list(self.codec.detokenizer.token_bytes(token, text))
-            return {"token": text, "logprob": value, "bytes": data}
+            return {"token": name(token, text), "logprob": value, "bytes": data}
 
         top = [entry(*item) for item in report.likeliest[: self.body.top_logprobs or 0]]
         return {**entry(report.token, report.text, report.logprob), "top_logprobs": top}
@@ -71,12 +74,11 @@ async def chat(
 ) -> Response:
     """Answer a chat request, at once or as a stream."""
     _refuse_unsupported(body)
-    limit, codec = inference.max_model_len(), inference.codec
+    codec = inference.codec
     text = await inference.render(body, body.tools if body.may_call else None)
     form = codec.tool_format() if body.may_call else None
     structure = await inference.structure(client, body, form)
-    special = bool(body.add_special_tokens)
-    (prompt,) = await codec.encode([text], limit, add_special_tokens=special)
+    (prompt,) = await inference.encode(body, [text], special=bool(body.add_special_tokens))
     max_tokens = body.max_completion_tokens
     max_tokens = body.max_tokens if max_tokens is None else max_tokens
     max_tokens = inference.room(prompt) if max_tokens is None else max_tokens
@@ -108,13 +110,17 @@ def _refuse_unsupported(body: ChatCompletionRequest) -> None:
 
 
 async def _whole(conversation: _Chat) -> Response:
-    answer = conversation.answer
+    answer, body = conversation.answer, conversation.body
     count = len(answer.output_tokens)
     texts, reasons = [""] * count, [""] * count
     calls: list[list[CallDelta]] = [[] for _ in range(count)]
     reported: list[list[dict[str, Any]]] = [[] for _ in range(count)]
     stops: list[str | int | None] = [None] * count
+    tokens: list[list[int]] = [[] for _ in range(count)]
+    of_prompt: dict[str, Any] = {}
     async for delta in answer:
+        of_prompt = of_prompt or answer.tell_prompt(body, delta.index, delta.prompt_logprobs)
+        tokens[delta.index].append(delta.token)
         parsed, reason = conversation.take(delta)
         texts[delta.index] += parsed.text
         calls[delta.index] += parsed.calls
@@ -125,13 +131,14 @@ async def _whole(conversation: _Chat) -> Response:
         {
             "index": i,
             "message": _message(texts[i], calls[i]),
-            "logprobs": {"content": reported[i]} if conversation.body.logprobs else None,
+            "logprobs": {"content": reported[i]} if body.logprobs else None,
             "finish_reason": reasons[i],
             "stop_reason": stops[i],
         }
+        | ({"token_ids": tokens[i]} if body.return_token_ids else {})
         for i in range(count)
     ]
-    head = {**conversation.head, "object": "chat.completion"}
+    head = {**conversation.head, "object": "chat.completion", **of_prompt}
     return sse.json_response({**head, "choices": choices, "usage": answer.usage})
 
 
@@ -140,6 +147,12 @@ def _message(text: str, calls: list[CallDelta]) -> dict[str, Any]:
     if calls:
         message |= {"content": text or None, "tool_calls": join_calls(calls)}
     return message
+
+
+def _before(usage: dict[str, Any]) -> dict[str, Any]:
+    """What it was one token earlier."""
+    less = {name: usage[name] - 1 for name in ("completion_tokens", "total_tokens")}
+    return usage | less
 
 
 def _delta(parsed: Parsed, may_call: bool) -> dict[str, Any]:
@@ -151,13 +164,14 @@ def _delta(parsed: Parsed, may_call: bool) -> dict[str, Any]:
 
 
 async def _stream(conversation: _Chat) -> AsyncGenerator[bytes]:
-    answer, options = conversation.answer, conversation.body.stream_options
+    answer, body = conversation.answer, conversation.body
+    options = body.stream_options
     head = {**conversation.head, "object": "chat.completion.chunk"}
 
-    def chunk(index: int, own: dict[str, Any], usage: dict[str, int] | None) -> bytes:
-        return sse.event({**head, "choices": [{"index": index, **own}], "usage": usage})
+    def chunk(own: dict[str, Any], usage: dict[str, int] | None, **more: Any) -> bytes:
+        return sse.event({**head, "choices": [own], "usage": usage, **more})
 
-    running = bool(options and options.continuous_usage_stats)
+    running = bool(options and options.running)
     try:
         begun: set[int] = set()
         async for delta in answer:
@@ -165,17 +179,20 @@ async def _stream(conversation: _Chat) -> AsyncGenerator[bytes]:
             if delta.index not in begun:
                 begun.add(delta.index)
                 role = {"role": "assistant", "content": ""}
-                own = {"delta": role, "logprobs": None, "finish_reason": None}
-                yield chunk(delta.index, own, usage)
+                own = {"index": delta.index, "delta": role, "logprobs": None}
+                told = answer.tell_prompt(body, delta.index, None)
+                yield chunk(own | {"finish_reason": None}, usage and _before(usage), **told)
             report = conversation.logprobs(delta)
             parsed, reason = conversation.take(delta)
             own = {
+                "index": delta.index,
                 "delta": _delta(parsed, conversation.may_call),
                 "logprobs": None if report is None else {"content": [report]},
                 "finish_reason": reason,
                 "stop_reason": delta.stop_reason,
             }
-            yield chunk(delta.index, own, usage)
+            own |= {"token_ids": [delta.token]} if body.return_token_ids else {}
+            yield chunk(own, usage)
         if options and options.include_usage:
             yield sse.event({**head, "choices": [], "usage": answer.usage})
     except ApiError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,12 @@ from fastapi.responses import Response
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference.logprobs import TokenReport, report_prompt
+from flexllm_jax.server.inference.logprobs import (
+    TokenReport,
+    id_of_token,
+    report_prompt,
+    text_of_token,
+)
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
@@ -26,6 +31,7 @@ class _Choice:
     """One output as it grows. With `echo`, the prompt comes before it."""
 
     count: int | None  # alternatives to report; None: no log-probabilities
+    name: Callable[[int, str], str]  # of a token and its text, in log-probabilities
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -33,19 +39,21 @@ class _Choice:
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # of the output, since the last time
+    of_prompt: dict[str, Any] = field(default_factory=dict)  # what is told of it, once
 
     def add_token(self, report: TokenReport, before: int) -> None:
         """Report a token of a text that `before` characters are before."""
-        self.tokens.append(report.text)
+        self.tokens.append(self.name(report.token, report.text))
         self.text_offset.append(before + report.offset)
         self.token_logprobs.append(report.logprob)
         top = None
-        if report.logprob is not None and self.count:
+        if report.logprob is not None and self.count is not None:
             top = {}
             itself = (report.token, report.text, report.logprob)
             # The token itself is always among them; of tokens that look alike the likeliest counts.
-            for _, text, value in [*report.likeliest[: self.count], itself]:
-                top.setdefault(text, value)
+            for token, text, value in [*report.likeliest[: self.count], itself]:
+                top.setdefault(self.name(token, text), value)
         self.top_logprobs.append(top)
 
     def take_logprobs(self) -> dict[str, Any] | None:
@@ -55,7 +63,7 @@ class _Choice:
         report = {
             "tokens": self.tokens,
             "token_logprobs": self.token_logprobs,
-            "top_logprobs": self.top_logprobs if self.count else None,
+            "top_logprobs": self.top_logprobs,
             "text_offset": self.text_offset,
         }
         self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset = [], [], [], []
@@ -80,7 +88,9 @@ class _Completion:
         self.body, self.answer, self.prompts, self.codec = body, answer, prompts, codec
         self.only_echo = body.max_tokens == 0
         self.n = body.n or 1
-        self.choices = [_Choice(body.logprobs) for _ in answer.output_tokens]
+        name = id_of_token if body.return_tokens_as_token_ids else text_of_token
+        self.choices = [_Choice(body.logprobs, name) for _ in answer.output_tokens]
+        self._begun: set[int] = set()
         self._echoed: dict[int, str] = {}  # the prompts, by choice
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
@@ -92,6 +102,10 @@ class _Completion:
     def take(self, delta: Delta) -> str:
         """Take in a token; returns the text it adds."""
         choice, text = self.choices[delta.index], ""
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            told = self.answer.tell_prompt(self.body, delta.index, delta.prompt_logprobs)
+            choice.of_prompt = told
         if self.body.echo and delta.index not in self._echoed:
             text = self._echoed[delta.index] = self._echo(choice, delta)
         choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
@@ -100,6 +114,7 @@ class _Completion:
             self.answer.output_tokens[delta.index] = 0
         else:
             text += delta.text
+            choice.token_ids.append(delta.token)
             if delta.report is not None:
                 choice.add_token(delta.report, len(self._echoed.get(delta.index, "")))
         choice.text += text
@@ -118,13 +133,18 @@ class _Completion:
     def choice(self, index: int, text: str) -> dict[str, Any]:
         """A choice of an answer or of a chunk of one."""
         choice = self.choices[index]
-        return {
+        shown = {
             "index": index,
             "text": text,
             "logprobs": choice.take_logprobs(),
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **choice.of_prompt,
         }
+        if self.body.return_token_ids:
+            shown["token_ids"] = choice.token_ids
+        choice.of_prompt, choice.token_ids = {}, []
+        return shown
 
 
 async def complete(
@@ -167,8 +187,11 @@ async def _encode(body: CompletionRequest, inference: Inference) -> list[_Prompt
     special, limit = body.add_special_tokens is not False, inference.max_model_len()
     codec, texts = inference.codec, [prompt for prompt in given if isinstance(prompt, str)]
     if not texts:
-        return [_Prompt(prompt, None, []) for prompt in given]
-    encoded = await codec.encode(texts, limit, add_special_tokens=special)
+        kept = body.truncate_prompt_tokens or 0
+        return [_Prompt(prompt[-kept:], None, []) for prompt in given]
+    encoded = await inference.encode(body, texts, special=special)
+    if body.truncate_prompt_tokens is not None:  # an echo is of what is left
+        return [_Prompt(tokens, None, []) for tokens in encoded]
     starts: list[list[int]] = [[] for _ in texts]
     # What is too long is refused when it is opened.
     if body.echo and body.logprobs is not None and max(map(len, encoded)) <= limit:
@@ -187,7 +210,7 @@ async def _whole(completion: _Completion) -> Response:
 async def _stream(completion: _Completion) -> AsyncGenerator[bytes]:
     options, head = completion.body.stream_options, completion.head
     answer = completion.answer
-    running = bool(options and options.continuous_usage_stats)
+    running = bool(options and options.running)
     try:
         async for delta in answer:
             text = completion.take(delta)

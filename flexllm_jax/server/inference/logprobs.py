@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexllm_jax.models.detokenizer import Detokenizer, OutputText
 
@@ -27,6 +28,16 @@ class TokenReport:
     likeliest: list[tuple[int, str, float]]
 
 
+def text_of_token(token: int, text: str) -> str:
+    """How a token is called where it is told as text."""
+    return text
+
+
+def id_of_token(token: int, text: str) -> str:
+    """How a token is called with `return_tokens_as_token_ids`, as vLLM has it."""
+    return f"token_id:{token}"
+
+
 def report_token(
     token: int, texts: Mapping[int, str], offset: int, logprobs: Logprobs | None
 ) -> TokenReport:
@@ -36,6 +47,30 @@ def report_token(
     ranked = sorted(logprobs.items(), key=lambda item: -item[1])
     likeliest = [(other, texts[other], value) for other, value in ranked]
     return TokenReport(token, texts[token], offset, logprobs[token], likeliest)
+
+
+def prompt_table(
+    detokenizer: Detokenizer, prompt: Sequence[int], logprobs: Sequence[Logprobs | None], count: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """What vLLM tells as `prompt_logprobs`: by token id, each token and the `count` likeliest in
+    its place. The rank is null of a token that is none of them."""
+    table: list[dict[str, dict[str, Any]] | None] = []
+    for report in report_prompt(detokenizer, prompt, logprobs, None):
+        if report.logprob is None:
+            table.append(None)
+            continue
+        table.append(
+            {
+                str(token): {
+                    "logprob": value,
+                    "rank": rank if rank <= count else None,
+                    "decoded_token": text,
+                }
+                for rank, (token, text, value) in enumerate(report.likeliest, 1)
+                if rank <= count or token == report.token
+            }
+        )
+    return table
 
 
 def report_prompt(

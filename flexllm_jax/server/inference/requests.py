@@ -14,14 +14,19 @@ from typing import Any
 from flexllm_jax.config import Config
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from flexllm_jax.models.detokenizer import OutputText
+from flexllm_jax.models.detokenizer import Detokenizer, OutputText
 from flexllm_jax.server.engines.client import EngineUnavailable, Generation
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import Output
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.http.access import Admission, Client
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference.logprobs import Logprobs, TokenReport, report_token
+from flexllm_jax.server.inference.logprobs import (
+    Logprobs,
+    TokenReport,
+    prompt_table,
+    report_token,
+)
 from flexllm_jax.server.inference.schema import (
     ChatCompletionRequest,
     InferenceRequest,
@@ -60,8 +65,9 @@ class Answer:
         texts: list[OutputText],
         metrics: list[RequestMetrics],
         params: SamplingParams,
+        detokenizer: Detokenizer,
     ):
-        self.prompts, self._params = prompts, params
+        self.prompts, self._params, self._detokenizer = prompts, params, detokenizer
         self.output_tokens = [0] * len(texts)
         self._cached_tokens = [0] * len(texts)
         self._generation, self._texts, self._metrics = generation, texts, metrics
@@ -71,6 +77,18 @@ class Answer:
         self._generation.close()
         for metrics in self._metrics:
             metrics.end("abort")  # those that have ended stay as they were
+
+    def tell_prompt(
+        self, body: InferenceRequest, index: int, logprobs: list[Logprobs | None] | None
+    ) -> dict[str, Any]:
+        """What vLLM's fields ask for of an output's prompt: its tokens, and what was likely."""
+        prompt, told = self.prompts[index * len(self.prompts) // len(self.output_tokens)], {}
+        if body.return_token_ids:
+            told["prompt_token_ids"] = prompt
+        if body.prompt_logprobs is not None:
+            table = prompt_table(self._detokenizer, prompt, logprobs or [], body.prompt_logprobs)
+            told["prompt_logprobs"] = table
+        return told
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -229,6 +247,17 @@ class Inference:
             source=body.chat_template,
         )
 
+    async def encode(
+        self, body: InferenceRequest | TokenizeRequest, texts: Sequence[str], *, special: bool
+    ) -> list[list[int]]:
+        """Tokens of prompts; of a prompt that is to be cut, the last ones."""
+        limit, kept = self.max_model_len(), body.truncate_prompt_tokens
+        if kept is None:
+            return await self.codec.encode(texts, limit, add_special_tokens=special)
+        longest = max(map(len, texts), default=0)
+        encoded = await self.codec.encode(texts, longest, add_special_tokens=special)
+        return [tokens[-kept:] for tokens in encoded]
+
     def open(
         self,
         client: Client,
@@ -243,6 +272,14 @@ class Inference:
     ) -> Answer:
         """Admit a request and start it. ApiError: it is wrong, or has to wait."""
         arrival = time.monotonic()
+        if body.prompt_logprobs is not None:
+            if body.stream:
+                message = "prompt_logprobs: is not told in a stream; leave out it or stream"
+                raise ApiError(400, message, param="prompt_logprobs")
+            prompt_logprobs = max(body.prompt_logprobs, prompt_logprobs or 0)
+        if body.stream_options is not None and not body.stream:
+            message = "stream_options: needs stream=true; set it or leave this out"
+            raise ApiError(400, message, param="stream_options")
         adapter = self.models.resolve(body.model, client)
         slo = body.slo or "standard"
         if slo not in self._slo_classes:
@@ -278,7 +315,8 @@ class Inference:
                     prompts[i // n],
                     body.stop_strings,
                     params.min_tokens,
-                    skip_special_tokens=skip_special_tokens,
+                    skip_special_tokens=skip_special_tokens
+                    and body.skip_special_tokens is not False,
                     include_stop=params.include_stop_str_in_output,
                 )
                 for i in range(outputs)
@@ -288,6 +326,7 @@ class Inference:
                 for i in range(outputs)
             ],
             params,
+            self.codec.detokenizer,
         )
 
     def _check_size(self, prompt: list[int], params: SamplingParams) -> None:

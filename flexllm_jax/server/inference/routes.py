@@ -65,7 +65,7 @@ def routes(inference: Inference) -> APIRouter:
             text = body.prompt or ""
         special = body.add_special_tokens
         special = body.messages is None if special is None else special
-        (tokens,) = await codec.encode([text], limit, add_special_tokens=special)
+        (tokens,) = await inference.encode(body, [text], special=special)
         if len(tokens) > limit:
             raise too_long(f"the prompt has {len(tokens)} tokens, and max_model_len is {limit}")
         names = codec.backend.id_to_token

@@ -33,6 +33,11 @@ class StreamOptions(Body):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
+    @property
+    def running(self) -> bool:
+        """Whether every chunk tells the usage so far, as vLLM has it."""
+        return bool(self.include_usage and self.continuous_usage_stats)
+
 
 class JsonSchema(Body):
     """Of a response format."""
@@ -80,6 +85,11 @@ class InferenceRequest(Body):
     include_stop_str_in_output: bool | None = False
     min_tokens: Count | None = 0
     stop_token_ids: Annotated[Tokens, Field(max_length=64)] | None = None
+    skip_special_tokens: bool | None = True
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    return_token_ids: bool | None = False
+    return_tokens_as_token_ids: bool | None = False
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     # ours
@@ -294,6 +304,7 @@ class TokenizeRequest(Body):
     continue_final_message: bool | None = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     return_token_strs: bool | None = False
 
 

@@ -1,6 +1,8 @@
 """What is wrong with a request is said in one line, with the right status, and harms nobody."""
 
 import json
+import urllib.error
+import urllib.request
 
 import openai
 import pytest
@@ -30,7 +32,9 @@ BAD = {
     "cache_salt": ("mine", "cache_salt"),
     "priority": (1, "priority"),
     "thinking_token_budget": (0, "thinking_token_budget"),
-    "prompt_logprobs": (0, "prompt_logprobs"),
+    "prompt_logprobs": (21, "prompt_logprobs"),
+    "logprob_token_ids": ([1], "logprob_token_ids"),
+    "stream_options": ({"include_usage": True}, "stream_options"),
     "messages": ([{"role": "user", "content": "a"}], "messages"),
     "continue_final_message": (True, "continue_final_message"),
     "documents": ([{"text": "a"}], "documents"),
@@ -43,7 +47,7 @@ BAD_CHAT = {
     "cache_salt": ("mine", "cache_salt"),
     "priority": (-1, "priority"),
     "thinking_token_budget": (64, "thinking_token_budget"),
-    "truncate_prompt_tokens": (10, "truncate_prompt_tokens"),
+    "truncate_prompt_tokens": (0, "truncate_prompt_tokens"),
     "mm_processor_kwargs": ({"a": 1}, "mm_processor_kwargs"),
     "chat_template": ("{{ 1 }}", "chat_template"),
     "chat_template_kwargs": ({"chat_template": "{{ 1 }}"}, "chat_template_kwargs"),
@@ -209,3 +213,23 @@ def test_a_key_has_limits_of_its_own(server):
 def test_tokens_asked_for_and_not_used_are_given_back(server, client):
     answer = client.completions.create(model="tiny", prompt="still served", max_tokens=2)
     assert answer.usage.completion_tokens == 2
+
+
+def test_pages_of_allowed_origins_may_call(server):
+    def preflight(origin):
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers["Access-Control-Request-Headers"] = "authorization,content-type"
+        url = f"{server.url}/v1/chat/completions"
+        request = urllib.request.Request(url, headers=headers, method="OPTIONS")
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, answer.headers["Access-Control-Allow-Origin"]
+        except urllib.error.HTTPError as error:
+            return error.code, error.headers["Access-Control-Allow-Origin"]
+
+    allowed = "https://pages.example"
+    assert preflight(allowed) == (200, allowed)
+    assert preflight("https://elsewhere.example") == (400, None)
+    for body, status in ((json.dumps(GOOD).encode(), 200), (b"{}", 400), (b"x" * 200_000, 413)):
+        answer = server.post("/v1/completions", body, Origin=allowed)
+        assert (answer[0], answer[1]["access-control-allow-origin"]) == (status, allowed)

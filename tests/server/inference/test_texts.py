@@ -63,7 +63,9 @@ def answer_of(prompt: list[int], said: str, reason: str = "length", **fields: An
     include = params.include_stop_str_in_output
     text = OutputText(CODEC.detokenizer, prompt, params.stop, include_stop=include)
     engine = Engine(prompt, tokens_of(said), reason)
-    return Answer([prompt], cast(Any, engine), [text], [cast(Any, Metrics())], params)
+    return Answer(
+        [prompt], cast(Any, engine), [text], [cast(Any, Metrics())], params, CODEC.detokenizer
+    )
 
 
 def completed(prompt: str | list[int], said: str, *, echo: bool = True) -> dict[str, Any]:
