@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         IpoConfig,
         OptimizerConfig,
         PeftConfig,
+        ReinforcementConfig,
         SimpoConfig,
         load_config,
     )
@@ -37,6 +38,7 @@ _MODULES = {
         "IpoConfig",
         "OptimizerConfig",
         "PeftConfig",
+        "ReinforcementConfig",
         "SimpoConfig",
         "load_config",
     ),
@@ -56,6 +58,7 @@ __all__ = [
     "LoraConfig",
     "OptimizerConfig",
     "PeftConfig",
+    "ReinforcementConfig",
     "RequestOutput",
     "SamplingParams",
     "SimpoConfig",

@@ -12,7 +12,7 @@ out between two steps.
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.tracking import JobTracking
 from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.finetune.reinforcement.games import Environment, Reward
+from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.dtype import export_dtype
 from flexllm_jax.models.messages import read_conversation
@@ -227,9 +229,20 @@ class LLM:
 
     # -- finetuning and adapters ------------------------------------------------------------------
 
-    def finetune(self, config: FinetuneConfig) -> JobHandle:
+    def finetune(
+        self,
+        config: FinetuneConfig,
+        *,
+        reward: Reward | None = None,
+        environment: Callable[[dict[str, Any]], Environment] | None = None,
+    ) -> JobHandle:
         """Start a job; it runs in what inference leaves, and is served by its name when it is
-        done."""
+        done.
+
+        Of a reinforcement job, `reward` gives the rewards of answers (a list of samples, each with
+        `text` and the `item` that is its row, to as many numbers), or `environment` makes what the
+        model acts in from a row; both are called in threads beside the engine's.
+        """
         runner = self.engine.runner
         return self.start_job(
             create_job(
@@ -239,6 +252,7 @@ class LLM:
                 self.tokenizer,
                 self.config.finetune,
                 runner.sizes.max_model_len,
+                Play(reward, None, environment),
             )
         )
 

@@ -28,6 +28,7 @@ from flexllm_jax.config.method import (
     IpoConfig,
     MethodConfig,
     PreferenceConfig,
+    ReinforcementConfig,
     SimpoConfig,
     SupervisedConfig,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "PreferenceConfig",
     "PreloadedAdapter",
     "RaySection",
+    "ReinforcementConfig",
     "SchedulerSection",
     "Section",
     "ServerSection",

@@ -16,7 +16,7 @@ from flexllm_jax.config.fields import (
     Section,
     distinct,
 )
-from flexllm_jax.config.method import MethodConfig, SupervisedConfig
+from flexllm_jax.config.method import MethodConfig, ReinforcementConfig, SupervisedConfig
 from flexllm_jax.config.peft import PeftConfig
 
 
@@ -115,6 +115,14 @@ class FinetuneConfig(Section):
         default=True,
         description="Go on from the job's newest checkpoint in output_dir, if there is one.",
     )
+
+    @property
+    def slots(self) -> int:
+        """Slots of the bank that it takes at once."""
+        if not isinstance(self.method, ReinforcementConfig):
+            return 1
+        start = self.method.kl_coef > 0 and self.init_adapter is not None
+        return 2 + self.method.steps_ahead + start
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -69,11 +69,12 @@ class Config(Section):
                 f"request needs a token slot"
             )
         preloaded = {adapter.name for adapter in adapters.preload}
-        needed = 1 + len(preloaded) + len(jobs)
+        needed = 1 + len(preloaded) + sum(job.slots for job in jobs)
         if needed > adapters.slots:
             yield (
-                f"adapters.slots: got {adapters.slots}; slot 0 is `no adapter` and every preloaded "
-                f"adapter and job needs one: set it to {needed} or more"
+                f"adapters.slots: got {adapters.slots}; slot 0 is `no adapter`, every preloaded "
+                f"adapter and job needs one, and a reinforcement job one for each version that "
+                f"answers: set it to {needed} or more"
             )
         for index, job in enumerate(jobs):
             field = f"finetune.jobs.{index}"

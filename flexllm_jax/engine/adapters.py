@@ -44,6 +44,19 @@ class ServedAdapters:
         self._runner.copy_adapter(job.bank_slot, published.bank_slot)
         return published
 
+    def snapshot_job(self, job: FinetuneJob) -> Published:
+        """What a job has learnt so far, for its own requests: a copy of its slot, held until it is
+        released. NoFreeSlot when there is none."""
+        own = self.directory.snapshot(f"{job.name}/rollouts", job.peft, job.shapes)
+        self._runner.copy_adapter(job.bank_slot, own.bank_slot)
+        return own
+
+    def snapshot_row(self, job: FinetuneJob, values: list, scales: list) -> Published:
+        """An earlier version of a job's adapter, likewise held."""
+        own = self.directory.snapshot(f"{job.name}/rollouts", job.peft, job.shapes)
+        self._runner.write_adapter(own.bank_slot, values, scales)
+        return own
+
     def unload(self, name: str) -> None:
         """Forget an adapter; requests that use it finish."""
         self.directory.unload(name)

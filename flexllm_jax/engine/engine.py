@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,14 +33,17 @@ from flexllm_jax.engine.in_flight import (
 from flexllm_jax.engine.plan_step import PlannedStep, StepBuilder
 from flexllm_jax.engine.processes import make_runner
 from flexllm_jax.engine.request import RequestState, top_logprobs
+from flexllm_jax.engine.rollouts import Rollouts
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
 from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
 from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
+from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
 from flexllm_jax.models.detokenizer import Detokenizer
 from flexllm_jax.models.dtype import describe_dtype
 from flexllm_jax.models.tokenizer import end_token_ids
+from flexllm_jax.peft.bank import Published
 from scheduler.request import BackwardUnits, Request, StepPlan
 
 log = logging.getLogger(__name__)
@@ -98,6 +101,7 @@ class Engine:
         self._ids = itertools.count()
         self._seeds = np.random.default_rng(config.workload.seed if config.workload else 0)
         self.steps = 0
+        self.wake: Callable[[], None] = lambda: None  # who drives it, from any thread
         self.buckets: dict[int, BucketUse] = {}
         self.host_seconds: deque[float] = deque(maxlen=100_000)
         self.progressed: list[RequestState] = []  # whose tokens the last `step` read
@@ -115,15 +119,17 @@ class Engine:
         self,
         prompt: Sequence[int],
         params: SamplingParams,
-        adapter: str | None = None,
+        adapter: str | Published | None = None,
         *,
         arrival: float | None = None,
         seed_offset: int = 0,
         slo_class: str = "standard",
         matcher: LLMatcher | None = None,
+        on_finish: Callable[[RequestState], None] | None = None,
     ) -> RequestState:
-        """Queue one output sequence for a prompt of token ids. `matcher`: of its structured output,
-        if another thread has made it beforehand.
+        """Queue one output sequence for a prompt of token ids. `adapter`: by name its newest
+        version, or a version that is held. `matcher`: of its structured output, if another thread
+        has made it beforehand. `on_finish` is called when it has ended, however it did.
 
         Raises ValueError, saying why, for what can never be served: an empty prompt, token ids
         outside the vocabulary, a prompt and max_tokens beyond the context, an adapter that is not
@@ -139,7 +145,9 @@ class Engine:
             )
         if slo_class not in self.slos:
             raise ValueError(f"slo_class={slo_class!r} must be one of {', '.join(self.slos)}")
-        published = self.adapters.directory.lookup(adapter) if adapter else None
+        published = adapter or None
+        if isinstance(published, str):
+            published = self.adapters.directory.lookup(published)
         if params.structured_outputs and not matcher:
             matcher = self.matchers.match(params.structured_outputs)
         seed = params.seed
@@ -154,6 +162,7 @@ class Engine:
             adapter=published,
             slo=self.slos[slo_class],
             matcher=matcher,
+            on_finish=on_finish,
         )
         salt = (published.name, published.version) if published else None
         if params.prompt_logprobs is not None:
@@ -189,12 +198,16 @@ class Engine:
         self._matching -= state.matcher is not None
         if state.adapter:
             self.adapters.directory.release(state.adapter)
+        if state.on_finish:
+            state.on_finish(state)
 
     # -- jobs -------------------------------------------------------------------------------------
 
     def add_job(self, job: FinetuneJob) -> None:
         """Start a finetuning job beside whatever runs."""
         job.bank_slot = self.adapters.directory.start_training(job.name)
+        if isinstance(job.source, ReinforcementSource):
+            job.source.sampler = Rollouts(self, job, job.source)
         try:
             self.trainer.start(job)
         except Exception:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flexllm_jax.engine.loop import EngineLoop
 from flexllm_jax.finetune.job import FinetuneJob
@@ -48,6 +49,12 @@ class JobHandle:
     def validations(self) -> list[tuple[int, dict[str, float]]]:
         """(optimizer step, what was measured) of every validation so far."""
         return list(self._job.validations)
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """Of a reinforcement job: the answers that the last batch was trained on, each with its
+        `item` (the row), `text`, `reward`, and `error` if it could not be graded."""
+        return list(getattr(self._job.source, "samples", ()))
 
     @property
     def steps(self) -> int:

@@ -72,6 +72,7 @@ class EngineLoop:
         self._waiting: dict[str, RequestFuture] = {}
         self._error: BaseException | None = None
         self._entrance, self._closed = threading.Lock(), False  # once closed, no call comes in
+        engine.wake = self._wake
         self.idle = True  # nothing to do: it waits for a call
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -122,6 +123,11 @@ class EngineLoop:
                 future.add_done_callback(self._drop_cancelled)
         return futures
 
+    def _wake(self) -> None:
+        """Let the engine look whether it has work; from any thread."""
+        with contextlib.suppress(EngineStopped):
+            self.post(lambda: None)
+
     def _drop_cancelled(self, future: Future) -> None:
         """In the thread of who cancelled a request's future, or in which it is done."""
         if future.cancelled() and isinstance(future, RequestFuture):
@@ -145,8 +151,9 @@ class EngineLoop:
             self._done(state)
 
     def _done(self, state: RequestState) -> None:
-        """A request has ended; its future says so."""
-        _resolve(self._waiting.pop(state.request_id), state)
+        """A request has ended; its future, if it came through here, says so."""
+        if future := self._waiting.pop(state.request_id, None):
+            _resolve(future, state)
 
     def stop(self) -> None:
         """Stop the engine: jobs checkpoint, unfinished requests fail."""

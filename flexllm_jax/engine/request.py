@@ -4,6 +4,7 @@ The scheduler knows tokens and pages; this knows sampling, stop conditions and l
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,6 +47,7 @@ class RequestState:
     cached_tokens: int = 0  # of the prompt, found in the prefix cache then
     first_token_at: float | None = None
     last_token_at: float | None = None
+    on_finish: Callable[["RequestState"], None] | None = None  # called in the engine's thread
     row: int = -1
     preemptions: int = -1
     copied_pages: int = 0

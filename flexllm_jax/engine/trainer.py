@@ -24,7 +24,7 @@ from flexllm_jax.finetune.job import FinetuneJob, JobStatus
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.optimizer import without_gradient
 from flexllm_jax.finetune.resume import made_with, refusal
-from flexllm_jax.finetune.source import Step
+from flexllm_jax.finetune.source import CannotGoOn, Step
 from flexllm_jax.peft.adapter import LoraConfig
 from flexllm_jax.peft.bank import to_row, trained_ranks
 from flexllm_jax.peft.dropout import JobDropout
@@ -74,8 +74,11 @@ class Trainer:
 
     @property
     def has_work(self) -> bool:
-        """Whether some job has neither ended nor been paused."""
-        return any(job.running and not job.paused for job in self.jobs.values())
+        """Whether something can be done for some job that has neither ended nor been paused."""
+        return any(
+            job.running and not job.paused and (job.in_order or not job.source.waiting)
+            for job in self.jobs.values()
+        )
 
     def start(self, job: FinetuneJob) -> None:
         """Put a job's adapter in its slot of the bank, from its newest checkpoint if it resumes,
@@ -101,12 +104,20 @@ class Trainer:
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         kept = {"master": values}
         like = kept | {"optimizer": runner.sizes.job_state["optimizer"]}
-        checkpoint = None
+
+        def like_of(info: dict) -> dict:
+            versions = dict.fromkeys(info.get("versions", ()), values)
+            return like | ({"versions": versions} if versions else {})
+
+        checkpoint, versions = None, {}
         if job.config.resume:
-            checkpoint = self.writer.checkpoints(job).restore_latest(like, partial(refusal, job))
+            checkpoint = self.writer.checkpoints(job).restore_latest(like_of, partial(refusal, job))
         if checkpoint is not None:
             job.restore(checkpoint.step, checkpoint.info)
-            kept = checkpoint.arrays
+            kept = dict(checkpoint.arrays)
+            versions = kept.pop("versions", {})
+        for number, own in versions.items():
+            job.thaw(int(number), own, scales)
         runner.write_adapter(job.bank_slot, kept["master"], scales)
         job.trained_ranks = runner.put(trained_ranks(job.peft, runner.model, runner.sizes.bank))
         job.scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
@@ -118,15 +129,27 @@ class Trainer:
 
     def feed(self) -> None:
         """Keep a few microbatches of every job queued with the scheduler."""
-        for job in self.jobs.values():
-            while job.running and self._scheduler.microbatches_of(job.name) < _QUEUED:
-                item = job.next()
-                if item is None:
-                    break
-                if isinstance(item, PackedMicrobatch):
-                    self._queue(job, item)
-                else:
-                    self._carry_out_steps(job)
+        for job in list(self.jobs.values()):
+            if job.running and job.sampler is not None:
+                job.sampler.poll()
+            try:
+                self._feed(job)
+            except CannotGoOn as error:
+                reason = f"job {job.name!r} stopped: {error}"
+                log.error("%s", reason)
+                self._end(job, JobStatus.FAILED, reason)
+
+    def _feed(self, job: FinetuneJob) -> None:
+        while job.running and self._scheduler.microbatches_of(job.name) < _QUEUED:
+            item = job.next()
+            if item is None:
+                break
+            if isinstance(item, PackedMicrobatch):
+                self._queue(job, item)
+            else:
+                self._carry_out_steps(job)
+        if job.running and job.complete:  # a validation that took no microbatch was the last
+            self._complete(job)
 
     def _queue(self, job: FinetuneJob, packed: PackedMicrobatch) -> None:
         microbatch_id = next(self._ids)
@@ -141,12 +164,16 @@ class Trainer:
         """Let a job wait; a microbatch of it that is under way will start again."""
         if job.running and not job.paused:
             job.paused = True
+            if job.sampler is not None:
+                job.sampler.pause()
             self._scheduler.pause_job(job.name)
 
     def resume(self, job: FinetuneJob) -> None:
         """Let a paused job go on."""
         if job.running and job.paused:
             job.paused = False
+            if job.sampler is not None:
+                job.sampler.resume()
             self._scheduler.resume_job(job.name)
 
     # -- dispatch ---------------------------------------------------------------------------------
@@ -239,9 +266,19 @@ class Trainer:
         every = self._config.finetune.checkpoint_every
         snapshot = None
         if every and job.dispatched % every == 0 and job.dispatched != job.total_steps:
-            snapshot = self._runner.copy_state(job.state)
+            snapshot = self._snapshot(job)
         tokens = job.tokens_pending
         self._results.append(lambda: self._stepped(job, metrics, tokens, step.position, snapshot))
+
+    def _snapshot(self, job: FinetuneJob) -> dict:
+        """A copy of what a checkpoint keeps of a job after the last step dispatched."""
+        snapshot = self._runner.copy_state(job.state)
+        if job.versions:
+            read = self._runner.read_adapter  # one after the other: room for one is planned
+            snapshot["versions"] = {
+                str(number): read(version.bank_slot) for number, version in job.versions.items()
+            }
+        return snapshot
 
     # -- results ----------------------------------------------------------------------------------
 
@@ -271,7 +308,7 @@ class Trainer:
             log.error("%s", wrong)
             self._end(job, JobStatus.FAILED, wrong)
         elif snapshot is not None:
-            self.writer.save(job, snapshot, job.checkpoint_info(position))
+            self.writer.save(job, snapshot, _info(job, position, snapshot))
         if job.running and job.complete:
             self._complete(job)
 
@@ -284,7 +321,10 @@ class Trainer:
 
     def _complete(self, job: FinetuneJob) -> None:
         """All steps are done: serve the adapter, keep the state, write it in PEFT's format."""
-        snapshot, info = self._runner.copy_state(job.state), job.checkpoint_info(job.position)
+        snapshot = self._snapshot(job)
+        info = _info(job, job.position, snapshot)
+        if job.sampler is not None:
+            job.sampler.close()
         try:
             self._publish(job)
         except ValueError as error:  # no free slot: the export is what counts
@@ -317,6 +357,8 @@ class Trainer:
     def _release_job(self, job: FinetuneJob) -> None:
         """Take back what a job holds."""
         job.close()
+        if job.sampler is not None:
+            job.sampler.close()
         self._scheduler.remove_job(job.name)
         for microbatch_id, (owner, _) in list(self._queued.items()):
             if owner is job:
@@ -338,7 +380,14 @@ class Trainer:
         reason = "the engine was stopped; resume goes on from here"
         for job in self.jobs.values():
             if job.running and job.step > job.resumed_from:
-                info = job.checkpoint_info(job.position)
-                self.writer.save_last(job, self._runner.copy_state(job.state), info)
+                snapshot = self._snapshot(job)
+                self.writer.save_last(job, snapshot, _info(job, job.position, snapshot))
+            if job.sampler is not None:
+                job.sampler.close()
             if job.running or self.writer.give_up(job):
                 job.finish(JobStatus.CANCELLED, reason)
+
+
+def _info(job: FinetuneJob, position: dict, snapshot: dict) -> dict:
+    """What goes beside a checkpoint's arrays."""
+    return job.checkpoint_info(position | {"versions": list(snapshot.get("versions", ()))})

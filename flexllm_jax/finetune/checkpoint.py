@@ -115,30 +115,33 @@ class JobCheckpoints:
         self._remove_superseded(name)
 
     def restore_latest(
-        self, like: Any, refusal: Callable[[dict], str | None] = lambda info: None
+        self,
+        like: Any,
+        refusal: Callable[[dict], str | None] = lambda info: None,
     ) -> Checkpoint | None:
         """The newest checkpoint that can be read; one that is damaged is passed over with a
         warning.
 
         Args:
-            like: pytree of arrays or `jax.ShapeDtypeStruct` that the arrays have to match.
+            like: pytree of arrays or `jax.ShapeDtypeStruct` that the arrays have to match; or a
+                function that gives it from a checkpoint's info.
             refusal: of a checkpoint's info, why it cannot be gone on from, or None.
 
         Returns:
-            The checkpoint, its arrays in `like`'s structure; None where none was ever saved.
+            The checkpoint, its arrays in that structure; None where none was ever saved.
 
         Raises:
             CheckpointError: the checkpoint is refused, or its arrays do not match `like`, or none
                 can be read.
         """
-        expected = {path: _describe(leaf) for path, leaf in _leaves(like)}
         complete = self._complete()
         for step, attempt in reversed(complete):
             path = self.directory / _name(step, attempt)
             try:
                 info, manifest = self._read_info(path)
-                reason = refusal(info)
-                mismatch = _first_mismatch(manifest, expected)
+                reason, expected = refusal(info), like(info) if callable(like) else like
+                wanted = {path: _describe(leaf) for path, leaf in _leaves(expected)}
+                mismatch = _first_mismatch(manifest, wanted)
                 leaves = {} if reason or mismatch else self._read_arrays(path, manifest)
             except Exception as error:  # whatever a damaged file makes orbax raise
                 logger.warning("%s is damaged and passed over: %s", path, _one_line(error))
@@ -150,8 +153,8 @@ class JobCheckpoints:
                     f"{path} is of another job: {mismatch}; resume with the configuration it was "
                     "saved with, or choose another directory"
                 )
-            ordered = [leaves[leaf] for leaf, _ in _leaves(like)]
-            arrays = jax.tree.unflatten(jax.tree.structure(like), ordered)
+            ordered = [leaves[leaf] for leaf, _ in _leaves(expected)]
+            arrays = jax.tree.unflatten(jax.tree.structure(expected), ordered)
             return Checkpoint(step, arrays, info)
         if complete:
             raise CheckpointError(

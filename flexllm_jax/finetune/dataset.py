@@ -135,6 +135,8 @@ class DatasetSource:
 
     # -- handing over -----------------------------------------------------------------------------
 
+    waiting = False
+
     def next(self) -> PackedMicrobatch | Step | None:
         """The next microbatch or step in order."""
         if not self._ready and self._batches < self.total_steps:

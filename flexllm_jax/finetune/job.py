@@ -24,12 +24,16 @@ from flexllm_jax.config import (
     FinetuneConfig,
     FinetuneSection,
     PeftConfig,
+    ReinforcementConfig,
 )
 from flexllm_jax.finetune.data import load_dataset
 from flexllm_jax.finetune.dataset import DatasetSource, Method, Supervised
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.preference import Preference
-from flexllm_jax.finetune.source import Step
+from flexllm_jax.finetune.reinforcement.episodes import Sampler
+from flexllm_jax.finetune.reinforcement.make import Play, reinforcement_source
+from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
+from flexllm_jax.finetune.source import Measured, Step
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_kernels import read_kernel
 from flexllm_jax.peft.adapter import (
@@ -71,27 +75,16 @@ def create_job(
     tokenizer: Any,
     section: FinetuneSection,
     max_model_len: int,
+    play: Play | None = None,
 ) -> "FinetuneJob":
     """Load a job's data and its first adapter. `section`: the engine's part of the configuration.
+    `play`: who gives the rewards of a reinforcement job.
 
     Rows that cannot be used are skipped and counted in the job's messages. Raises DatasetError or
     AdapterError, in one line, when nothing can be done with the data or the adapter.
     """
     max_tokens = section.max_tokens
     longest = min(config.max_seq_len or max_tokens, max_tokens, max_model_len)
-    load = partial(
-        load_dataset,
-        tokenizer=tokenizer,
-        format=config.format,
-        max_seq_len=longest,
-        train_on=config.train_on,
-        vocab_size=model.vocab_size,
-        eos_token_ids=model.eos_token_ids,
-        pairs=config.method.pairs,
-        max_pair_tokens=max_tokens,
-    )
-    dataset = load(config.dataset)
-    validation = load(config.validation) if config.validation else None
     if config.init_adapter:
         adapter = load_adapter(config.init_adapter, model, model_path)
         adapter = _with_dropout(adapter, config.peft.lora_dropout)
@@ -106,10 +99,32 @@ def create_job(
     # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
     half = max(unit, max_tokens // 2 // unit * unit)
     prefix = adapter.config.prefix_tokens
-    method = _METHODS[config.method.type](config.method)
-    source = DatasetSource(config, method, dataset, validation, max_tokens, half, prefix)
+    if isinstance(config.method, ReinforcementConfig):
+        source = reinforcement_source(
+            config, tokenizer, model.vocab_size, longest, play, max_tokens, half, prefix
+        )
+    else:
+        load = partial(
+            load_dataset,
+            tokenizer=tokenizer,
+            format=config.format,
+            max_seq_len=longest,
+            train_on=config.train_on,
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            pairs=config.method.pairs,
+            max_pair_tokens=max_tokens,
+        )
+        dataset = load(config.dataset)
+        validation = load(config.validation) if config.validation else None
+        method = _METHODS[config.method.type](config.method)
+        source = DatasetSource(config, method, dataset, validation, max_tokens, half, prefix)
     job = FinetuneJob(config, adapter.config, adapter, source)
-    told = [data for data in (dataset, validation) if data and (data.skipped or data.unread)]
+    told = [
+        data
+        for data in (source.dataset, source.validation)
+        if data and (data.skipped or data.unread)
+    ]
     job.messages += [data.summary() for data in told]
     return job
 
@@ -165,7 +180,7 @@ class FinetuneJob:
     config: FinetuneConfig
     peft: AdapterConfig
     adapter: Adapter  # the adapter it starts from
-    source: DatasetSource
+    source: DatasetSource | ReinforcementSource
     bank_slot: int = 0
     state: dict = field(default_factory=dict, repr=False)  # on the device
     scales: list = field(
@@ -199,6 +214,12 @@ class FinetuneJob:
 
     def __post_init__(self):
         self._position = self.source.position()
+        self.versions: dict[int, Any] = {}  # that its source needs after `dispatched` steps
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """Who plays the episodes of a reinforcement job."""
+        return getattr(self.source, "sampler", None)
 
     @property
     def name(self) -> str:
@@ -233,7 +254,7 @@ class FinetuneJob:
     @property
     def validation_losses(self) -> list[tuple[int, float]]:
         """(optimizer step, mean loss) of every validation."""
-        return [(step, metrics["loss"]) for step, metrics in self.validations]
+        return [(step, m["loss"]) for step, m in self.validations if "loss" in m]
 
     @property
     def running(self) -> bool:
@@ -275,6 +296,11 @@ class FinetuneJob:
         self.metrics = list(info["metrics"])
         self.validations = [(int(at), measured) for at, measured in info["validations"]]
 
+    def thaw(self, number: int, values: list, scales: list) -> None:
+        """Give its source a version of the adapter that a checkpoint kept."""
+        if isinstance(self.source, ReinforcementSource) and self.source.sampler is not None:
+            self.source.thaw(number, self.source.sampler.thaw(values, scales))
+
     def checkpoint_info(self, position: dict[str, Any]) -> dict:
         """What a checkpoint of the steps done so far keeps beside the arrays."""
         return position | {
@@ -287,7 +313,8 @@ class FinetuneJob:
 
     def next(self) -> PackedMicrobatch | Step | None:
         """What its source hands over next, noted in `in_order` until it is carried out."""
-        item = self.source.next() if self.running else None
+        while isinstance(item := self.source.next() if self.running else None, Measured):
+            self.validations.append((item.step, item.metrics))
         if item is not None:
             self.in_order.append(item)
             self.weights_version += isinstance(item, Step)
@@ -299,7 +326,7 @@ class FinetuneJob:
         """An optimizer step is on its way."""
         self.dispatched += 1
         self.has_gradient = False
-        self._position = step.position
+        self._position, self.versions = step.position, step.versions
 
     def step_done(self, measured: dict[str, float], tokens: int) -> str | None:
         """An optimizer step's results (see `optimizer_step`), and the run's tokens up to it.

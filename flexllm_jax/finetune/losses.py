@@ -8,7 +8,7 @@ whole sequence G = sum of w (lp - q) and W = sum of w:
 
     name                 loss of a token                                c
     cross_entropy        -w lp                                          -w
-    importance_sampling  -r A                                           -r A
+    importance_sampling  -k A, k = min(r, high), a constant beyond      -k A
     ppo                  -min(r A, clip(r, low, high) A)                -r A, or 0 where clipped
     cispo                -k lp A, k = clip(r, low, high), a constant    -k A
     dro                  -(lp A - beta/2 (lp - q)^2)                    -A + beta (lp - q)
@@ -87,8 +87,8 @@ def _cross_entropy(t: LossTokens, _: LossSettings, xp: ModuleType) -> tuple[Arra
     return xp.where(t.weight == 0, 0.0, -t.weight * t.logprob), -t.weight
 
 
-def _importance_sampling(t: LossTokens, _: LossSettings, xp: ModuleType) -> tuple[Array, Array]:
-    gain = _gain(xp.exp(t.logprob - t.reference), t, xp)
+def _importance_sampling(t: LossTokens, s: LossSettings, xp: ModuleType) -> tuple[Array, Array]:
+    gain = _gain(xp.minimum(xp.exp(t.logprob - t.reference), s.high), t, xp)
     return -gain, -gain
 
 
@@ -175,7 +175,7 @@ class LossKind:
 _RATIO = {"low": 0.8, "high": 1.2}
 LOSSES: dict[str, LossKind] = {
     "cross_entropy": LossKind(_cross_entropy, {}),
-    "importance_sampling": LossKind(_importance_sampling, {}),
+    "importance_sampling": LossKind(_importance_sampling, {"high": math.inf}),
     "ppo": LossKind(_ppo, _RATIO),
     "cispo": LossKind(_cispo, {"low": 0.0, "high": 4.0}),
     "dro": LossKind(_dro, {"beta": 0.05}),

@@ -84,6 +84,16 @@ class PackedMicrobatch:
         """int32 [tokens]."""
         return self._joined("label")
 
+    @property
+    def reference(self) -> np.ndarray:
+        """float32 [tokens]."""
+        return self._joined("reference")
+
+    @property
+    def advantage(self) -> np.ndarray:
+        """float32 [tokens]."""
+        return self._joined("advantage")
+
     @cached_property
     def position(self) -> np.ndarray:
         """int32 [tokens]."""

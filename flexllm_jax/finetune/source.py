@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from flexllm_jax.errors import UserError
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 
 
@@ -18,11 +19,25 @@ class Step:
     """An optimizer step with the gradient of the microbatches since the one before.
 
     values: `optimizer.HYPERPARAMETERS`, float32. position: of the source after it, for a
-    checkpoint (`Source.restore`).
+    checkpoint (`Source.restore`). versions: of the adapter that the work after it needs, by number,
+    where it is not the adapter as it is then.
     """
 
     values: np.ndarray
     position: dict[str, Any] = field(default_factory=dict)
+    versions: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A validation, after `step` steps, that took no microbatch."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class CannotGoOn(UserError):
+    """A job's work cannot be handed over; one line that says why and what to do."""
 
 
 class Source(Protocol):
@@ -39,8 +54,14 @@ class Source(Protocol):
         """Whether all work is handed over and its results are in."""
         ...
 
-    def next(self) -> PackedMicrobatch | Step | None:
-        """What comes next; None while there is nothing."""
+    @property
+    def waiting(self) -> bool:
+        """Whether nothing comes next until something outside of the engine has happened, which
+        will wake it."""
+        ...
+
+    def next(self) -> PackedMicrobatch | Step | Measured | None:
+        """What comes next; None while there is nothing. CannotGoOn fails the job."""
         ...
 
     def scored(self, packed: PackedMicrobatch, logprob: np.ndarray) -> dict[str, float] | None:

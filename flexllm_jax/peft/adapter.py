@@ -92,6 +92,12 @@ class Adapter:
             for site, own in self.weights.items()
         }
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it is a LoRA whose B is zero: as if there were no adapter."""
+        lora = self.config.kind == "lora"
+        return lora and not any(own["b"].any() for own in self.weights.values())
+
 
 def module_path(layer: int, module: str) -> str:
     """Hugging Face's name of a projection, e.g. `model.layers.3.self_attn.q_proj` for (3, "q").

@@ -266,6 +266,14 @@ class BankDirectory:
         self.current[name] = Published(name, self.versions[name], slot, config, shapes)
         return self.current[name]
 
+    def snapshot(self, name: str, config: AdapterConfig, shapes: Shapes) -> Published:
+        """A version in a free slot that nobody can ask for by `name`, held until `release`."""
+        slot = self._free_slot(f"a version of {name!r}")
+        self.versions[name] = self.versions.get(name, 0) + 1
+        own = Published(name, self.versions[name], slot, config, shapes, users=1)
+        self.retired.append(own)
+        return own
+
     def unload(self, name: str) -> None:
         """Forget `name`; requests that use it finish."""
         self.lookup(name)

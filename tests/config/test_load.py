@@ -276,6 +276,11 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
         ),
         (with_job() | {"adapters": {"slots": 1}}, ["adapters.slots: got 1", "set it to 2 or more"]),
         (
+            with_job(method={"type": "reinforcement", "steps_ahead": 1})
+            | {"adapters": {"slots": 3}},
+            ["adapters.slots: got 3", "set it to 4 or more"],
+        ),
+        (
             {"model": {"path": "m"}, "finetune": {"jobs": [JOB, JOB]}},
             ["finetune.jobs: name: 'mine' is given twice"],
         ),

@@ -1,0 +1,295 @@
+"""Episodes of a reinforcement job as requests of this engine, to a version of its adapter.
+
+They belong to the class that may wait longest and leave rows free for others. Of a group one
+request goes first: the others find its prompt in the prefix cache. Graders and environments run in
+threads of their own; what they have done is taken in between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from flexllm_jax.config import ReinforcementConfig
+from flexllm_jax.engine.request import RequestState
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.finetune.job import FinetuneJob
+from flexllm_jax.finetune.reinforcement.episodes import Episode, Group
+from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
+from flexllm_jax.peft.bank import NoFreeSlot, Published
+
+if TYPE_CHECKING:
+    from flexllm_jax.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+_WORKERS = 4
+_ROWS_LEFT = 4  # a quarter of the rows is left to others
+
+
+@dataclass(eq=False)
+class _Turn:
+    """A turn of an episode: waiting to be a request, or one (`state`). scores: nothing is said,
+    and what was is scored."""
+
+    group: Group
+    episode: Episode
+    version: Published | None
+    scores: bool = False
+    state: RequestState | None = None
+
+
+class Rollouts:
+    """Plays the groups of one job (`episodes.Sampler`); all but workers is the engine's thread."""
+
+    def __init__(self, engine: Engine, job: FinetuneJob, source: ReinforcementSource):
+        assert isinstance(source.method, ReinforcementConfig)
+        self._engine, self._job = engine, job
+        self._method, self._game, self._longest = source.method, source.game, source.longest
+        self._slo_class = engine.config.scheduler.least_urgent
+        rows = engine.runner.sizes.rows
+        self._most = max(1, rows - max(1, rows // _ROWS_LEFT))
+        self._waiting: deque[_Turn] = deque()
+        self._running: dict[str, _Turn] = {}  # by request id
+        self._leading: list[tuple[_Turn, list[_Turn]]] = []  # and those that wait for its prompt
+        self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # by workers
+        self._workers = _Workers(f"rollouts of {job.name}")
+        self.paused = False
+        self._held: list[Published] = []
+        self._start: Published | None = None  # of the weights that the job started from; None: none
+        if self._method.kl_coef and not job.adapter.changes_nothing:
+            adapters = engine.adapters
+            row = adapters.to_row(job.name, job.adapter)
+            self._start = self.thaw(row.weights, row.scales)
+        self.tokens = 0  # said so far
+
+    # -- what the source asks for -----------------------------------------------------------------
+
+    def freeze(self) -> Published | None:
+        """The adapter as it is now: a copy on the device."""
+        job, adapters = self._job, self._engine.adapters
+        try:
+            version = adapters.snapshot_job(job)
+        except NoFreeSlot as error:
+            job.note(f"its answers wait for a slot: {error}")
+            return None
+        self._held.append(version)
+        return version
+
+    def thaw(self, values: list, scales: list) -> Published:
+        """A version that a checkpoint kept. NoFreeSlot when there is no room."""
+        version = self._engine.adapters.snapshot_row(self._job, values, scales)
+        self._held.append(version)
+        return version
+
+    def release(self, version: Published) -> None:
+        """No more requests to it will come."""
+        self._held.remove(version)
+        self._engine.adapters.directory.release(version)
+
+    def play(self, groups: Sequence[Group], version: Published) -> None:
+        """Begin; each group says when it is done."""
+        for group in groups:
+            if self._game.one_turn:
+                for episode in group.episodes:
+                    episode.hear(group.prompt.tokens)
+                self._begin(group, version)
+            else:
+                begin = partial(self._game.begin, group)
+                self._work(begin, partial(self._begin, group, version), group)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do here until a worker is done."""
+        return self._done.empty() and (self.paused or not (self._waiting or self._running))
+
+    # -- between two steps ------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in what workers have done, and send requests."""
+        while not self._done.empty():
+            self._done.get()()
+        if self.paused:
+            return
+        for leader, others in list(self._leading):
+            state = leader.state
+            if state is not None and (state.first_token_at or state.finished):
+                self._leading.remove((leader, others))
+                self._waiting.extendleft(reversed(others))
+        while self._waiting and len(self._running) < self._most:
+            self._send(self._waiting.popleft())
+
+    def pause(self) -> None:
+        """Drop what is under way; it will begin its turn again, with the same seed."""
+        self.paused = True
+        for turn in list(self._running.values()):
+            self._drop(turn)
+            turn.state = None
+            self._waiting.appendleft(turn)
+
+    def resume(self) -> None:
+        """Go on."""
+        self.paused = False
+
+    def close(self) -> None:
+        """Drop everything: the job has ended."""
+        self.paused = True
+        self._workers.close()
+        for turn in list(self._running.values()):
+            self._drop(turn)
+        self._waiting.clear()
+        self._leading.clear()
+        for version in self._held:
+            self._engine.adapters.directory.release(version)
+        self._held.clear()
+
+    # -- turns ------------------------------------------------------------------------------------
+
+    def _begin(self, group: Group, version: Published) -> None:
+        """Let the episodes of a group begin, the first before the others."""
+        turns = [_Turn(group, e, version) for e in group.episodes if not e.over]
+        if not turns:
+            self._check_over(group)
+            return
+        page = self._engine.runner.sizes.page_size
+        caching = self._engine.config.cache.prefix_caching
+        if caching and self._game.one_turn and len(group.prompt.tokens) > page:
+            self._leading.append((turns[0], turns[1:]))
+            turns = turns[:1]
+        self._waiting += turns
+
+    def _send(self, turn: _Turn) -> None:
+        episode, method = turn.episode, self._method
+        params = (
+            SamplingParams(max_tokens=1, prompt_logprobs=0)
+            if turn.scores
+            else SamplingParams(
+                max_tokens=min(method.max_tokens, self._longest - len(episode.tokens)),
+                temperature=1.0,
+                seed=(episode.seed + 0x9E3779B1 * episode.turns) & 0x7FFFFFFF,
+                stop=method.stop,
+                logprobs=0,
+            )
+        )
+        try:
+            turn.state = self._engine.add_request(
+                tuple(episode.tokens),
+                params,
+                turn.version,
+                slo_class=self._slo_class,
+                on_finish=partial(self._said, turn),
+            )
+        except ValueError as error:  # it can never be served
+            episode.fail(str(error))
+            self._check_over(turn.group)
+        else:
+            self._running[turn.state.request_id] = turn
+
+    def _drop(self, turn: _Turn) -> None:
+        assert turn.state is not None
+        del self._running[turn.state.request_id]
+        self._engine.cancel(turn.state)
+
+    def _said(self, turn: _Turn, state: RequestState) -> None:
+        """A request has ended."""
+        if self._running.pop(state.request_id, None) is None:
+            return  # dropped
+        if state.error or state.finish_reason == "cancelled":
+            return  # the engine stops
+        episode = turn.episode
+        if turn.scores:
+            known = zip(episode.tokens[1:], state.prompt_logprobs[1:], strict=True)
+            episode.reference = [0.0, *(own[token] for token, own in known if own)]
+            turn.group.done = all(e.reference is not None for e in turn.group.episodes if e.length)
+            return
+        logprobs = [own[token] for token, own in zip(state.output, state.logprobs, strict=True)]
+        episode.say(state.output, logprobs)
+        episode.request, episode.cut = state, state.finish_reason == "length"
+        self.tokens += len(state.output)
+        if self._game.one_turn:
+            episode.over = True
+            self._check_over(turn.group)
+        else:
+            work, after = partial(self._answer, episode), partial(self._answered, turn)
+            self._work(work, after, turn.group)
+
+    def _answer(self, episode: Episode) -> None:
+        """In a worker."""
+        episode.text = episode.request.text(self._engine.detokenizer)
+        self._game.answer(episode)
+
+    def _answered(self, turn: _Turn) -> None:
+        if turn.episode.over:
+            self._check_over(turn.group)
+        else:
+            self._waiting.append(_Turn(turn.group, turn.episode, turn.version))
+
+    def _check_over(self, group: Group) -> None:
+        if all(episode.over for episode in group.episodes):
+            self._work(partial(self._grade, group), partial(self._graded, group), group)
+
+    def _grade(self, group: Group) -> None:
+        """In a worker."""
+        if self._game.one_turn:
+            for episode in group.episodes:
+                if episode.request is not None:
+                    episode.text = episode.request.text(self._engine.detokenizer)
+        self._game.grade(group)
+
+    def _graded(self, group: Group) -> None:
+        said = [episode for episode in group.episodes if episode.length]
+        if self._method.kl_coef and said:
+            self._waiting += [_Turn(group, episode, self._start, scores=True) for episode in said]
+        else:
+            group.done = True
+
+    def _work(self, work: Callable[[], None], after: Callable[[], None], group: Group) -> None:
+        """Do something in a worker, and then something between two steps."""
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # a user's program
+                reason = " ".join(str(error).split())[:300]
+                for episode in group.episodes:
+                    if episode.reward is None:
+                        episode.fail(f"{type(error).__name__}: {reason}")
+            self._done.put(after)
+            self._engine.wake()
+
+        self._workers.do(run)
+
+
+class _Workers:
+    """A few threads that do what they are given, in order. They end with the program, whatever
+    holds them up."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Queue it."""
+        if len(self._threads) < _WORKERS:
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._work.put(work)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            if not self._closed:
+                work()
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self._closed = True
+        for _ in self._threads:
+            self._work.put(None)

@@ -1,0 +1,1 @@
+"""Jobs that learn from rewards: prompts, answers in groups, advantages, environments."""
