@@ -13,6 +13,7 @@ import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
+from tests.engine.test_preference_jobs import pair_rows
 from tests.engines import (
     heed_interrupts,
     job_config,
@@ -23,13 +24,15 @@ from tests.engines import (
     write_rows,
 )
 
-STEPS = 60
+STEPS = {"supervised": 60, "dpo": 20}
+METHODS = {"supervised": {"type": "supervised"}, "dpo": {"type": "dpo", "beta": 0.3}}
 
 
-def config(name, rows, resume):
+def config(name, rows, resume, method="supervised"):
     optimizer = {"lr": 5e-3, "warmup": 3, "schedule": "cosine", "weight_decay": 0.01}
-    fields = {"steps": STEPS, "seed": 8, "optimizer": optimizer, "validation": rows}
-    return job_config(name, rows, resume=resume, validation_every=9, **fields)
+    fields = {"steps": STEPS[method], "seed": 8, "optimizer": optimizer, "validation": rows}
+    fields |= {"method": METHODS[method], "validation_every": 9}
+    return job_config(name, rows, resume=resume, **fields)
 
 
 def exercise(llm, adapter):
@@ -44,14 +47,15 @@ def exercise(llm, adapter):
     llm.unload_adapter("tenant")
 
 
-def train_in_a_process(model: str, runs: str, rows: str, adapter: str):
+def train_in_a_process(model: str, runs: str, rows: str, adapter: str, method: str):
     """Run or resume the job until it ends or this process does; say every step."""
     import tests.conftest  # noqa: F401  how XLA compiles
 
     with start_engine(Path(model), Path(runs)) as llm:
         print("compiled at start", llm.engine.runner.compilations.count, flush=True)
-        exercise(llm, Path(adapter))  # not beside the job: other cuts of steps round differently
-        job = llm.finetune(config("job", Path(rows), resume=True))
+        if method == "supervised":
+            exercise(llm, Path(adapter))  # not beside the job: other cuts of steps round otherwise
+        job = llm.finetune(config("job", Path(rows), resume=True, method=method))
         print("resumed", job._job.resumed_from, flush=True)
         said = 0
         while job.status == "running":
@@ -62,8 +66,25 @@ def train_in_a_process(model: str, runs: str, rows: str, adapter: str):
             time.sleep(0.001)
 
 
-def interrupt(process: subprocess.Popen, how: signal.Signals, steps: int):
-    """Signal a process once it has done `steps` more steps; what it said until then."""
+def interrupt(how: signal.Signals, steps: int, *arguments: object):
+    """Signal a process that trains (`train_in_a_process`) once it has done `steps` more steps; what
+    it said until then, and its last words."""
+    code = "import sys; from tests.engine import test_resume as t; "
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "t.train_in_a_process(*sys.argv[1:])", *map(str, arguments)],
+        cwd=Path(__file__).resolve().parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
+    try:
+        return _interrupt(process, how, steps)
+    finally:
+        process.kill()
+
+
+def _interrupt(process: subprocess.Popen, how: signal.Signals, steps: int):
     assert process.stdout
     said, first = [], None
     for line in process.stdout:
@@ -77,8 +98,8 @@ def interrupt(process: subprocess.Popen, how: signal.Signals, steps: int):
     output, errors = process.communicate(timeout=60)
     said += [line.split() for line in output.splitlines()]
     assert said and said[-1][0] == "step", errors
-    assert int(said[-1][1]) < STEPS, "the job ended first"
-    return said, errors
+    assert process.returncode != 0
+    return {line[0]: int(line[-1]) for line in said}, errors
 
 
 @pytest.fixture(scope="module")
@@ -88,42 +109,39 @@ def rows(tmp_path_factory):
 
 def test_interrupted_then_killed_then_resumed(llm, llama, rows, tmp_path):
     adapter = save_random_adapter(llama, tmp_path / "adapter")
-    code = "import sys; from tests.engine import test_resume as t; "
-    command = [sys.executable, "-c", code + "t.train_in_a_process(*sys.argv[1:])"]
-    command += map(str, (llama, tmp_path, rows, adapter))
     done = []
     for how in (signal.SIGINT, signal.SIGKILL):
-        process = subprocess.Popen(
-            command,
-            cwd=Path(__file__).resolve().parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=heed_interrupts,
-        )
-        try:
-            said, errors = interrupt(process, how, steps=13)
-        finally:
-            process.kill()
-        values = {line[0]: int(line[-1]) for line in said}
+        values, errors = interrupt(how, 13, llama, tmp_path, rows, adapter, "supervised")
         assert values["compiled"] == 0, "a program was compiled after the start"
         done.append((values["resumed"], values["step"]))
-        assert process.returncode != 0
         assert ("KeyboardInterrupt" in errors) == (how == signal.SIGINT)
     (first, stopped), (resumed, killed) = done
     assert first == 0
     assert resumed >= stopped, "Ctrl-C lost steps"
     saved = JobCheckpoints(tmp_path / "job" / "checkpoints").steps()[-1]
     assert resumed < saved <= killed + 1
+    assert_goes_on_as_if_never_stopped(llm, tmp_path / "job", rows, "supervised")
 
-    runs = Path(llm.config.output_dir)
-    shutil.copytree(tmp_path / "job", runs / "stopped")
-    again = llm.finetune(config("stopped", rows, resume=True))
-    never = llm.finetune(config("whole", rows, resume=False))
+
+def test_a_preference_job_killed_then_resumed(llm, llama, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", pair_rows(30))
+    adapter = save_random_adapter(llama, tmp_path / "adapter")
+    values, _ = interrupt(signal.SIGKILL, 9, llama, tmp_path, pairs, adapter, "dpo")
+    assert values["resumed"] == 0
+    assert_goes_on_as_if_never_stopped(llm, tmp_path / "job", pairs, "dpo")
+
+
+def assert_goes_on_as_if_never_stopped(llm, stopped, rows, method):
+    """A job that goes on from a stopped one's folder, and one that was never stopped."""
+    saved = JobCheckpoints(stopped / "checkpoints").steps()[-1]
+    name = f"stopped-{method}"
+    shutil.copytree(stopped, Path(llm.config.output_dir) / name)
+    again = llm.finetune(config(name, rows, True, method))
+    never = llm.finetune(config(f"whole-{method}", rows, False, method))
     assert again.wait(120).status == never.wait(120).status == "succeeded"
-    assert again._job.resumed_from == saved
-    assert again.losses == never.losses
-    assert again._job.gradient_norms == never._job.gradient_norms
+    assert 0 < saved == again._job.resumed_from < STEPS[method], "the job ended first"
+    assert again.metrics == never.metrics
+    assert again.validations == never.validations
     one, other = (job.adapter_dir / "adapter_model.safetensors" for job in (again, never))
     assert one.read_bytes() == other.read_bytes()
 
