@@ -28,6 +28,7 @@ KINDS = {
     "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
     "prefix": {"type": "prefix", "num_virtual_tokens": 3},
 }
+PREFERENCE = {"type": "dpo", "beta": 0.3}
 
 
 def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
@@ -102,6 +103,11 @@ def trained_kinds(name: str) -> list[str]:
     return ["lora"] if "p" in name else list(KINDS)
 
 
+def trained(name: str) -> list[str]:
+    """All whose gradients a run of that name writes: preferences train LoRA, with dropout."""
+    return [*trained_kinds(name), "dpo"]
+
+
 def run(model: Path, adapter: Path, rows: Path, out: Path, parallel: dict) -> None:
     """Everything, on one layout of devices."""
     name = name_of(parallel)
@@ -110,6 +116,7 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, parallel: dict) -> No
         out / f"runs{name}",
         parallel=parallel,
         compile={"token_buckets": [48]},
+        finetune={"max_tokens": 96, "unit_tokens": 32, "dropout": True},
         adapter_bank={
             "slots": 6,
             "max_rank": 8,
@@ -148,12 +155,14 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, parallel: dict) -> No
     ]
     before = llm._loop.call(lambda: buffers(llm))
     arrays = {}
-    for kind in trained_kinds(name):
-        peft = KINDS[kind]
-        job = {"peft": peft}
-        if kind == "lora":
+    pairs = rows.with_name("pairs.jsonl")
+    for kind in trained(name):
+        job = {"peft": KINDS.get(kind, {"lora_dropout": 0.2})}
+        if kind in ("lora", "dpo"):
             job["init_adapter"] = adapter
-        for where, leaf in gradients(llm, job, rows).items():
+        if kind == "dpo":
+            job["method"] = PREFERENCE
+        for where, leaf in gradients(llm, job, pairs if kind == "dpo" else rows).items():
             arrays[f"{kind}{where}"] = leaf
         llm.unload_adapter("step")
     job = llm.finetune(
@@ -168,6 +177,10 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, parallel: dict) -> No
     ).wait(300)
     assert job.status == "succeeded", job.reason
     said["losses"] = job.losses
+    fields = {"method": PREFERENCE, "init_adapter": adapter, "steps": 4, "batch_tokens": 300}
+    preferred = llm.finetune(job_config("preferred", pairs, **fields)).wait(300)
+    assert preferred.status == "succeeded", preferred.reason
+    said["preferred"] = preferred.metrics
     said["trained"] = [o.token_ids for o in llm.generate(prompts, greedy, adapter="mine")]
     said["recompiles"] = llm.engine.runner.compilations.count
     llm.export_adapter("mine", out / f"adapter{name}")

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import make_llama, make_qwen3, save_tokenizer
-from tests.engine.tensor_parallel import trained_kinds
+from tests.engine.tensor_parallel import trained
+from tests.engine.test_preference_jobs import pair_rows
 from tests.engines import (
     free_port,
     letter_rows,
@@ -42,6 +43,7 @@ def runs(tmp_path_factory):
     model = save_tokenizer(make_qwen3(folder / "model", vocab=272, **options))
     adapter = save_random_adapter(model, folder / "adapter")
     rows = write_rows(folder / "rows.jsonl", letter_rows(16))
+    write_rows(folder / "pairs.jsonl", pair_rows(12))
 
     def start(*parallel: dict) -> subprocess.Popen[str]:
         sections = [json.dumps(section) for section in parallel]
@@ -91,7 +93,7 @@ def test_same_logprobs(runs, tp):
 
 
 @pytest.mark.parametrize(
-    ("tp", "kind"), [(name, kind) for name in LAYOUTS[1:] for kind in trained_kinds(name)]
+    ("tp", "kind"), [(name, kind) for name in LAYOUTS[1:] for kind in trained(name)]
 )
 def test_same_gradients(runs, tp, kind):
     def of(layout: str) -> dict[str, np.ndarray]:
@@ -100,16 +102,21 @@ def test_same_gradients(runs, tp, kind):
 
     own, expected = of(tp), of("1")
     assert own.keys() == expected.keys()
-    trained = 0
+    counted = 0
     for name, gradient in expected.items():
         size = np.linalg.norm(gradient)
         assert np.linalg.norm(own[name] - gradient) <= 1e-5 * size, name
-        trained += size > 0
-    assert trained > 4
+        counted += size > 0
+    assert counted > 4
 
 
 def test_same_losses(runs, tp):
     assert runs.said[tp]["losses"] == pytest.approx(runs.said["1"]["losses"], rel=1e-5)
+    expected = runs.said["1"]["preferred"]
+    for name in ("loss", "margin", "gradient_norm"):  # of margins near 0 accuracy is a coin's toss
+        own = [metrics[name] for metrics in runs.said[tp]["preferred"]]
+        assert own == pytest.approx([m[name] for m in expected], rel=1e-4, abs=1e-5)
+    assert np.ptp([m["loss"] for m in expected]) > 0.01, "nothing is learnt of preferences"
 
 
 def test_nothing_compiles_or_moves_after_the_start(runs, tp):
