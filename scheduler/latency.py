@@ -41,10 +41,11 @@ _FORWARD = (
     "chunk_kv",
     "attention_pairs",
     "adapter_slots",
+    "dropout_slots",
 )
 # Of each row that is sampled: of a kind, beside what the kind before costs; of log-probabilities.
 _SAMPLED = ("adjusted_rows", "drawn_rows", "filtered_rows", "logprob_rows")
-_UNITS = ("layer_units", "loss_units", "backward_pairs")
+_UNITS = ("layer_units", "loss_units", "backward_pairs", "dropout_units")
 COEFFICIENTS = _FORWARD + _SAMPLED + _UNITS
 _RECENT = 1000  # observations that the reported errors are of
 _RETURN = 0.01  # how fast a bucket's correction returns to the mean while others are observed
@@ -65,6 +66,8 @@ class StepFeatures(NamedTuple):
     sampling, logprobs   the most that any sampled token needs
     most_rows        rows that the largest step samples; every step has as many, or one for each
                      token slot, and the sampling is done for all of them
+    dropout          whether the forward's finetuning tokens are of a job with dropout
+    dropout_units    those of the layer units that are
     """
 
     token_bucket: int = 0
@@ -81,6 +84,8 @@ class StepFeatures(NamedTuple):
     sampling: int = Sampling.GREEDY
     logprobs: bool = False
     most_rows: int = 0
+    dropout: bool = False
+    dropout_units: int = 0
 
     @property
     def has_units(self) -> bool:
@@ -94,7 +99,8 @@ class LatencyModel:
     bases           token bucket -> seconds, not decreasing; a bucket between two of them is
                     interpolated, one above the largest extrapolated in proportion
     coefficients    seconds per unit of each of `COEFFICIENTS`, 0 where absent (`adapter_slots` are
-                    the token slots of a step that carries adapters; `_SAMPLED` see there)
+                    the token slots of a step that carries adapters, `dropout_slots` of one with
+                    dropout; `_SAMPLED` see there)
     spread          the error to reckon with until there are observations: 85 % of steps take at
                     most 1 + `spread` times what is predicted
     online          False: errors are tracked, and nothing is corrected
@@ -178,7 +184,7 @@ class LatencyModel:
         base = self._base_s.get(bucket)
         if base is None:
             base = self._base_s[bucket] = self._interpolate(bucket)
-        by_decode, by_prefill, by_finetune, by_decode_kv, by_chunk_kv, by_pair, by_slot = (
+        by_decode, by_prefill, by_finetune, by_decode_kv, by_chunk_kv, by_pair, *by_slot = (
             self._by_forward
         )
         seconds = (
@@ -191,7 +197,7 @@ class LatencyModel:
             + by_pair * pairs
         )
         if features.adapters:
-            seconds += by_slot * bucket
+            seconds += (by_slot[0] + by_slot[1] * features.dropout) * bucket
         if features.sampling or features.logprobs:
             by_row = self._by_sampled_row[features.sampling]
             if features.logprobs:
@@ -201,9 +207,12 @@ class LatencyModel:
 
     def unit_s(self, features: StepFeatures) -> float:
         """Expected seconds of a step's backward units."""
-        by_layer, by_loss, by_pair = self._by_units
+        by_layer, by_loss, by_pair, by_dropout = self._by_units
         return self.unit_correction * (
-            by_layer * features[7] + by_loss * features[8] + by_pair * features[9]
+            by_layer * features[7]
+            + by_loss * features[8]
+            + by_pair * features[9]
+            + by_dropout * features.dropout_units
         )
 
     def _interpolate(self, bucket: int) -> float:
@@ -313,6 +322,8 @@ class LatencyModel:
 def _value(features: StepFeatures, name: str) -> float:
     if name == "adapter_slots":
         return float(features.token_bucket * features.adapters)
+    if name == "dropout_slots":
+        return float(features.token_bucket * features.dropout)
     if name in _SAMPLED:
         counts = *(features.sampling >= kind for kind in list(Sampling)[1:]), features.logprobs
         rows = min(features.token_bucket, features.most_rows)

@@ -47,10 +47,10 @@ class Progress:
         pairs = [self._extent(s, min(s + self.unit_tokens, self.tokens))[0] for s in starts]
         self._sweep_pairs = [0, *itertools.accumulate(pairs)]
         by = latency.coefficients
+        unit_s = by["layer_units"] + by["dropout_units"] * microbatch.dropout
         self._loss_s = by["loss_units"]
         self._sweep_s = [
-            i * by["layer_units"] + n * by["backward_pairs"]
-            for i, n in enumerate(self._sweep_pairs)
+            i * unit_s + n * by["backward_pairs"] for i, n in enumerate(self._sweep_pairs)
         ]
 
     @property
@@ -89,6 +89,7 @@ class Progress:
             chunk_kv=features.chunk_kv + keys,
             attention_pairs=features.attention_pairs + pairs,
             adapters=True,
+            dropout=self.microbatch.dropout,
         )
 
     def with_units(self, features: StepFeatures, count: int) -> StepFeatures:
@@ -98,6 +99,7 @@ class Progress:
         return features._replace(
             loss_units=loss,
             layer_units=count - loss,
+            dropout_units=(count - loss) * self.microbatch.dropout,
             backward_pairs=self._pairs(last) - self._pairs(first),
         )
 

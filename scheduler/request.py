@@ -159,6 +159,7 @@ class Microbatch:
     backward       False: only its log-probabilities are wanted (validation): it has scoring units
                    and no others
     scoring        its log-probabilities are wanted before any loss: it begins with scoring units
+    dropout        its forward and its layer units draw masks, which costs time
     """
 
     microbatch_id: int
@@ -167,6 +168,7 @@ class Microbatch:
     job: str = ""
     weights_version: int = 0
     scoring: bool = False
+    dropout: bool = False
 
     @property
     def scored(self) -> bool:

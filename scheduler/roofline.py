@@ -157,6 +157,8 @@ def roofline(
         backward_pairs   five products where the forward has two
         adapter_slots    2 x 2 R (d_in + d_out) of all projections / C
                          + layers x adapter_passes x ffn bytes / M
+        dropout_slots    what all projections read, written and read again, with a mask each / M
+        dropout_units    of U tokens in a layer, twice that
         ..._rows         V float32 of a row, read or written so many times (`_PASSES`), by each
                          device for itself; of log-probabilities the logits, too: 2 V D / C
     """
@@ -182,6 +184,8 @@ def roofline(
 
     widths = 2 * model.d_model + 2 * (model.heads + model.kv_heads) * model.head_dim
     widths += 2 * model.d_model + 3 * (model.d_model + model.ffn)
+    inputs = 5 * model.d_model + model.heads * model.head_dim + model.ffn
+    dropout_s = 2 * inputs * model.dtype_bytes / memory
     attended = compute * (1.0 if e.attention is None else e.attention / e.compute)
     pair_s = 0.5 * 4 * model.heads * model.head_dim / attended
     pass_s = model.ffn * model.dtype_bytes / memory  # of a token
@@ -201,6 +205,8 @@ def roofline(
             "backward_pairs": 2.5 * pair_s,
             "adapter_slots": model.layers
             * (2 * rank * widths / compute + e.adapter_passes * pass_s),
+            "dropout_slots": model.layers * dropout_s,
+            "dropout_units": 2 * unit_tokens * dropout_s,
             **sampled,
         },
         spread=spread,

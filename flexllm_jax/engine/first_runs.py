@@ -25,7 +25,7 @@ def run_all(runner: Runner) -> None:
 def _run_steps(runner: Runner) -> None:
     sizes, model = runner.sizes, runner.model
     kv_slots = runner.num_pages * sizes.page_size
-    dropout = _dropout(runner)
+    dropout = empty_dropout(runner)
     for bucket, shape in sizes.step_shapes.items():
         _, vector = StepInputs.empty(shape, kv_slots, sizes.finetune_slots)
         for variant in ("base", "adapters"):
@@ -42,8 +42,8 @@ def _run_steps(runner: Runner) -> None:
     runner.write_history(0, nothing, nothing.astype(bool))
 
 
-def _dropout(runner: Runner) -> JobDropout | None:
-    """One of nothing, if jobs may have dropout."""
+def empty_dropout(runner: Runner) -> JobDropout | None:
+    """That of a microbatch without tokens, on the device, if jobs may have dropout."""
     if not runner.sizes.dropout:
         return None
     keys = np.zeros(runner.sizes.finetune_slots, np.uint32)
@@ -62,7 +62,7 @@ def _run_finetuning(runner: Runner) -> None:
     packed = MicrobatchTable.empty(sizes.finetune_slots)[1]
     table, loss = runner.put((packed, Loss.of().packed()))
     runner.begin_backward()
-    for dropout in (None, _dropout(runner))[: 1 + sizes.dropout]:
+    for dropout in (None, empty_dropout(runner))[: 1 + sizes.dropout]:
         runner.score_unit(table, weights, own_scales, 0, dropout)
         runner.loss_unit(table, loss, weights, own_scales, 0, dropout)
         runner.layer_unit(0, table, weights, own_scales, 0, dropout)

@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.progress import track
 
 from flexllm_jax.config import Config
+from flexllm_jax.engine.first_runs import empty_dropout
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.version import __version__
 from scheduler.latency import COEFFICIENTS, LatencyModel, Sampling, StepFeatures
 from scheduler.roofline import ModelCost, find_device, roofline
@@ -164,6 +166,9 @@ def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]
                 adapters=True,
             )
             yield features, _forward(runner, bucket, [(0, chunk)], "adapters", slots)
+        if sizes.dropout:
+            run = _forward(runner, bucket, [(0, chunk)], "adapters", chunk, dropout=True)
+            yield features._replace(finetune_tokens=chunk, prefill_tokens=0, dropout=True), run
     yield from _sampling_cases(runner)
     yield from _unit_cases(runner)
 
@@ -194,9 +199,12 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
     weights = runner.new_job_state({})["master"]
     scales = [{m: np.ones(1, np.float32) for m in layer} for layer in weights]
 
-    def layer_units(count: int, start: int) -> Callable[[], object]:
+    def layer_units(
+        count: int, start: int, dropout: JobDropout | None = None
+    ) -> Callable[[], object]:
         return lambda: [
-            runner.layer_unit(layer, table, weights, scales, start) for layer in range(count)
+            runner.layer_unit(layer, table, weights, scales, start, dropout)
+            for layer in range(count)
         ][-1]
 
     def loss_units(count: int) -> Callable[[], object]:
@@ -210,6 +218,12 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
                 StepFeatures(layer_units=count, backward_pairs=pairs),
                 layer_units(count, start),
             )
+    if dropout := empty_dropout(runner):
+        pairs = layers * sizes.unit_tokens**2
+        yield (
+            StepFeatures(layer_units=layers, backward_pairs=pairs, dropout_units=layers),
+            layer_units(layers, 0, dropout),
+        )
     for count in (1, 8):
         yield StepFeatures(loss_units=count), loss_units(count)
 
@@ -222,6 +236,7 @@ def _forward(
     finetune: int = 0,
     kind: Sampling = Sampling.GREEDY,
     logprobs: bool = False,
+    dropout: bool = False,
 ) -> Callable[[], object]:
     """A forward and a sample of sequences with (cached, new) tokens; the first `finetune` tokens
     are kept for a backward.
@@ -248,9 +263,10 @@ def _forward(
     inputs.num_decode[...] = sum(new == 1 for _, new in chunks)
     inputs.num_sequences[...] = len(chunks)
     rows = SamplingRows.neutral(shape.samples, no_row=sizes.rows)
+    dropped = empty_dropout(runner) if dropout else None
 
     def run() -> object:
-        _, sampled = runner.forward(variant, bucket, vector)
+        _, sampled = runner.forward(variant, bucket, vector, dropped)
         return runner.sample(sampled, rows, kind=kind, logprobs=logprobs)
 
     return run

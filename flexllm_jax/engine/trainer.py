@@ -154,7 +154,11 @@ class Trainer:
     def _queue(self, job: FinetuneJob, packed: PackedMicrobatch) -> None:
         microbatch_id = next(self._ids)
         try:
-            self._scheduler.add(packed.as_planned(microbatch_id, job.name, job.weights_version))
+            self._scheduler.add(
+                packed.as_planned(
+                    *(microbatch_id, job.name, job.weights_version), dropout=job.lora_dropout > 0
+                )
+            )
         except ValueError as error:  # it can never run: too few pages for it, even alone
             self._end(job, JobStatus.FAILED, f"job {job.name!r} stopped: {error}")
         else:

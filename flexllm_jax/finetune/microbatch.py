@@ -169,8 +169,10 @@ class PackedMicrobatch:
             )
         )
 
-    def as_planned(self, microbatch_id: int, job: str, weights_version: int) -> Microbatch:
-        """What the scheduler needs to know of it."""
+    def as_planned(
+        self, microbatch_id: int, job: str, weights_version: int, *, dropout: bool = False
+    ) -> Microbatch:
+        """What the scheduler needs to know of it; `dropout`: whether its job trains with it."""
         return Microbatch(
             microbatch_id,
             self.lengths,
@@ -178,4 +180,5 @@ class PackedMicrobatch:
             job,
             weights_version,
             self.loss.of_sequences and self.backward,
+            dropout and self.backward,
         )

@@ -103,14 +103,17 @@ def test_it_is_what_brute_force_finds(data):
         assert seconds <= budget_s * (1 + 1e-6)
 
 
-def test_the_cost_of_units_is_the_sum_of_single_ones():
-    latency = LatencyModel({}, {"loss_units": 0.3, "layer_units": 0.1, "backward_pairs": 1e-3})
-    progress = Progress(Microbatch(0, (9, 5, 7)), config((16,)), latency)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_cost_of_units_is_the_sum_of_single_ones(dropout):
+    costs = {"loss_units": 0.3, "layer_units": 0.1, "backward_pairs": 1e-3, "dropout_units": 0.05}
+    latency = LatencyModel({}, costs)
+    progress = Progress(Microbatch(0, (9, 5, 7), dropout=dropout), config((16,)), latency)
     progress.forwarded = progress.tokens
     single, total = [], progress.total_units
     for unit in range(total):
         progress.units_done = unit
         single.append(latency.unit_s(progress.with_units(StepFeatures(), 1)))
+    assert single[-1] == pytest.approx(0.15 if dropout else 0.1, abs=0.02)
     for first in range(total):
         progress.units_done = first
         for count in range(total - first + 1):

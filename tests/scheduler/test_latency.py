@@ -32,6 +32,8 @@ def profile(noise=0.0, seed=0):
                 sampling=int(generator.integers(4)),
                 logprobs=bool(generator.integers(2)),
                 most_rows=100,
+                dropout=adapters and bool(generator.integers(2)),
+                dropout_units=int(generator.integers(units + 1)),
             )
             samples.append((features, device_seconds(features) * (1 + noise * generator.normal())))
     return samples
@@ -48,6 +50,8 @@ COSTS = {
     "loss_units": 3e-3,
     "backward_pairs": 2e-9,
     "adapter_slots": 1e-6,
+    "dropout_slots": 7e-7,
+    "dropout_units": 4e-4,
     "adjusted_rows": 1e-6,
     "drawn_rows": 3e-6,
     "filtered_rows": 2e-5,
@@ -59,6 +63,7 @@ def device_seconds(features):
     rows = min(features.token_bucket, features.most_rows)
     values = features._asdict() | {
         "adapter_slots": features.token_bucket * features.adapters,
+        "dropout_slots": features.token_bucket * features.dropout,
         "adjusted_rows": rows if features.sampling >= Sampling.ADJUSTED else 0,
         "drawn_rows": rows if features.sampling >= Sampling.DRAWN else 0,
         "filtered_rows": rows if features.sampling == Sampling.FILTERED else 0,
@@ -106,7 +111,8 @@ def test_a_prediction_is_its_forward_and_its_units():
         model.observe(features, 1.3 * seconds)
         parts = model.forward_s(features) + model.unit_s(features)
         assert model.predict(features) == parts
-        assert model.unit_s(features._replace(layer_units=0, loss_units=0, backward_pairs=0)) == 0
+        without = features._replace(layer_units=0, loss_units=0, backward_pairs=0, dropout_units=0)
+        assert model.unit_s(without) == 0
 
 
 def test_observations_correct_the_prediction_and_narrow_the_margin():
