@@ -19,10 +19,11 @@ from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning import answers as finetuning_answers
-from flexllm_jax.server.finetuning import files
+from flexllm_jax.server.finetuning import files, graders
 from flexllm_jax.server.finetuning import routes as jobs_routes
 from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.files import FileStore
+from flexllm_jax.server.finetuning.graders import GraderRuns
 from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.finetuning.loaded_adapters import LoadedAdapters
 from flexllm_jax.server.http import errors, openapi, sse
@@ -33,6 +34,7 @@ from flexllm_jax.server.http.logs import AccessLog
 from flexllm_jax.server.inference import adapters_routes
 from flexllm_jax.server.inference import answers as inference_answers
 from flexllm_jax.server.inference import routes as inference_routes
+from flexllm_jax.server.inference.asking import Asking
 from flexllm_jax.server.inference.requests import Inference
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.metrics import ServerMetrics
@@ -69,6 +71,9 @@ class Server:
             self.models,
             self.metrics,
             load_tokenizer(config.model.path),  # one of its own, for the thread that validates
+        )
+        self.graders = GraderRuns(
+            config, self.models, self.keys.several, lambda client: Asking(self.inference, client)
         )
         self.dashboard = Dashboard(
             config, self.engines, self.models, self.metrics, self.database, self.jobs
@@ -133,6 +138,7 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(adapters_routes.routes(allowed, server.engines, server.models, loaded.keep))
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
+    app.include_router(graders.routes(server.graders))
     answers = inference_answers.ANSWERS | finetuning_answers.ANSWERS | _ANSWERS
     openapi.describe(app, answers, with_keys=server.keys.needed)
     return app

@@ -17,6 +17,10 @@ from confinement import Unsupported, confine
 _NAME = "<grader>"
 
 
+class Unusable(Exception):
+    """What is told without its type."""
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong, where in the program, in one line."""
     line = error.lineno if isinstance(error, SyntaxError) else None
@@ -29,34 +33,34 @@ def _reason(error: BaseException) -> str:
         message = error.msg if isinstance(error, SyntaxError) else str(error)
     except BaseException:
         message = "(it cannot be told)"
-    said = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    said = " ".join(said.encode("ascii", "backslashreplace").decode().split())[:300]
-    return said if line is None else f"line {line}: {said}"
+    said = message if isinstance(error, Unusable) else f"{type(error).__name__}: {message}"
+    said = " ".join(said.rstrip(": ").encode("ascii", "backslashreplace").decode().split())[:300]
+    return said if line is None or isinstance(error, Unusable) else f"line {line}: {said}"
 
 
 def load(source: str):
-    """The program's function `grade`. ValueError where there is none."""
+    """The program's function `grade`. Unusable where there is none."""
     module = types.ModuleType("grader")
     sys.modules["grader"] = module
     exec(compile(source, _NAME, "exec"), module.__dict__)
     grade = getattr(module, "grade", None)
     if not callable(grade):
-        raise ValueError("it has no function `grade`; add `def grade(sample, item):`")
+        raise Unusable("it has no function `grade`; add `def grade(sample, item):`")
     try:
         inspect.signature(grade).bind({}, {})
     except TypeError:
-        raise ValueError("grade does not take two arguments: `def grade(sample, item):`") from None
+        raise Unusable("grade does not take two arguments: `def grade(sample, item):`") from None
     return grade
 
 
 def run(grade, sample, item) -> float:
-    """The reward that it gives. ValueError where that is no finite number."""
+    """The reward that it gives. Unusable where that is no finite number."""
     reward = grade(sample, item)
     if isinstance(reward, (str, bytes, bytearray)) or not hasattr(reward, "__float__"):
-        raise ValueError(f"grade returned a {type(reward).__name__}; it must return a number")
+        raise Unusable(f"grade returned a {type(reward).__name__}; it must return a number")
     reward = float(reward)
     if not math.isfinite(reward):
-        raise ValueError(f"grade returned {reward}; it must return a finite number")
+        raise Unusable(f"grade returned {reward}; it must return a finite number")
     return reward
 
 

@@ -120,6 +120,63 @@ class JobCheckpointPage(Page):
     data: list[JobCheckpoint]
 
 
+class GraderValidation(BaseModel):
+    """POST /v1/fine_tuning/alpha/graders/validate: the grader, as it was sent."""
+
+    grader: dict[str, Any]
+
+
+class GradeErrors(BaseModel):
+    """What went wrong; `details` says of each what."""
+
+    formula_parse_error: bool
+    sample_parse_error: bool
+    truncated_observation_error: bool
+    unresponsive_reward_error: bool
+    invalid_variable_error: bool
+    other_error: bool
+    python_grader_server_error: bool
+    python_grader_server_error_type: str | None
+    python_grader_runtime_error: bool
+    python_grader_runtime_error_details: str | None
+    model_grader_server_error: bool
+    model_grader_server_error_details: str | None
+    model_grader_refusal_error: bool
+    model_grader_parse_error: bool
+    details: dict[str, str]
+
+
+class GradeMetadata(BaseModel):
+    """How a reward came about."""
+
+    name: str
+    type: str
+    errors: GradeErrors
+    execution_time: float
+    scores: dict[str, float | None]
+    token_usage: int | None
+    sampled_model_name: str | None
+
+
+class GradeUsage(BaseModel):
+    """Tokens of a model that graded."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class GraderRun(BaseModel):
+    """POST /v1/fine_tuning/alpha/graders/run; a sample without a reward has 0, and an error."""
+
+    reward: float
+    metadata: GradeMetadata
+    sub_rewards: dict[str, float | None]
+    model_grader_token_usage_per_model: dict[str, GradeUsage]
+
+
+_GRADERS = "/v1/fine_tuning/alpha/graders"
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
 ANSWERS: Answers = {
     ("post", "/v1/files"): ([File], (*WITH_BODY, *WRITES)),
@@ -127,6 +184,8 @@ ANSWERS: Answers = {
     ("get", "/v1/files/{file_id}"): ([File], (404, *READS)),
     ("delete", "/v1/files/{file_id}"): ([Deleted], (404, 409, *WRITES)),
     ("get", "/v1/files/{file_id}/content"): ([{"application/octet-stream": BYTES}], (404, *READS)),
+    ("post", f"{_GRADERS}/validate"): ([GraderValidation], WITH_BODY),
+    ("post", f"{_GRADERS}/run"): ([GraderRun], WITH_BODY),
     ("post", _JOBS): ([Job], (*WITH_BODY, 404, 429, *WRITES)),
     ("get", _JOBS): ([JobPage], (400, *READS)),
     ("get", _JOB): ([Job], (404, *READS)),

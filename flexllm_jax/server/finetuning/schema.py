@@ -267,3 +267,16 @@ class CreateJob(Body):
 def random_seed() -> int:
     """For a job that names none."""
     return secrets.randbelow(2**31)
+
+
+class ValidateGrader(Body):
+    """POST /v1/fine_tuning/alpha/graders/validate."""
+
+    grader: dict[str, Any] = Field(description="A grader, as docs/graders.md has them.")
+
+
+class RunGrader(ValidateGrader):
+    """POST /v1/fine_tuning/alpha/graders/run."""
+
+    model_sample: str = Field(description="The text to grade; `sample` of templates.")
+    item: dict[str, Any] | None = Field(default=None, description="Its row; `item` of templates.")
