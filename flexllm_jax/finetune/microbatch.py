@@ -46,6 +46,23 @@ class Datum:
             token.astype(np.int32), label, own, first, np.full(len(token), advantage, np.float32)
         )
 
+    @classmethod
+    def of_targets(cls, token: np.ndarray, target: np.ndarray, weight: np.ndarray) -> list["Datum"]:
+        """Cross-entropy of several weighted targets after each token, [n, K] both: K sequences of
+        one target each, as a loss is a sum over tokens and so over these. Their log-probabilities,
+        side by side, are those of the targets.
+
+        It takes K forwards and backwards. A loss unit for all K would read its table K times wide
+        in every job, or be K programs.
+        """
+        nothing = np.zeros(len(token), np.float32)
+        return [
+            cls(
+                token.astype(np.int32), own.astype(np.int32), w.astype(np.float32), nothing, nothing
+            )
+            for own, w in zip(target.T, weight.T, strict=True)
+        ]
+
 
 @dataclass(frozen=True, eq=False)
 class PackedMicrobatch:

@@ -13,10 +13,13 @@ import torch
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
+from flexllm_jax.finetune.job import create_job
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
+from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.peft.dropout import kept, token_keys
 from tests.checkpoints import make_llama, save_tokenizer
+from tests.engine.test_reinforcement_jobs import prompt_rows, reinforcement, uneven
 from tests.engines import (
     SEVEN,
     job_config,
@@ -208,6 +211,39 @@ def test_nothing_beside_a_job_with_dropout_drops_anything(model, engine):
     assert beside.wait(60).metrics == quiet.metrics
     assert dropping.wait(60).status == "succeeded"
     assert dropping.losses[0] != quiet.losses[0]
+
+
+def test_answers_are_sampled_without_masks_and_trained_with_new_ones_each_time(model, engine):
+    llm, seen = engine(16), []
+    rows = write_rows(model.folder / "prompts.jsonl", prompt_rows(6))
+    twice = {"num_iterations": 2}
+    config = reinforcement("rewarded", rows, twice, steps=2, init_adapter=model.adapter)
+    runner = llm.engine.runner
+    path, section, longest = model.path, llm.config.finetune, runner.sizes.max_model_len
+    job = create_job(config, runner.model, path, llm.tokenizer, section, longest, Play(uneven))
+    scored = job.source.scored
+
+    def keep(packed, logprob):
+        seen.append((packed, packed.split(logprob)))
+        return scored(packed, logprob)
+
+    job.source.scored = keep
+    llm.start_job(job).wait(60)
+    assert job.status.value == "succeeded", job.reason
+    names = [name for packed, _ in seen for name in packed.names]
+    assert len(names) == len(set(names)) and {step for step, _ in names} == {0, 1}
+    for packed, logprobs in seen:
+        if packed.names[0][0] == 0:  # before anything is trained
+            with torch.no_grad():
+                expected = masked_logprobs(model.model, packed.data, packed.names)
+                plain = torch_logprobs(model.model, packed.data)
+            for datum, own, dropped, exact in zip(
+                packed.data, logprobs, expected, plain, strict=True
+            ):
+                counted = datum.label >= 0
+                np.testing.assert_allclose(own, dropped.numpy(), atol=2e-5)
+                sampled = exact.numpy()[counted]
+                np.testing.assert_allclose(datum.reference[counted], sampled, atol=2e-5)
 
 
 def test_masks_are_as_random_as_they_should_be():

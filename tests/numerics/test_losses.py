@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
@@ -37,6 +38,8 @@ NAMES = SHORT | {"lm_head": "head"}
 
 class Given:
     """A source of microbatches and steps that are given beforehand."""
+
+    waiting = False
 
     def __init__(self, *items):
         self.items, self.logprobs, self.steps = list(items), [], 0
@@ -238,6 +241,41 @@ def test_doubled_data_doubles_the_gradient_and_a_weight_of_zero_changes_nothing(
         size = np.linalg.norm(one)
         assert np.linalg.norm(two - 2 * one) <= 1e-5 * size
         assert np.linalg.norm(same - one) <= 1e-5 * size
+
+
+def test_several_weighted_targets_a_token(case):
+    random = np.random.default_rng(3)
+    token, target = (random.integers(3, 260, shape) for shape in (17, (17, 3)))
+    weight = random.choice([0.0, 0.2, 0.7, -0.3], (17, 3))
+    case.model.zero_grad()
+    logits = case.model(torch.tensor(token)[None]).logits[0]
+    logprobs = torch.log_softmax(logits, -1).gather(1, torch.tensor(target))
+    (-(torch.tensor(weight) * logprobs).sum()).backward()
+    expected = torch_gradients(case.model)
+    data = Datum.of_targets(token, target, weight)
+    source, (gradient,), _ = run(
+        case, "targets", *pack(data, Loss.of("cross_entropy"), (2, 1)), step()
+    )
+    assert_same(gradient, expected)
+    ours = np.stack(list(itertools.chain(*source.logprobs)), axis=1)
+    np.testing.assert_allclose(ours, logprobs.detach().numpy(), atol=2e-5)
+
+
+def test_gradients_that_add_up_make_the_same_step(case):
+    loss = Loss.of("cross_entropy")
+    data = make_data(case, loss)
+    fields = {"learning_rate": 1e-2, "max_norm": 1.0, "scale": 0.1}
+    one, many = (
+        run(case, name, *pack(data, loss, groups), step(**fields))
+        for name, groups in (("together", (4, 2)), ("apart", (1, 2, 1, 1, 1)))
+    )
+    for a, b in zip(*(jax.tree.leaves(seen[0]) for _, seen, _ in (one, many)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+    trained = [load_file(job.adapter_dir / "adapter_model.safetensors") for *_, job in (one, many)]
+    before = load_file(case.adapter / "adapter_model.safetensors")
+    for name, value in trained[0].items():
+        moved = np.linalg.norm(value - before[name])
+        assert moved > 0 and np.linalg.norm(value - trained[1][name]) <= 1e-4 * moved, name
 
 
 def test_steps_are_those_of_torch_also_without_a_gradient(case):

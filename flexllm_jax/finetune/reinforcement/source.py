@@ -211,11 +211,16 @@ class ReinforcementSource:
         data, scale = self._data(groups)
         self._version = None  # the next steps change it
         packs = pack(data, self._max_tokens, self._pack_tokens)
+        place = {id(datum): i for i, datum in enumerate(data)}
         updates, self._skipped = method.num_iterations - self._skipped, 0
         updates = min(updates, self.total_steps - self._handed)
         for left in reversed(range(updates)):
             self._ready += [
-                PackedMicrobatch(tuple(own), self.loss, (), self._first_position) for own in packs
+                PackedMicrobatch(
+                    *(tuple(own), self.loss, (), self._first_position),
+                    names=tuple((self._handed, place[id(datum)]) for datum in own),
+                )
+                for own in packs
             ]
             values = hyperparameters(self.config.optimizer, self._handed, self.total_steps, scale)
             self._handed += 1
