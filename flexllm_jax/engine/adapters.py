@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import Adapter
@@ -32,7 +33,12 @@ class ServedAdapters:
         """Serve an adapter as a new version of `name`; requests to the old one finish on it."""
         weights, scales = row or self.to_row(name, adapter)
         published = self.directory.publish(name, adapter.config, adapter.shapes)
-        self._runner.write_adapter(published.bank_slot, weights, scales)
+        try:
+            with room_for(f"adapter {name!r}"):
+                self._runner.write_adapter(published.bank_slot, weights, scales)
+        except OutOfMemory:
+            self.directory.unload(name)
+            raise
         return published
 
     def publish_job(self, job: FinetuneJob) -> Published:

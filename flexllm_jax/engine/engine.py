@@ -30,6 +30,7 @@ from flexllm_jax.engine.in_flight import (
     read_prompt_logprobs,
     request_prompt_logprobs,
 )
+from flexllm_jax.engine.out_of_memory import OutOfMemory, is_intact, room_for
 from flexllm_jax.engine.plan_step import PlannedStep, StepBuilder
 from flexllm_jax.engine.processes import make_runner
 from flexllm_jax.engine.request import RequestState, top_logprobs
@@ -209,7 +210,8 @@ class Engine:
         if isinstance(job.source, ReinforcementSource):
             job.source.sampler = Rollouts(self, job, job.source)
         try:
-            self.trainer.start(job)
+            with room_for(f"job {job.name!r}"):
+                self.trainer.start(job)
         except Exception:
             self.adapters.directory.stop_training(job.name)
             raise
@@ -232,15 +234,19 @@ class Engine:
         plan, finished = self.scheduler.plan(time.monotonic()), []
         if plan is not None:
             step = StepInFlight(plan, time.monotonic(), [], None, [], None, None)
-            if plan.token_bucket:
-                planned, hidden_rows = self._forward(step)
-                if planned.awaits_tokens and self._in_flight:
-                    waiting = time.perf_counter()
-                    finished = self._postprocess(self._in_flight.popleft())
-                    started += time.perf_counter() - waiting
-                self._sample(step, planned, hidden_rows)
-            if plan.backward:
-                self._backward(step, plan.backward)
+            try:
+                with room_for(f"step {plan.step}"):
+                    if plan.token_bucket:
+                        planned, hidden_rows = self._forward(step)
+                        if planned.awaits_tokens and self._in_flight:
+                            waiting = time.perf_counter()
+                            finished = self._postprocess(self._in_flight.popleft())
+                            started += time.perf_counter() - waiting
+                        self._sample(step, planned, hidden_rows)
+                    if plan.backward:
+                        self._backward(step, plan.backward)
+            except OutOfMemory as error:
+                finished += self._give_up(step, str(error))
             step.after = self.trainer.take_results()
             self._in_flight.append(step)
             self.steps += 1
@@ -252,6 +258,24 @@ class Engine:
             for read in self.trainer.take_results():
                 read()
         return finished
+
+    def _give_up(self, step: StepInFlight, reason: str) -> list[RequestState]:
+        """End the requests and the jobs that a step could not be dispatched for."""
+        if not is_intact(self.runner):
+            raise RuntimeError(reason)
+        log.error("%s", reason)
+        plan, ended = step.plan, []
+        sequences = (*plan.decode.sequences, *(chunk.sequence for chunk in plan.prefill))
+        if step.report is None:  # else its tokens come, and only units are missing
+            step.sampled = []
+            for sequence in sequences:
+                if state := self._requests.get(sequence.request_id):
+                    self.cancel(state, reason)
+                    ended.append(state)
+        for work in (plan.forward, plan.backward):
+            if work:
+                self.trainer.fail(work.microbatch.job, reason)
+        return ended
 
     def _forward(self, step: StepInFlight) -> tuple[PlannedStep, jax.Array]:
         """Send a step's forward program to the device; the planned step, and the outputs to sample

@@ -19,6 +19,7 @@ import numpy as np
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.job_writer import JobWriter
+from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
@@ -270,9 +271,18 @@ class Trainer:
         every = self._config.finetune.checkpoint_every
         snapshot = None
         if every and job.dispatched % every == 0 and job.dispatched != job.total_steps:
-            snapshot = self._snapshot(job)
+            snapshot = self._copy(job)
         tokens = job.tokens_pending
         self._results.append(lambda: self._stepped(job, metrics, tokens, step.position, snapshot))
+
+    def _copy(self, job: FinetuneJob) -> dict | None:
+        """`_snapshot`; None, and the job is told, when the device has no memory left for it."""
+        try:
+            with room_for(f"a copy of job {job.name!r} at step {job.dispatched}"):
+                return self._snapshot(job)
+        except OutOfMemory as error:
+            job.note(str(error))
+            return None
 
     def _snapshot(self, job: FinetuneJob) -> dict:
         """A copy of what a checkpoint keeps of a job after the last step dispatched."""
@@ -325,7 +335,8 @@ class Trainer:
 
     def _complete(self, job: FinetuneJob) -> None:
         """All steps are done: serve the adapter, keep the state, write it in PEFT's format."""
-        snapshot = self._snapshot(job)
+        # Without memory for a copy the state itself does: nothing updates it any more.
+        snapshot = self._copy(job) or {k: job.state[k] for k in ("master", "optimizer")}
         info = _info(job, job.position, snapshot)
         if job.sampler is not None:
             job.sampler.close()
@@ -351,6 +362,12 @@ class Trainer:
             self._end(job, JobStatus.CANCELLED, "cancelled")
         elif self.writer.give_up(job):
             job.finish(JobStatus.CANCELLED, "cancelled")
+
+    def fail(self, name: str, reason: str) -> None:
+        """End a job, if it is running, that the device cannot go on with."""
+        job = self.jobs.get(name)
+        if job and job.running:
+            self._end(job, JobStatus.FAILED, reason)
 
     def _end(self, job: FinetuneJob, status: JobStatus, reason: str) -> None:
         """A job goes no further: it has ended when what is being written of it is."""
