@@ -351,17 +351,7 @@ class Engine:
 
     def _note(self, plan: StepPlan, measured_s: float) -> None:
         """Keep what was observed of a step, for who watches the engine."""
-        self.observations.append(
-            StepObservation(
-                len(plan.decode),
-                sum(chunk.length for chunk in plan.prefill),
-                plan.forward.length if plan.forward else 0,
-                len(plan.backward.units) if plan.backward else 0,
-                len(plan.preempted),
-                measured_s,
-                plan.predicted_s,
-            )
-        )
+        self.observations.append(StepObservation.of(plan, measured_s))
 
     def _read_tokens(
         self, step: StepInFlight

@@ -24,6 +24,19 @@ class StepObservation:
     measured_s: float
     predicted_s: float
 
+    @classmethod
+    def of(cls, plan: StepPlan, measured_s: float) -> "StepObservation":
+        """What was observed of a plan."""
+        return cls(
+            len(plan.decode),
+            sum(chunk.length for chunk in plan.prefill),
+            plan.forward.length if plan.forward else 0,
+            len(plan.backward.units) if plan.backward else 0,
+            len(plan.preempted),
+            measured_s,
+            plan.predicted_s,
+        )
+
 
 @dataclass
 class StepInFlight:

@@ -6,13 +6,14 @@ that programs update in place are still there. If one of them went down with the
 update it, so does the engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
 
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.errors import UserError
+from flexllm_jax.finetune.job import FinetuneJob
 
 _REMEDY = (
     "lower cache.memory_fraction or finetune.max_tokens, or plan for more jobs with "
@@ -33,6 +34,16 @@ def room_for(what: str) -> Iterator[None]:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         raise OutOfMemory(f"the device has no memory left for {what}: {_REMEDY}") from error
+
+
+def copy_if_room(job: FinetuneJob, copy: Callable[[FinetuneJob], dict]) -> dict | None:
+    """A copy of a job's state; None, and the job is told, when there is no memory left for it."""
+    try:
+        with room_for(f"a copy of job {job.name!r} at step {job.dispatched}"):
+            return copy(job)
+    except OutOfMemory as error:
+        job.note(str(error))
+        return None
 
 
 def is_intact(runner: Runner) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.job_writer import JobWriter
-from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
+from flexllm_jax.engine.out_of_memory import copy_if_room
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
@@ -271,18 +271,9 @@ class Trainer:
         every = self._config.finetune.checkpoint_every
         snapshot = None
         if every and job.dispatched % every == 0 and job.dispatched != job.total_steps:
-            snapshot = self._copy(job)
+            snapshot = copy_if_room(job, self._snapshot)
         tokens = job.tokens_pending
         self._results.append(lambda: self._stepped(job, metrics, tokens, step.position, snapshot))
-
-    def _copy(self, job: FinetuneJob) -> dict | None:
-        """`_snapshot`; None, and the job is told, when the device has no memory left for it."""
-        try:
-            with room_for(f"a copy of job {job.name!r} at step {job.dispatched}"):
-                return self._snapshot(job)
-        except OutOfMemory as error:
-            job.note(str(error))
-            return None
 
     def _snapshot(self, job: FinetuneJob) -> dict:
         """A copy of what a checkpoint keeps of a job after the last step dispatched."""
@@ -336,7 +327,9 @@ class Trainer:
     def _complete(self, job: FinetuneJob) -> None:
         """All steps are done: serve the adapter, keep the state, write it in PEFT's format."""
         # Without memory for a copy the state itself does: nothing updates it any more.
-        snapshot = self._copy(job) or {k: job.state[k] for k in ("master", "optimizer")}
+        snapshot = copy_if_room(job, self._snapshot) or {
+            k: job.state[k] for k in ("master", "optimizer")
+        }
         info = _info(job, job.position, snapshot)
         if job.sampler is not None:
             job.sampler.close()
