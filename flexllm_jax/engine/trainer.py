@@ -190,14 +190,7 @@ class Trainer:
         job.forwarded += forward.length
         if not forward.started:
             return self.in_work[microbatch_id]
-        page_size = runner.sizes.page_size
-        kv_slot = np.concatenate(
-            [
-                np.asarray(own, np.int32)[np.arange(length) // page_size] * page_size
-                + np.arange(length, dtype=np.int32) % page_size
-                for own, length in zip(forward.pages, packed.lengths, strict=True)
-            ]
-        )
+        kv_slot = packed.kv_slots(forward.pages, runner.sizes.page_size)
         slots, first = runner.sizes.finetune_slots, forward.first_token_slot
         dropout = None
         if packed.backward and job.lora_dropout:

@@ -1,5 +1,6 @@
 """What goes through the model together: sequences of one job, packed, and what their loss takes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -184,6 +185,16 @@ class PackedMicrobatch:
                 *(gaps[own], lengths[own], gaps[pair], lengths[pair]),
                 first,
             )
+        )
+
+    def kv_slots(self, pages: Sequence[Sequence[int]], page_size: int) -> np.ndarray:
+        """Where each token's key lies in the pages of its sequence: page * page_size + offset."""
+        return np.concatenate(
+            [
+                np.asarray(own, np.int32)[np.arange(length) // page_size] * page_size
+                + np.arange(length, dtype=np.int32) % page_size
+                for own, length in zip(pages, self.lengths, strict=True)
+            ]
         )
 
     def as_planned(
