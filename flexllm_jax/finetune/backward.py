@@ -17,12 +17,15 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
-from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.decoder import PROJECTED, Decoder
+from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import Dropout, JobDropout
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.backend import Backend
 from kernels_pallas.rows import from_stored, to_stored
+
+LORA_MODULES = frozenset(TARGET_MODULES.values())
 
 
 @jax.custom_vjp
@@ -36,12 +39,16 @@ _recall.defvjp(lambda computed, saved: (saved, None), lambda _, gradient: (gradi
 
 
 def job_bypass(
-    adapter: dict, is_token: Bool[Array, " U"], backend: Backend, dropout: Dropout | None = None
+    adapter: dict,
+    is_token: Bool[Array, " U"],
+    backend: Backend,
+    dropout: Dropout | None = None,
+    sums: dict | None = None,
 ) -> Bypass:
     """The bypass of one job's adapter in one layer ({"weights", "scales"}, see `layer_unit`) over
-    tokens of which some are padding."""
-    stacked = jax.tree.map(lambda w: w[None], adapter["weights"])
-    return Bypass(stacked, adapter["scales"], jnp.where(is_token, 0, -1), backend, dropout)
+    tokens of which some are padding; sums: of its LoRA's gradients (`peft.lora.lora`)."""
+    stacked, sums = jax.tree.map(lambda w: w[None], (adapter["weights"], sums))
+    return Bypass(stacked, adapter["scales"], jnp.where(is_token, 0, -1), backend, dropout, sums)
 
 
 def layer_unit(
@@ -100,33 +107,41 @@ def layer_unit(
     def tap(name: str, value: jax.Array) -> jax.Array:
         return _recall(value, kept[name]) if name in kept else value
 
-    own = adapter["weights"]
+    # LoRA adds its gradients to `sums` itself, in the half of the layer that has the module.
+    own = {site: w for site, w in adapter["weights"].items() if site not in LORA_MODULES}
+    sums = {site: g for site, g in gradients.items() if site in LORA_MODULES}
+    first, second = (
+        {site: g for site, g in sums.items() if (site in PROJECTED) == before}
+        for before in (True, False)
+    )
     dropped = None
     if dropout is not None:
         slots = start + jnp.arange(unit_tokens)
         dropped = dropout.of_layer(slots, layer_number, decoder.axes)
 
-    def bypass(own: dict) -> Bypass:
-        return job_bypass(adapter | {"weights": own}, is_token, backend, dropped)
+    def bypass(own: dict, sums: dict) -> Bypass:
+        changed = adapter | {"weights": adapter["weights"] | own}
+        return job_bypass(changed, is_token, backend, dropped, sums)
 
     angles = decoder.angles(slice_of(whole.position))
     x = kept["x"]
     (q, k, v, x), pull_inputs = jax.vjp(
-        lambda x, own: layer.before_attention(x, angles, bypass(own), tap), x, own
+        lambda x, *own: layer.before_attention(x, angles, bypass(*own), tap), x, own, first
     )
     keys_and_values = (pages["k"], pages["v"], whole.kv_slot, sequence_start, start)
     if "attended" in kept:
         attended, lse = kept["attended"].reshape(q.shape), slice_of(saved["lse"])
     else:
         attended, lse = attention_of_slice(q, *keys_and_values, backend=backend)
-        attended, lse = bypass(own).attend(q, attended, lse)
+        attended, lse = bypass(own, {}).attend(q, attended, lse)
     _, pull_outputs = jax.vjp(
-        lambda x, attended, own: layer.after_attention(x, attended, bypass(own), tap, kept),
+        lambda x, attended, *own: layer.after_attention(x, attended, bypass(*own), tap, kept),
         x,
         attended,
         own,
+        second,
     )
-    d_residual, d_attended, d_own_outputs = pull_outputs(slice_of(flow["stream"]))
+    d_residual, d_attended, d_own_outputs, second = pull_outputs(slice_of(flow["stream"]))
     dq, dk, dv = attention_backward(
         q,
         *keys_and_values,
@@ -137,9 +152,9 @@ def layer_unit(
         flow["dv"],
         backend=backend,
     )
-    dq, d_own_attention = bypass(own).attend_backward(dq, q, attended, lse, d_attended)
+    dq, d_own_attention = bypass(own, {}).attend_backward(dq, q, attended, lse, d_attended)
     d_keys, d_values = slice_of(dk).astype(k.dtype), slice_of(dv).astype(v.dtype)
-    d_input, d_own_inputs = pull_inputs((dq, d_keys, d_values, d_residual))
+    d_input, d_own_inputs, first = pull_inputs((dq, d_keys, d_values, d_residual))
 
     cleared = jnp.zeros((unit_tokens, *dk.shape[1:]), jnp.float32)  # ready for the next layer
     flow = flow | {
@@ -148,10 +163,10 @@ def layer_unit(
         "dv": with_slice(dv, cleared),
     }
     d_own_attention = jax.tree.map(lambda g: g[0], d_own_attention)
-    gradients = jax.tree.map(
+    others = jax.tree.map(
         lambda total, *parts: total + sum(parts),
-        gradients,
+        {site: gradients[site] for site in own},
         d_own_outputs,
         d_own_inputs | d_own_attention,
     )
-    return flow, gradients
+    return flow, others | first | second

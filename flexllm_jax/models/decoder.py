@@ -36,6 +36,7 @@ from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_passes import gated, rotate
 
+PROJECTED = ("q", "k", "v")  # the projections before attention
 Tap = Callable[[str, jax.Array], jax.Array]
 Angles = tuple[jax.Array, jax.Array]
 

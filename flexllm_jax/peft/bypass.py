@@ -26,7 +26,8 @@ class Bypass:
     An adapter is of one kind; its rows of the others' sites are zero and change nothing.
 
     weights: site -> name -> [A, ...]. scales: site -> [A] float32. adapter: row of both for each
-    token, or -1 for the base model alone. dropout: of what LoRA reads, in a job's training.
+    token, or -1 for the base model alone. dropout: of what LoRA reads, in a job's training. sums:
+    of the gradients of LoRA's weights, see `lora`.
     """
 
     weights: dict
@@ -34,13 +35,14 @@ class Bypass:
     adapter: Int[Array, " T"]
     backend: Backend = XLA
     dropout: Dropout | None = None
+    sums: dict | None = None
 
     def __call__(self, x: jax.Array, outputs: Outputs, join: Join = whole_already) -> Outputs:
         """The projections' outputs with what the adapters make of them."""
         split = join is not whole_already  # then x, too, is split over devices
         outputs = lora(
             *(self.weights, self.scales, self.adapter),
-            *(x, outputs, self.backend, self.dropout),
+            *(x, outputs, self.backend, self.dropout, self.sums),
             split=split,
         )
         outputs = ia3(self.weights, self.scales, self.adapter, outputs)

@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.peft.dropout import Dropout
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.grouped_lora import grouped_lora
+from kernels_pallas.grouped_lora import grouped_lora, job_lora
 
 
 def lora(
@@ -19,6 +20,7 @@ def lora(
     outputs: Outputs,
     backend: Backend = XLA,
     dropout: Dropout | None = None,
+    sums: dict | None = None,
     *,
     split: bool = False,
 ) -> Outputs:
@@ -33,6 +35,8 @@ def lora(
         outputs: projection -> [T, d_out].
         backend: which kernels to use.
         dropout: of what each projection reads, a mask of its own; None: of nothing.
+        sums: of a job's gradients, in the shapes of the weights, which have one row: what their own
+            gradient is then, see `kernels_pallas.grouped_lora.base.job_lora`.
         split: whether each device has its own part of x.
     """
     names = [name for name in outputs if name in weights]
@@ -42,14 +46,19 @@ def lora(
     if dropout is not None:
         groups = [(dropout(x, name, split=split), [name]) for name in names]
     for read, group in groups:
-        sums: Any = grouped_lora(
-            read,
-            tuple(outputs[name] for name in group),
-            tuple(weights[name]["a"] for name in group),
-            tuple(weights[name]["b"] for name in group),
-            tuple(scales[name] for name in group),
-            adapter,
-            backend,
-        )
-        outputs = outputs | dict(zip(group, sums, strict=True))
+        own = tuple(outputs[name] for name in group)
+        a, b = _factors(weights, group)
+        scale = tuple(scales[name] for name in group)
+        added: Any
+        if sums is None:
+            added = grouped_lora(read, own, a, b, scale, adapter, backend)
+        else:
+            row, totals = jnp.int32(0), _factors(sums, group)
+            added = job_lora(read, own, a, b, scale, adapter >= 0, row, totals, backend)
+        outputs = outputs | dict(zip(group, added, strict=True))
     return outputs
+
+
+def _factors(weights: dict, modules: list[str]) -> tuple[tuple, tuple]:
+    """Of the modules: all a, and all b."""
+    return tuple(weights[m]["a"] for m in modules), tuple(weights[m]["b"] for m in modules)

@@ -1,10 +1,8 @@
 """Grouped LoRA with a choice of implementation, and its derivative.
 
-With one adapter, which is how finetuning calls it, every backend takes the plain XLA products:
-there is nothing to group, the shrink of all projections is one product over the concatenated `a`,
-and XLA fuses each expand with the addition to y. Compiled for q, k and v on an H200 that is six
-launches and no array of y's size beside y; the backward shares the shrink, and a kernel could save
-no more than launches.
+What a job trains is `job_lora`: one adapter, and gradients that are added to their sums. Of
+`grouped_lora` with one adapter every backend takes the plain XLA products: there is nothing to
+group.
 """
 
 from functools import partial
@@ -13,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.grouped_lora import base, block_backward, pallas_triton
+from kernels_pallas.grouped_lora import base, block_backward, one_adapter, pallas_triton
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -41,3 +39,36 @@ def _takes_xla(backend: Backend, a) -> bool:
 
 
 grouped_lora.defvjp(_forward, _backward)
+
+
+def job_lora(x, ys, a, b, scales, present, layer, sums, backend: Backend = XLA):
+    """See `base.job_lora`."""
+    return _job_lora(x, tuple(ys), a, b, scales, present, layer, sums, backend)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _job_lora(x, ys, a, b, scales, present, layer, sums, backend):
+    return _job_forward(x, ys, a, b, scales, present, layer, sums, backend)[0]
+
+
+def _job_forward(x, ys, a, b, scales, present, layer, sums, backend):
+    s = None
+    if backend.implementation == "xla":
+        out = base.job_lora(x, ys, a, b, scales, present, layer)
+    else:
+        out, s = one_adapter.forward(x, ys, a, b, scales, present, layer, backend)
+    return out, (x, a, b, scales, present, layer, s, sums)
+
+
+def _job_backward(backend, residuals, d_ys):
+    x, a, b, scales, present, layer, s, sums = residuals
+    shares = (x, d_ys, a, b, scales, present, layer)
+    if backend.implementation == "xla":
+        dx, sums = base.job_lora_backward(*shares, sums)
+    else:
+        dx, sums = one_adapter.backward(*shares, s, sums, backend)
+    constants = jax.tree.map(jnp.zeros_like, (a, b, scales))
+    return dx, d_ys, *constants, None, None, sums
+
+
+_job_lora.defvjp(_job_forward, _job_backward)

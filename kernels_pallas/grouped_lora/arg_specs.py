@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.cases import Case, ModelShape, model_shards
-from kernels_pallas.grouped_lora import grouped_lora
+from kernels_pallas.grouped_lora import grouped_lora, job_lora, one_adapter
 from kernels_pallas.grouped_lora.blocks import block_map, block_rows
 from kernels_pallas.grouped_lora.pallas_triton import padded_rank, tuning_key
 
@@ -25,13 +25,14 @@ def groups(model: ModelShape) -> dict[str, tuple[int, tuple[int, ...]]]:
     }
 
 
-def forward_and_backward(x, ys, a, b, scales, adapter, d_ys, backend: Backend = XLA):
-    """What a training step computes: the sums, and the gradients of x, a and b."""
+def forward_and_backward(x, ys, a, b, scales, adapter, d_ys, totals, backend: Backend = XLA):
+    """What a training step computes: the sums, the gradient of x, and those of a and b added to
+    what there is."""
 
-    def add(x, a, b):
-        return grouped_lora(x, ys, a, b, scales, adapter, backend)
+    def add(x, totals):
+        return job_lora(x, ys, a, b, scales, adapter >= 0, jnp.int32(0), totals, backend)
 
-    sums, pull = jax.vjp(add, x, a, b)
+    sums, pull = jax.vjp(add, x, totals)
     return sums, pull(d_ys)
 
 
@@ -61,8 +62,9 @@ def base_projection(case: Case) -> Case:
     )
 
 
-def _make(key, tokens, d_in, d_outs, adapters, rank, dtype, unused=False, d_ys=False) -> tuple:
-    """Tokens of all adapters in turn; `unused` gives every fourth token none, and NaN as input."""
+def _make(key, tokens, d_in, d_outs, adapters, rank, dtype, unused=False, job=False) -> tuple:
+    """Tokens of all adapters in turn; `unused` gives every fourth token none, and NaN as input. A
+    job keeps its factors and the sums of gradients in float32."""
     keys = iter(jax.random.split(key, 1 + 4 * len(d_outs)))
 
     def normal(*shape: int, scale: float = 1.0):
@@ -78,8 +80,11 @@ def _make(key, tokens, d_in, d_outs, adapters, rank, dtype, unused=False, d_ys=F
         without = jnp.arange(tokens) % 4 == 3
         x = jnp.where(without[:, None], jnp.nan, x)
         adapter = jnp.where(without, -1, adapter)
-    gradients = (tuple(normal(tokens, d) for d in d_outs),) if d_ys else ()
-    return x, ys, a, b, scales, adapter, *gradients
+    if not job:
+        return x, ys, a, b, scales, adapter
+    a, b = jax.tree.map(lambda w: w.astype(jnp.float32), (a, b))
+    d_ys = tuple(normal(tokens, d) for d in d_outs)
+    return x, ys, a, b, scales, adapter, d_ys, jax.tree.map(jnp.ones_like, (a, b))
 
 
 def _case(
@@ -107,7 +112,7 @@ def _case(
         flops=2.0 * tokens * factors * (3.5 if backward else 1),
         bytes=float(values * jnp.dtype(dtype).itemsize),
         bound="bandwidth",
-        donated=() if backward else (1,),
+        donated=(1, 7) if backward else (1,),
     )
 
 
@@ -132,7 +137,6 @@ def _cases() -> Iterator[Case]:
             yield case(f"{where}/decode-256-of-64", tokens=256, adapters=64)
             yield case(f"{where}/decode-8-of-8", tokens=8, adapters=8)
             yield case(f"{where}/prefill-4096-of-4", tokens=4096, adapters=4)
-            yield case(f"{where}/train-1024", tokens=1024, adapters=1)
             yield case(f"{where}/train-1024-backward", tokens=1024, adapters=1, backward=True)
     model = next(model_shards())
     for name in ("qkv", "down"):
@@ -145,6 +149,10 @@ def _cases() -> Iterator[Case]:
             for rank in (8, 64, 128):
                 yield case(f"{where}/rank{rank}", rank=rank, unused=True)
             yield case(f"{where}/float32", dtype=jnp.float32, unused=True)
+        train = partial(_case, group=groups(model)[name], tokens=1024, adapters=1, backward=True)
+        for rank in (8, 64, 128):
+            yield train(f"{model.name}/{name}/train-1024-backward/rank{rank}", rank=rank)
+        yield train(f"{model.name}/{name}/train-1024-backward/float32", dtype=jnp.float32)
 
 
 CASES = tuple(_cases())
@@ -160,8 +168,16 @@ def tuning_keys(case: Case) -> tuple[str, ...]:
         return ()
     x, _, a, *_ = jax.eval_shape(case.make, jax.random.key(0))
     num_adapters = a[0].shape[0]
-    if num_adapters == 1:  # plain XLA
-        return ()
+    if case.function is forward_and_backward:
+        columns = one_adapter.Columns.of(a)
+        kernels = {
+            "shrink": columns.width,
+            "gradients": columns.width,
+            "expand": columns.ranks[0],  # forward
+        }
+        own = [one_adapter.tuning_key(name, width, x.dtype) for name, width in kernels.items()]
+        wide = one_adapter.tuning_key("expand", columns.width, x.dtype)  # backward
+        return tuple(dict.fromkeys([*own, wide]))
     rows = block_rows(x.shape[0], num_adapters)
     ranks = [padded_rank(down.shape[2]) for down in a]
     return (
@@ -172,7 +188,13 @@ def tuning_keys(case: Case) -> tuple[str, ...]:
 
 def candidates(key: str) -> Iterator[dict[str, int]]:
     """Tiles worth timing for a key of the tuning table."""
-    if key.startswith("shrink"):
+    if key.startswith("job-"):
+        for rows in (32, 64, 128):
+            for columns in (32, 64, 128, 256):
+                for num_warps, num_stages in ((4, 1), (4, 3), (8, 3)):
+                    own = {"rows": rows, "columns": columns}
+                    yield own | {"num_warps": num_warps, "num_stages": num_stages}
+    elif key.startswith("shrink"):
         for columns in (32, 64, 128, 256):
             for programs in (132, 264, 528, 1056):
                 for num_warps, num_stages in ((2, 4), (4, 3), (4, 5), (8, 4)):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.rows import from_stored
 
@@ -131,3 +131,49 @@ def product(formula: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def _exact(x: jax.Array) -> lax.Precision | None:
     """For products of x: GPUs would otherwise round float32 factors to TF32."""
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def job_lora(
+    x: Float[Array, "T D"],
+    ys: Sequence[Float[Array, "T E"]],
+    a: Sequence[Float[Array, "L D R"]],
+    b: Sequence[Float[Array, "L R E"]],
+    scales: Sequence[Float[Array, " L"]],
+    present: Bool[Array, " T"],
+    layer: Int[Array, ""],
+) -> tuple[Float[Array, "T E"], ...]:
+    """`grouped_lora` of the one adapter that a job trains, in one layer of its factors.
+
+    With gradients that a unit adds to what the units before it have left: `api.job_lora` takes
+    their sums, too, and what it gives as the sums' gradient is the sums with this one's share.
+    The factors are constants. So a kernel can add in place, where adding up gradients takes one
+    more pass over each.
+
+    Args:
+        x: input of several base projections.
+        ys: their outputs; E may differ from one to the next.
+        a: for each projection, the adapter's down projections in L layers.
+        b: for each projection, its up projections.
+        scales: for each projection, LoRA's alpha / r in each layer; float32.
+        present: tokens that have the adapter; y stays as it is for the others, whose x and gradient
+            of y must be finite.
+        layer: which of the L.
+
+    Returns:
+        The sums, in the dtype of ys.
+    """
+    a, b, scales = (tuple(w[layer][None] for w in factors) for factors in (a, b, scales))
+    return grouped_lora(x, ys, a, b, scales, jnp.where(present, 0, -1))
+
+
+def job_lora_backward(x, d_ys, a, b, scales, present, layer, sums):
+    """dx, and the sums of gradients (of all a, of all b: [L, ...] each) with this share added."""
+    a, b, scales = (tuple(w[layer][None] for w in factors) for factors in (a, b, scales))
+    dx, *gradients = grouped_lora_backward(x, d_ys, a, b, scales, jnp.where(present, 0, -1))
+
+    def add(total: jax.Array, gradient: jax.Array) -> jax.Array:
+        if total.shape[0] == 1:
+            return total + gradient
+        return lax.dynamic_update_index_in_dim(total, total[layer] + gradient[0], layer, axis=0)
+
+    return dx, jax.tree.map(add, sums, tuple(gradients))

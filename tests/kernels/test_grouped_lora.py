@@ -11,6 +11,7 @@ import pytest
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora as api
+from kernels_pallas.grouped_lora import job_lora
 from kernels_pallas.grouped_lora.blocks import block_map
 from tests.kernels.paged import round_to
 
@@ -196,3 +197,45 @@ def test_blocks_hold_every_token_of_an_adapter_once_and_in_order(block_rows):
         taken = adapter >= 0
         np.testing.assert_array_equal(rows.reshape(-1)[places[taken]], np.flatnonzero(taken))
         assert (places[~taken] >= rows.size).all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: np.dtype(dtype).name)
+def test_a_job_adds_its_gradients_to_sums(name, dtype):
+    """In one layer of several; what is summed already, and other layers, stay."""
+    layers, layer = 3, np.int32(1)
+    x, ys, a, b, scales, adapter = problem(dtype, adapters=layers)
+    a, b = (tuple(w.astype(np.float32) for w in factors) for factors in (a, b))
+    present = adapter >= 0
+    rng = np.random.default_rng(1)
+    d_ys = tuple(rng.standard_normal(y.shape).astype(np.float32).astype(dtype) for y in ys)
+    sums = jax.tree.map(lambda w: rng.standard_normal(w.shape).astype(np.float32), (a, b))
+
+    @jax.jit
+    def run(x, ys, a, b, scales, layer, sums):
+        add = partial(job_lora, backend=BACKENDS[name])
+        out, pull = jax.vjp(
+            lambda x, ys, sums: add(x, ys, a, b, scales, present, layer, sums), x, ys, sums
+        )
+        return out, pull(d_ys)
+
+    out, (dx, d_y, added) = run(x, ys, a, b, scales, layer, sums)
+    wide = [round_to(v, v.dtype) for v in (x, *ys, *d_ys)]
+    x, ys, d_ys = wide[0], wide[1 : 1 + len(ys)], wide[1 + len(ys) :]
+    want_dx = np.zeros(x.shape)
+    for j, (y, d) in enumerate(zip(ys, d_ys, strict=True)):
+        down, up, scale = (np.asarray(w[j][layer], np.float64) for w in (a, b, scales))
+        s = present[:, None] * scale * (x @ down)
+        d_s = present[:, None] * scale * (d @ up.T)
+        want_dx += d_s @ down.T
+        assert_close(out[j], y + s @ up, TOLERANCE[dtype])
+        np.testing.assert_array_equal(np.asarray(d_y[j], np.float32), d)
+        for total, before, own in (
+            (added[0][j], sums[0][j], x.T @ d_s),
+            (added[1][j], sums[1][j], s.T @ d),
+        ):
+            want = np.array(before, np.float64)
+            want[layer] += own
+            assert_close(total, want, TOLERANCE[dtype])
+            np.testing.assert_array_equal(np.delete(total, layer, 0), np.delete(before, layer, 0))
+    assert_close(dx, want_dx, TOLERANCE[dtype])
