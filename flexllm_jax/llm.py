@@ -252,7 +252,7 @@ class LLM:
                 self.tokenizer,
                 self.config.finetune,
                 runner.sizes.max_model_len,
-                Play(reward, None, environment),
+                Play(reward, None, environment, graders=self.config.graders),
             )
         )
 

@@ -130,6 +130,9 @@ class ReinforcementConfig(Section):
         description="Of reinforcement: weight of the divergence from the start, taken off the "
         "advantages.",
     )
+    reasoning_effort: str | None = Field(
+        default=None, description="Of reinforcement: for chat templates that read it."
+    )
     eval_samples: Int = Field(
         default=1, ge=1, description="Of reinforcement: answers to each validation prompt."
     )

@@ -54,7 +54,7 @@ class JobHandle:
     def samples(self) -> list[dict[str, Any]]:
         """Of a reinforcement job: the answers that the last batch was trained on, each with its
         `item` (the row), `text`, `reward`, and `error` if it could not be graded."""
-        return list(getattr(self._job.source, "samples", ()))
+        return list(self._job.samples)
 
     @property
     def steps(self) -> int:

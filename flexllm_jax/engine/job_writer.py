@@ -5,6 +5,7 @@ written of it is. A failure of whatever kind is told and costs that write alone.
 """
 
 import contextlib
+import json
 import logging
 import threading
 import time
@@ -25,6 +26,7 @@ from flexllm_jax.peft.bank import from_row
 from flexllm_jax.peft.hf_peft import save_adapter
 
 log = logging.getLogger(__name__)
+_SAMPLES = 64  # of a batch, in its file
 _AGAIN_S = 2.0  # between attempts to write a result
 
 
@@ -50,6 +52,11 @@ class JobWriter:
     def save(self, job: FinetuneJob, snapshot: dict, info: dict) -> None:
         """Write a checkpoint of the steps done so far in the background."""
         self._thread.submit(self._save, job, job.step, snapshot, info)
+
+    def save_samples(self, job: FinetuneJob) -> None:
+        """Write what a job was trained on last, if that were answers of its own."""
+        if samples := job.samples:
+            self._thread.submit(self._save_samples, job, list(samples[:_SAMPLES]))
 
     def hand_out(self, job: FinetuneJob, snapshot: dict) -> None:
         """Give the adapter of the checkpoint that a job has just gone on from to
@@ -118,6 +125,15 @@ class JobWriter:
         """In a timer's thread: hand work to the writer, unless all has stopped meanwhile."""
         with contextlib.suppress(RuntimeError):
             self._thread.submit(*work)
+
+    def _save_samples(self, job: FinetuneJob, samples: list) -> None:
+        path = self._config.output_dir / job.name / "samples.json"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".tmp").write_text(json.dumps(samples), encoding="utf-8")
+            path.with_suffix(".tmp").replace(path)
+        except (OSError, ValueError) as error:
+            job.note(f"the samples could not be written: {_one_line(error)}")
 
     def _save(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
         try:

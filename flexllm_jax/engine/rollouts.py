@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from flexllm_jax.config import ReinforcementConfig
+from flexllm_jax.engine.questions import Questions
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
@@ -59,6 +60,10 @@ class Rollouts:
         self._leading: list[tuple[_Turn, list[_Turn]]] = []  # and those that wait for its prompt
         self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # by workers
         self._workers = _Workers(f"rollouts of {job.name}")
+        self._questions: Questions | None = None
+        if source.asking is not None and source.reader is not None:
+            self._questions = Questions(engine, source.reader, self._slo_class, self._later)
+            source.asking.engine = self._questions
         self.paused = False
         self._held: list[Published] = []
         self._start: Published | None = None  # of the weights that the job started from; None: none
@@ -140,6 +145,8 @@ class Rollouts:
         """Drop everything: the job has ended."""
         self.paused = True
         self._workers.close()
+        if self._questions is not None:
+            self._questions.close()
         for turn in list(self._running.values()):
             self._drop(turn)
         self._waiting.clear()
@@ -259,10 +266,14 @@ class Rollouts:
                 for episode in group.episodes:
                     if episode.reward is None:
                         episode.fail(f"{type(error).__name__}: {reason}")
-            self._done.put(after)
-            self._engine.wake()
+            self._later(after)
 
         self._workers.do(run)
+
+    def _later(self, do: Callable[[], None]) -> None:
+        """From any thread: do something between two steps."""
+        self._done.put(do)
+        self._engine.wake()
 
 
 class _Workers:

@@ -24,7 +24,7 @@ from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.optimizer import without_gradient
-from flexllm_jax.finetune.resume import made_with, refusal
+from flexllm_jax.finetune.resume import kept_arrays, made_with, refusal
 from flexllm_jax.finetune.source import CannotGoOn, Step
 from flexllm_jax.peft.adapter import LoraConfig
 from flexllm_jax.peft.bank import to_row, trained_ranks
@@ -104,15 +104,10 @@ class Trainer:
         job.made_with = made_with(job, runner.sizes.bank)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         kept = {"master": values}
-        like = kept | {"optimizer": runner.sizes.job_state["optimizer"]}
-
-        def like_of(info: dict) -> dict:
-            versions = dict.fromkeys(info.get("versions", ()), values)
-            return like | ({"versions": versions} if versions else {})
-
+        like = partial(kept_arrays, kept | {"optimizer": runner.sizes.job_state["optimizer"]})
         checkpoint, versions = None, {}
         if job.config.resume:
-            checkpoint = self.writer.checkpoints(job).restore_latest(like_of, partial(refusal, job))
+            checkpoint = self.writer.checkpoints(job).restore_latest(like, partial(refusal, job))
         if checkpoint is not None:
             job.restore(checkpoint.step, checkpoint.info)
             kept = dict(checkpoint.arrays)
@@ -131,7 +126,7 @@ class Trainer:
     def feed(self) -> None:
         """Keep a few microbatches of every job queued with the scheduler."""
         for job in list(self.jobs.values()):
-            if job.running and job.sampler is not None:
+            if job.sampler is not None:
                 job.sampler.poll()
             try:
                 self._feed(job)
@@ -305,8 +300,10 @@ class Trainer:
         if wrong:
             log.error("%s", wrong)
             self._end(job, JobStatus.FAILED, wrong)
-        elif snapshot is not None:
-            self.writer.save(job, snapshot, _info(job, position, snapshot))
+        else:
+            self.writer.save_samples(job)
+            if snapshot is not None:
+                self.writer.save(job, snapshot, _info(job, position, snapshot))
         if job.running and job.complete:
             self._complete(job)
 

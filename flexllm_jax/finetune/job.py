@@ -217,6 +217,11 @@ class FinetuneJob:
         self.versions: dict[int, Any] = {}  # that its source needs after `dispatched` steps
 
     @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The answers that a reinforcement job was trained on last."""
+        return self.source.samples if isinstance(self.source, ReinforcementSource) else []
+
+    @property
     def sampler(self) -> Sampler | None:
         """Who plays the episodes of a reinforcement job."""
         return getattr(self.source, "sampler", None)

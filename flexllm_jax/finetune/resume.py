@@ -57,6 +57,13 @@ def refusal(job: FinetuneJob, info: dict[str, Any]) -> str | None:
     )
 
 
+def kept_arrays(like: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint with that `info` holds: a job's state like this, and the versions of its
+    adapter that were answering, if any."""
+    versions = dict.fromkeys(info.get("versions", ()), like["master"])
+    return like | ({"versions": versions} if versions else {})
+
+
 def _ordered(value: Any) -> Any:
     """A value as JSON data in which the order of a mapping counts: of patterns, the first match
     does."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.launch.replay import Replay, ReplayRequest, prepare_requests
 from flexllm_jax.llm import LLM, JobHandle
 from flexllm_jax.models.config import ModelConfig
@@ -47,8 +48,9 @@ def prepare(config: Config) -> Inputs:
     for adapter in config.adapters.preload:
         load_adapter(adapter.path, model, path)
     context = model.context_length(config.model.max_model_len)
+    play = Play(graders=config.graders)
     jobs = [
-        create_job(job, model, path, tokenizer, config.finetune, context)
+        create_job(job, model, path, tokenizer, config.finetune, context, play)
         for job in config.finetune.jobs
     ]
     requests = (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from flexllm_jax.finetune.data.items import TrainingItem, TrainingPair, TrainingSequence
+from flexllm_jax.finetune.data.items import TrainingPair, TrainingSequence
 
 
 class Question(NamedTuple):
@@ -17,7 +17,7 @@ class Question(NamedTuple):
     expected: list[int]
 
 
-def questions(rows: Sequence[TrainingItem], count: int, most_tokens: int) -> list[Question]:
+def questions(rows: Sequence[Any], count: int, most_tokens: int) -> list[Question]:
     """Of the first `count` rows that have one, with prompts of at most `most_tokens`: what stands
     before the first answer that is trained, and that answer. A text that is trained from its
     beginning is cut in the middle; of a pair the preferred answer is expected."""
@@ -25,10 +25,17 @@ def questions(rows: Sequence[TrainingItem], count: int, most_tokens: int) -> lis
     for row in rows:
         if len(found) == count:
             break
-        question = _question(row.preferred if isinstance(row, TrainingPair) else row)
+        if isinstance(row, TrainingPair):
+            row = row.preferred
+        # Of a row to be answered for a reward there is its prompt alone.
+        question = _question(row) if isinstance(row, TrainingSequence) else _prompt(row)
         if question and len(question.prompt) <= most_tokens:
             found.append(question)
     return found
+
+
+def _prompt(row: Any) -> Question | None:
+    return Question(list(row.tokens), []) if row.tokens else None
 
 
 def _question(row: TrainingSequence) -> Question | None:

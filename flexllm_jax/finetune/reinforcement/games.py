@@ -17,7 +17,15 @@ from typing import Any, Protocol
 
 from flexllm_jax.finetune.reinforcement.episodes import Episode, Group
 from flexllm_jax.finetune.reinforcement.prompts import Given, PromptReader
-from flexllm_jax.graders import Grade, Grader, Sample
+from flexllm_jax.graders import (
+    Complete,
+    Completion,
+    Grade,
+    Grader,
+    GradingError,
+    Question,
+    Sample,
+)
 
 Reward = Callable[[Sequence[Sample]], Sequence[float]]
 
@@ -33,6 +41,20 @@ class Environment(Protocol):
         """After what the model said: what it sees next (a text that follows as it is, or
         messages), the reward of this step, and whether the episode is over."""
         ...
+
+
+class Asking:
+    """Asks models for a grader, by the engine that the job runs in, once it does."""
+
+    def __init__(self) -> None:
+        self.engine: Complete | None = None
+
+    def __call__(self, question: Question) -> Completion:
+        """What a model answers. GradingError where none does."""
+        if self.engine is None:
+            reason = f"{question.field}: the job does not run"
+            raise GradingError("model_grader_server_error", reason)
+        return self.engine(question)
 
 
 class RewardFunction:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexllm_jax.config import FinetuneConfig, ReinforcementConfig
+from flexllm_jax.config.graders import GradersSection
 from flexllm_jax.finetune.data import DatasetError
 from flexllm_jax.finetune.reinforcement.games import (
+    Asking,
     Environment,
     Graded,
     Played,
@@ -23,12 +25,12 @@ from flexllm_jax.graders import Grader, make_grader
 @dataclass(frozen=True)
 class Play:
     """Who gives the rewards of a job: one of a function, a grader, or environments of rows; and
-    what asks a model for a grader of the job's configuration."""
+    what a grader of the job's configuration may take of the machine."""
 
     reward: Reward | None = None
     grader: Grader | None = None
     environment: Callable[[dict[str, Any]], Environment] | None = None
-    complete: Callable[..., Any] | None = None
+    graders: GradersSection | None = None
 
 
 def reinforcement_source(
@@ -45,9 +47,9 @@ def reinforcement_source(
     nothing can be done."""
     method, play = config.method, play or Play()
     assert isinstance(method, ReinforcementConfig)
-    grader = play.grader
+    grader, asking = play.grader, Asking()
     if method.grader is not None and grader is None:
-        grader = make_grader(method.grader, play.complete, field="method.grader")
+        grader = make_grader(method.grader, asking, play.graders, field="method.grader")
     given = [one for one in (play.reward, grader, play.environment) if one is not None]
     if len(given) != 1:
         what = "nothing gives" if not given else "several of reward, grader, environment give"
@@ -55,21 +57,40 @@ def reinforcement_source(
             f"job {config.name!r} is to learn from rewards and {what} them: give one of a grader, "
             "a reward function or an environment"
         )
-    longest -= first_position + (method.kl_coef > 0)  # scoring an episode says one token more
-    if method.max_tokens >= longest:
-        raise DatasetError(
-            f"method.max_tokens={method.max_tokens} of job {config.name!r}: a prompt with its "
-            f"answer may have {longest} tokens, so no prompt would have room; lower it, or raise "
-            "max_seq_len, finetune.max_tokens or model.max_model_len"
-        )
-    reader = PromptReader(tokenizer, vocab_size, longest - method.max_tokens)
+    longest -= first_position
+    reader = reader_of(method, tokenizer, vocab_size, longest)
     of_rows, needed = None if play.environment else reader, grader.reads if grader else ()
     dataset = load_prompts(config.dataset, of_rows, needed)
     validation = load_prompts(config.validation, of_rows, needed) if config.validation else None
     if play.environment:
-        game = Played(play.environment, reader, method.max_turns, longest)
+        game = Played(play.environment, reader, method.max_turns, _longest(method, longest))
     else:
         game = Graded(grader or RewardFunction(play.reward))  # type: ignore[arg-type]
-    return ReinforcementSource(
+    longest = _longest(method, longest)
+    source = ReinforcementSource(
         config, dataset, validation, game, longest, max_tokens, pack_tokens, first_position
     )
+    source.reader, source.asking = reader, asking
+    return source
+
+
+def reader_of(
+    method: ReinforcementConfig, tokenizer: Any, vocab_size: int, longest: int
+) -> PromptReader:
+    """What reads a job's prompts, of which a prompt with its answer may have `longest` tokens.
+    DatasetError where no prompt has room."""
+    longest = _longest(method, longest)
+    if method.max_tokens >= longest:
+        raise DatasetError(
+            f"method.max_tokens={method.max_tokens}: a prompt with its answer may have {longest} "
+            "tokens, so no prompt has room; lower it, or raise max_seq_len, finetune.max_tokens "
+            "or model.max_model_len"
+        )
+    effort = method.reasoning_effort
+    options = {"reasoning_effort": effort} if effort else {}
+    return PromptReader(tokenizer, vocab_size, longest - method.max_tokens, options)
+
+
+def _longest(method: ReinforcementConfig, longest: int) -> int:
+    """Scoring an episode under the start's weights says one token more."""
+    return longest - (method.kl_coef > 0)

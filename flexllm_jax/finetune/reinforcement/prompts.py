@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,22 @@ class PromptDataset:
     rows: int
     items: tuple[Prompt, ...]
     skipped: tuple[SkippedRow, ...]
-    unread: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)  # none: graders may read any column
 
     def __len__(self) -> int:
         return len(self.items)
+
+    format = "prompt"
+    truncated = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Prompts are not trained."""
+        return 0
+
+    def describe_unread(self) -> str:
+        """Graders may read any column."""
+        return ""
 
     @property
     def tokens(self) -> int:
@@ -108,11 +120,25 @@ class PromptDataset:
 
 
 class PromptReader:
-    """Turns prompts into token ids. `most_tokens`: of a prompt."""
+    """Turns prompts into token ids. `most_tokens`: of a prompt. `options`: variables of the chat
+    template, where a row does not say otherwise. `shorter`: what can be done about long ones."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, most_tokens: int):
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        most_tokens: int,
+        options: Mapping[str, Any] | None = None,
+        shorter: str = "lower method.max_tokens, or raise max_seq_len or finetune.max_tokens",
+    ):
+        self._options, self._shorter = dict(options or {}), shorter
         self._tokenizer, self._template = tokenizer, ChatTemplate(tokenizer)
         self._vocab_size, self._most_tokens = vocab_size, most_tokens
+
+    def of_questions(self, most_tokens: int, options: Mapping[str, Any]) -> PromptReader:
+        """The same for what graders ask."""
+        shorter = "lower the grader's sampling_params.max_completions_tokens"
+        return PromptReader(self._tokenizer, self._vocab_size, most_tokens, options, shorter)
 
     def text(self, given: Any, row: Mapping[str, Any] | None = None) -> str:
         """The text of a prompt. Raises ConversationError."""
@@ -129,9 +155,10 @@ class PromptReader:
                 "its last message is the assistant's, and nothing is left to be answered: "
                 "end the prompt with what the assistant is to answer",
             )
-        return read_conversation(
+        known = read_conversation(
             read, row.get("tools"), row.get("documents"), row.get("chat_template_kwargs")
         )
+        return replace(known, options=self._options | dict(known.options))
 
     def tokens(self, given: Any, row: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """Token ids of a prompt. Raises ConversationError, with the reason, where there are none or
@@ -150,9 +177,8 @@ class PromptReader:
         if len(tokens) > self._most_tokens:
             raise ConversationError(
                 "prompt",
-                f"its prompt has {len(tokens)} tokens, and beside an answer of method.max_tokens "
-                f"there is room for {self._most_tokens}: shorten it, lower method.max_tokens, or "
-                "raise max_seq_len or finetune.max_tokens",
+                f"its prompt has {len(tokens)} tokens, and beside its answer there is room for "
+                f"{max(0, self._most_tokens)}: shorten it, or {self._shorter}",
             )
         if max(tokens) >= self._vocab_size:
             raise ConversationError(

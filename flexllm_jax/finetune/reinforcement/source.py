@@ -23,8 +23,9 @@ from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.finetune.optimizer import hyperparameters
 from flexllm_jax.finetune.reinforcement.advantages import advantages, divisor, token_weight
 from flexllm_jax.finetune.reinforcement.episodes import Game, Group, Sampler
+from flexllm_jax.finetune.reinforcement.games import Asking
 from flexllm_jax.finetune.reinforcement.measures import AnswerMeasures, UpdateMeasures
-from flexllm_jax.finetune.reinforcement.prompts import Prompt, PromptDataset
+from flexllm_jax.finetune.reinforcement.prompts import Prompt, PromptDataset, PromptReader
 from flexllm_jax.finetune.source import CannotGoOn, Measured, Step
 
 _MOST_REFILLS = 8  # rounds, after which a batch is what it is
@@ -86,6 +87,8 @@ class ReinforcementSource:
         self.config, self.method, self.game = config, config.method, game
         self.dataset, self.validation, self.longest = dataset, validation, longest
         self.sampler: Sampler | None = None
+        self.reader: PromptReader | None = None  # of its prompts
+        self.asking: Asking | None = None  # by which its grader asks models
         self._max_tokens, self._pack_tokens = max_tokens, pack_tokens
         self._first_position = first_position
         updates, size = self.method.num_iterations, self.method.batch_size

@@ -175,6 +175,7 @@ def _read_jobs(session: Session, seen: int, client: Client) -> tuple[list[dict[s
             "total_steps": row.total_steps,
             "error": row.error["message"] if row.error else None,
             "points": [],
+            "curve": None,  # what they are of, if new
             "metrics": {},  # the last of each, if new
         }
         for row in rows
@@ -185,10 +186,12 @@ def _read_jobs(session: Session, seen: int, client: Client) -> tuple[list[dict[s
         seen = max(seen, number)
         if job_id not in jobs or not data:
             continue
-        measured = {k: v for k, v in data.items() if k not in ("step", "total_steps", "train_loss")}
+        curve = "train_reward" if "train_reward" in data else "train_loss"
+        measured = {k: v for k, v in data.items() if k not in ("step", "total_steps", curve)}
         jobs[job_id]["metrics"] |= measured
-        if "train_loss" in data:
-            jobs[job_id]["points"].append([data["step"], data["train_loss"]])
+        if curve in data:
+            jobs[job_id]["curve"] = curve
+            jobs[job_id]["points"].append([data["step"], data[curve]])
     for job in jobs.values():
         points = job["points"]
         stride = math.ceil(len(points) / _SHOWN_POINTS)

@@ -16,6 +16,7 @@ from flexllm_jax.config import Config, FinetuneConfig, build_config
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop
 from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import AdapterRow, NoFreeSlot
 from flexllm_jax.peft.hf_peft import is_adapter, load_adapter, save_adapter
@@ -128,6 +129,7 @@ class EngineCalls:
             self._tokenizer,
             self._config.finetune,
             self._engine.runner.sizes.max_model_len,
+            Play(graders=self._config.graders),
         )
         job.messages.clear()  # the HTTP process has read the files too, and told of their rows
 

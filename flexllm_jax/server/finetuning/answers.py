@@ -177,6 +177,24 @@ class GraderRun(BaseModel):
 
 
 _GRADERS = "/v1/fine_tuning/alpha/graders"
+
+
+class JobSample(BaseModel):
+    """An answer that a reinforcement job was trained on."""
+
+    item: dict[str, Any]
+    text: str
+    reward: float
+    error: str | None = None
+
+
+class JobSamples(BaseModel):
+    """GET /v1/fine_tuning/jobs/{job_id}/samples: of the last batch; none of other jobs."""
+
+    object: Literal["list"]
+    data: list[JobSample]
+
+
 _JOBS, _JOB = "/v1/fine_tuning/jobs", "/v1/fine_tuning/jobs/{job_id}"
 ANSWERS: Answers = {
     ("post", "/v1/files"): ([File], (*WITH_BODY, *WRITES)),
@@ -193,5 +211,6 @@ ANSWERS: Answers = {
     ("post", f"{_JOB}/pause"): ([Job], (400, 404, *WRITES)),
     ("post", f"{_JOB}/resume"): ([Job], (400, 404, 429, *WRITES)),
     ("get", f"{_JOB}/events"): ([JobEventPage, EVENTS], (400, 404, *READS)),
+    ("get", f"{_JOB}/samples"): ([JobSamples], (404, *READS)),
     ("get", f"{_JOB}/checkpoints"): ([JobCheckpointPage], (400, 404, *READS)),
 }

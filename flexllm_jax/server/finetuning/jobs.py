@@ -28,6 +28,7 @@ from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning import transitions
 from flexllm_jax.server.finetuning.database import Database, DatabaseUnavailable, JobRow
 from flexllm_jax.server.finetuning.files import UNFINISHED, FileStore
+from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.records import JobRecords, find_job, finished_adapters
 from flexllm_jax.server.finetuning.reports import ReportWriter
 from flexllm_jax.server.finetuning.schema import CreateJob, random_seed
@@ -116,6 +117,8 @@ class JobManager:
         """Take a job in; its files are validated next. ApiError 400, 404 or 429."""
         body.check(self._config)
         adapter = self._models.resolve(body.model, client)
+        for part in asked_models(body.rewards.grader) if body.rewards else ():
+            self._models.resolve(part["model"], client)
         await self._files.find(body.training_file, client, "training_file")
         if body.validation_file is not None:
             await self._files.find(body.validation_file, client, "validation_file")

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset
+from flexllm_jax.finetune.reinforcement.prompts import PromptDataset
 from flexllm_jax.server.engines.protocol import Fact, JobReport
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning.database import CheckpointRow, EventRow, File, JobRow, now
@@ -24,6 +25,7 @@ from flexllm_jax.server.finetuning.files import FileStore
 
 SHOWN_ROWS = 20  # of a file's bad ones, in events
 _NEAR = 16  # events read at once
+_TOLD = ("loss", "reward")  # at least one of them is measured
 _PREFIX = {"step": "train_", "validation": "valid_"}  # of what facts measure, in events
 
 
@@ -54,7 +56,9 @@ class JobRecords:
         # What an earlier run has told, and this one knows from its checkpoint.
         told: dict[str, set[int]] = {}
         for kind in {f.kind for f in facts if f.kind in _PREFIX and f.step <= report.resumed_from}:
-            told[kind] = set(values_of(session, job.id, f"{_PREFIX[kind]}loss"))
+            told[kind] = {
+                step for name in _TOLD for step in values_of(session, job.id, _PREFIX[kind] + name)
+            }
         adapters = []
         for fact in facts:
             match fact.kind:
@@ -88,7 +92,8 @@ class JobRecords:
 
     def _note_metrics(self, session: Session, job: JobRow, fact: Fact) -> None:
         what = "training" if fact.kind == "step" else "validation"
-        text = f"Step {fact.step}/{job.total_steps}: {what} loss={fact.metrics['loss']:.4f}"
+        values = [f"{n}={fact.metrics[n]:.4f}" for n in _TOLD if n in fact.metrics]
+        text = f"Step {fact.step}/{job.total_steps}: {what} {', '.join(values)}"
         measured = {_PREFIX[fact.kind] + name: value for name, value in fact.metrics.items()}
         data = {"step": fact.step, "total_steps": job.total_steps, **measured}
         tell(session, job.id, text, type="metrics", data=data)
@@ -238,7 +243,7 @@ def tell_once(session: Session, job_id: str, message: str, level: str) -> None:
         tell(session, job_id, message, level=level)
 
 
-def tell_rows(session: Session, job_id: str, kind: str, dataset: Dataset) -> None:
+def tell_rows(session: Session, job_id: str, kind: str, dataset: Dataset | PromptDataset) -> None:
     """Add events on what a file holds, and on the first rows that cannot be used."""
     tell(
         session,

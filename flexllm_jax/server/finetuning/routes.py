@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -28,7 +30,9 @@ def describe_job(job: JobRow, organization: str) -> dict[str, Any]:
     """A job as OpenAI shows it."""
     request = job.request
     kind = (request.get("method") or {}).get("type", "supervised")
-    method = {"type": kind, kind: {"hyperparameters": job.hyperparameters}}
+    told = (request.get("method") or {}).get(kind) or {}
+    grader = {"grader": told["grader"]} if "grader" in told else {}
+    method = {"type": kind, kind: grader | {"hyperparameters": job.hyperparameters}}
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -154,7 +158,17 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
 
         return sse.json_response(page(await database.run(read), limit))
 
+    @router.get("/v1/fine_tuning/jobs/{job_id}/samples")
+    async def samples(job_id: str, client: Known) -> Response:
+        await jobs.find(job_id, client)
+        path = config.output_dir / job_id / "samples.json"
+        return sse.json_response({"object": "list", "data": await asyncio.to_thread(_read, path)})
+
     return router
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _number(identifier: str) -> int:

@@ -5,16 +5,33 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from flexllm_jax.config import ALL_MODULES, METHODS, Config, LoraInit, TargetModule, ranks_taken
+from flexllm_jax.config import (
+    ALL_MODULES,
+    METHODS,
+    Config,
+    LoraInit,
+    ReinforcementConfig,
+    TargetModule,
+    ranks_taken,
+)
+from flexllm_jax.config.graders import read_grader
+from flexllm_jax.errors import UserError
+from flexllm_jax.graders import Completion, Grader, Question, make_grader
+from flexllm_jax.server.finetuning.methods import (
+    GENERATIONS,
+    Hyperparameters,
+    Method,
+    Reinforcement,
+    ReinforcementHyperparameters,
+)
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
 
 AUTO_EPOCHS = 3
 AUTO_BATCH_TOKENS = 4096
 BASE_LEARNING_RATE = 2e-4
-Auto = Literal["auto"]
 
 
 def _encodable(text: str) -> str:
@@ -33,70 +50,6 @@ def _short(given: Any) -> Any:
 
 Text = Annotated[str, AfterValidator(_encodable)]
 _TAGS = Field(max_length=50, fail_fast=True)
-
-
-class Hyperparameters(Body):
-    """OpenAI's. One that a method does not have is refused: it would be without effect."""
-
-    n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
-    batch_size: Annotated[int, Field(ge=1, le=100_000)] | Auto = "auto"
-    learning_rate_multiplier: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, given: Any) -> Any:
-        for name in given if isinstance(given, dict) else ():  # pydantic would tell each of them
-            if name not in cls.model_fields:
-                known = ", ".join(cls.model_fields)
-                raise ValueError(f"{name[:64]} is none of its hyperparameters, {known}")
-        return given
-
-
-class BetaHyperparameters(Hyperparameters):
-    """OpenAI's of DPO; IPO has the same."""
-
-    beta: Annotated[float, Field(gt=0, le=1e6)] | Auto = "auto"
-
-
-class SimpoHyperparameters(BetaHyperparameters):
-    """SimPO's, which has a margin besides."""
-
-    gamma: Annotated[float, Field(ge=0, le=1e6)] | Auto = "auto"
-
-
-class Supervised(Body):
-    """Of a method."""
-
-    hyperparameters: Hyperparameters | None = None
-
-
-class Preference(Body):
-    """Of a method that learns from pairs of answers."""
-
-    hyperparameters: BetaHyperparameters | None = None
-
-
-class Simpo(Body):
-    """Of SimPO."""
-
-    hyperparameters: SimpoHyperparameters | None = None
-
-
-class Method(Body):
-    """How to train. `ipo` and `simpo` are ours."""
-
-    type: Literal["supervised", "dpo", "ipo", "simpo"]
-    supervised: Supervised | None = None
-    dpo: Preference | None = None
-    ipo: Preference | None = None
-    simpo: Simpo | None = None
-
-    @model_validator(mode="after")
-    def _of_its_type(self) -> Method:
-        for name in sorted(type(self).model_fields.keys() - {"type", self.type}):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} is given, and type is {self.type}: leave one of them out")
-        return self
 
 
 class Wandb(Body):
@@ -165,15 +118,30 @@ class CreateJob(Body):
         return given or Hyperparameters()
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, Any]:
         """What its method is set to; what is left to choose is not there."""
-        common = Hyperparameters.model_fields
-        given = self.chosen.model_dump().items()
-        return {name: v for name, v in given if name not in common and v != "auto"}
+        rewards = self.rewards
+        return self.chosen.settings | ({"grader": rewards.grader} if rewards else {})
+
+    @property
+    def rewards(self) -> Reinforcement | None:
+        """What gives the rewards that it learns from."""
+        return self.method.reinforcement if self.method else None
+
+    def grader_of(self, rewards: Reinforcement, config: Config) -> Grader:
+        """To look at; it cannot ask models. UserError for one that cannot be used."""
+        where = "method.reinforcement"
+        try:
+            told = read_grader(rewards.grader)
+        except UserError as error:
+            raise UserError(f"{where}.{error}") from None
+        return make_grader(told, _unasked, config.graders, field=f"{where}.grader")
 
     def check(self, config: Config) -> None:
-        """ApiError 400 for what this server's adapters have no room for."""
+        """ApiError 400 for what this server's adapters have no room for, and for a grader that
+        cannot be used."""
         bank = config.adapters
+        self._check_method(config)
         if self.integrations and config.trackers.wandb is None:
             raise ApiError(
                 400,
@@ -218,6 +186,28 @@ class CreateJob(Body):
                 param="lora_target_modules",
             )
 
+    def _check_method(self, config: Config) -> None:
+        """ApiError 400 for what no reinforcement job can have."""
+        if self.rewards is None:
+            return
+        where = "method.reinforcement"
+        try:
+            method = ReinforcementConfig.model_validate(self.chosen.settings)
+            self.grader_of(self.rewards, config)
+        except ValidationError as error:
+            text = error.errors()[0]["msg"].removeprefix("Value error, ")
+            where += ".hyperparameters"
+            raise ApiError(400, f"{where}: {text}", param=where) from None
+        except UserError as error:
+            raise ApiError(400, str(error), param=f"{where}.grader") from None
+        if method.max_tokens >= config.finetune.max_tokens:
+            raise ApiError(
+                400,
+                f"{where}.hyperparameters.max_tokens: {method.max_tokens}, and a prompt with its "
+                f"answer has at most {config.finetune.max_tokens} tokens (finetune.max_tokens)",
+                param=f"{where}.hyperparameters.max_tokens",
+            )
+
     def tree(
         self, config: Config, name: str, seed: int, mean_tokens: float
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -254,14 +244,24 @@ class CreateJob(Body):
             "seed": seed,
             "weight": self.weight,
             "priority": self.priority,
+            "validation_every": 0,
         }
+        method = METHODS[self.method_type].model_validate(self.settings)
         shown = {
             "n_epochs": epochs,
             "batch_size": max(1, round(batch_tokens / mean_tokens)),
             "learning_rate_multiplier": rate / BASE_LEARNING_RATE,
-            **METHODS[self.method_type].model_validate(self.settings).model_dump(exclude={"type"}),
+            **method.model_dump(exclude={"type", "grader"}),
         }
+        if isinstance(chosen, ReinforcementHyperparameters):
+            fields["validation_every"] = shown["eval_interval"] = chosen.validation_every
+            shown["compute_multiplier"] = shown["num_generations"] / GENERATIONS
+            shown["reasoning_effort"] = chosen.reasoning_effort or "default"
         return fields, shown
+
+
+def _unasked(_: Question) -> Completion:
+    raise RuntimeError("a grader that is only looked at asks nobody")
 
 
 def random_seed() -> int:

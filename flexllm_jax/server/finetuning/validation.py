@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import threading
 from collections import defaultdict
@@ -14,14 +15,17 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from flexllm_jax.config import METHODS, Config
+from flexllm_jax.config import METHODS, Config, ReinforcementConfig
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.questions import questions
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
+from flexllm_jax.finetune.reinforcement.make import reader_of
+from flexllm_jax.finetune.reinforcement.prompts import PromptDataset, PromptReader, load_prompts
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.files import FileStore
+from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.records import SHOWN_ROWS, tell_row
 from flexllm_jax.server.finetuning.schema import CreateJob
 
@@ -44,7 +48,7 @@ class ValidatedJob:
     tree of its FinetuneConfig, the hyperparameters that were left to choose, and the first
     questions that are asked there."""
 
-    datasets: dict[str, Dataset]
+    datasets: dict[str, Dataset | PromptDataset]
     config: dict[str, Any]
     hyperparameters: dict[str, Any]
     questions: list[dict[str, Any]]
@@ -86,7 +90,7 @@ class FileValidation:
         limit = self._config.finetune.max_tokens
         loop = asyncio.get_running_loop()
         files = {"training": job.training_file, "validation": job.validation_file}
-        loaded: dict[str, Dataset] = {}
+        loaded: dict[str, Dataset | PromptDataset] = {}
         stopping = self._stopping[job.id] = threading.Event()
         try:
             for kind, file_id in files.items():
@@ -108,20 +112,34 @@ class FileValidation:
             del self._stopping[job.id]
         data = loaded["training"]
         tree, shown = body.tree(self._config, job.id, job.request["seed"], data.tokens / len(data))
+        if (grader := tree["method"].get("grader")) is not None:
+            tree["method"]["grader"] = self._for_engine(grader)
         tree["dataset"] = str(self._files.path(job.training_file))
-        tree["validation_every"] = 0
         if job.validation_file is not None:
             tree["validation"] = str(self._files.path(job.validation_file))
         if job.init_adapter is not None:  # what the name meant when the job was created
             tree["init_adapter"] = job.init_adapter
         return ValidatedJob(loaded, tree, shown, self._questions(loaded))
 
-    def _questions(self, loaded: dict[str, Dataset]) -> list[dict[str, Any]]:
+    def _questions(self, loaded: dict[str, Dataset | PromptDataset]) -> list[dict[str, Any]]:
         section = self._config.trackers
         context = self._model.context_length(self._config.model.max_model_len)
         rows = loaded.get("validation", loaded["training"]).items
         found = questions(rows, section.samples, context - section.sample_tokens)
         return [question._asdict() for question in found]
+
+    def _for_engine(self, grader: dict[str, Any]) -> dict[str, Any]:
+        """The same grader; adapters that it asks have the names that engines know."""
+        grader = copy.deepcopy(grader)
+        for part in asked_models(grader):
+            if (adapter := self._models.adapters.get(part["model"])) is not None:
+                part["model"] = adapter.engine_name
+        return grader
+
+    def _prompt_reader(self, body: CreateJob, limit: int) -> PromptReader:
+        method = ReinforcementConfig.model_validate(body.settings)
+        context = self._model.context_length(self._config.model.max_model_len)
+        return reader_of(method, self._tokenizer, self._model.vocab_size, min(limit, context))
 
     async def _tell_bad_rows(self, job_id: str, files: dict[str, str | None]) -> None:
         """Add events on the first rows that cannot be read, of files that cannot be used."""
@@ -147,8 +165,15 @@ class FileValidation:
 
     def _load(
         self, file_id: str, limit: int, body: CreateJob, stopping: threading.Event
-    ) -> Dataset:
+    ) -> Dataset | PromptDataset:
         path = self._files.path(file_id)
+        if (rewards := body.rewards) is not None:
+            return load_prompts(
+                path,
+                self._prompt_reader(body, limit),
+                body.grader_of(rewards, self._config).reads,
+                go_on=lambda: not stopping.is_set(),
+            )
         return load_dataset(
             path,
             self._tokenizer,

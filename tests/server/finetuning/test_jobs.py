@@ -38,7 +38,7 @@ def upload(client, **rows):
 def wait(client, job, *statuses, timeout_s=60):
     end = time.monotonic() + timeout_s
     while (now := client.fine_tuning.jobs.retrieve(job.id)).status not in statuses:
-        assert time.monotonic() < end and now.status not in ("failed", "succeeded"), now
+        assert time.monotonic() < end and now.status not in ("failed", "succeeded"), now.error
         time.sleep(0.05)
     return now
 

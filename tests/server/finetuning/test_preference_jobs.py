@@ -73,7 +73,7 @@ def test_beta_is_chosen_by_default(client, kind, expected):
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ({"type": "reinforcement"}, "method.type"),
+        ({"type": "reinforcement"}, "reinforcement is missing, with the grader"),
         ({"type": "ppo"}, "'supervised', 'dpo'"),
         ({"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}, "beta"),
         ({"type": "dpo", "dpo": {"hyperparameters": {"beta": -1}}}, "greater than 0"),

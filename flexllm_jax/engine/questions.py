@@ -1,0 +1,112 @@
+"""What a job's grader asks models: requests of the engine that the job runs in.
+
+Graders ask in threads of workers and wait; what they ask is sent, and answered, between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING
+
+from llguidance import LLMatcher
+
+from flexllm_jax.engine.request import RequestState
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.finetune.reinforcement.prompts import PromptReader
+from flexllm_jax.graders import Completion, GradingError, Question, Usage
+
+if TYPE_CHECKING:
+    from flexllm_jax.engine.engine import Engine
+
+
+class Questions:
+    """Answers what graders ask (`graders.Complete`). `between_steps` has a function called in the
+    engine's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        reader: PromptReader,
+        slo_class: str,
+        between_steps: Callable[[Callable[[], None]], None],
+    ):
+        self._engine, self._reader, self._slo_class = engine, reader, slo_class
+        self._between_steps = between_steps
+        self._asked: set[Future[RequestState]] = set()
+        self._closed = False
+
+    def __call__(self, question: Question) -> Completion:
+        """In a worker: wait for the answer. GradingError when there is none."""
+        options = {"reasoning_effort": e} if (e := question.reasoning_effort) else {}
+        most = self._engine.runner.sizes.max_model_len - question.max_tokens
+        try:
+            reader = self._reader.of_questions(most, options)
+            tokens = reader.tokens([dict(message) for message in question.messages])
+            params = SamplingParams(
+                max_tokens=question.max_tokens,
+                temperature=question.temperature,
+                top_p=question.top_p,
+                seed=question.seed,
+                # Small models write white space without end.
+                structured_outputs=StructuredOutputsParams(
+                    json=dict(question.answer), disable_any_whitespace=True
+                ),
+            )
+            matcher = self._engine.matchers.match(params.structured_outputs)
+            future: Future[RequestState] = Future()
+            send = partial(self._send, future, tokens, params, question.model, matcher)
+            self._between_steps(send)
+            state = future.result()
+        except ValueError as error:
+            reason = f"{question.field}: {error}"
+            raise GradingError("model_grader_server_error", reason) from None
+        text = state.text(self._engine.detokenizer)
+        usage = Usage(len(state.prompt), len(state.output), state.cached_tokens)
+        return Completion(text, state.finish_reason == "stop", usage)
+
+    def _send(
+        self,
+        future: Future[RequestState],
+        tokens: tuple[int, ...],
+        params: SamplingParams,
+        model: str,
+        matcher: LLMatcher,
+    ) -> None:
+        if self._closed:
+            future.set_exception(ValueError("the job has ended"))
+            return
+        config = self._engine.config
+        base = config.server.model_name or config.model.path.resolve().name
+        adapter = None if model == base else model
+        try:
+            self._engine.add_request(
+                tokens,
+                params,
+                adapter,
+                slo_class=self._slo_class,
+                matcher=matcher,
+                on_finish=partial(self._answered, future),
+            )
+        except ValueError as error:
+            future.set_exception(error)
+        else:
+            self._asked.add(future)
+
+    def _answered(self, future: Future[RequestState], state: RequestState) -> None:
+        if future not in self._asked:
+            return  # the job has ended, and nobody waits
+        self._asked.remove(future)
+        if state.error or state.finish_reason == "cancelled":
+            future.set_exception(ValueError(state.error or "its answer was cancelled"))
+        else:
+            future.set_result(state)
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._closed = True
+        for future in self._asked:
+            future.set_exception(ValueError("the job has ended"))
+        self._asked.clear()
