@@ -23,6 +23,7 @@ from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import Dropout, JobDropout
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.backend import Backend
+from kernels_pallas.layer_passes import rotate, rotate_back_and_clear
 from kernels_pallas.rows import from_stored, to_stored
 
 LORA_MODULES = frozenset(TARGET_MODULES.values())
@@ -125,9 +126,10 @@ def layer_unit(
 
     angles = decoder.angles(slice_of(whole.position))
     x = kept["x"]
-    (q, k, v, x), pull_inputs = jax.vjp(
-        lambda x, *own: layer.before_attention(x, angles, bypass(*own), tap), x, own, first
+    (q, _, _, x), pull_inputs = jax.vjp(
+        lambda x, *own: layer.project(x, bypass(*own), tap), x, own, first
     )
+    q = rotate(q, angles)
     keys_and_values = (pages["k"], pages["v"], whole.kv_slot, sequence_start, start)
     if "attended" in kept:
         attended, lse = kept["attended"].reshape(q.shape), slice_of(saved["lse"])
@@ -153,15 +155,9 @@ def layer_unit(
         backend=backend,
     )
     dq, d_own_attention = bypass(own, {}).attend_backward(dq, q, attended, lse, d_attended)
-    d_keys, d_values = slice_of(dk).astype(k.dtype), slice_of(dv).astype(v.dtype)
-    d_input, d_own_inputs, first = pull_inputs((dq, d_keys, d_values, d_residual))
-
-    cleared = jnp.zeros((unit_tokens, *dk.shape[1:]), jnp.float32)  # ready for the next layer
-    flow = flow | {
-        "stream": with_slice(flow["stream"], d_input),
-        "dk": with_slice(dk, cleared),
-        "dv": with_slice(dv, cleared),
-    }
+    *d_projected, dk, dv = rotate_back_and_clear(dq, dk, dv, angles, start, backend=backend)
+    d_input, d_own_inputs, first = pull_inputs((*d_projected, d_residual))
+    flow = flow | {"stream": with_slice(flow["stream"], d_input), "dk": dk, "dv": dv}
     d_own_attention = jax.tree.map(lambda g: g[0], d_own_attention)
     others = jax.tree.map(
         lambda total, *parts: total + sum(parts),

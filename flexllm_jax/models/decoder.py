@@ -106,10 +106,12 @@ class DecoderLayer(nnx.Module):
         Float[Array, "T D"],
     ]:
         """`before_attention` without the rotation."""
-        x, h = self.pre_attn_norm.join(x, None, self.backend)
-        h = share_input(h, self.axes)
+        x, (*inputs, h) = self._normed(self.pre_attn_norm, x, None, 4)
         heads = (x.shape[0], -1, self.head_dim)
-        outputs = bypass(h, {"q": self.q(h), "k": self.k(h), "v": self.v(h)})
+        projections = {"q": self.q, "k": self.k, "v": self.v}
+        outputs = bypass(
+            h, {name: p(i) for (name, p), i in zip(projections.items(), inputs, strict=True)}
+        )
         q, k = tap("query", outputs["q"]).reshape(heads), outputs["k"]
         v = outputs["v"].reshape(heads)
         if self.qk_norm:
@@ -133,14 +135,26 @@ class DecoderLayer(nnx.Module):
         attended = attended.reshape(x.shape[0], -1)
         y = bypass(attended, {"o": self.o(attended)}, join)["o"]
         if "residual" in recalled:  # then the norm is of what was recalled
-            x, h = self.pre_mlp_norm.join(tap("residual", x + y), None, self.backend)
+            x, normed = self._normed(self.pre_mlp_norm, tap("residual", x + y), None, 3)
         else:
-            x, h = self.pre_mlp_norm.join(x, y, self.backend)
+            x, normed = self._normed(self.pre_mlp_norm, x, y, 3)
             x = tap("residual", x)
-        h = share_input(h, self.axes)
-        outputs = bypass(h, {"gate": self.gate(h), "up": self.up(h)})
-        inner = gated(tap("gate", outputs["gate"]), tap("up", outputs["up"]), self.backend)
-        return x + bypass(inner, {"down": self.down(inner)}, join)["down"]
+        gate, up, h = normed
+        outputs = bypass(h, {"gate": self.gate(gate), "up": self.up(up)})
+        gate, up = (tap(name, outputs[name]) for name in ("gate", "up"))
+        inner, low = gated(gate, up, self.backend, readers=2)
+        return x + bypass(low, {"down": self.down(inner)}, join)["down"]
+
+    def _normed(
+        self, norm: RMSNorm, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, readers: int
+    ) -> tuple[Float[Array, "T D"], list[Float[Array, "T D"]]]:
+        """x + y, and its norm for each of its readers; where the model is split over devices, the
+        gradients of all are added up before they are shared."""
+        if not self.axes:
+            x, *normed = norm.join(x, y, self.backend, readers)
+            return x, normed
+        x, h = norm.join(x, y, self.backend, 1)
+        return x, [share_input(h, self.axes)] * readers
 
 
 @dataclass(frozen=True)
@@ -190,7 +204,7 @@ class Decoder:
     def final_norm(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The norm before the output head."""
         norm = nnx.merge(_norm_graph(self.config, self.dtype), params["norm"])
-        return norm.join(x, None, self.backend)[1]
+        return norm.join(x, None, self.backend, 1)[1]
 
     def head(self, params: dict) -> Float[Array, "V D"]:
         """The output head's rows; the embedding's when they are tied."""

@@ -51,10 +51,11 @@ class RMSNorm(nnx.Module):
         return add_norm(x, None, self.weight[...], self.eps)[1]
 
     def join(
-        self, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, backend: Backend
-    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-        """The residual x + y, and it normalized: one pass, and one backward."""
-        return add_norm(x, y, self.weight[...], self.eps, backend)
+        self, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, backend: Backend, readers: int
+    ) -> tuple[Float[Array, "T D"], ...]:
+        """The residual x + y, and it normalized, for so many readers: one pass, and one
+        backward."""
+        return add_norm(x, y, self.weight[...], self.eps, backend, readers)
 
 
 def rotary_frequencies(config: ModelConfig) -> Float[Array, " F"]:

@@ -1,6 +1,11 @@
 """What a decoder layer does between its products, each in one pass over its arrays."""
 
-from kernels_pallas.layer_passes.api import add_norm, gated, rotate_and_write
+from kernels_pallas.layer_passes.api import (
+    add_norm,
+    gated,
+    rotate_and_write,
+    rotate_back_and_clear,
+)
 from kernels_pallas.layer_passes.base import rotate
 
-__all__ = ["add_norm", "gated", "rotate", "rotate_and_write"]
+__all__ = ["add_norm", "gated", "rotate", "rotate_and_write", "rotate_back_and_clear"]

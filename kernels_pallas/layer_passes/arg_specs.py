@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.cases import Case, ModelShape, model_shards
-from kernels_pallas.layer_passes import add_norm, gated, rotate_and_write
+from kernels_pallas.layer_passes import add_norm, gated, rotate_and_write, rotate_back_and_clear
 from kernels_pallas.layer_passes.pallas_triton import tuning_key
 
 _EPS, _PAGE = 1e-5, 64
@@ -21,14 +21,21 @@ def norm(x, y, weight, backend: Backend = XLA):
 
 def norm_backward(x, weight, gradients, backend: Backend = XLA):
     """A training step's: the norm, and the gradient of what it read."""
-    results, pull = jax.vjp(lambda x: add_norm(x, None, weight, _EPS, backend), x)
+    readers = len(gradients) - 1
+    results, pull = jax.vjp(lambda x: add_norm(x, None, weight, _EPS, backend, readers), x)
     return results, pull(gradients)
 
 
 def gated_backward(gate, up, d_inner, backend: Backend = XLA):
     """A training step's: the inner activations, and the gradients of both factors."""
-    inner, pull = jax.vjp(lambda gate, up: gated(gate, up, backend), gate, up)
-    return inner, pull(d_inner)
+    inner, pull = jax.vjp(lambda gate, up: gated(gate, up, backend, 2), gate, up)
+    return inner, pull((d_inner, d_inner))
+
+
+def rotate_back(dq, dk, dv, cos, sin, backend: Backend = XLA):
+    """A training step's, of the last slice."""
+    start = jnp.int32(dk.shape[0] - dq.shape[0])
+    return rotate_back_and_clear(dq, dk, dv, (cos, sin), start, backend=backend)
 
 
 def write(q, k, v, cos, sin, slots, k_pages, v_pages, backend: Backend = XLA):
@@ -53,7 +60,7 @@ def _normals(*shapes: tuple[int, ...], dtype: Any):
 
 def _make_norm_backward(rows: tuple[int, int], dtype: Any):
     def make(key):
-        x, weight, *gradients = _normals(rows, rows[1:], rows, rows, dtype=dtype)(key)
+        x, weight, *gradients = _normals(rows, rows[1:], rows, rows, rows, dtype=dtype)(key)
         return x, weight, tuple(gradients)
 
     return make
@@ -78,6 +85,15 @@ def _make_write(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: An
     return make
 
 
+def _make_rotate_back(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: Any):
+    def make(key):
+        q, k, v, cos, sin, *_ = _make_write(tokens, heads, kv_heads, head_dim, dtype)(key)
+        dk, dv = (jnp.concatenate([x, x]).astype(jnp.float32) for x in (k, v))
+        return q, dk, dv, cos, sin
+
+    return make
+
+
 def _model_cases(where: str, model: ModelShape, tokens: int, dtype: Any) -> Iterator[Case]:
     rows, inner = (tokens, model.d_model), (tokens, model.d_ff)
     size, inner_size = tokens * model.d_model, tokens * model.d_ff
@@ -92,7 +108,7 @@ def _model_cases(where: str, model: ModelShape, tokens: int, dtype: Any) -> Iter
         f"{where}/norm-{tokens}-backward",
         norm_backward,
         _make_norm_backward(rows, dtype),
-        7 * size,
+        8 * size,
         dtype,
     )
     yield _case(
@@ -110,6 +126,14 @@ def _model_cases(where: str, model: ModelShape, tokens: int, dtype: Any) -> Iter
         2 * tokens * model.head_dim * (model.num_heads + 2 * model.num_kv_heads),
         dtype,
         donated=(6, 7),
+    )
+    yield _case(
+        f"{where}/rotate-back-{tokens}",
+        rotate_back,
+        _make_rotate_back(tokens, *heads, dtype),
+        2 * tokens * model.head_dim * (model.num_heads + 5 * model.num_kv_heads),
+        dtype,
+        donated=(1, 2),
     )
 
 
@@ -129,7 +153,13 @@ DRY_RUN_CASES = tuple(_model_cases("tiny", ModelShape("tiny", 48, 4, 2, 16, 80),
 def tuning_keys(case: Case) -> tuple[str, ...]:
     """The entry of the tuning table that a case uses."""
     x, *_ = jax.eval_shape(case.make, jax.random.key(0))
-    kernels = {norm: "row", norm_backward: "row", gated_backward: "gated", write: "rotate"}
+    kernels = {
+        norm: "row",
+        norm_backward: "row",
+        gated_backward: "gated",
+        write: "rotate",
+        rotate_back: "rotate",
+    }
     kernel = kernels[case.function]
     return (tuning_key(kernel, 0 if kernel == "gated" else x.shape[-1], x.dtype),)
 

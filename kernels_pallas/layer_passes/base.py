@@ -54,6 +54,47 @@ def rotate(x: Float[Array, "T N H"], angles: Angles) -> Float[Array, "T N H"]:
     return x * cos + jnp.concatenate([second, first], axis=-1) * sin
 
 
+def rotate_back_and_clear(
+    dq: Float[Array, "U N H"],
+    dk: Float[Array, "S K H"],
+    dv: Float[Array, "S K H"],
+    angles: Angles,
+    start: Int[Array, ""],
+) -> tuple[
+    Float[Array, "U N H"],
+    Float[Array, "U K H"],
+    Float[Array, "U K H"],
+    Float[Array, "S K H"],
+    Float[Array, "S K H"],
+]:
+    """The gradients of what attention's inputs were before the rotation, and the accumulators ready
+    for the next layer.
+
+    Args:
+        dq: gradients of a slice's rotated queries.
+        dk: float32 accumulator of the gradients of rotated keys, in which the slice's rows, from
+            `start` on, are complete; updated in place when donated.
+        dv: that of the values.
+        angles: as of `rotate_and_write`, of the slice.
+        start: first row of the slice.
+
+    Returns:
+        Gradients of queries, keys and values in dq's dtype, and both accumulators with zeros in the
+        slice's rows.
+    """
+    tokens, dtype = dq.shape[0], dq.dtype
+    back = angles[0], -angles[1]
+
+    def own(x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, tokens).astype(dtype)
+
+    def clear(x: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((tokens, *x.shape[1:]), x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(x, zeros, start, axis=0)
+
+    return rotate(dq, back), rotate(own(dk), back), own(dv), clear(dk), clear(dv)
+
+
 def rotate_and_write(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],

@@ -44,7 +44,8 @@ def _add_norm_kernel(x_ref, weight_ref, *refs, eps: float):
 
 
 def add_norm_backward(total, weight, d_total, d_normed, eps: float, backend: Backend) -> jax.Array:
-    """The gradient of x and of y, given those of both results."""
+    """The gradient of x and of y, given that of the sum, and those that add up to that of the
+    norm."""
     return pl.pallas_call(
         partial(_add_norm_backward_kernel, eps=eps),
         grid=total.shape[:1],
@@ -52,18 +53,18 @@ def add_norm_backward(total, weight, d_total, d_normed, eps: float, backend: Bac
         compiler_params=_row_options(backend, total),
         interpret=backend.interpret,
         name="add_norm_backward",
-    )(total, weight, d_total, d_normed)
+    )(total, weight, d_total, *d_normed)
 
 
-def _add_norm_backward_kernel(
-    total_ref, weight_ref, d_total_ref, d_normed_ref, d_ref, *, eps: float
-):
+def _add_norm_backward_kernel(total_ref, weight_ref, d_total_ref, *refs, eps: float):
     """With n = x / rms(x) and g the gradient of n: (g - n mean(g n)) / rms(x)."""
+    *d_normed_refs, d_ref = refs
     row, columns, mask = _row(total_ref)
     total = _load(total_ref.at[row, columns], mask)
     root = _root(total, total_ref, eps)
     normed = total * root
-    gradient = _load(weight_ref.at[columns], mask) * _load(d_normed_ref.at[row, columns], mask)
+    d_normed = sum(_load(ref.at[row, columns], mask) for ref in d_normed_refs)
+    gradient = _load(weight_ref.at[columns], mask) * d_normed
     mean = jnp.sum(gradient * normed) / total_ref.shape[1]
     through_norm = root * (gradient - normed * mean)
     d_total = _load(d_total_ref.at[row, columns], mask)
@@ -84,7 +85,8 @@ def _row(ref):
 
 
 def gated_backward(gate, up, d_inner, backend: Backend) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `base.gated`; a program has a piece of the arrays, taken as flat."""
+    """Gradients of `base.gated`, given those that add up to its own; a program has a piece of the
+    arrays, taken as flat."""
     like = jax.ShapeDtypeStruct((gate.size,), gate.dtype)
     tile = gated_tiles(backend.chip, gate.dtype)
     d_gate, d_up = pl.pallas_call(
@@ -94,15 +96,17 @@ def gated_backward(gate, up, d_inner, backend: Backend) -> tuple[jax.Array, jax.
         compiler_params=_options(tile),
         interpret=backend.interpret,
         name="gated_backward",
-    )(*(array.reshape(-1) for array in (gate, up, d_inner)))
+    )(*(array.reshape(-1) for array in (gate, up, *d_inner)))
     return d_gate.reshape(gate.shape), d_up.reshape(gate.shape)
 
 
-def _gated_backward_kernel(gate_ref, up_ref, d_inner_ref, d_gate_ref, d_up_ref, *, size: int):
+def _gated_backward_kernel(gate_ref, up_ref, *refs, size: int):
     """With s = sigmoid(gate): the derivative of gate s is s (1 + gate (1 - s))."""
+    *d_inner_refs, d_gate_ref, d_up_ref = refs
     index = pl.program_id(0) * size + lax.iota(jnp.int32, size)
     mask = None if gate_ref.shape[0] % size == 0 else index < gate_ref.shape[0]
-    gate, up, d_inner = (_load(ref.at[index], mask) for ref in (gate_ref, up_ref, d_inner_ref))
+    gate, up = (_load(ref.at[index], mask) for ref in (gate_ref, up_ref))
+    d_inner = sum(_load(ref.at[index], mask) for ref in d_inner_refs)
     sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
     d_gate = d_inner * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     pltriton.store(d_gate_ref.at[index], d_gate.astype(d_gate_ref.dtype), mask=mask)
@@ -113,7 +117,7 @@ def _gated_backward_kernel(gate_ref, up_ref, d_inner_ref, d_gate_ref, d_up_ref, 
 def rotate_and_write(q, k, v, angles, slots, k_pages, v_pages, backend: Backend):
     """See `base.rotate_and_write`; a program has the heads of a token."""
     tokens, _, head_dim = q.shape
-    cos, sin = (angle.reshape(tokens, head_dim) for angle in angles)
+    cos, sin = _of_one_half(angles)
     flat = [pages.reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages)]
     rotated, *written = pl.pallas_call(
         _rotate_and_write_kernel,
@@ -132,28 +136,80 @@ def _rotate_and_write_kernel(
 ):
     token = pl.program_id(0)
     slot = slots_ref[token]
-    half = q_ref.shape[2] // 2
-
-    def rotate(ref, out_ref, row, kept: bool | jax.Array) -> None:
-        places = _heads(ref, half)
-        head, column, inside = places
-        mask = inside & kept
-        first, second = (_load(ref.at[token, head, column + i * half], inside) for i in (0, 1))
-        for i, (own, other) in enumerate(((first, second), (second, first))):
-            at = column + i * half
-            cos, sin = (
-                _load(angle.at[token, at], inside, ref.dtype) for angle in (cos_ref, sin_ref)
-            )
-            rotated = (own * cos + other * sin).astype(out_ref.dtype)
-            pltriton.store(out_ref.at[row, head, at], rotated, mask=mask)
-
-    rotate(q_ref, rotated_ref, token, True)
+    angles = (token, cos_ref, sin_ref, 1.0)
     kept = slot < k_pages_ref.shape[0]
-    rotate(k_ref, k_pages_ref, slot, kept)
+    _rotate(q_ref, token, rotated_ref, token, angles, True)
+    _rotate(k_ref, token, k_pages_ref, slot, angles, kept)
     head, column, inside = _heads(v_ref, v_ref.shape[2])
     value = pltriton.load(v_ref.at[token, head, column], mask=inside, other=0.0)
     value = value.astype(v_pages_ref.dtype)
     pltriton.store(v_pages_ref.at[slot, head, column], value, mask=inside & kept)
+
+
+def rotate_back_and_clear(dq, dk, dv, angles, start, backend: Backend):
+    """See `base.rotate_back_and_clear`; a program has the heads of a token."""
+    tokens, _, head_dim = dq.shape
+    cos, sin = _of_one_half(angles)
+    own = (tokens, *dk.shape[1:])
+    return pl.pallas_call(
+        partial(_rotate_back_and_clear_kernel, interpret=backend.interpret),
+        grid=(tokens,),
+        out_shape=(
+            jax.ShapeDtypeStruct(dq.shape, dq.dtype),
+            jax.ShapeDtypeStruct(own, dq.dtype),
+            jax.ShapeDtypeStruct(own, dq.dtype),
+            jax.ShapeDtypeStruct(dk.shape, dk.dtype),
+            jax.ShapeDtypeStruct(dv.shape, dv.dtype),
+        ),
+        input_output_aliases={4: 3, 5: 4},
+        compiler_params=_options(rotate_tiles(backend.chip, head_dim, dq.dtype)),
+        interpret=backend.interpret,
+        name="rotate_back_and_clear",
+    )(jnp.reshape(start, (1,)).astype(jnp.int32), dq, cos, sin, dk, dv)
+
+
+def _rotate_back_and_clear_kernel(
+    start_ref, dq_ref, cos_ref, sin_ref, dk_ref, dv_ref,
+    d_q_ref, d_k_ref, d_v_ref, clear_k_ref, clear_v_ref, *, interpret: bool,
+):  # fmt: skip
+    token = pl.program_id(0)
+    slot = start_ref[0] + token
+    angles = (token, cos_ref, sin_ref, -1.0)
+    _rotate(dq_ref, token, d_q_ref, token, angles, True)
+    _rotate(dk_ref, slot, d_k_ref, token, angles, True)
+    head, column, inside = _heads(dv_ref, dv_ref.shape[2])
+    value = _load(dv_ref.at[slot, head, column], inside).astype(d_v_ref.dtype)
+    pltriton.store(d_v_ref.at[token, head, column], value, mask=inside)
+    if not interpret:  # one thread may clear what another reads
+        pltriton.debug_barrier()
+    half_head, half_column, half_inside = _heads(dk_ref, dk_ref.shape[2] // 2)
+    for i in (0, 1):
+        at = (slot, half_head, half_column + i * (dk_ref.shape[2] // 2))
+        zeros = jnp.zeros(half_head.shape, clear_k_ref.dtype)
+        pltriton.store(clear_k_ref.at[at], zeros, mask=half_inside)
+    zeros = jnp.zeros(head.shape, clear_v_ref.dtype)
+    pltriton.store(clear_v_ref.at[slot, head, column], zeros, mask=inside)
+
+
+def _rotate(ref, row, out_ref, out_row, angles, kept: bool | jax.Array) -> None:
+    """Rotate the heads of a row by a token's angles, or (-1) back."""
+    token, cos_ref, sin_ref, sign = angles
+    half = ref.shape[2] // 2
+    head, column, inside = _heads(ref, half)
+    rounded = out_ref.dtype
+    first, second = (_load(ref.at[row, head, column + i * half], inside, rounded) for i in (0, 1))
+    cos, sin = (_load(a.at[token, column], inside, rounded) for a in (cos_ref, sin_ref))
+    sin *= sign
+    for i, rotated in enumerate((first * cos - second * sin, second * cos + first * sin)):
+        at = out_ref.at[out_row, head, column + i * half]
+        pltriton.store(at, rotated.astype(out_ref.dtype), mask=inside & kept)
+
+
+def _of_one_half(angles) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [T, H / 2]: XLA then makes no arrays of both halves."""
+    cos, sin = angles
+    half = cos.shape[-1] // 2
+    return cos[:, 0, :half], sin[:, 0, half:]
 
 
 def _heads(ref, width: int):

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.layer_passes import add_norm, gated, rotate_and_write
+from kernels_pallas.layer_passes import (
+    add_norm,
+    gated,
+    rotate_and_write,
+    rotate_back_and_clear,
+)
 from tests.kernels.paged import round_to
 
 BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
@@ -60,18 +65,19 @@ def test_a_sum_and_its_norm(backend, dtype, size):
 
 @pytest.mark.parametrize("added", (True, False))
 def test_gradients_of_a_norm_and_of_what_it_reads(backend, dtype, added):
-    x, y, weight, d_total, d_normed = normals(dtype, (5, 100), (5, 100), (100,), (5, 100), (5, 100))
+    x, y, weight, d_total, *d_normed = normals(
+        dtype, (5, 100), (5, 100), (100,), (5, 100), (5, 100), (5, 100)
+    )
 
     def run(x, y):
-        return add_norm(x, y, weight, EPS, backend)
+        return add_norm(x, y, weight, EPS, backend, readers=2)
 
     arguments = (x, y) if added else (x, None)
-    gradients = jax.jit(lambda *a: jax.vjp(run, *a)[1]((d_total, d_normed)))(*arguments)
-    total, w, d_sum, d_out = exact(
-        (x.astype(np.float32) + added * y.astype(np.float32)), weight, d_total, d_normed
-    )
+    gradients = jax.jit(lambda *a: jax.vjp(run, *a)[1]((d_total, *d_normed)))(*arguments)
+    added_up = x.astype(np.float32) + added * y.astype(np.float32)
+    total, w, d_sum, *d_out = exact(added_up, weight, d_total, *d_normed)
     root = 1 / np.sqrt((total**2).mean(-1, keepdims=True) + EPS)
-    g = w * d_out
+    g = w * sum(d_out)
     want = d_sum + root * (g - total * root**2 * (g * total).mean(-1, keepdims=True))
     assert_close(gradients[0], want, dtype)
     if added:
@@ -81,12 +87,15 @@ def test_gradients_of_a_norm_and_of_what_it_reads(backend, dtype, added):
 @pytest.mark.parametrize("shape", ((4, 512), (7, 333)))
 def test_gated_activations_and_both_gradients(backend, dtype, shape):
     gate, up, d_inner = normals(dtype, shape, shape, shape)
-    inner, (d_gate, d_up) = jax.jit(
-        lambda *a: (lambda out, pull: (out, pull(d_inner)))(
-            *jax.vjp(partial(gated, backend=backend), *a)
-        )
-    )(gate, up)
+
+    @jax.jit
+    def run(gate, up):
+        inner, pull = jax.vjp(partial(gated, backend=backend, readers=2), gate, up)
+        return inner, pull((d_inner, 2 * d_inner))
+
+    (inner, _), (d_gate, d_up) = run(gate, up)
     g, u, d = exact(gate, up, d_inner)
+    d *= 3
     sigmoid = 1 / (1 + np.exp(-g))
     assert_close(inner, g * sigmoid * u, dtype)
     assert_close(d_gate, d * u * (sigmoid + g * sigmoid * (1 - sigmoid)), dtype)
@@ -114,7 +123,7 @@ def test_queries_rotated_and_keys_and_values_in_their_pages(
     )
 
     def rotated(x):
-        first, second = np.split(*exact(x), 2, axis=-1)
+        first, second = np.split(exact(x)[0], 2, axis=-1)
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
     assert_close(out, rotated(q), dtype)
@@ -127,3 +136,27 @@ def test_queries_rotated_and_keys_and_values_in_their_pages(
             if slot < len(flat):
                 flat[slot] = values[token]
         assert_close(actual, want, dtype)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), ((4, 2, 16), (7, 1, 80)))
+def test_gradients_rotated_back_and_accumulators_cleared(backend, dtype, heads, kv_heads, head_dim):
+    tokens, slots, start = 5, 12, 6
+    (dq,) = normals(dtype, (tokens, heads, head_dim))
+    dk, dv = normals(np.float32, *[(slots, kv_heads, head_dim)] * 2)
+    angle = np.random.default_rng(1).standard_normal((tokens, 1, head_dim // 2)).astype(np.float32)
+    cos, sin = np.cos(angle), np.sin(angle)
+    angles = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+    run = jax.jit(partial(rotate_back_and_clear, backend=backend))
+    *projected, new_dk, new_dv = run(dq, jnp.asarray(dk), jnp.asarray(dv), angles, np.int32(start))
+    own = slice(start, start + tokens)
+
+    def back(x):
+        first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+        return np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+    for actual, want in zip(projected, (back(*exact(dq)), back(dk[own]), dv[own]), strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, want, dtype)
+    for actual, before in ((new_dk, dk), (new_dv, dv)):
+        before[own] = 0
+        np.testing.assert_array_equal(actual, before)
