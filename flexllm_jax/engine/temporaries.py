@@ -9,7 +9,7 @@ the head. Once programs are compiled the engine takes their own numbers (`memory
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.sampler import ROWS_AT_ONCE
 from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.finetune.loss import VOCABULARY_CHUNK
+from flexllm_jax.finetune.loss import vocabulary_chunk
 
 _SLACK = 1.05
 _FLOAT = 4  # bytes of a float32
@@ -27,7 +27,7 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
     shape = sizes.step_shapes[sizes.buckets[-1]]
     tokens, unit = shape.tokens, sizes.unit_tokens
     rows = max(shape.samples, min(ROWS_AT_ONCE, tokens))
-    chunk = min(VOCABULARY_CHUNK, vocabulary // sizes.devices)
+    chunk = vocabulary_chunk(sizes.backend, vocabulary // sizes.devices)
 
     forward = item * tokens * 3 * (inner + width) + _FLOAT * _PARTIAL_ROWS * queries
     layer = item * unit * (7 * inner + 4 * width)

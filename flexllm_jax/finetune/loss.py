@@ -17,10 +17,18 @@ from flexllm_jax.finetune.losses import LossTokens, coefficients
 from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.dropout import JobDropout
+from kernels_pallas.backend import Backend
 from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
 
-VOCABULARY_CHUNK = 4096
+# Rows of the head at once. The softmax's mean, float32, is read and written for each chunk: less often
+# on a GPU, where that takes time.
+_VOCABULARY_CHUNK = {"xla": 4096, "pallas": 16384}
+
+
+def vocabulary_chunk(backend: Backend, vocabulary: int) -> int:
+    """Rows of the head, of so many, that a loss unit takes at once."""
+    return min(_VOCABULARY_CHUNK[backend.implementation], vocabulary)
 
 
 def score_unit(
@@ -197,7 +205,7 @@ class _Head(NamedTuple):
 
     @property
     def _chunk(self) -> int:
-        return min(VOCABULARY_CHUNK, self.weight.shape[0])
+        return vocabulary_chunk(self.decoder.backend, self.weight.shape[0])
 
     @property
     def _chunks(self) -> int:
