@@ -21,8 +21,8 @@ from kernels_pallas.backend import Backend
 from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
 
-# Rows of the head at once. The softmax's mean, float32, is read and written for each chunk: less often
-# on a GPU, where that takes time.
+# Rows of the head at once. The softmax's mean, float32, is read and written for each chunk: rather
+# less often on a GPU, where that takes time.
 _VOCABULARY_CHUNK = {"xla": 4096, "pallas": 16384}
 
 
