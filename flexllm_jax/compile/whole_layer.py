@@ -96,6 +96,7 @@ def _backward(bypass, backend, residuals, d_out):
     if not isinstance(made := bypass(adapter), Bypass):
         return dq, dk, dv, jax.tree.map(jnp.zeros_like, adapter)
     dq, gradients = made.attend_backward(dq, q, out, lse, d_out)
+    gradients = jax.tree.map(lambda g: g[None], gradients)  # the bypass is of one layer
     weights, pull = jax.vjp(lambda adapter: _weights(bypass(adapter)), adapter)
     return dq, dk, dv, pull(jax.tree.map(jnp.zeros_like, weights) | gradients)[0]
 

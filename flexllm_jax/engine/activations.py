@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cache
 from math import inf
 
-import jax
 import jax.numpy as jnp
 
 from flexllm_jax.compile.layer_graph import LayerGraph, trace_layer
@@ -20,7 +19,8 @@ from flexllm_jax.finetune.buffers import saved_columns
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
-from flexllm_jax.peft.bank import BankShape, scale_shapes, weight_shapes
+from flexllm_jax.peft.bank import BankShape, weight_shapes
+from flexllm_jax.peft.stacks import shapes_of_one
 from kernels_pallas.backend import XLA
 
 # Of what weights and adapters leave, the part that `auto` may take from KV pages.
@@ -34,14 +34,14 @@ def layer_graph(sizes: EngineSizes) -> LayerGraph:
 
 @cache
 def _traced(model: ModelConfig, dtype: jnp.dtype, bank: BankShape, tokens: int) -> LayerGraph:
-    weights, scales = weight_shapes(model, bank, None, jnp.float32), scale_shapes(model, bank, 1)
-    adapter = {"weights": weights[0], "scales": jax.tree.map(jnp.ones_like, scales[0])}
+    weights = shapes_of_one(weight_shapes(model, bank, None, jnp.float32)[0])
+    scales = dict.fromkeys(weights, jnp.ones(1))
     is_token = jnp.ones(tokens, bool)
     return trace_layer(
         Decoder(model, dtype),
         abstract_parameters(model, dtype)["layers"][0],
-        adapter["weights"],
-        lambda own: job_bypass(adapter | {"weights": own}, is_token, XLA),
+        weights,
+        lambda own: job_bypass({"weights": own, "scales": scales}, is_token, XLA),
         tokens,
     )
 

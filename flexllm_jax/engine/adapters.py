@@ -71,4 +71,5 @@ class ServedAdapters:
         """A served adapter's weights on the host; waits for the device."""
         published = self.directory.lookup(name)
         values = self._runner.read_adapter(published.bank_slot)
-        return from_row(values, published.config, published.shapes)
+        stacks = self._runner.sizes.stacks
+        return from_row(values, published.config, published.shapes, stacks)

@@ -56,7 +56,7 @@ def _run_finetuning(runner: Runner) -> None:
     runner.write_adapter(1, values, scales)
     runner.copy_adapter(1, 1)
     runner.read_adapter(1)
-    own_scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
+    own_scales = runner.put(scales)
     state = runner.new_job_state({})
     weights = state["master"]
     packed = MicrobatchTable.empty(sizes.finetune_slots)[1]
@@ -67,7 +67,7 @@ def _run_finetuning(runner: Runner) -> None:
         runner.loss_unit(table, loss, weights, own_scales, 0, dropout)
         runner.layer_unit(0, table, weights, own_scales, 0, dropout)
     runner.read_logprobs()
-    ranks = runner.put(np.zeros((len(weights), max(map(len, weights))), np.int32))
+    ranks = runner.put([np.zeros(s.shape, s.dtype) for s in sizes.trained_ranks])
     state = runner.commit(state, np.bool_(True), ranks)
     values = np.full(len(HYPERPARAMETERS), 0.5, np.float32)
     state, _ = runner.optimizer_step(state, 1, ranks, values)

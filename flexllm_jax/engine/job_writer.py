@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ import jax
 import numpy as np
 
 from flexllm_jax.config import Config
-from flexllm_jax.finetune.checkpoint import JobCheckpoints
+from flexllm_jax.finetune.checkpoint import Checkpoint, JobCheckpoints
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
+from flexllm_jax.finetune.optimizer import job_state_shapes
+from flexllm_jax.finetune.resume import kept_arrays, refusal
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import from_row
 from flexllm_jax.peft.hf_peft import save_adapter
+from flexllm_jax.peft.stacks import LayerStacks
 
 log = logging.getLogger(__name__)
 _SAMPLES = 64  # of a batch, in its file
@@ -38,15 +43,25 @@ class JobWriter:
     fails.
     """
 
-    def __init__(self, config: Config, model: ModelConfig):
-        self._config, self._model = config, model
+    def __init__(self, config: Config, model: ModelConfig, stacks: LayerStacks):
+        self._config, self._model, self._stacks = config, model, stacks
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.on_checkpoint: Callable[[FinetuneJob, int, Adapter], None] | None = None
         self.keep_trying_s = 0.0
         self._unwritten: dict[str, FinetuneJob] = {}  # those that try again
 
-    def checkpoints(self, job: FinetuneJob) -> JobCheckpoints:
-        """A job's folder of checkpoints."""
+    def restore_latest(self, job: FinetuneJob, master: list) -> Checkpoint | None:
+        """The newest checkpoint that can be read, if there is one; `master`: the job's first
+        weights. CheckpointError when the job cannot go on from it."""
+        first = self._stacks.by_layer(master)
+        state = {"master": first, "optimizer": job_state_shapes(first)["optimizer"]}
+        like = partial(kept_arrays, state)
+        checkpoint = self._checkpoints(job).restore_latest(like, partial(refusal, job))
+        if checkpoint is None:
+            return None
+        return replace(checkpoint, arrays=self._stacks.stacked(checkpoint.arrays))
+
+    def _checkpoints(self, job: FinetuneJob) -> JobCheckpoints:
         return JobCheckpoints(self._config.output_dir / job.name / "checkpoints")
 
     def save(self, job: FinetuneJob, snapshot: dict, info: dict) -> None:
@@ -78,8 +93,7 @@ class JobWriter:
 
     def export(self, job: FinetuneJob, snapshot: dict, out_dir: Path) -> Path:
         """Write a job's adapter in PEFT's format; waits for the device."""
-        master = jax.tree.map(np.asarray, snapshot["master"])
-        adapter = from_row(master, job.peft, job.shapes)
+        adapter = self._adapter(job, snapshot["master"])
         save_adapter(adapter, self._model, self._config.model.path, out_dir)
         return out_dir
 
@@ -138,7 +152,8 @@ class JobWriter:
     def _save(self, job: FinetuneJob, step: int, snapshot: dict, info: dict) -> None:
         try:
             arrays = jax.tree.map(np.asarray, snapshot)
-            self.checkpoints(job).save(step, arrays, info)
+            # On disk by layer, as ever.
+            self._checkpoints(job).save(step, self._stacks.by_layer(arrays), info)
         except Exception as error:
             job.note(_one_line(error))
         else:
@@ -148,10 +163,13 @@ class JobWriter:
         if self.on_checkpoint is None:
             return
         try:
-            arrays = jax.tree.map(np.asarray, master)
-            self.on_checkpoint(job, step, from_row(arrays, job.peft, job.shapes))
+            self.on_checkpoint(job, step, self._adapter(job, master))
         except Exception as error:  # safetensors, too, has errors of its own
             job.note(f"the adapter of step {step} could not be written: {_one_line(error)}")
+
+    def _adapter(self, job: FinetuneJob, master: Any) -> Adapter:
+        arrays = jax.tree.map(np.asarray, master)
+        return from_row(arrays, job.peft, job.shapes, self._stacks)
 
 
 def _one_line(error: Exception) -> str:

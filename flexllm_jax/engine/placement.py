@@ -4,7 +4,8 @@ Programs are written for what one device holds (`Placement.local`, the model wit
 and of the feed-forward width) and run under `shard_map`, so every collective in them is one of
 `models.collectives` or of the optimizer. Arrays are described whole, with their shardings. A sum
 that is left to the optimizer step (pre-reduce: the gradient of a weight that each device uses on
-its own part) is an array with all devices' summands, one after the other in its first dimension.
+its own part) is an array with all devices' summands, one after the other in its first dimension
+after that of the layers.
 """
 
 import itertools
@@ -127,30 +128,31 @@ class Placement:
 
     # -- bypasses ---------------------------------------------------------------------------------
 
-    def adapters(self, weights: list, rows: bool) -> list:
-        """Bypass weights by layer, with a leading dimension of rows or not."""
+    def adapters(self, weights: list, lead: int) -> list:
+        """Stacks of bypass weights, with `lead` leading dimensions: of layers, and perhaps of
+        rows."""
         return self._by_weight(
-            weights, lambda plan, leaf: self._placed(leaf, _spec(plan, leaf.ndim - rows, rows))
+            weights, lambda plan, leaf: self._placed(leaf, _spec(plan, leaf.ndim, lead))
         )
 
     def gradients(self, master: list) -> list:
         """Gradients of such weights, those that are pre-reduce with every device's summand."""
 
         def summands(plan: WeightPlan, leaf: Any) -> jax.ShapeDtypeStruct:
-            spec = list(_spec(plan, leaf.ndim, False))
+            spec = list(_spec(plan, leaf.ndim, 1))
             if not plan.summed:
                 return self._placed(leaf, P(*spec))
             over = _summed_over(plan)
-            spec[0] = (*_names(spec[0]), *over)
+            spec[1] = (*_names(spec[1]), *over)
             copies = math.prod(self.mesh.shape[name] for name in over)
-            shape = (leaf.shape[0] * copies, *leaf.shape[1:])
+            shape = (leaf.shape[0], leaf.shape[1] * copies, *leaf.shape[2:])
             return self._placed(jax.ShapeDtypeStruct(shape, leaf.dtype), P(*spec))
 
         return self._by_weight(master, summands)
 
     def job_state(self, state: dict) -> dict:
         """A job's state: the optimizer's moments lie where the weights do."""
-        master = self.adapters(state["master"], rows=False)
+        master = self.adapters(state["master"], lead=1)
         layout = jax.tree.structure(master)
         optimizer = jax.tree.map(
             lambda node: master if jax.tree.structure(node) == layout else node,
@@ -163,15 +165,15 @@ class Placement:
             "gradients": self.gradients(master),
         }
 
-    def _by_weight(self, layers: list, place: Any) -> list:
+    def _by_weight(self, stacks: list, place: Any) -> list:
         return [
             {
                 site: {
                     name: place(self.plan.weights[site][name], leaf) for name, leaf in own.items()
                 }
-                for site, own in layer.items()
+                for site, own in stack.items()
             }
-            for layer in layers
+            for stack in stacks
         ]
 
     # -- inside programs --------------------------------------------------------------------------
@@ -222,12 +224,12 @@ def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
-def _spec(plan: WeightPlan, ndim: int, lead: bool) -> P:
-    """Spec of a weight of `ndim` dimensions, after a whole leading one or not."""
+def _spec(plan: WeightPlan, ndim: int, lead: int) -> P:
+    """Spec of an array of `ndim` dimensions: `lead` of its own, then a weight's."""
     spec: list = [None] * ndim
     if plan.dimension is not None:
-        spec[plan.dimension] = KV if plan.kv_only else ALL
-    return P(*([None] if lead else []), *spec)
+        spec[lead + plan.dimension] = KV if plan.kv_only else ALL
+    return P(*spec)
 
 
 def _summed_over(plan: WeightPlan) -> tuple[str, ...]:

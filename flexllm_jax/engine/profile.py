@@ -197,7 +197,7 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
     rows.position[:], rows.kv_slot[:] = positions, positions % (runner.num_pages * sizes.page_size)
     table, loss = runner.put((packed, Loss.of().packed()))
     weights = runner.new_job_state({})["master"]
-    scales = [{m: np.ones(1, np.float32) for m in layer} for layer in weights]
+    scales = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), sizes.adapter_row.scales)
 
     def layer_units(
         count: int, start: int, dropout: JobDropout | None = None

@@ -115,7 +115,7 @@ def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         variants["dropout"] = variants["adapters"]
     programs = []
     for bucket, shape in sizes.step_shapes.items():
-        forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend)
+        forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend, sizes.stacks)
         for variant, (bank, finetune) in variants.items():
             arguments = (params, bank, pages, finetune, last_tokens, ints(shape.size))
             results = (pages, finetune, _WHOLE, _WHOLE)
@@ -132,7 +132,7 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
     last_tokens, history = (sizes.request_arrays[name] for name in ("last_tokens", "history"))
     bank = None
     if sizes.bank.has_head:
-        bank = {name: layers[-1] for name, layers in sizes.bank_arrays.items()}
+        bank = {name: stacks[-1] for name, stacks in sizes.bank_arrays.items()}
 
     def hidden(rows: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, sizes.model.d_model), sizes.dtype)
@@ -196,16 +196,13 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
     flow, weights = finetune["flow"], sizes.bank_arrays["weights"]
     table, loss = ints(TABLE_ROWS, sizes.finetune_slots), _floats(len(Loss.of().packed()))
-    adapter = {
-        "weights": state["master"][0],
-        "scales": dict.fromkeys(state["master"][0], _floats(1)),
-    }
+    stack, _ = sizes.stacks.place(0)
+    adapter = {"weights": state["master"][stack], "scales": sizes.adapter_row.scales[stack]}
     head_adapter = head_gradients = None
     if sizes.bank.has_head:
-        head_adapter = {"weights": state["master"][-1], "scales": {"head": _floats(1)}}
+        head_adapter = {"weights": state["master"][-1], "scales": sizes.adapter_row.scales[-1]}
         head_gradients = pending[-1]
     kept = {k: state[k] for k in ("master", "optimizer")}
-    trained_ranks = ints(len(state["master"]), max(map(len, state["master"])))
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     head_units = [
         Program(
@@ -226,9 +223,9 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     one_layer_unit = Program(
         "unit/layer",
         _with_done(partial(layer_unit, decoder, unit_tokens, sizes.columns, sizes.backend)),
-        (*one_layer, flow, pending[0], table, _INT),
+        (*one_layer, flow, pending[stack], table, _INT, _INT),
         (4, 5),
-        (flow, pending[0], _WHOLE),
+        (flow, pending[stack], _WHOLE),
     )
     with_dropout = []
     if sizes.dropout:
@@ -244,13 +241,13 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)
         ),
         Program("clear", _clear, (finetune,), (0,), finetune),
-        Program("commit", commit, (pending, state, _BOOL, trained_ranks), (1,), state),
+        Program("commit", commit, (pending, state, _BOOL, sizes.trained_ranks), (1,), state),
         Program("read_logprobs", _copy, (flow["logprob"],), results=_WHOLE),
         Program("copy_state", _copy, (kept,), results=GATHERED),
         Program(
             "optimizer_step",
             partial(optimizer_step, sizes.placement),
-            (weights, state, _INT, trained_ranks, _floats(len(HYPERPARAMETERS))),
+            (weights, state, _INT, sizes.trained_ranks, _floats(len(HYPERPARAMETERS))),
             (0, 1),
             (weights, state, _WHOLE),
         ),

@@ -223,7 +223,7 @@ class Runner:
         """The output head's part of the bank."""
         if not self.sizes.bank.has_head:
             return None
-        return {name: layers[-1] for name, layers in self.bank.items()}
+        return {name: stacks[-1] for name, stacks in self.bank.items()}
 
     def write_history(self, row: int, counts: np.ndarray, prompt: np.ndarray) -> None:
         """Tell the penalties what a row's request has said and was asked."""
@@ -311,7 +311,7 @@ class Runner:
     ) -> jax.Array:
         """Loss of one slice of tokens and its gradient; returns a scalar, ready when it is done.
 
-        loss: `Loss.packed`. weights, scales: the job's adapter, by layer, of which the output
+        loss: `Loss.packed`. weights, scales: the job's adapter, by stack, of which the output
         head's is taken. dropout: of the microbatch; None: of nothing.
         """
         adapter = self._head_adapter(weights, scales)
@@ -349,26 +349,28 @@ class Runner:
         """Backward of one layer for one slice of tokens; returns a scalar, ready when it is
         done.
 
-        weights, scales: the job's adapter, by layer, as `finetune.backward.layer_unit` takes it.
+        weights, scales: the job's adapter, by stack, as `finetune.backward.layer_unit` takes it.
         dropout: of the microbatch; None: of nothing.
         """
-        adapter = {"weights": weights[layer], "scales": scales[layer]}
+        stack, index = self.sizes.stacks.place(layer)
+        adapter = {"weights": weights[stack], "scales": scales[stack]}
         more = (dropout, np.int32(layer)) if dropout else ()
         program = self.programs[f"unit/layer{'/dropout' if more else ''}"]
-        self.finetune["flow"], self.pending[layer], done = program(
+        self.finetune["flow"], self.pending[stack], done = program(
             self.params["layers"][layer],
             adapter,
             self.pages[layer],
             self.finetune["saved"][layer],
             self.finetune["flow"],
-            self.pending[layer],
+            self.pending[stack],
             table,
+            np.int32(index),
             np.int32(start),
             *more,
         )
         return done
 
-    def commit(self, state: dict, first: np.bool_, trained_ranks: jax.Array) -> dict:
+    def commit(self, state: dict, first: np.bool_, trained_ranks: list) -> dict:
         """Add the finished microbatch's gradients to its job's state; `first`: of those since the
         last optimizer step."""
         return self.programs["commit"](self.pending, state, first, trained_ranks)
@@ -378,11 +380,7 @@ class Runner:
         return self.programs["read_logprobs"](self.finetune["flow"]["logprob"])
 
     def optimizer_step(
-        self,
-        state: dict,
-        bank_slot: int,
-        trained_ranks: jax.Array,
-        values: Float[np.ndarray, " 8"],
+        self, state: dict, bank_slot: int, trained_ranks: list, values: Float[np.ndarray, " 8"]
     ) -> tuple[dict, dict]:
         """Update a job's adapter in its slot; returns its state and the step's metrics."""
         self.bank["weights"], state, metrics = self.programs["optimizer_step"](

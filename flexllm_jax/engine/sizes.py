@@ -24,6 +24,7 @@ from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import AdapterRow, BankShape, scale_shapes, weight_shapes
+from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.backend import Backend
 from kernels_pallas.rows import stored_dtype
 
@@ -142,21 +143,26 @@ class EngineSizes:
 
     @cached_property
     def bank_arrays(self) -> dict:
-        """The adapter bank: {"weights", "scales"}, lists by layer."""
+        """The adapter bank: {"weights", "scales"}, lists of stacks."""
         weights = weight_shapes(self.model, self.bank, self.bank.rows, self.stored)
         if self.placement:
-            weights = self.placement.adapters(weights, rows=True)
+            weights = self.placement.adapters(weights, lead=2)
         return {
             "weights": weights,
             "scales": scale_shapes(self.model, self.bank, self.bank.rows),
         }
 
     @cached_property
+    def stacks(self) -> LayerStacks:
+        """Which layers' adapters share their arrays."""
+        return self.bank.stacks(self.model)
+
+    @cached_property
     def adapter_row(self) -> AdapterRow:
         """One adapter in the bank's padded shapes, float32."""
         weights = weight_shapes(self.model, self.bank, None, jnp.float32)
         if self.placement:
-            weights = self.placement.adapters(weights, rows=False)
+            weights = self.placement.adapters(weights, lead=1)
         return AdapterRow(weights, scale_shapes(self.model, self.bank, None))
 
     @cached_property
@@ -164,6 +170,12 @@ class EngineSizes:
         """A finetuning job's state on the device."""
         state = job_state_shapes(self.adapter_row.weights)
         return self.placement.job_state(state) if self.placement else state
+
+    @property
+    def trained_ranks(self) -> list:
+        """See `bank.trained_ranks`."""
+        stacks = zip(self.stacks.layers, self.adapter_row.scales, strict=True)
+        return [ints(len(layers), len(sites)) for layers, sites in stacks]
 
     @cached_property
     def finetune_arrays(self) -> dict:

@@ -14,6 +14,7 @@ from flexllm_jax.models.bypass import no_bypass
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import JobDropout
+from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_passes import rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
@@ -25,6 +26,7 @@ def forward_step(
     shape: StepShape,
     columns: dict[str, slice],
     backend: Backend,
+    stacks: LayerStacks,
     params: dict,
     bank: dict | None,
     pages: list[dict],
@@ -40,8 +42,9 @@ def forward_step(
         shape: the bucket, static.
         columns: what to keep of finetuning tokens (`finetune.buffers.saved_columns`), static.
         backend: which kernels to use, static.
+        stacks: which layers share the bank's arrays, static.
         params: frozen parameters.
-        bank: {"weights", "scales"} lists by layer, or None: a step without adapters runs a program
+        bank: {"weights", "scales"} lists of stacks, or None: a step without adapters runs a program
             without bypasses.
         pages: per layer {"k", "v"} [P, B, K, H] of a `stored_dtype`; donated.
         finetune: {"saved": per layer, "flow"} (see `finetune.buffers`), or None for a step
@@ -61,16 +64,17 @@ def forward_step(
     x = decoder.embed(params, token)
 
     @jax.jit
-    def run_layer(layer_params, layer_bank, layer_pages, layer_saved, layer_number, x):
+    def run_layer(layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x):
         # A function of its own, so that it is traced and lowered for one layer and not for each:
         # that would take most of a start. XLA inlines the calls.
         layer = decoder.layer(layer_params)
         adapters = None
-        if layer_bank is not None:
+        if adapter_stack is not None:
+            weights, scales, index = adapter_stack
             dropped = None
             if dropout is not None:
                 dropped = dropout.of_layer(inputs.saved_row, layer_number, decoder.axes)
-            adapters = Bypass(layer_bank[0], layer_bank[1], inputs.adapter, backend, dropped)
+            adapters = Bypass(weights, scales, inputs.adapter, backend, dropped, layer=index)
         bypass = adapters or no_bypass
         activations = {"x": x}
         q, k, v, x = layer.project(x, bypass, activations.setdefault)
@@ -107,11 +111,14 @@ def forward_step(
 
     new_pages, new_saved = [], []
     for i, layer_params in enumerate(params["layers"]):
-        layer_bank = None if bank is None else (bank["weights"][i], bank["scales"][i])
+        adapter_stack = None
+        if bank is not None:
+            stack, index = stacks.place(i)
+            adapter_stack = (bank["weights"][stack], bank["scales"][stack], index)
         layer_saved = None if finetune is None else finetune["saved"][i]
         number = None if dropout is None else i
         layer_pages, layer_saved, x = run_layer(
-            layer_params, layer_bank, pages[i], layer_saved, number, x
+            layer_params, adapter_stack, pages[i], layer_saved, number, x
         )
         new_pages.append(layer_pages)
         new_saved.append(layer_saved)

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,7 +23,7 @@ from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.optimizer import without_gradient
-from flexllm_jax.finetune.resume import kept_arrays, made_with, refusal
+from flexllm_jax.finetune.resume import made_with
 from flexllm_jax.finetune.source import CannotGoOn, Step
 from flexllm_jax.peft.adapter import LoraConfig
 from flexllm_jax.peft.bank import to_row, trained_ranks
@@ -68,7 +67,7 @@ class Trainer:
         self.jobs: dict[str, FinetuneJob] = {}
         self._queued: dict[int, tuple[FinetuneJob, PackedMicrobatch]] = {}
         self._ids = itertools.count()
-        self.writer = JobWriter(config, runner.model)
+        self.writer = JobWriter(config, runner.model, runner.sizes.stacks)
         self.in_work: dict[int, MicrobatchInWork] = {}  # by microbatch_id
         # Reads of results, in the order of what they are results of; for the engine to call.
         self._results: list[Callable[[], None]] = []
@@ -104,11 +103,8 @@ class Trainer:
         job.made_with = made_with(job, runner.sizes.bank)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         kept = {"master": values}
-        like = partial(kept_arrays, kept | {"optimizer": runner.sizes.job_state["optimizer"]})
-        checkpoint, versions = None, {}
-        if job.config.resume:
-            checkpoint = self.writer.checkpoints(job).restore_latest(like, partial(refusal, job))
-        if checkpoint is not None:
+        versions = {}
+        if job.config.resume and (checkpoint := self.writer.restore_latest(job, values)):
             job.restore(checkpoint.step, checkpoint.info)
             kept = dict(checkpoint.arrays)
             versions = kept.pop("versions", {})
@@ -116,7 +112,7 @@ class Trainer:
             job.thaw(int(number), own, scales)
         runner.write_adapter(job.bank_slot, kept["master"], scales)
         job.trained_ranks = runner.put(trained_ranks(job.peft, runner.model, runner.sizes.bank))
-        job.scales = runner.put(jax.tree.map(lambda s: s.reshape(1), scales))
+        job.scales = runner.put(scales)
         job.state = runner.new_job_state(kept)
         self.jobs[job.name] = job
         self._scheduler.add_job(job.name, job.config.weight, job.config.priority)

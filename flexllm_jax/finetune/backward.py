@@ -45,11 +45,16 @@ def job_bypass(
     backend: Backend,
     dropout: Dropout | None = None,
     sums: dict | None = None,
+    layer: Int[Array, ""] | int = 0,
 ) -> Bypass:
-    """The bypass of one job's adapter in one layer ({"weights", "scales"}, see `layer_unit`) over
-    tokens of which some are padding; sums: of its LoRA's gradients (`peft.lora.lora`)."""
-    stacked, sums = jax.tree.map(lambda w: w[None], (adapter["weights"], sums))
-    return Bypass(stacked, adapter["scales"], jnp.where(is_token, 0, -1), backend, dropout, sums)
+    """The bypass of one job's adapter in a layer of its stack ({"weights", "scales"}, see
+    `layer_unit`) over tokens of which some are padding; sums: of its LoRA's gradients
+    (`peft.lora.lora`)."""
+    weights, scales = (
+        jax.tree.map(lambda w: w[:, None], adapter[n]) for n in ("weights", "scales")
+    )
+    row = jnp.where(is_token, 0, -1)
+    return Bypass(weights, scales, row, backend, dropout, sums, layer)
 
 
 def layer_unit(
@@ -64,6 +69,7 @@ def layer_unit(
     flow: dict,
     gradients: dict,
     table: Int[Array, "8 S"],
+    index: Int[Array, ""],
     start: Int[Array, ""],
     dropout: JobDropout | None = None,
     layer_number: Int[Array, ""] | None = None,
@@ -76,14 +82,15 @@ def layer_unit(
         columns: `saved_columns`, static.
         backend: which kernels to use, static.
         layer_params: the layer's frozen parameters.
-        adapter: the job's adapter in this layer: {"weights": site -> name -> float32 array,
-            "scales": site -> [1]} (`peft.bypass.Bypass`).
+        adapter: the job's adapter in the layer's stack: {"weights": site -> name -> float32
+            [L, ...], "scales": site -> [L]}.
         pages: the layer's {"k", "v"} pages.
         saved: what the forward kept of this layer (`saved_shapes`).
         flow: `flow_shapes`; stream[start:start+U] goes in as the gradient of the layer's output
             and comes out as that of its input; donated.
         gradients: like the adapter's weights, added to; donated.
         table: the microbatch (`MicrobatchTable`).
+        index: the layer's place in its stack.
         start: first token slot of the slice.
         dropout: of the microbatch, as the forward had it; None: of nothing.
         layer_number: which layer it is, for `dropout` alone.
@@ -109,7 +116,11 @@ def layer_unit(
         return _recall(value, kept[name]) if name in kept else value
 
     # LoRA adds its gradients to `sums` itself, in the half of the layer that has the module.
-    own = {site: w for site, w in adapter["weights"].items() if site not in LORA_MODULES}
+    own = {
+        site: jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, index, 1), weights)
+        for site, weights in adapter["weights"].items()
+        if site not in LORA_MODULES
+    }
     sums = {site: g for site, g in gradients.items() if site in LORA_MODULES}
     first, second = (
         {site: g for site, g in sums.items() if (site in PROJECTED) == before}
@@ -122,7 +133,7 @@ def layer_unit(
 
     def bypass(own: dict, sums: dict) -> Bypass:
         changed = adapter | {"weights": adapter["weights"] | own}
-        return job_bypass(changed, is_token, backend, dropped, sums)
+        return job_bypass(changed, is_token, backend, dropped, sums, index)
 
     angles = decoder.angles(slice_of(whole.position))
     x = kept["x"]
@@ -158,9 +169,13 @@ def layer_unit(
     *d_projected, dk, dv = rotate_back_and_clear(dq, dk, dv, angles, start, backend=backend)
     d_input, d_own_inputs, first = pull_inputs((*d_projected, d_residual))
     flow = flow | {"stream": with_slice(flow["stream"], d_input), "dk": dk, "dv": dv}
-    d_own_attention = jax.tree.map(lambda g: g[0], d_own_attention)
+
+    def add(stack: jax.Array, *parts: jax.Array) -> jax.Array:
+        total = lax.dynamic_slice_in_dim(stack, index, 1) + sum(parts)
+        return lax.dynamic_update_slice_in_dim(stack, total, index, axis=0)
+
     others = jax.tree.map(
-        lambda total, *parts: total + sum(parts),
+        add,
         {site: gradients[site] for site in own},
         d_own_outputs,
         d_own_inputs | d_own_attention,

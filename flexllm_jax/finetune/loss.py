@@ -17,6 +17,7 @@ from flexllm_jax.finetune.losses import LossTokens, coefficients
 from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.dropout import JobDropout
+from flexllm_jax.peft.stacks import of_layer
 from kernels_pallas.backend import Backend
 from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
@@ -77,8 +78,8 @@ def loss_unit(
         decoder: the model's functions.
         unit_tokens: U, tokens of the slice, static.
         params: parameters; only the final norm and the head are read.
-        adapter: the job's LoRA on the head, {"weights": {"head": {"a", "b"}}, "scales": {"head":
-            [1]}} float32, or None.
+        adapter: the job's LoRA on the head, a stack of one layer: {"weights": {"head": {"a", "b"}},
+            "scales": {"head": [1]}} float32, or None.
         flow: see `flow_shapes`; stream[start:start+U] goes in as outputs and comes out as
             gradients; logprob holds those of all slices if the loss is one of sequences, from
             `score_unit`; donated.
@@ -105,13 +106,12 @@ def loss_unit(
         d_low = d_shrunk[0] * head.lora["scale"]
         d_read = d_low @ head.lora["a"].astype(jnp.float32).T
         d_hidden += d_read if head.lora["factors"] is None else d_read * head.lora["factors"]
-        own = gradients["head"]
-        gradients = {
-            "head": {
-                "a": own["a"] + head.lora["read"].astype(jnp.float32).T @ d_low,
-                "b": head.add_gradient_of_b(own["b"], softmax.normalizer, c),
-            }
+        own = of_layer(gradients["head"], 0)
+        own = {
+            "a": own["a"] + head.lora["read"].astype(jnp.float32).T @ d_low,
+            "b": head.add_gradient_of_b(own["b"], softmax.normalizer, c),
         }
+        gradients = {"head": jax.tree.map(lambda g: g[None], own)}
     (d_outputs,) = head.pull(d_hidden.astype(head.hidden.dtype))
     d_outputs = to_stored(d_outputs, flow["stream"].dtype)
     stream = lax.dynamic_update_slice_in_dim(flow["stream"], d_outputs, start, axis=0)
@@ -293,7 +293,7 @@ def _head_lora(
     """
     if adapter is None:
         return None
-    own, scale = adapter["weights"]["head"], adapter["scales"]["head"][0]
+    own, scale = of_layer((adapter["weights"]["head"], adapter["scales"]["head"]), 0)
     own = {name: factor.astype(hidden.dtype) for name, factor in own.items()}
     read = hidden
     if factors is not None:

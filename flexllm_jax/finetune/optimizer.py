@@ -1,9 +1,11 @@
 """AdamW for one job's adapter, as a program that updates the bank's slot in place.
 
-The job's float32 master weights and optimizer state live on the device in the bank's padded shapes;
-the bank holds their copy in the model's dtype. Padding (a rank below the bank's, a module or layer
-without an adapter) stays zero: both of its factors are zero, so its gradients are, and AdamW leaves
-zeros alone. Hyperparameters are inputs of the program, so one program serves every job.
+The job's float32 master weights and optimizer state live on the device in the bank's padded shapes,
+all layers of a stack in one array (`peft.stacks`), so that the program has few launches and few
+arguments; the bank holds their copy in the model's dtype. Padding (a rank below the bank's, a
+module or layer without an adapter) stays zero: both of its factors are zero, so its gradients are,
+and AdamW leaves zeros alone. Hyperparameters are inputs of the program, so one program serves every
+job.
 """
 
 import math
@@ -103,9 +105,7 @@ def job_state_shapes(master: list) -> dict:
     }
 
 
-def commit(
-    gradients: list, state: dict, first: Bool[Array, ""], trained_ranks: Int[Array, "L M"]
-) -> dict:
+def commit(gradients: list, state: dict, first: Bool[Array, ""], trained_ranks: list) -> dict:
     """Add a finished microbatch's gradients, of what is trained, to its job's state (donated);
     those of the `first` since the last step take the place of what that left."""
     # Not in `optimizer_step`: there, fused with the norm, it would take XLA twice as long.
@@ -123,14 +123,14 @@ def optimizer_step(
     weights: list,
     state: dict,
     bank_row: Int[Array, ""],
-    trained_ranks: Int[Array, "L M"],
+    trained_ranks: list,
     values: Float[Array, " 8"],
 ) -> tuple[list, dict, dict]:
     """One update of one job from its accumulated gradient times a scale.
 
     Args:
         reduction: of weights that are split over devices, static.
-        weights: the bank, per layer: module -> {"a": [A, ...], "b": [A, ...]}; donated.
+        weights: the bank, per stack: module -> {"a": [L, A, ...], "b": [L, A, ...]}; donated.
         state: the job's (`job_state_shapes`); donated.
         bank_row: the job's row of the bank.
         trained_ranks: what of the job's LoRA is trained (`bank.trained_ranks`).
@@ -167,20 +167,20 @@ def optimizer_step(
     return weights, state | kept, {"gradient_norm": norm, "weight_norm": weight_norm}
 
 
-def _trained(layers: Any, ranks: Int[Array, "L M"], b_lr_ratio: Any = 1.0) -> list:
-    """Gradients or updates by layer, 0 for the part of a LoRA's rank that stays as it is; B's times
+def _trained(stacks: Any, ranks: list, b_lr_ratio: Any = 1.0) -> list:
+    """Gradients or updates by stack, 0 for the part of a LoRA's rank that stays as it is; B's times
     a ratio, as AdamW's updates are proportional to the learning rate, with the decay of weights."""
 
-    def of_site(own: dict, rank: jax.Array) -> dict:
+    def of_site(own: dict, ranks: Int[Array, " L"]) -> dict:
         if own.keys() != {"a", "b"}:
             return own
-        trained = jnp.arange(own["a"].shape[1]) < rank
+        trained = jnp.arange(own["a"].shape[2]) < ranks[:, None]
         return {
-            "a": jnp.where(trained, own["a"], 0.0),
-            "b": jnp.where(trained[:, None], own["b"] * b_lr_ratio, 0.0),
+            "a": jnp.where(trained[:, None], own["a"], 0.0),
+            "b": jnp.where(trained[:, :, None], own["b"] * b_lr_ratio, 0.0),
         }
 
     return [
-        {site: of_site(own, ranks[i, j]) for j, (site, own) in enumerate(sorted(layer.items()))}
-        for i, layer in enumerate(layers)
+        {site: of_site(own, in_layers[:, j]) for j, (site, own) in enumerate(sorted(stack.items()))}
+        for stack, in_layers in zip(stacks, ranks, strict=True)
     ]

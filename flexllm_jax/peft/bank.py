@@ -1,23 +1,26 @@
 """The adapter bank: every adapter that a step may use, in fixed slots on the device.
 
-Per layer and site the bank stacks the weights of all rows, padded to the largest that an adapter
-may have (for LoRA A [rows, d_in, R] and B [rows, R, d_out]), and a number [rows]. What a row's
-adapter does not have is zero. Slot 0 means "no adapter" and has no row; slot s lives in row s - 1.
+Per site the bank stacks the weights of all layers and rows, padded to the largest that an adapter
+may have (for LoRA A [L, rows, d_in, R] and B [L, rows, R, d_out]), and a number [L, rows]. Layers
+of one shape share a stack (`stacks`). What a row's adapter does not have is zero. Slot 0 means "no
+adapter" and has no row; slot s lives in row s - 1.
 A published adapter is a slot and a version. Publishing again takes a new slot, so requests to the
 old version finish on it; its slot is free when the last of them is done.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft import bottleneck, ia3, prefix
 from flexllm_jax.peft.adapter import Adapter, AdapterConfig, AdapterError, LoraConfig, Site
+from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.rows import from_stored, to_stored
 
 KINDS = ("lora", "ia3", "bottleneck", "prefix")
@@ -62,6 +65,10 @@ class BankShape:
             layers.append({"head": self._factors(config, "head")})
         return layers
 
+    def stacks(self, config: ModelConfig) -> LayerStacks:
+        """Which of those layers share their arrays; the head's is the last of them."""
+        return LayerStacks.of(self.by_layer(config))
+
     @property
     def has_head(self) -> bool:
         """Whether there is room for LoRA on the output head."""
@@ -73,7 +80,7 @@ class BankShape:
 
 
 class AdapterRow(NamedTuple):
-    """What one row of the bank holds, or its shapes: lists by layer, as `weight_shapes` and
+    """What one row of the bank holds, or its shapes: lists of stacks, as `weight_shapes` and
     `scale_shapes` give them."""
 
     weights: list
@@ -83,25 +90,33 @@ class AdapterRow(NamedTuple):
 def weight_shapes(
     config: ModelConfig, shape: BankShape, rows: int | None, dtype: jnp.dtype
 ) -> list[dict[str, dict[str, jax.ShapeDtypeStruct]]]:
-    """Per layer: site -> name -> weights; with a leading axis of `rows`, or without it when `rows`
-    is None."""
-    lead = () if rows is None else (rows,)
+    """Per stack: site -> name -> weights [L, ...]; [L, rows, ...] unless `rows` is None."""
     return [
         {
             site: {name: jax.ShapeDtypeStruct((*lead, *own), dtype) for name, own in names.items()}
             for site, names in sites.items()
         }
-        for sites in shape.by_layer(config)
+        for lead, sites in _stacks(config, shape, rows)
     ]
 
 
 def scale_shapes(
     config: ModelConfig, shape: BankShape, rows: int | None
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Per layer: site -> its number [rows] float32, or a scalar when `rows` is None."""
-    lead = () if rows is None else (rows,)
-    scale = jax.ShapeDtypeStruct(lead, jnp.float32)
-    return [dict.fromkeys(sites, scale) for sites in shape.by_layer(config)]
+    """Per stack: site -> its number [L] float32; [L, rows] unless `rows` is None."""
+    return [
+        dict.fromkeys(sites, jax.ShapeDtypeStruct(lead, jnp.float32))
+        for lead, sites in _stacks(config, shape, rows)
+    ]
+
+
+def _stacks(
+    config: ModelConfig, shape: BankShape, rows: int | None
+) -> Iterator[tuple[tuple[int, ...], Mapping[str, Any]]]:
+    """Leading axes and sites of every stack."""
+    layers = shape.by_layer(config)
+    for own in shape.stacks(config).layers:
+        yield (len(own),) if rows is None else (len(own), rows), layers[own[0]]
 
 
 def write_row(weights: list, scales: list, row: jax.Array, values: list, factors: list):
@@ -111,17 +126,30 @@ def write_row(weights: list, scales: list, row: jax.Array, values: list, factors
 
 def set_row(arrays: list, row: jax.Array, values: list) -> list:
     """One row of arrays of the bank overwritten, rounded to what they hold."""
-    return jax.tree.map(lambda x, v: x.at[row].set(to_stored(v, x.dtype)), arrays, values)
+
+    def write(array: jax.Array, value: jax.Array) -> jax.Array:
+        value = to_stored(value, array.dtype)
+        return lax.dynamic_update_index_in_dim(array, value, row, axis=1)
+
+    return jax.tree.map(write, arrays, values)
 
 
 def read_row(weights: list, row: jax.Array) -> list:
     """One row of the bank, float32."""
-    return jax.tree.map(lambda w: from_stored(w[row]).astype(jnp.float32), weights)
+    return jax.tree.map(lambda w: from_stored(_row(w, row)).astype(jnp.float32), weights)
 
 
 def copy_row(weights: list, scales: list, source: jax.Array, target: jax.Array):
     """Copy one row of the bank (donated) to another, on the device."""
-    return jax.tree.map(lambda w: w.at[target].set(w[source]), (weights, scales))
+
+    def copy(array: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(array, _row(array, source), target, axis=1)
+
+    return jax.tree.map(copy, (weights, scales))
+
+
+def _row(array: jax.Array, row: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(array, row, axis=1, keepdims=False)
 
 
 def to_row(adapter: Adapter, config: ModelConfig, shape: BankShape, name: str) -> AdapterRow:
@@ -134,33 +162,39 @@ def to_row(adapter: Adapter, config: ModelConfig, shape: BankShape, name: str) -
         lambda s: np.zeros(s.shape, s.dtype), weight_shapes(config, shape, None, jnp.float32)
     )
     factors = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), scale_shapes(config, shape, None))
+    stacks = shape.stacks(config)
     for (layer, site), own in adapter.weights.items():
+        stack, at = stacks.place(layer)
         for key, array in own.items():
-            values[layer][site][key][_corner(array.shape)] = array
-        factors[layer][site] = np.float32(adapter.config.scale(layer, site))
+            values[stack][site][key][at][_corner(array.shape)] = array
+        factors[stack][site][at] = adapter.config.scale(layer, site)
     return AdapterRow(values, factors)
 
 
-def trained_ranks(config: AdapterConfig, model: ModelConfig, shape: BankShape) -> np.ndarray:
-    """How much of LoRA's rank an optimizer may change: int32 by layer and site, sites in order of
-    their names."""
-    layers = shape.by_layer(model)
-    ranks = np.full((len(layers), max(map(len, layers))), shape.rank, np.int32)
-    if isinstance(config, LoraConfig) and config.from_base:
-        for layer, sites in enumerate(layers):
-            for at, site in enumerate(sorted(sites)):
-                if site in shape.modules:
-                    ranks[layer, at] = config.trained_rank(layer, site)
-    return ranks
+def trained_ranks(config: AdapterConfig, model: ModelConfig, shape: BankShape) -> list[np.ndarray]:
+    """How much of LoRA's rank an optimizer may change: per stack int32 [L, M], sites in the order
+    of their names."""
+    layers, result = shape.by_layer(model), []
+    for own in shape.stacks(model).layers:
+        sites = sorted(layers[own[0]])
+        ranks = np.full((len(own), len(sites)), shape.rank, np.int32)
+        if isinstance(config, LoraConfig) and config.from_base:
+            for at, layer in enumerate(own):
+                for j, site in enumerate(sites):
+                    if site in shape.modules:
+                        ranks[at, j] = config.trained_rank(layer, site)
+        result.append(ranks)
+    return result
 
 
-def from_row(values: list, config: AdapterConfig, shapes: Shapes) -> Adapter:
-    """The adapter in one row's weights; `shapes` are those of what it has."""
+def from_row(values: list, config: AdapterConfig, shapes: Shapes, stacks: LayerStacks) -> Adapter:
+    """The adapter in one row's weights, by `stacks`; `shapes` are those of what it has."""
+    layers = stacks.by_layer(values)
     return Adapter(
         config=config,
         weights={
             (layer, site): {
-                name: np.array(values[layer][site][name][_corner(own)], np.float32)
+                name: np.array(layers[layer][site][name][_corner(own)], np.float32)
                 for name, own in names.items()
             }
             for (layer, site), names in shapes.items()

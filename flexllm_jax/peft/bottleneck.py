@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
+from flexllm_jax.peft.stacks import of_layer
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora
 from kernels_pallas.rows import from_stored
@@ -57,6 +58,7 @@ def bottleneck(
     scales: dict,
     adapter: Int[Array, " T"],
     outputs: Outputs,
+    layer: Int[Array, ""] | int = 0,
     backend: Backend = XLA,
 ) -> Outputs:
     """`outputs` with those sent through their bottleneck that a site of the layer belongs to.
@@ -64,25 +66,27 @@ def bottleneck(
     Both products are those of `grouped_lora`, each with an identity as its other factor.
 
     Args:
-        weights: site -> `shapes`, with a leading axis of A adapters.
-        scales: site -> [A] float32, 1 for adapters that have the site, else 0: zeros would not do,
-            as biases learn from them.
+        weights: site -> `shapes`, with leading axes of L layers and A adapters.
+        scales: site -> [L, A] float32, 1 for adapters that have the site, else 0: zeros would not
+            do, as biases learn from them.
         adapter: row of the weights for each token, or -1.
         outputs: projection -> [T, d].
+        layer: which of the L it is.
         backend: which kernels to use.
     """
     changed = dict(outputs)
     for site, name in FOLLOWS.items():
         if site in weights and name in outputs:
             own, present, y = weights[site], scales[site], outputs[name]
-            rows, size = own["down_bias"].shape
-            eye = jnp.broadcast_to(jnp.eye(size, dtype=y.dtype), (rows, size, size))
+            _, rows, size = own["down_bias"].shape
+            eye = jnp.broadcast_to(jnp.eye(size, dtype=y.dtype), (1, rows, size, size))
+            here = of_layer(present, layer)[:, None]
             down_bias, up_bias = (
-                _row(from_stored(own[n]) * present[:, None], adapter).astype(y.dtype)
+                _row(from_stored(of_layer(own[n], layer)) * here, adapter).astype(y.dtype)
                 for n in ("down_bias", "up_bias")
             )
             inner: Any = grouped_lora(
-                y, (down_bias,), (own["down"],), (eye,), (present,), adapter, backend
+                y, (down_bias,), (own["down"],), (eye,), (present,), adapter, backend, layer
             )
             outer: Any = grouped_lora(
                 jax.nn.relu(inner[0]),
@@ -92,6 +96,7 @@ def bottleneck(
                 (present,),
                 adapter,
                 backend,
+                layer,
             )
             (changed[name],) = outer
     return changed

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from flexllm_jax.models.bypass import Outputs
@@ -18,6 +17,7 @@ def lora(
     adapter: Int[Array, " T"],
     x: jax.Array,
     outputs: Outputs,
+    layer: Int[Array, ""] | int = 0,
     backend: Backend = XLA,
     dropout: Dropout | None = None,
     sums: dict | None = None,
@@ -27,16 +27,18 @@ def lora(
     """`outputs` with the low-rank products of their input added.
 
     Args:
-        weights: module -> {"a": [A, d_in, R], "b": [A, R, d_out]}; a module that is absent has no
-            bypass.
-        scales: module -> [A] float32.
+        weights: module -> {"a": [L, A, d_in, R], "b": [L, A, R, d_out]}; a module that is absent
+            has no bypass.
+        scales: module -> [L, A] float32.
         adapter: row of the weights for each token, or -1 for the base model alone.
         x: [T, d_in], what all projections of `outputs` read.
         outputs: projection -> [T, d_out].
+        layer: which of the L it is.
         backend: which kernels to use.
         dropout: of what each projection reads, a mask of its own; None: of nothing.
-        sums: of a job's gradients, in the shapes of the weights, which have one row: what their own
-            gradient is then, see `kernels_pallas.grouped_lora.base.job_lora`.
+        sums: of the gradients of a job, whose weights have one row: module -> {"a": [L, d_in, R],
+            "b": [L, R, d_out]}; what their own gradient is then, see
+            `kernels_pallas.grouped_lora.base.job_lora`.
         split: whether each device has its own part of x.
     """
     names = [name for name in outputs if name in weights]
@@ -51,10 +53,11 @@ def lora(
         scale = tuple(scales[name] for name in group)
         added: Any
         if sums is None:
-            added = grouped_lora(read, own, a, b, scale, adapter, backend)
+            added = grouped_lora(read, own, a, b, scale, adapter, backend, layer)
         else:
-            row, totals = jnp.int32(0), _factors(sums, group)
-            added = job_lora(read, own, a, b, scale, adapter >= 0, row, totals, backend)
+            a, b, scale = jax.tree.map(lambda w: w[:, 0], (a, b, scale))
+            totals = _factors(sums, group)
+            added = job_lora(read, own, a, b, scale, adapter >= 0, layer, totals, backend)
         outputs = outputs | dict(zip(group, added, strict=True))
     return outputs
 

@@ -3,6 +3,9 @@
 What a job trains is `job_lora`: one adapter, and gradients that are added to their sums. Of
 `grouped_lora` with one adapter every backend takes the plain XLA products: there is nothing to
 group.
+
+Factors of many layers may be one array, of which a layer's are read in place: as an array of their
+own they would be a copy.
 """
 
 from functools import partial
@@ -14,31 +17,48 @@ from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import base, block_backward, one_adapter, pallas_triton
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def grouped_lora(x, ys, a, b, scales, adapter, backend: Backend = XLA):
-    """See `base.grouped_lora`. Differentiable in x, ys, a and b; scales are constants."""
+def grouped_lora(x, ys, a, b, scales, adapter, backend: Backend = XLA, layer=None):
+    """See `base.grouped_lora`; without a `layer` a, b and scales have no leading axis of layers.
+    Differentiable in x, ys, a and b; scales are constants."""
+    if layer is None:
+        a, b, scales = jax.tree.map(lambda w: w[None], (tuple(a), tuple(b), tuple(scales)))
+        layer = 0
+    return _grouped_lora(x, ys, a, b, scales, adapter, jnp.int32(layer), backend)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _grouped_lora(x, ys, a, b, scales, adapter, layer, backend: Backend):
     if _takes_xla(backend, a):
-        return base.grouped_lora(x, ys, a, b, scales, adapter)
-    return pallas_triton.grouped_lora(x, ys, a, b, scales, adapter, backend)
+        return base.grouped_lora(x, ys, a, b, scales, adapter, layer)
+    return pallas_triton.grouped_lora(x, ys, a, b, scales, adapter, layer, backend)
 
 
-def _forward(x, ys, a, b, scales, adapter, backend):
-    return grouped_lora(x, ys, a, b, scales, adapter, backend), (x, a, b, scales, adapter)
+def _forward(x, ys, a, b, scales, adapter, layer, backend):
+    sums = _grouped_lora(x, ys, a, b, scales, adapter, layer, backend)
+    return sums, (x, a, b, scales, adapter, layer)
 
 
 def _backward(backend, residuals, d_ys):
-    x, a, b, scales, adapter = residuals
+    x, a, b, scales, adapter, layer = residuals
     implementation = base if _takes_xla(backend, a) else block_backward
-    dx, da, db = implementation.grouped_lora_backward(x, d_ys, a, b, scales, adapter)
+    own_a, own_b, own_scales = jax.tree.map(lambda w: base.of_layer(w, layer), (a, b, scales))
+    dx, da, db = implementation.grouped_lora_backward(x, d_ys, own_a, own_b, own_scales, adapter)
+
+    def of_stack(stack, gradient):
+        if stack.shape[0] == 1:
+            return gradient[None]
+        return jnp.zeros(stack.shape, gradient.dtype).at[layer].set(gradient)
+
+    da, db = jax.tree.map(of_stack, (a, b), (da, db))
     constants = jax.tree.map(jnp.zeros_like, scales)
-    return dx, d_ys, da, db, constants, None
+    return dx, d_ys, da, db, constants, None, None
 
 
 def _takes_xla(backend: Backend, a) -> bool:
-    return backend.implementation == "xla" or a[0].shape[0] == 1
+    return backend.implementation == "xla" or a[0].shape[1] == 1
 
 
-grouped_lora.defvjp(_forward, _backward)
+_grouped_lora.defvjp(_forward, _backward)
 
 
 def job_lora(x, ys, a, b, scales, present, layer, sums, backend: Backend = XLA):

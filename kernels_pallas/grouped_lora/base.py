@@ -18,12 +18,14 @@ from kernels_pallas.rows import from_stored
 def grouped_lora(
     x: Float[Array, "T D"],
     ys: Sequence[Float[Array, "T E"]],
-    a: Sequence[Float[Array, "A D R"]],
-    b: Sequence[Float[Array, "A R E"]],
-    scales: Sequence[Float[Array, " A"]],
+    a: Sequence[Float[Array, "L A D R"]],
+    b: Sequence[Float[Array, "L A R E"]],
+    scales: Sequence[Float[Array, "L A"]],
     adapter: Int[Array, " T"],
+    layer: Int[Array, ""],
 ) -> tuple[Float[Array, "T E"], ...]:
-    """ys[j] + scales[j][i] * (x @ a[j][i]) @ b[j][i] for each token, with i = adapter[t].
+    """ys[j] + scales[j][l, i] * (x @ a[j][l, i]) @ b[j][l, i] for each token, with i = adapter[t]
+    and l = layer.
 
     Args:
         x: input of several base projections.
@@ -33,20 +35,34 @@ def grouped_lora(
         b: for each projection, the up projections.
         scales: for each projection, LoRA's alpha / r (or alpha / sqrt(r)) of each adapter; float32.
         adapter: row of a, b and scales for each token, or -1: y stays as it is; int32.
+        layer: which layer's factors; those of which there is one layer are the same in all.
 
     Returns:
         The sums, in the dtype of ys. Products accumulate in float32.
     """
 
     def add(row: jax.Array, ys: tuple) -> tuple:
-        down, up, scale, own = _one_adapter(a, b, scales, adapter, row, x.dtype)
+        own_a, own_b, scale = (
+            [stack[_index(stack, layer), row] for stack in stacks] for stacks in (a, b, scales)
+        )
+        own = adapter == row
+        down, up = _factors(own_a, own_b, x.dtype)
         shrunk = _shrink(x, down, scale, own)
         return tuple(
             y + jnp.matmul(s, u, precision=_exact(s), preferred_element_type=y.dtype)
             for y, s, u in zip(ys, shrunk, up, strict=True)
         )
 
-    return _for_each_adapter(adapter, a[0].shape[0], add, tuple(ys))
+    return _for_each_adapter(adapter, a[0].shape[1], add, tuple(ys))
+
+
+def of_layer(stack: Float[Array, "L A ..."], layer: Int[Array, ""]) -> Float[Array, "A ..."]:
+    """One layer's part; of what is the same in all, that."""
+    return lax.dynamic_index_in_dim(stack, _index(stack, layer), keepdims=False)
+
+
+def _index(stack: jax.Array, layer: jax.Array) -> jax.Array | int:
+    return layer if stack.shape[0] > 1 else 0
 
 
 def grouped_lora_backward(
@@ -71,7 +87,9 @@ def grouped_lora_backward(
 
     def add(row: jax.Array, carry: tuple) -> tuple:
         dx, da, db = carry
-        down, up, scale, own = _one_adapter(a, b, scales, adapter, row, x.dtype)
+        own_a, own_b, scale = ([w[row] for w in weights] for weights in (a, b, scales))
+        own = adapter == row
+        down, up = _factors(own_a, own_b, x.dtype)
         shrunk = _shrink(x, down, scale, own)
         d_shrunk = [
             jnp.where(own[:, None], s * product("te,re->tr", d_y, u), 0).astype(x.dtype)
@@ -108,10 +126,10 @@ def _for_each_adapter(adapter: jax.Array, num_adapters: int, add, carry):
     return lax.fori_loop(0, jnp.sum(present), lambda i, carry: add(rows[i], carry), carry)
 
 
-def _one_adapter(a, b, scales, adapter, row, dtype):
-    """One row's factors in the inputs' dtype, its scales, and which tokens are its own."""
-    down, up = ([from_stored(w[row]).astype(dtype) for w in factors] for factors in (a, b))
-    return down, up, [s[row] for s in scales], adapter == row
+def _factors(a, b, dtype) -> tuple[list[jax.Array], list[jax.Array]]:
+    """A row's factors in the inputs' dtype."""
+    down, up = ([from_stored(w).astype(dtype) for w in factors] for factors in (a, b))
+    return down, up
 
 
 def _shrink(x, down, scale, own) -> list[jax.Array]:
@@ -162,8 +180,8 @@ def job_lora(
     Returns:
         The sums, in the dtype of ys.
     """
-    a, b, scales = (tuple(w[layer][None] for w in factors) for factors in (a, b, scales))
-    return grouped_lora(x, ys, a, b, scales, jnp.where(present, 0, -1))
+    a, b, scales = (tuple(w[:, None] for w in factors) for factors in (a, b, scales))
+    return grouped_lora(x, ys, a, b, scales, jnp.where(present, 0, -1), layer)
 
 
 def job_lora_backward(x, d_ys, a, b, scales, present, layer, sums):

@@ -6,8 +6,8 @@
    program adds up the partial sums of its rows: always in the same order.
 
 Both work on the blocks of `block_map`: a program gathers its block's tokens, reads its adapter's
-factors and nothing else. Tokens of no adapter are in no block, so their rows are never touched, and
-blocks without tokens leave at once.
+factors (of a stack of many layers, those of the layer) and nothing else. Tokens of no adapter are
+in no block, so their rows are never touched, and blocks without tokens leave at once.
 """
 
 from collections.abc import Sequence
@@ -30,17 +30,20 @@ MOST_SPLITS = 16
 def grouped_lora(
     x: Float[Array, "T D"],
     ys: Sequence[Float[Array, "T E"]],
-    a: Sequence[Float[Array, "A D R"]],
-    b: Sequence[Float[Array, "A R E"]],
-    scales: Sequence[Float[Array, " A"]],
+    a: Sequence[Float[Array, "L A D R"]],
+    b: Sequence[Float[Array, "L A R E"]],
+    scales: Sequence[Float[Array, "L A"]],
     adapter: Int[Array, " T"],
+    layer: Int[Array, ""],
     backend: Backend,
 ) -> tuple[Float[Array, "T E"], ...]:
     """See `base.grouped_lora`."""
-    num_adapters = a[0].shape[0]
+    num_adapters = a[0].shape[1]
     blocks = block_map(adapter, num_adapters, block_rows(x.shape[0], num_adapters))
-    partial_sums = _shrink(x, a, scales, blocks, backend)
-    return _expand(partial_sums, ys, b, blocks, x.dtype, backend)
+    a, b, scales = ([w.reshape(-1, *w.shape[2:]) for w in factors] for factors in (a, b, scales))
+    first = jnp.reshape(layer * num_adapters, 1)  # row of the layer's first adapter
+    partial_sums = _shrink(x, a, scales, blocks, first, num_adapters, backend)
+    return _expand(partial_sums, ys, b, blocks, first, num_adapters, x.dtype, backend)
 
 
 def tuning_key(kernel: str, rows: int, columns: int, dtype) -> str:
@@ -54,7 +57,9 @@ def padded_rank(rank: int) -> int:
     return max(16, pl.next_power_of_2(rank))
 
 
-def _shrink(x, a, scales, blocks: BlockMap, backend: Backend) -> jax.Array:
+def _shrink(
+    x, a, scales, blocks: BlockMap, first, num_adapters: int, backend: Backend
+) -> jax.Array:
     """scale * x @ a by block, as partial sums over D [splits, B, M, ranks of all projections]."""
     num_blocks, rows = blocks.tokens.shape
     ranks = [padded_rank(down.shape[2]) for down in a]
@@ -64,19 +69,27 @@ def _shrink(x, a, scales, blocks: BlockMap, backend: Backend) -> jax.Array:
     steps_each = pl.cdiv(steps, splits)
     splits = pl.cdiv(steps, steps_each)
     return pl.pallas_call(
-        partial(_shrink_kernel, ranks=ranks, tile=tile["columns"], steps=steps_each),
+        partial(
+            _shrink_kernel,
+            num_adapters=num_adapters,
+            ranks=ranks,
+            tile=tile["columns"],
+            steps=steps_each,
+        ),
         grid=(num_blocks, splits),
         out_shape=jax.ShapeDtypeStruct((splits, num_blocks, rows, sum(ranks)), jnp.float32),
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
         name="grouped_lora_shrink",
-    )(blocks.tokens, blocks.adapter, x, *a, *scales)
+    )(blocks.tokens, blocks.adapter, first, x, *a, *scales)
 
 
-def _shrink_kernel(tokens_ref, adapter_ref, x_ref, *refs, ranks, tile, steps):
+def _shrink_kernel(
+    tokens_ref, adapter_ref, first_ref, x_ref, *refs, num_adapters, ranks, tile, steps
+):
     """One block's sum over `steps` tiles of D."""
     a_refs, scale_refs, out_ref = refs[: len(ranks)], refs[len(ranks) : -1], refs[-1]
-    num_adapters, d_model, _ = a_refs[0].shape
+    d_model = a_refs[0].shape[1]
     block, split = pl.program_id(0), pl.program_id(1)
     adapter = adapter_ref[block]
 
@@ -84,54 +97,76 @@ def _shrink_kernel(tokens_ref, adapter_ref, x_ref, *refs, ranks, tile, steps):
     def _():
         tokens = tokens_ref[block, :]
         rows = tokens.shape[0]
+        row_in = partial(_row_in, adapter, first_ref[0], num_adapters)
 
         def add_tile(step, sums):
             start = step * tile
             x = _load_rows(x_ref, tokens, start, tile)
             return tuple(
-                total + _dot(x, _load_factor(a_ref, adapter, start, 0, tile, rank, x.dtype))
+                total + _dot(x, _load_factor(a_ref, row_in(a_ref), start, 0, tile, rank, x.dtype))
                 for total, a_ref, rank in zip(sums, a_refs, ranks, strict=True)
             )
 
-        first = split * steps
-        last = jnp.minimum(first + steps, pl.cdiv(d_model, tile))
+        begin = split * steps
+        end = jnp.minimum(begin + steps, pl.cdiv(d_model, tile))
         zeros = tuple(jnp.zeros((rows, rank), jnp.float32) for rank in ranks)
-        sums = lax.fori_loop(first, last, add_tile, zeros)
+        sums = lax.fori_loop(begin, end, add_tile, zeros)
         column = 0
         for total, scale_ref, rank in zip(sums, scale_refs, ranks, strict=True):
-            out_ref[split, block, :, pl.ds(column, rank)] = scale_ref[adapter] * total
+            out_ref[split, block, :, pl.ds(column, rank)] = scale_ref[row_in(scale_ref)] * total
             column += rank
 
 
-def _expand(partial_sums, ys, b, blocks: BlockMap, dtype, backend: Backend) -> tuple:
+def _expand(
+    partial_sums, ys, b, blocks: BlockMap, first, num_adapters: int, dtype, backend: Backend
+) -> tuple:
     """ys + s @ b in place, s the total of the partial sums."""
     num_blocks, rows = blocks.tokens.shape
     ranks = [padded_rank(up.shape[1]) for up in b]
     tile = expand_tiles(backend.chip, rows, max(ranks), dtype)
     counts = [pl.cdiv(y.shape[1], tile["columns"]) for y in ys]
-    first_y = 3 + len(b)
+    first_y = 4 + len(b)
     return pl.pallas_call(
-        partial(_expand_kernel, ranks=ranks, counts=counts, tile=tile["columns"], dtype=dtype),
+        partial(
+            _expand_kernel,
+            num_adapters=num_adapters,
+            ranks=ranks,
+            counts=counts,
+            tile=tile["columns"],
+            dtype=dtype,
+        ),
         grid=(num_blocks, sum(counts)),
         out_shape=tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys),
         input_output_aliases={first_y + j: j for j in range(len(ys))},
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
         name="grouped_lora_expand",
-    )(blocks.tokens, blocks.adapter, partial_sums, *b, *ys)
+    )(blocks.tokens, blocks.adapter, first, partial_sums, *b, *ys)
 
 
-def _expand_kernel(tokens_ref, adapter_ref, sums_ref, *refs, ranks, counts, tile, dtype):
+def _expand_kernel(
+    tokens_ref,
+    adapter_ref,
+    first_ref,
+    sums_ref,
+    *refs,
+    num_adapters,
+    ranks,
+    counts,
+    tile,
+    dtype,
+):
     """One tile of one projection's output, at one block's tokens."""
     b_refs, y_refs, out_refs = (refs[i : i + len(ranks)] for i in range(0, len(refs), len(ranks)))
     block, number = pl.program_id(0), pl.program_id(1)
     adapter = adapter_ref[block]
-    used = adapter < b_refs[0].shape[0]
+    used = adapter < num_adapters
 
     def add_product(b_ref, y_ref, out_ref, column, rank, start):
         tokens = tokens_ref[block, :]
         y = _load_rows(y_ref, tokens, start, tile)
-        up = _load_factor(b_ref, adapter, 0, start, rank, tile, dtype)
+        row = _row_in(adapter, first_ref[0], num_adapters, b_ref)
+        up = _load_factor(b_ref, row, 0, start, rank, tile, dtype)
         s = _total(sums_ref, block, tokens < y_ref.shape[0], column, rank).astype(dtype)
         total = y.astype(jnp.float32) + _dot(s, up)
         index, mask = _rows_index(y_ref, tokens, start, tile)
@@ -145,6 +180,11 @@ def _expand_kernel(tokens_ref, adapter_ref, sums_ref, *refs, ranks, counts, tile
         start = (number - first) * tile
         pl.when(mine)(partial(add_product, b_ref, y_ref, out_ref, column, rank, start))
         first, column = first + count, column + rank
+
+
+def _row_in(adapter, first, num_adapters: int, ref):
+    """An adapter's row in a stack of a layer's, or of many layers'."""
+    return adapter if ref.shape[0] == num_adapters else first + adapter
 
 
 def _total(sums_ref, block, valid, column: int, rank: int) -> jax.Array:

@@ -216,7 +216,8 @@ def llama(qk_norm=False):
 def graph_of(decoder, modules=(), kinds=("lora",), tokens=64):
     bank = BankShape(1, 4, modules, kinds, bottleneck=8, prefix=5)
     adapter = weight_shapes(decoder.config, bank, 1, decoder.dtype)[0]
-    row, scales = jnp.zeros(tokens, jnp.int32), dict.fromkeys(adapter, jnp.ones(1))
+    adapter = jax.tree.map(lambda w: jax.ShapeDtypeStruct((1, *w.shape[1:]), w.dtype), adapter)
+    row, scales = jnp.zeros(tokens, jnp.int32), dict.fromkeys(adapter, jnp.ones((1, 1)))
     return trace_layer(
         decoder,
         abstract_parameters(decoder.config, decoder.dtype)["layers"][0],

@@ -126,11 +126,15 @@ def weights():
 def gradients_of(sizes, weights, microbatch):
     """The engine's programs over the microbatch: gradients by layer, and the loss."""
     programs = {p.name: jax.jit(p.function) for p in list_programs(sizes, PAGES)}
-    scales = [
-        {site: jnp.full(1, weights.scale.get(site, weights.scale["others"])) for site in layer}
-        for layer in sizes.bank_arrays["scales"]
+    (scales,) = [
+        {
+            site: jnp.full(s.shape, weights.scale.get(site, weights.scale["others"]))
+            for site, s in stack.items()
+        }
+        for stack in sizes.adapter_row.scales
     ]
-    bank = {"weights": jax.tree.map(lambda w: w[None], weights.master), "scales": scales}
+    (master,) = weights.master
+    bank = jax.tree.map(lambda w: w[:, None], {"weights": [master], "scales": [scales]})
     pages, finetune = zeros(sizes.pages(PAGES)), zeros(sizes.finetune_arrays)
     last = jnp.zeros(sizes.rows, jnp.int32)
     for vector in microbatch.vectors:
@@ -141,20 +145,21 @@ def gradients_of(sizes, weights, microbatch):
     head = {name: weights.params[name] for name in ("norm", "head")}
     for start in (16, 0):
         flow, _, _ = programs["unit/loss"](head, None, flow, None, microbatch.table, loss, start)
-    gradients = zeros(sizes.job_state["gradients"])
+    (gradients,) = zeros(sizes.job_state["gradients"])
     for layer in reversed(range(MODEL.num_layers)):
-        adapter = {"weights": weights.master[layer], "scales": scales[layer]}
         for start in (16, 0):
-            flow, gradients[layer], _ = programs["unit/layer"](
+            flow, gradients, _ = programs["unit/layer"](
                 weights.params["layers"][layer],
-                adapter,
+                {"weights": master, "scales": scales},
                 pages[layer],
                 finetune["saved"][layer],
                 flow,
-                gradients[layer],
+                gradients,
                 microbatch.table,
+                layer,
                 start,
             )
+    gradients = sizes.stacks.by_layer([gradients])
     return gradients, microbatch.packed.evaluate(flow["logprob"][: sum(LENGTHS)])[0].sum()
 
 
@@ -165,7 +170,8 @@ PLANS = [plan.saved for plan in all_plans(layer_graph(SIZES))]
 def expected(weights, microbatch):
     """The same by jax.grad through a dense decoder, in float64."""
     sequences = [(t, np.arange(len(t)) > 0) for t in microbatch.tokens]
-    adapter = {(i, m): w for i, layer in enumerate(weights.master) for m, w in layer.items()}
+    layers = SIZES.stacks.by_layer(weights.master)
+    adapter = {(i, m): w for i, layer in enumerate(layers) for m, w in layer.items()}
     scales = dict.fromkeys(adapter, 1.5)
     with jax.enable_x64(True):
         params, adapter = jax.tree.map(

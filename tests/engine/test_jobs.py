@@ -5,13 +5,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optax
 import pytest
+from safetensors.numpy import load_file
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.checkpoint import CheckpointError, JobCheckpoints
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import AdapterError
 from tests.engines import (
+    SHORT,
     job_config,
     letter_rows,
     load_with_adapter,
@@ -55,6 +58,29 @@ def test_validation_measures_without_training(llm, llama, llama_reference, rows,
     )
     plain = llm.finetune(job_config("plain", rows, **fields)).wait(60)
     assert plain.losses == pytest.approx(job.losses, rel=1e-5)
+
+
+def test_checkpoints_are_by_layer_and_as_optax_has_them(llm, rows):
+    """Earlier versions wrote them so, and go on from them; on the device layers are stacked."""
+    job = llm.finetune(job_config("by-layer", rows, steps=2)).wait(60)
+    runner = llm.engine.runner
+    master = [
+        {
+            site: {name: np.zeros(shape, np.float32) for name, shape in own.items()}
+            for site, own in layer.items()
+        }
+        for layer in runner.sizes.bank.by_layer(runner.model)
+    ]
+    optimizer = optax.chain(optax.identity(), optax.adamw(1e-3)).init(master)
+    folder = Path(llm.config.output_dir) / "by-layer" / "checkpoints"
+    saved = JobCheckpoints(folder).restore_latest({"master": master, "optimizer": optimizer})
+    assert saved and saved.step == 2
+    for name, tensor in load_file(job.adapter_dir / "adapter_model.safetensors").items():
+        parts = name.split(".layers.")[1].split(".")
+        layer, module, factor = int(parts[0]), SHORT[parts[2]], parts[3][-1].lower()
+        kept = saved.arrays["master"][layer][module][factor].T
+        np.testing.assert_array_equal(kept[: tensor.shape[0], : tensor.shape[1]], tensor)
+    llm.unload_adapter("by-layer")
 
 
 def test_progress(llm, rows):

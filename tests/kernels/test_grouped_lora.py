@@ -96,6 +96,36 @@ def test_shapes(grouped_lora, shape):
         assert_close(out, expected, TOLERANCE[np.float32])
 
 
+@pytest.mark.parametrize("adapters", (ADAPTERS, 1))
+def test_a_layer_of_a_stack_is_what_it_is_alone(grouped_lora, adapters):
+    """Forward and backward; a factor that all layers share has a stack of one."""
+    layers = [problem(np.float32, seed, adapters) for seed in range(3)]
+    x, ys, *_, adapter = layers[0]
+    a, b, scales = (
+        tuple(np.stack(own) for own in zip(*(layer[i] for layer in layers), strict=True))
+        for i in (2, 3, 4)
+    )
+    b = (b[0][:1], *b[1:])
+
+    def run(a, b, scales, layer=None):
+        sums, pull = jax.vjp(
+            lambda a, b: grouped_lora(x, ys, a, b, scales, adapter, layer=layer), a, b
+        )
+        return sums, pull(sums)
+
+    for layer in range(3):
+        own_a, own_b, own_scales = (
+            tuple(w[layer if len(w) > 1 else 0] for w in own) for own in (a, b, scales)
+        )
+        sums, gradients = run(a, b, scales, np.int32(layer))
+        alone, expected = run(own_a, own_b, own_scales)
+        jax.tree.map(np.testing.assert_array_equal, sums, alone)
+        for stack, want in zip(*map(jax.tree.leaves, (gradients, expected)), strict=True):
+            at = layer if len(stack) > 1 else 0
+            assert_close(stack[at], np.asarray(want), 1e-6)
+            assert not np.delete(stack, at, axis=0).any()
+
+
 def test_factors_may_be_more_precise_than_the_inputs(grouped_lora):
     """As finetuning keeps them: they are rounded to the inputs' dtype first."""
     x, ys, a, b, scales, adapter = problem(ml_dtypes.bfloat16)

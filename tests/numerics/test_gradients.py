@@ -85,7 +85,7 @@ def run_one_step(case, monkeypatch, name, beside=()):
 
     def spy(microbatch):
         in_work = trainer.in_work[microbatch.microbatch_id]
-        pending = jax.tree.map(np.array, runner.pending)
+        pending = runner.sizes.stacks.by_layer(jax.tree.map(np.array, runner.pending))
         logprob = np.array(runner.finetune["flow"]["logprob"])[in_work.first_token_slot :]
         case.slots.add(in_work.first_token_slot)
         seen.append((in_work.packed, pending, logprob))

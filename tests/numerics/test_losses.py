@@ -99,7 +99,8 @@ def run(case, name, *items):
     optimizer_step = runner.optimizer_step
 
     def spy(state, *arguments):
-        seen.append(jax.tree.map(np.array, state["gradients"]))
+        gradients = jax.tree.map(np.array, state["gradients"])
+        seen.append(runner.sizes.stacks.by_layer(gradients))
         return optimizer_step(state, *arguments)
 
     start = load_adapter(case.adapter, runner.model, case.path)

@@ -43,6 +43,7 @@ from flexllm_jax.models.decoder import Decoder, no_tap
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import KINDS, BankShape
+from flexllm_jax.peft.stacks import shapes_of_one
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.gpu_target import Target, lower_only
 
@@ -207,8 +208,7 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     model, tokens = sizes.model, sizes.finetune_slots
     decoder = Decoder(model, sizes.dtype)
     params = abstract_parameters(model, sizes.dtype)
-    weights, scales = (layers[0] for layers in sizes.adapter_row)
-    scales = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), s.dtype), scales)
+    weights, scales = (shapes_of_one(stacks[0]) for stacks in sizes.adapter_row)
     x = jax.ShapeDtypeStruct((tokens, model.d_model), sizes.dtype)
     # In the model's dtype: all layers share them, and no layer keeps a cast of its own.
     angle = jax.ShapeDtypeStruct((tokens, 1, model.head_dim), sizes.dtype)

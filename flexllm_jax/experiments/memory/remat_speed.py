@@ -64,7 +64,7 @@ class Microbatch:
             1, self.weights, jax.tree.map(lambda s: np.ones(s.shape, s.dtype), scales)
         )
         self.weights = jax.device_put(self.weights, runner.device)
-        ones = jax.tree.map(lambda s: np.ones(1, s.dtype), scales)
+        ones = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), scales)
         self.scales = jax.device_put(ones, runner.device)
         self.vectors = [self._batch(start) for start in range(0, sizes.finetune_slots, self.bucket)]
 
