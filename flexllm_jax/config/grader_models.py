@@ -70,7 +70,7 @@ class GraderSampling(GraderForm):
     )
     temperature: Float | None = Field(default=None, ge=0, le=2, description="null: 0, greedy.")
     top_p: Float | None = Field(default=None, gt=0, le=1, description="null: 1.")
-    seed: Int | None = Field(default=None, description="Of its samples.")
+    seed: Int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Of its samples.")
     reasoning_effort: str | None = Field(
         default=None, max_length=32, description="For chat templates that read it."
     )

@@ -27,6 +27,7 @@ from flexllm_jax.config.grader_models import (
 
 MOST_GRADERS = 32  # in a multi grader
 MOST_SOURCE_BYTES = 256 * 1024
+_MOST_FLOORS = 16
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -143,14 +144,20 @@ class GradersSection(Section):
         description="Whether clients may grade with programs of their own, which run confined in "
         "processes of their own; needs Linux with Landlock and seccomp.",
     )
-    python_timeout_s: Float = Field(
-        default=10.0, gt=0, le=3600, description="Seconds that a program has for a sample."
+    timeout_s: Float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="Seconds that a program, or a similarity of texts, has for a sample.",
     )
-    python_memory_mb: Int = Field(
-        default=2048, ge=128, description="Address space of a program's process, MiB."
+    memory_mb: Int = Field(
+        default=2048, ge=256, description="Address space of a process of theirs, MiB."
     )
-    python_processes: Int = Field(
-        default=2, ge=1, le=256, description="Processes in which one grader works at once."
+    processes: Int = Field(
+        default=2,
+        ge=1,
+        le=256,
+        description="Their processes at work at once, of all graders of a server together.",
     )
 
 
@@ -158,9 +165,24 @@ class _Root(Section):
     grader: GraderConfig
 
 
+def nested_deeper(value: Any, most: int) -> bool:
+    """Whether plain values have more floors than `most`. What is deep ends recursive readers."""
+    floor = [value]
+    for _ in range(most + 1):
+        inside = [each for each in floor if isinstance(each, (list, Mapping))]
+        floor = [
+            v for each in inside for v in (each.values() if isinstance(each, Mapping) else each)
+        ]
+        if not floor:
+            return False
+    return True
+
+
 def read_grader(tree: Any) -> GraderConfig:
     """The grader that plain values tell of. Raises ConfigError: one line, which names the field as
     `grader.…`."""
+    if nested_deeper(tree, _MOST_FLOORS):
+        raise ConfigError(f"grader: it is nested deeper than {_MOST_FLOORS}; make it flatter")
     try:
         return _Root.model_validate({"grader": tree}).grader
     except ValidationError as error:

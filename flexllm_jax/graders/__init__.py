@@ -54,13 +54,14 @@ def make_grader(
     Raises:
         UserError: it cannot be used; the message is one line.
     """
+    settings = settings or GradersSection()
     match config:
         case StringCheckConfig():
             return StringCheck(config, field)
         case TextSimilarityConfig():
-            return TextSimilarity(config, field)
+            return TextSimilarity(config, settings, field)
         case PythonConfig():
-            return Python(config, settings or GradersSection(), field)
+            return Python(config, settings, field)
         case ScoreModelConfig():
             return score_model(config, complete, field)
         case LabelModelConfig():

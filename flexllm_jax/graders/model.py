@@ -144,7 +144,8 @@ class Model:
         try:
             return self._reward(said)
         except ValueError as error:
-            raise self._unread(str(error)) from None
+            reason = f"it said {completion.text[:80]!r}: {error}"
+            raise self._unread(reason) from None
 
     def _unread(self, reason: str) -> GradingError:
         return GradingError("model_grader_parse_error", f"{self._field}.model: {reason}")
@@ -166,9 +167,9 @@ def score_model(config: ScoreModelConfig, complete: Complete | None, field: str)
     def reward(said: Any) -> float:
         result = said.get("result") if isinstance(said, dict) else None
         if isinstance(result, bool) or not isinstance(result, (int, float)):
-            raise ValueError(f"it said {str(said)[:80]!r}, which has no number `result`")
+            raise ValueError("there is no number `result`")
         if not (math.isfinite(result) and low <= result <= high):
-            raise ValueError(f"its result is {result}, outside of range [{low:g}, {high:g}]")
+            raise ValueError(f"result is {result}, outside of range [{low:g}, {high:g}]")
         return float(result)
 
     return Model(config, complete, answer, reward, field)
@@ -185,9 +186,9 @@ def label_model(config: LabelModelConfig, complete: Complete | None, field: str)
 
     def reward(said: Any) -> float:
         label = said.get("label") if isinstance(said, dict) else None
-        if label not in config.labels:
+        if not isinstance(label, str) or label not in config.labels:
             known = ", ".join(config.labels)
-            raise ValueError(f"its label is {str(label)[:80]!r}, which is none of {known[:300]}")
+            raise ValueError(f"label is none of {known[:300]}")
         return float(label in config.passing_labels)
 
     return Model(config, complete, answer, reward, field)

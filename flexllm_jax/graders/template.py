@@ -52,13 +52,22 @@ class Template:
         the sample is not JSON or has no such field."""
         texts, length = [], 0
         for piece in self._pieces:
-            text = _text(self._look_up(piece, sample)) if isinstance(piece, _Path) else piece
+            text = self._fill(piece, sample) if isinstance(piece, _Path) else piece
             length += len(text)
             if length > MOST_CHARACTERS:
                 reason = f"with what it names it has over {MOST_CHARACTERS:,} characters"
                 raise GradingError("other_error", f"{self.field}: {reason}; name less in it")
             texts.append(text)
         return "".join(texts)
+
+    def _fill(self, path: _Path, sample: Sample) -> str:
+        try:
+            return _text(self._look_up(path, sample))
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = (
+                f"{{{{ {path} }}}} cannot be written as JSON: {' '.join(str(error).split())[:100]}"
+            )
+            raise GradingError("invalid_variable_error", f"{self.field}: {reason}") from None
 
     def _look_up(self, path: _Path, sample: Sample) -> Any:
         if path.root == "item":
@@ -81,7 +90,7 @@ class Template:
         elif isinstance(value, list):
             reason = f"{parent} is an array of {len(value)} and has no {path.keys[index]!r}"
         else:
-            reason = f"{parent} is {_text(value)[:50]!r}, neither an object nor an array"
+            reason = f"{parent} is {str(value)[:50]!r}, neither an object nor an array"
         message = f"{self.field}: {{{{ {path} }}}}: {reason}"
         if path.root == "sample":
             return SampleError(message)
@@ -94,6 +103,9 @@ def _parse(source: str, field: str) -> Iterator[str | _Path]:
         body = environment.parse(source).body
     except TemplateSyntaxError as error:
         reason = f"line {error.lineno}: {' '.join(str(error.message).split())[:200]}"
+        raise UserError(f"{field}: not a template, {reason}; {_REMEDY}") from None
+    except ValueError as error:  # of a number of thousands of digits
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"{field}: not a template, {reason}; {_REMEDY}") from None
     except (RecursionError, MemoryError):
         raise UserError(f"{field}: its expressions are nested too deep; {_REMEDY}") from None

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="python graders 
 
 
 def grader(source: str, **limits):
-    settings = GradersSection(python=True, **{"python_timeout_s": 10.0, **limits})
+    settings = GradersSection(python=True, **{"timeout_s": 10.0, **limits})
     return make_grader(read_grader({"type": "python", "source": source}), settings=settings)
 
 
@@ -32,7 +32,7 @@ def grade_all(bodies, **limits) -> list[Grade]:
     functions = [f"def f{i}(sample, item):\n{_indented(body)}" for i, body in enumerate(bodies)]
     last = "def grade(sample, item):\n    return globals()[item['f']](sample, item)\n"
     samples = [Sample("text", {"x": 2, "f": f"f{i}"}) for i in range(len(bodies))]
-    program = grader("\n".join([*functions, last]), python_processes=1, **limits)
+    program = grader("\n".join([*functions, last]), processes=1, **limits)
     return program.grade(samples)
 
 
@@ -90,7 +90,7 @@ WRONG = {
 
 
 def test_what_goes_wrong_is_told_in_one_line():
-    results = grade_all(list(WRONG), python_memory_mb=512)
+    results = grade_all(list(WRONG), memory_mb=512)
     for (body, said), result in zip(WRONG.items(), results, strict=True):
         error = result.error or ""
         assert result.failed and error.startswith("grader.source: ") and said in error, body
@@ -128,6 +128,7 @@ ATTEMPTS = (
     "open('/dev/shm/grader', 'w')",
     "open(OUTSIDE + 'new', 'x')",
     "open(os.__file__, 'r+')",
+    "os.open(OUTSIDE, os.O_RDONLY | os.O_TRUNC)",
     "open('/dev/null', 'w')",
     "os.listdir('/')",
     "os.listdir('/proc')",
@@ -184,7 +185,7 @@ def grade(sample, item):
         return {errno.EPERM}
     return 0
 """
-    program = grader(source, python_processes=1)
+    program = grader(source, processes=1)
     results = program.grade([Sample("", {"attempt": attempt}) for attempt in attempts])
     for attempt, result in zip(attempts, results, strict=True):
         assert result.reward in (errno.EPERM, errno.EACCES, errno.ENOSYS), (attempt, result)
@@ -226,7 +227,7 @@ LOST = {
 def test_one_that_is_lost_costs_its_sample_alone():
     """The samples around it have their rewards."""
     bodies = [body for lost in LOST for body in ("return 1", lost)] + ["return 1"]
-    results = grade_all(bodies, python_timeout_s=0.7)
+    results = grade_all(bodies, timeout_s=0.7)
     assert [result.reward for result in results[::2]] == [1] * (len(LOST) + 1)
     for (body, said), result in zip(LOST.items(), results[1::2], strict=True):
         assert result.failed and said in (result.error or ""), (body, result)
@@ -254,7 +255,7 @@ def test_one_that_is_lost_costs_its_sample_alone():
 )
 def test_a_program_that_cannot_be_used(source, said):
     with pytest.raises(UserError) as error:
-        grader(source, python_timeout_s=0.5)
+        grader(source, timeout_s=0.5)
     message = str(error.value)
     assert message.startswith("grader.source: ") and said in message and "\n" not in message
 
@@ -273,7 +274,7 @@ def test_the_source_is_bounded():
 
 def test_samples_are_graded_side_by_side_and_in_their_order():
     source = "import time\ndef grade(sample, item):\n    time.sleep(0.05)\n    return item['i']"
-    program = grader(source, python_processes=4)
+    program = grader(source, processes=4)
     samples = [Sample("", {"i": i}) for i in range(20)]
     begin = time.perf_counter()
     assert [g.reward for g in program.grade(samples)] == list(range(20))
@@ -289,8 +290,7 @@ def test_what_json_cannot_hold_is_told():
 def test_it_ends_with_the_process_that_started_it():
     """kill -9 of a server leaves nothing behind."""
     program = (
-        "from tests.graders.test_python import grade\n"
-        "grade('while True: pass', python_timeout_s=600.0)\n"
+        "from tests.graders.test_python import grade\ngrade('while True: pass', timeout_s=600.0)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
     try:
@@ -340,7 +340,7 @@ def test_the_filter_by_an_interpreter_of_its_own(machine):
     program = call_filter(machine)
 
     def verdict(number: int, argument: int = 0, arch: int = architecture) -> str:
-        data, at, loaded = {0: number, 4: arch, 24: argument}, 0, 0
+        data, at, loaded = {0: number, 4: arch, 24: argument, 32: argument}, 0, 0
         while True:
             code, if_true, if_false, value = program[at]
             at += 1
@@ -351,14 +351,17 @@ def test_the_filter_by_an_interpreter_of_its_own(machine):
                     value, f"errno {value & 0xFFFF}"
                 )
             else:
-                at += (
-                    if_true if (loaded >= value if code == 0x35 else loaded == value) else if_false
-                )
+                holds = {0x15: loaded == value, 0x35: loaded >= value, 0x45: loaded & value}[code]
+                at += if_true if holds else if_false
 
     assert verdict(numbers.pop("read")) == "allow"
     assert verdict(numbers["ioctl"], 0x5401) == "allow"
     for name, number in numbers.items():
         assert verdict(number) == "errno 1", name
+    for opening in {"x86_64": (2, 257), "aarch64": (56,)}[machine]:
+        assert verdict(opening, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) == "allow"
+        for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE | os.O_RDWR):
+            assert verdict(opening, flag) == "errno 1"
     assert verdict(435) == "errno 38"
     assert verdict(0, arch=0x40000003) == "kill"  # i386
     assert verdict(10_000) == "errno 1"

@@ -86,6 +86,17 @@ def test_what_a_row_lacks_is_an_error():
     assert second.flags == {"invalid_variable_error": second.error}
 
 
+def test_rows_that_are_no_json_and_deep_ones():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in ({1, 2}, deep):
+        result = grade("", {"x": value}, input="{{ item.x }}", reference="")
+        assert result.failed and "grader.input: {{ item.x }} cannot be written" in (
+            result.error or ""
+        )
+
+
 def test_a_rendered_text_is_bounded():
     result = grade("x" * 2**19, input="{{ sample.output_text }}" * 3, reference="")
     assert result.failed and "over 1,048,576 characters" in (result.error or "")
@@ -106,6 +117,7 @@ def test_a_rendered_text_is_bounded():
         ("{{ 9 ** 9 ** 9 ** 9 }}", "'pow' is not for graders"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "'for' is not for graders"),
         ("{% include '/etc/passwd' %}", "'include' is not for graders"),
+        ("{{ item['x'][" + "9" * 5000 + "] }}", "not a template, "),
         ("{{ item" + ".x" * 100 + " }}", "a path of 100 steps; it may have 32"),
         ("{{" + "(" * 5000 + "item.x" + ")" * 5000 + "}}", "nested too deep"),
     ],
@@ -124,6 +136,7 @@ def test_a_template_that_cannot_be_used(template, said):
         ({"input": 3}, "grader.input: got 3; "),
         ({"refrence": ""}, "grader.refrence: unknown field"),
         ({"input": "x" * 70_000}, "grader.input: "),
+        ({"input": [[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]}, "grader: it is nested deeper than 16"),
     ],
 )
 def test_a_form_that_cannot_be_used(fields, said):

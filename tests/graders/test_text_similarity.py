@@ -1,25 +1,33 @@
 """text_similarity: the numbers of the formulas, worked out here; what is not there, by name."""
 
+import random
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from math import exp, log, prod
+from pathlib import Path
 
 import pytest
 
-from flexllm_jax.config.graders import read_grader
+from flexllm_jax.config.graders import GradersSection, read_grader
 from flexllm_jax.errors import UserError
-from flexllm_jax.graders import Sample, make_grader
+from flexllm_jax.graders import Grade, Grader, Sample, make_grader, measures
 
 TEXT = "the cat sat on the mat today"
 REFERENCE = "the cat is on the mat"
 
 
-def similarity(metric: str, text: str = TEXT, reference: str = REFERENCE):
+def grader_of(metric: str) -> Grader:
     told = {"type": "text_similarity", "evaluation_metric": metric, "pass_threshold": 0.8}
     fields = {"input": "{{ sample.output_text }}", "reference": "{{ item.x }}"}
-    (grade,) = make_grader(read_grader(told | fields)).grade([Sample(text, {"x": reference})])
+    return make_grader(read_grader(told | fields))
+
+
+def similarity(metric: str, text: str = TEXT, reference: str = REFERENCE) -> Grade:
+    (grade,) = grader_of(metric).grade([Sample(text, {"x": reference})])
     return grade
 
 
@@ -105,23 +113,84 @@ def test_what_is_not_here_is_refused_by_name(metric, why):
     assert "rouge_l" in message
 
 
-def test_bleu_is_sacrebleus_and_no_text_is_kept():
+def test_bleu_is_sacrebleus():
     from sacrebleu import sentence_bleu
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     text, reference = "It costs 3.50, he said: 'so what?'", "It costs 3.5, she said: 'what?'"
     expected = sentence_bleu(text, [reference]).score / 100
-    Tokenizer13a.__call__.cache_clear()
     assert similarity("bleu", text, reference).reward == pytest.approx(expected)
-    assert similarity("gleu", text, reference).reward > 0.2
-    assert Tokenizer13a.__call__.cache_info().currsize == 0
+
+
+def test_no_text_is_kept():
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    for metric in ("bleu", "gleu"):
+        texts = {"metric": metric, "input": "a b, c", "reference": "a b c"}
+        assert 0 < measures.grade(texts, None) < 1
+        assert Tokenizer13a.__call__.cache_info().currsize == 0
 
 
 def test_long_texts_are_refused():
-    long = "a b " * 1001
-    assert "pairs of words" in (similarity("rouge_l", long, long).error or "")
-    assert not similarity("rouge_1", long, long).failed
     assert "grader.input: has 131,073 characters" in (similarity("bleu", "x" * 131_073).error or "")
+
+
+def test_one_that_takes_long_is_ended_and_holds_nobody_up():
+    """rapidfuzz takes ten seconds for these, and lets no other thread run meanwhile."""
+    letters = "abcdefgh "
+    texts = [Sample("".join(random.Random(n).choices(letters, k=n)), {"x": "a" * 9}) for n in
+             (16_000, 9, 9)]  # fmt: skip
+    reference = "".join(random.Random(1).choices(letters, k=5_000))
+    told = {"type": "text_similarity", "evaluation_metric": "fuzzy_match"}
+    told |= {"input": "{{ sample.output_text }}", "reference": reference}
+    settings = GradersSection(timeout_s=0.5, processes=1)
+    grader = make_grader(read_grader(told), settings=settings)
+    slowest, running = 0.0, True
+
+    def watch() -> None:
+        nonlocal slowest
+        while running:
+            begin = time.perf_counter()
+            time.sleep(0.001)
+            slowest = max(slowest, time.perf_counter() - begin)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    first, second, third = grader.grade(texts)
+    running = False
+    watcher.join()
+    assert first.error == "grader: it took over 0.5 s"
+    assert not second.failed and not third.failed
+    assert slowest < 0.4
+
+
+def test_processes_are_kept_for_all_graders():
+    similarity("rouge_1")
+    before = _children()
+    begin = time.perf_counter()
+    for metric in ("rouge_1", "rouge_1", "rouge_2"):  # NLTK alone takes a second to load
+        assert len(grader_of(metric).grade([Sample("a", {"x": "a"})] * 20)) == 20
+    assert time.perf_counter() - begin < 3 and _children() >= before
+    assert len(_children()) <= 2 * len(before)
+
+
+def test_processes_end_with_the_one_that_started_them():
+    program = (
+        "from tests.graders.test_text_similarity import _children, similarity\n"
+        "similarity('fuzzy_match')\n"
+        "print(*_children(), flush=True)\n"
+        "import os; os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    (child,) = done.stdout.split()
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _children() -> set[str]:
+    told = [path.read_text() for path in Path("/proc/self/task").glob("*/children")]
+    return {child for text in told for child in text.split()}
 
 
 def test_without_the_extra_its_name_is_told():

@@ -39,7 +39,7 @@ def server(chat_llama, adapter, tmp_path_factory):
         chat_llama,
         tmp_path_factory.mktemp("served"),
         adapters={"preload": [{"name": "random", "path": str(adapter)}]},
-        graders={"python": True, "python_timeout_s": 2.0},
+        graders={"python": True, "timeout_s": 2.0},
         server={
             "api_keys": keys,
             "max_requests": 24,

@@ -1,8 +1,9 @@
-"""The process that runs a python grader: a client's program. Standard library only.
+"""The process that runs a grader's program. Standard library only.
 
 A line of JSON in, a line of JSON out: first the program and its limits, then samples. It is
-confined (`confinement`) before a line of the program is compiled. What the program writes to its
-standard output goes nowhere. Started by `flexllm_jax.graders.python`, which may end it at any time.
+confined (`confinement`), if the program is a client's, before a line of it is compiled. What the
+program writes to its standard output goes nowhere. Started by `flexllm_jax.graders.process`, which
+may end it at any time.
 """
 
 import inspect
@@ -12,7 +13,7 @@ import os
 import sys
 import types
 
-from confinement import Unsupported, confine
+from confinement import Unsupported, confine, limit
 
 _NAME = "<grader>"
 
@@ -77,7 +78,9 @@ def main() -> None:
 
     first = json.loads(requests.readline())
     try:
-        confine(first["memory_mb"])
+        limit(first["memory_mb"])
+        if first["confined"]:
+            confine()
     except Unsupported as error:
         return answer({"unsupported": str(error)})
     try:

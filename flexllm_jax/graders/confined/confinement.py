@@ -38,7 +38,8 @@ _READABLE = (
 _MODE_FILTER = 2
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _LOAD, _IF_EQUAL, _IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_AT_NUMBER, _AT_ARCHITECTURE, _AT_SECOND_ARGUMENT = 0, 4, 24
+_IF_ANY_BIT = 0x45
+_AT_NUMBER, _AT_ARCHITECTURE, _AT_SECOND_ARGUMENT, _AT_THIRD_ARGUMENT = 0, 4, 24, 32
 _EPERM, _ENOSYS = 1, 38
 _X32 = 0x40000000  # calls of another interface of x86-64
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH
@@ -83,8 +84,6 @@ _CALLS = {
     "munmap": (11, 215),
     "nanosleep": (35, 101),
     "newfstatat": (262, 79),
-    "open": (2, None),
-    "openat": (257, 56),
     "pipe2": (293, 59),
     "poll": (7, None),
     "ppoll": (271, 73),
@@ -118,30 +117,39 @@ _CALLS_BY_ARGUMENT = {
     "fcntl": ((72, 25), (0, 1, 2, 3, 1030)),  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
     "ioctl": ((16, 29), (0x5401, 0x5413, 0x5450, 0x5451)),  # TCGETS, TIOCGWINSZ, FIONCLEX, FIOCLEX
 }
+# Calls that open files, and where their flags are: for reading alone. Landlock of Linux before 6.2
+# lets a file be emptied that may be read.
+_OPENING = (((2, None), _AT_SECOND_ARGUMENT), ((257, 56), _AT_THIRD_ARGUMENT))
+_TO_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Unsupported(Exception):
     """This system cannot confine a process."""
 
 
-def confine(memory_mb: int) -> None:
+def limit(memory_mb: int) -> None:
+    """Limit what this process takes of the machine."""
+    os.nice(10)
+    _set_limit(resource.RLIMIT_CORE, 0)
+    if sys.platform == "linux":
+        _set_limit(resource.RLIMIT_AS, memory_mb * 2**20)
+
+
+def confine() -> None:
     """Confine this process, which has one thread. Raises Unsupported."""
     if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES:
         raise Unsupported(f"they need Linux on x86-64 or arm64; this is {platform.platform()}")
-    os.nice(10)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # when the thread that started it ends
-    limits = {
-        resource.RLIMIT_AS: memory_mb * 2**20,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_NPROC: 0,
-    }
-    for what, most in limits.items():
-        resource.setrlimit(what, (most, most))
+    _set_limit(resource.RLIMIT_FSIZE, 0)
+    _set_limit(resource.RLIMIT_NOFILE, 64)
+    _set_limit(resource.RLIMIT_NPROC, 0)
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _confine_files()
     _confine_calls()
+
+
+def _set_limit(what: int, most: int) -> None:
+    resource.setrlimit(what, (most, most))
 
 
 def _prctl(*arguments: int) -> None:
@@ -237,6 +245,15 @@ def call_filter(machine: str) -> list[tuple[int, int, int, int]]:
         for value in values:
             program += [(_IF_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
         program.append((_RETURN, 0, 0, _ERRNO | _EPERM))
+    for numbers, flags in _OPENING:
+        if (number := numbers[column]) is not None:
+            program += [
+                (_IF_EQUAL, 0, 3, number),
+                (_LOAD, 0, 0, flags),
+                (_IF_ANY_BIT, 1, 0, _TO_WRITE),
+                (_RETURN, 0, 0, _ALLOW),
+                (_LOAD, 0, 0, _AT_NUMBER),
+            ]
     program.append((_RETURN, 0, 0, _ERRNO | _EPERM))
     return program
 

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from flexllm_jax.config import Config
-from flexllm_jax.config.graders import GraderConfig, MultiConfig, read_grader
+from flexllm_jax.config.graders import GraderConfig, MultiConfig, nested_deeper, read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Completion, Grade, Grader, Question, Sample, make_grader
 from flexllm_jax.graders.grade import ErrorKind
@@ -29,6 +29,7 @@ from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.http.shares import Shares
 
 _AT_ONCE = 16
+_MOST_FLOORS = 100
 _WITH_DETAILS: dict[ErrorKind, str] = {
     "python_grader_server_error": "python_grader_server_error_type",
     "python_grader_runtime_error": "python_grader_runtime_error_details",
@@ -97,6 +98,8 @@ class GraderRuns:
 
 
 def _check_text(values: Any, field: str) -> None:
+    if nested_deeper(values, _MOST_FLOORS):
+        raise UserError(f"{field}: nested deeper than {_MOST_FLOORS}; make it flatter")
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:

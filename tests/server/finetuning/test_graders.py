@@ -167,3 +167,15 @@ def test_half_a_character_is_refused(server, field):
     told = json.dumps(body | {field: broken[field]}).encode()
     status, _, answer = server.post("/v1/fine_tuning/alpha/graders/run", told)
     assert status == 400 and "half a surrogate pair" in json.loads(answer)["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["grader", "item"])
+@pytest.mark.parametrize("floors", [50, 150, 900, 40_000])
+def test_deep_bodies(server, field, floors):
+    """No depth ends anything."""
+    deep = "[" * floors + "]" * floors
+    told = {"grader": json.dumps(CHECK), "item": '{"name": "x"}'}
+    told[field] = told[field][:-1] + f', "x": {deep}}}'
+    body = f'{{"grader": {told["grader"]}, "model_sample": "", "item": {told["item"]}}}'
+    status, _, answer = server.post("/v1/fine_tuning/alpha/graders/run", body.encode())
+    assert status == (200 if (field, floors) == ("item", 50) else 400), answer
