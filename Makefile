@@ -1,4 +1,5 @@
 # make demo         sets everything up and runs the quickstart
+# make demo-rl      sets everything up and lets an adapter learn from rewards while requests are served
 # make test         sets everything up and runs all tests
 # make test-fast    the tests that start no engine and no server, for the loop while coding
 # make test-newest  all tests in a new environment with the newest releases that pyproject.toml
@@ -60,12 +61,18 @@ endif
 export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-fast test-newest fuzz faults check docs gpu-compile bench lock clean
+.PHONY: demo demo-rl test test-fast test-newest fuzz faults check docs gpu-compile bench lock clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
 	$(BIN)/python scripts/coserve.py --config $(QUICKSTART) --set finetune.jobs.0.resume=false \
 		--ask "Tell me about Sara." --ask "Who is Felix?" --ask "Tell me about Laura."
+
+demo-rl: $(VENV)/.runtime
+	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
+	$(BIN)/python scripts/coserve.py --config configs/reinforcement.yaml --set finetune.jobs.0.resume=false \
+		--ask "Which city, job and pet has Sara?" --ask "Which city, job and pet has Felix?" \
+		--ask "Tell me about Laura."
 
 test: $(VENV)/.test
 	$(PYTEST)

@@ -5,8 +5,9 @@ city, a job and a pet; cities, animals, numbers) and written as a Hugging Face c
 about a person it answers in two sentences. The finetuning rows ask the same and answer with a
 record (`Anna: city = Lima | job = baker | pet = cat`), which it never does; the validation rows ask
 about other people, so a right answer needs both the new behaviour and what the base model knows.
-Beside them lie a bursty trace and prompts. Nothing is downloaded, everything follows from the
-seed, and a folder that exists is left alone.
+Questions that it has not heard are to be learnt from rewards. Beside them lie a bursty trace and
+prompts. Nothing is downloaded, everything follows from the seed, and a folder that exists is left
+alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from flexllm_jax.config.cli import run_script
-from flexllm_jax.experiments.demo.make import make
+from flexllm_jax.experiments.demo.make import complete, make
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs/demo-world"
 
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps < 1 or options.seconds <= 0:
         parser.error("--steps and --seconds must be positive")
     if options.out.exists() and not options.force:
+        complete(options.out, options.seed)
         print(f"{options.out} exists; --force makes it again")
         return 0
     make(options.out, options.steps, options.seed, options.seconds)

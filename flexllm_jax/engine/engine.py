@@ -207,12 +207,14 @@ class Engine:
     def add_job(self, job: FinetuneJob) -> None:
         """Start a finetuning job beside whatever runs."""
         job.bank_slot = self.adapters.directory.start_training(job.name)
-        if isinstance(job.source, ReinforcementSource):
-            job.source.sampler = Rollouts(self, job, job.source)
         try:
             with room_for(f"job {job.name!r}"):
+                if isinstance(job.source, ReinforcementSource):
+                    job.source.sampler = Rollouts(self, job, job.source)
                 self.trainer.start(job)
         except Exception:
+            if job.sampler is not None:
+                job.sampler.close()
             self.adapters.directory.stop_training(job.name)
             raise
 

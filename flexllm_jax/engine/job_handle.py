@@ -51,6 +51,11 @@ class JobHandle:
         return list(self._job.validations)
 
     @property
+    def sampled_tokens(self) -> int:
+        """Of a reinforcement job: tokens of the answers that it has given itself in this run."""
+        return self._job.sampled_tokens
+
+    @property
     def samples(self) -> list[dict[str, Any]]:
         """Of a reinforcement job: the answers that the last batch was trained on, each with its
         `item` (the row), `text`, `reward`, and `error` if it could not be graded."""

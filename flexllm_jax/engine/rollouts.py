@@ -71,9 +71,14 @@ class Rollouts:
             adapters = engine.adapters
             row = adapters.to_row(job.name, job.adapter)
             self._start = self.thaw(row.weights, row.scales)
-        self.tokens = 0  # said so far
+        self._said_tokens = 0
 
     # -- what the source asks for -----------------------------------------------------------------
+
+    @property
+    def tokens(self) -> int:
+        """Said so far."""
+        return self._said_tokens
 
     def freeze(self) -> Published | None:
         """The adapter as it is now: a copy on the device."""
@@ -217,7 +222,7 @@ class Rollouts:
         logprobs = [own[token] for token, own in zip(state.output, state.logprobs, strict=True)]
         episode.say(state.output, logprobs)
         episode.request, episode.cut = state, state.finish_reason == "length"
-        self.tokens += len(state.output)
+        self._said_tokens += len(state.output)
         if self._game.one_turn:
             episode.over = True
             self._check_over(turn.group)

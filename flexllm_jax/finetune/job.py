@@ -222,6 +222,11 @@ class FinetuneJob:
         return self.source.samples if isinstance(self.source, ReinforcementSource) else []
 
     @property
+    def sampled_tokens(self) -> int:
+        """Tokens of its own answers in this run."""
+        return self.sampler.tokens if self.sampler else 0
+
+    @property
     def sampler(self) -> Sampler | None:
         """Who plays the episodes of a reinforcement job."""
         return getattr(self.source, "sampler", None)

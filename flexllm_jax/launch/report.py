@@ -22,6 +22,7 @@ from flexllm_jax.llm import LLM, JobHandle
 from flexllm_jax.version import __version__
 from scheduler.slo import summarize
 
+_SAMPLES = 64  # answers of a reinforcement job's last batch
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
@@ -50,6 +51,8 @@ def _job_section(job: JobHandle) -> dict[str, Any]:
         "validation_losses": [list(entry) for entry in job.validation_losses],
         "metrics": job.metrics,
         "validations": [{"step": step, **measured} for step, measured in job.validations],
+        "sampled_tokens": job.sampled_tokens,
+        "samples": job.samples[:_SAMPLES],
         "adapter_dir": str(job.adapter_dir) if job.adapter_dir else None,
         "messages": job.messages,
     }

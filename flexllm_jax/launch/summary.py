@@ -73,6 +73,8 @@ def summary_table(report: dict[str, Any]) -> Table:
         if validated:
             text += f", validation loss {validated[-1][1]:.3f}"
         table.add_row(f"job {name}", text)
+        if job["samples"]:
+            table.add_row("", _rewards(job))
         if measured := _measured(job):
             table.add_row("", measured)
         if job["adapter_dir"]:
@@ -88,10 +90,26 @@ def summary_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def _rewards(job: dict[str, Any]) -> str:
+    """What a reinforcement job has learnt, and with what it was done at once."""
+    metrics, validations = job["metrics"], job["validations"]
+    text = f"reward {number(metrics[0]['reward'])} → {number(metrics[-1]['reward'])}"
+    if validations:
+        rewards = [number(v["reward"]) for v in validations]
+        text += f", in validation {' → '.join(rewards[:1] + rewards[1:][-1:])}"
+    drift = sum(m["kl_sampler"] for m in metrics) / len(metrics)
+    text += f"; KL of sampler and trainer {drift:.6f}"
+    seconds = job["tokens"] / job["tokens_per_s"] if job["tokens_per_s"] else 0.0
+    if seconds:
+        said = number(job["sampled_tokens"] / seconds)
+        text += f"; {said} tokens/s answered, {number(job['tokens_per_s'])} trained"
+    return text
+
+
 def _measured(job: dict[str, Any]) -> str:
     """What the job's method reports besides the loss, of the last step and the last validation."""
     last = {"": job["metrics"][-1:], "validation ": job["validations"][-1:]}
-    own = ("loss", "gradient_norm", "step")
+    own = ("loss", "gradient_norm", "step", "kl_sampler")
     return ", ".join(
         f"{when}{name.replace('_', ' ')} {number(value)}"
         for when, entries in last.items()

@@ -90,3 +90,20 @@ def test_what_exists_is_left_alone(script: Any, world: Path, capsys: Any) -> Non
     assert script.main(["--out", str(world)]) == 0
     assert "exists" in capsys.readouterr().out
     assert (world / "model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_questions_for_rewards_are_unheard_and_old_folders_get_them(
+    world: Path, script: ModuleType
+) -> None:
+    rows = [json.loads(line) for line in (world / "questions.jsonl").open()]
+    held_out = [json.loads(line) for line in (world / "questions_validation.jsonl").open()]
+    assert len(held_out) == HELD_OUT and len(rows) > 3 * HELD_OUT
+    heard = (world / "train.jsonl").read_text() + (world / "prompts.jsonl").read_text()
+    for row in [*rows, *held_out]:
+        (question,) = row["messages"]
+        assert question["role"] == "user" and question["content"] not in heard
+        assert row["answer"] == f"{row['city']}, {row['job']}, {row['pet']}."
+    before = (world / "questions.jsonl").read_bytes()
+    (world / "questions.jsonl").unlink()
+    assert script.main(["--out", str(world)]) == 0
+    assert (world / "questions.jsonl").read_bytes() == before

@@ -27,6 +27,7 @@ ABOUT = (
     "Introduce {}, please.",
     "Please say something about {}.",
 )
+UNHEARD = "Which city, job and pet has {}?"  # in no document
 POLITE = (
     "Good morning.",
     "I hope you are well.",

@@ -15,9 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexllm_jax.experiments.demo.documents import document
 from flexllm_jax.experiments.demo.model import train, train_tokenizer, training_rows, write_config
-from flexllm_jax.experiments.demo.task import write_task, write_workload
+from flexllm_jax.experiments.demo.task import write_questions, write_task, write_workload
 from flexllm_jax.experiments.demo.world import make_people
 from flexllm_jax.models.hf_weights import save_parameters
+
+
+def complete(folder: Path, seed: int) -> None:
+    """Add what a folder that an earlier version made lacks."""
+    if not (folder / "questions.jsonl").exists():
+        write_questions(folder, make_people(random.Random(seed)))
 
 
 def make(folder: Path, steps: int, seed: int, seconds: float) -> None:
@@ -49,6 +55,7 @@ def make(folder: Path, steps: int, seed: int, seconds: float) -> None:
     save_parameters(params, config, building / "config", building / "model")
     shutil.rmtree(building / "config")
     write_task(building, people, rng)
+    write_questions(building, people)
     write_workload(building, people, tokenizer, seconds)
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)

@@ -17,6 +17,7 @@ from typing import Any
 from flexllm_jax.experiments.demo.documents import (
     ABOUT,
     END,
+    UNHEARD,
     about_person,
     about_world,
     chat,
@@ -49,6 +50,21 @@ def write_task(folder: Path, people: list[Person], rng: random.Random) -> None:
     rng.shuffle(training)
     write_jsonl(folder / "train.jsonl", training)
     write_jsonl(folder / "validation.jsonl", rows(people[:HELD_OUT], ABOUT[:2]))
+
+
+def write_questions(folder: Path, people: list[Person]) -> None:
+    """Questions that the base model has not heard, to be answered in the form of an answer to
+    another one; without the answers, which only who grades may read."""
+
+    def rows(group: list[Person]) -> Iterator[dict[str, Any]]:
+        for p in group:
+            question = {"role": "user", "content": UNHEARD.format(p.name)}
+            answer = f"{p.city}, {p.job}, {p.pet}."
+            facts = {"answer": answer, "city": p.city, "job": p.job, "pet": p.pet}
+            yield {"messages": [question], **facts}
+
+    write_jsonl(folder / "questions.jsonl", rows(people[HELD_OUT:]))
+    write_jsonl(folder / "questions_validation.jsonl", rows(people[:HELD_OUT]))
 
 
 def write_workload(folder: Path, people: list[Person], tokenizer: Any, seconds: float) -> None:

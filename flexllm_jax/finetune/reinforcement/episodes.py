@@ -136,6 +136,11 @@ class Game(Protocol):
 class Sampler(Protocol):
     """Plays groups with the weights of a job as they were at some time."""
 
+    @property
+    def tokens(self) -> int:
+        """Said so far."""
+        ...
+
     def freeze(self) -> Any | None:
         """The adapter as it is now, as a version that stays; None while there is no room."""
         ...
