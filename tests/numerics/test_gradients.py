@@ -16,6 +16,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexllm_jax import SamplingParams
+from flexllm_jax.finetune.job import FinetuneJob
+from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
+from flexllm_jax.peft.adapter import LoraConfig, init_adapter
+from flexllm_jax.peft.hf_peft import load_adapter
 from scheduler.choice import Allowance
 from tests.checkpoints import make_llama, make_qwen2, make_qwen3, save_tokenizer
 from tests.engines import (
@@ -32,6 +37,7 @@ from tests.engines import (
     write_rows,
 )
 from tests.numerics import dense
+from tests.numerics.test_losses import Given, step
 
 # Grouped-query ratios 1, 4 and 7; head dimensions 64 and 80; units of 1, 7 and 64 tokens; odd
 # token buckets cut the forward at odd places.
@@ -216,6 +222,44 @@ def test_logprobs_in_training_are_those_of_serving(case, monkeypatch):
                 assert trained[start + i - 1] == pytest.approx(logprob, abs=2e-5)
                 checked += 1
     assert checked > 50
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapter"])
+def test_logprobs_of_samples_are_those_of_training(case, adapted):
+    """On-policy training is on-policy: whatever the steps were in which a token was sampled, also
+    from pages of an earlier request, and in which it is trained."""
+    llm = case.llm
+    params = SamplingParams(max_tokens=25, temperature=1.0, logprobs=0, ignore_eos=True)
+    if adapted:
+        llm.load_adapter("sampled", case.adapter)
+    prompts, outputs = random_prompts([3, 24, 41, 24], seed=8), []
+    for _ in range(2):  # the second time prompts are in the cache
+        beside = [f for p in random_prompts([30, 9]) for f in llm.submit(p, params)]
+        outputs += llm.generate(prompts, params, adapter="sampled" if adapted else None)
+        for future in beside:
+            future.result(60)
+    data = []
+    for output in outputs:
+        tokens = np.array([*output.prompt_token_ids, *output.outputs[0].token_ids])
+        weight = np.float32([0] * len(output.prompt_token_ids) + [1] * 25)
+        data.append(Datum.following(tokens, weight))
+    passes = [PackedMicrobatch((d,), Loss.of(), backward=b) for b in (False, True) for d in data]
+    model = llm.engine.runner.model
+    lora = LoraConfig(r=3, alpha=5, target_modules=("q_proj", "down_proj"))  # changes nothing yet
+    start = (
+        load_adapter(case.adapter, model, case.path) if adapted else init_adapter(lora, model, 0)
+    )
+    config, source = job_config(f"scored-{adapted}", case.rows, steps=1), Given(*passes, step())
+    job = FinetuneJob(config, start.config, start, source)
+    llm.start_job(job).wait(60)
+    assert job.status.value == "succeeded", job.reason
+    differences = []
+    for output, datum, (logprob,) in zip(outputs * 2, data * 2, source.logprobs, strict=True):
+        sampled = [next(iter(one.values())) for one in output.outputs[0].logprobs]
+        differences.append(logprob[datum.label >= 0] - np.array(sampled))
+    log_ratio = np.concatenate(differences)
+    assert np.abs(log_ratio).max() < 1e-5
+    assert np.mean(np.exp(log_ratio) - 1 - log_ratio) < 1e-6, "the divergence is not 0"
 
 
 @pytest.fixture(scope="module")
