@@ -31,6 +31,9 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
 
     forward = item * tokens * 3 * (inner + width) + _FLOAT * _PARTIAL_ROWS * queries
     layer = item * unit * (7 * inner + 4 * width)
+    if sizes.dropout:  # each projection reads an input of its own
+        forward += item * tokens * inner
+        layer += 2 * item * unit * inner
     if sizes.backend.implementation == "xla":
         blocks = tokens // _BLOCK + min(shape.sequences, tokens)
         forward += _FLOAT * _BLOCK_ARRAYS * blocks * _BLOCK * queries

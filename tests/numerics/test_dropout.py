@@ -89,12 +89,13 @@ def engine(model):
 
     def of(unit_tokens):
         if unit_tokens not in started:
-            finetune = {"max_tokens": LARGEST, "unit_tokens": unit_tokens, "dropout": True}
+            saved = "all" if unit_tokens == 5 else "attention"
+            finetune = {"max_tokens": LARGEST, "unit_tokens": unit_tokens, "saved": saved}
             started[unit_tokens] = start_engine(
                 model.path,
                 model.folder / f"runs{unit_tokens}",
                 adapter_bank={"target_modules": MODULES},
-                finetune=finetune | {"idle_step_ms": 10.0, "checkpoint_every": 2},
+                finetune=finetune | {"dropout": True, "idle_step_ms": 10.0, "checkpoint_every": 2},
                 compile={"token_buckets": [48]},
             )
         return started[unit_tokens]

@@ -16,6 +16,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from flexllm_jax import FinetuneConfig
+from flexllm_jax.config import Config
+from flexllm_jax.server.finetuning.schema import CreateJob
+from flexllm_jax.server.http.errors import ApiError
 from tests.engines import letter_rows, load_with_adapter, random_prompts, reference_greedy
 from tests.server.running import KEY
 
@@ -318,7 +321,7 @@ def test_lists_of_files_are_read_page_by_page(client):
         ({"model": "absent"}, "does not exist"),
         ({"training_file": "file-absent"}, "no such file"),
         ({"suffix": "a b"}, "suffix"),
-        ({"method": {"type": "reinforcement"}}, "supervised"),
+        ({"method": {"type": "reinforcement"}}, "reinforcement is missing"),
         ({"hyperparameters": {"n_epochs": 0}}, "n_epochs"),
         ({"extra_body": {"lora_rank": 9}}, "adapters.max_rank"),
         ({"extra_body": {"lora_rank": 5, "lora_init": "pissa"}}, "at most 4 with lora_init"),
@@ -336,6 +339,19 @@ def test_a_job_that_makes_no_sense_is_refused(client, trained, fields, says):
         )
     assert error.value.status_code in (400, 404)
     assert says in error.value.message
+
+
+def test_a_server_with_dropout_trains_with_what_is_asked_for():
+    fields = {"model": {"path": "model"}, "finetune": {"dropout": True}}
+    config = Config.model_validate(fields)
+    asked = CreateJob.model_validate({"model": "m", "training_file": "f", "lora_dropout": 0.1})
+    asked.check(config)
+    tree, _ = asked.tree(config, "job", seed=0, mean_tokens=10.0)
+    job = FinetuneConfig.model_validate(tree | {"dataset": "rows.jsonl"})
+    assert job.peft.lora_dropout == 0.1
+    both = CreateJob.model_validate({**asked.model_dump(exclude_unset=True), "lora_init": "olora"})
+    with pytest.raises(ApiError, match="leave one of them out"):
+        both.check(config)
 
 
 def test_text_that_is_none_is_refused(server):
