@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
 _KEYS_AT_ONCE = 128
@@ -27,9 +28,10 @@ def attention_of_slice(
     kv_slots: Int[Array, " S"],
     sequence_starts: Int[Array, " U"],
     first_row: Int[Array, ""],
+    options: AttentionOptions = FULL,
 ) -> tuple[Float[Array, "U N H"], Float[Array, "U N"]]:
-    """Causal attention, scaled by 1/sqrt(H), of one slice of queries: what the forward's ragged
-    paged attention gave, from the arguments that the backward has (`attention_backward`).
+    """Causal attention of one slice of queries: what the forward's ragged paged attention gave,
+    from the arguments that the backward has (`attention_backward`).
 
     Returns:
         Attention output in q's dtype, and the float32 log-sum-exp of the scaled scores; zeros in
@@ -37,13 +39,15 @@ def attention_of_slice(
     """
     unit_tokens, num_heads, head_dim = q.shape
     kv_heads, num_slots = k_pages.shape[2], kv_slots.shape[0]
+    scale = options.scale_of(head_dim)
     group = num_heads // kv_heads
     chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
     flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
     flat_values = v_pages.reshape(-1, kv_heads, head_dim)
     token = first_row + jnp.arange(unit_tokens)
     attends = sequence_starts <= token
-    first_key = jnp.min(jnp.where(attends, sequence_starts, num_slots))
+    starts = options.first_keys(sequence_starts, token)
+    first_key = jnp.min(jnp.where(attends, starts, num_slots))
     last_key = jnp.max(jnp.where(attends, token, -1))
     queries = jnp.where(attends[:, None, None], q, 0).reshape(
         unit_tokens, kv_heads, group, head_dim
@@ -55,10 +59,12 @@ def attention_of_slice(
         index = c * chunk + jnp.arange(chunk)
         read = ((index >= first_key) & (index <= last_key))[:, None, None]
         keys, values = (jnp.where(read, from_stored(x[slots]), 0) for x in (flat_keys, flat_values))
-        scores = head_dim**-0.5 * jnp.einsum(
+        scores = scale * jnp.einsum(
             "ukgh,ckh->ukgc", queries, keys, preferred_element_type=jnp.float32
         )
-        visible = (index >= sequence_starts[:, None]) & (index <= token[:, None])  # [U, C]
+        if options.soft_cap is not None:
+            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+        visible = (index >= starts[:, None]) & (index <= token[:, None])  # [U, C]
         visible = visible[:, None, None]
         scores = jnp.where(visible, scores, _MASKED)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
@@ -97,8 +103,9 @@ def attention_backward(
     d_out: Float[Array, "U N H"],
     dk: Float[Array, "S K H"],
     dv: Float[Array, "S K H"],
+    options: AttentionOptions = FULL,
 ) -> tuple[Float[Array, "U N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
-    """Gradients of causal attention, scaled by 1/sqrt(H), for one slice of queries.
+    """Gradients of causal attention for one slice of queries.
 
     Args:
         q: the slice's queries; query i is row first_row + i of the microbatch.
@@ -115,18 +122,20 @@ def attention_backward(
         d_out: gradient of `out`.
         dk: float32 accumulator of the keys' gradients; added to in place when donated.
         dv: float32 accumulator of the values' gradients.
+        options: how scores are made, as the forward had it; static.
 
     Returns:
         dq in q's dtype, and the accumulators with this slice's share added.
 
-    The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2).
+    The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2). With a cap c the scores
+    are c tanh(s / c), whose derivative is 1 - (score / c)^2.
     """
     unit_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     group = num_heads // kv_heads
     num_slots = kv_slots.shape[0]
     chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
-    scale = head_dim**-0.5
+    scale, soft_cap = options.scale_of(head_dim), options.soft_cap
     flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
     flat_values = v_pages.reshape(-1, kv_heads, head_dim)
 
@@ -138,8 +147,9 @@ def attention_backward(
     attends = sequence_starts <= token
     # Padding holds anything, NaN too, and 0 * NaN is NaN.
     q, out, d_out = (jnp.where(attends[:, None, None], x, 0) for x in (q, out, d_out))
+    starts = options.first_keys(sequence_starts, token)
     # Sequences follow each other, so all keys from the first to the last are some query's.
-    first_key = jnp.min(jnp.where(attends, sequence_starts, num_slots))
+    first_key = jnp.min(jnp.where(attends, starts, num_slots))
     last_key = jnp.max(jnp.where(attends, token, -1))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     queries, d_outs, lses, deltas = (
@@ -149,7 +159,7 @@ def attention_backward(
         by_kv_head(delta),
     )
     index = jnp.repeat(token, group)[:, None]  # [U*G, 1]
-    start = jnp.repeat(sequence_starts, group)[:, None]
+    start = jnp.repeat(starts, group)[:, None]
 
     def chunk_of_keys(c, carry):
         dq, dk, dv = carry
@@ -162,9 +172,13 @@ def attention_backward(
         scores = scale * jnp.einsum(
             "kqh,ckh->kqc", queries, keys, preferred_element_type=jnp.float32
         )
+        slope = scale
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+            slope = scale * (1.0 - (scores / soft_cap) ** 2)
         weights = jnp.where(visible, jnp.exp(scores - lses[..., None]), 0.0)
         d_weights = jnp.einsum("kqh,ckh->kqc", d_outs, values, preferred_element_type=jnp.float32)
-        d_scores = (scale * weights * (d_weights - deltas[..., None])).astype(q.dtype)
+        d_scores = (slope * weights * (d_weights - deltas[..., None])).astype(q.dtype)
         dq = dq + jnp.einsum("kqc,ckh->kqh", d_scores, keys, preferred_element_type=jnp.float32)
         add_k = jnp.einsum("kqc,kqh->ckh", d_scores, queries, preferred_element_type=jnp.float32)
         add_v = jnp.einsum(

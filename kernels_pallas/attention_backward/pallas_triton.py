@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import Backend
 from kernels_pallas.tuning import tiles
 
@@ -44,15 +45,17 @@ def attention_backward(
     d_out: Float[Array, "U N H"],
     dk: Float[Array, "S K H"],
     dv: Float[Array, "S K H"],
+    *,
+    options: AttentionOptions = FULL,
     backend: Backend,
 ) -> tuple[Float[Array, "U N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """See `base.attention_backward`."""
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
     ranges, rows = _prepare(
-        first_row, sequence_starts, q, d_out, out, lse, kv_slots.shape[0], backend
+        first_row, sequence_starts, q, d_out, out, lse, kv_slots.shape[0], options, backend
     )
-    dq = _dq(ranges, rows, kv_slots, keys, values, backend)
-    return dq, *_dkv(ranges, rows, kv_slots, keys, values, dk, dv, backend)
+    dq = _dq(ranges, rows, kv_slots, keys, values, options, backend)
+    return dq, *_dkv(ranges, rows, kv_slots, keys, values, dk, dv, options, backend)
 
 
 def attention_of_slice(
@@ -62,6 +65,8 @@ def attention_of_slice(
     kv_slots: Int[Array, " S"],
     sequence_starts: Int[Array, " U"],
     first_row: Int[Array, ""],
+    *,
+    options: AttentionOptions = FULL,
     backend: Backend,
 ) -> tuple[Float[Array, "U N H"], Float[Array, "U N"]]:
     """See `base.attention_of_slice`: a program owns a block of queries of one head, as in dq."""
@@ -69,7 +74,7 @@ def attention_of_slice(
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
     tile = dq_tiles(backend.chip, head_dim, q.dtype, unit_tokens, kv_slots.shape[0])
     return pl.pallas_call(
-        partial(_attention_kernel, queries=tile["queries"], keys=tile["keys"]),
+        partial(_attention_kernel, queries=tile["queries"], keys=tile["keys"], options=options),
         grid=(pl.cdiv(unit_tokens, tile["queries"]), num_heads),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -83,7 +88,7 @@ def attention_of_slice(
 
 def _attention_kernel(
     first_ref, starts_ref, q_ref, slots_ref, k_ref, v_ref, out_ref, lse_ref,
-    *, queries: int, keys: int,
+    *, queries: int, keys: int, options: AttentionOptions,
 ):  # fmt: skip
     """A block of one head's queries against the keys that they see, with an online softmax."""
     unit_tokens, num_heads, head_dim = q_ref.shape
@@ -94,6 +99,7 @@ def _attention_kernel(
     inside = row < unit_tokens
     starts = _load(starts_ref.at[row], inside, NEVER)
     live = inside & (starts <= token)
+    starts = options.first_keys(starts, token)
     q = _load_rows(q_ref, row, head, live)
     span, seen = _keys_seen(starts, token, live, keys)
 
@@ -103,7 +109,7 @@ def _attention_kernel(
         read = span.holds(key) if masked else None
         slot = _load(slots_ref.at[key], read, 0)
         k, v = (_load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
-        scores = _dot(q, k.T) * (head_dim**-0.5 * LOG2_E)
+        scores = _scores(_dot(q, k.T), head_dim, options)[0]
         if masked:
             visible = (key[None, :] >= starts[:, None]) & (key[None, :] <= token[:, None])
             scores = jnp.where(visible, scores, -jnp.inf)
@@ -209,7 +215,15 @@ class _Ranges(NamedTuple):
 
 
 def _prepare(
-    first_row, starts, q, d_out, out, lse, slots: int, backend: Backend
+    first_row,
+    starts,
+    q,
+    d_out,
+    out,
+    lse,
+    slots: int,
+    options: AttentionOptions,
+    backend: Backend,
 ) -> tuple[_Ranges, _Rows]:
     """All that the two kernels want to know of the slice, in one launch."""
     unit_tokens, num_heads, head_dim = q.shape
@@ -219,7 +233,7 @@ def _prepare(
     table = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     statistic = jax.ShapeDtypeStruct((num_heads, unit_tokens), jnp.float32)
     *ranges, starts, lse, minus_delta = pl.pallas_call(
-        partial(_prepare_kernel, dq=dq, dkv=dkv),
+        partial(_prepare_kernel, dq=dq, dkv=dkv, options=options),
         grid=(blocks, num_heads),
         out_shape=(
             table((3,)),
@@ -239,7 +253,7 @@ def _prepare(
 def _prepare_kernel(
     first_ref, starts_ref, d_out_ref, out_ref, lse_ref,
     bounds_ref, seen_ref, seeing_ref, new_starts_ref, new_lse_ref, minus_delta_ref,
-    *, dq: dict[str, int], dkv: dict[str, int],
+    *, dq: dict[str, int], dkv: dict[str, int], options: AttentionOptions,
 ):  # fmt: skip
     """The statistics of a block of one head's queries; for the first head, what it sees. Blocks of
     keys are shared out among the programs."""
@@ -250,6 +264,7 @@ def _prepare_kernel(
     inside, token = row < unit_tokens, first_row + row
     starts = _load(starts_ref.at[row], inside, NEVER)
     live = inside & (starts <= token)
+    starts = options.first_keys(starts, token)
     out, d_out = (
         _load_rows(ref, row, head, live).astype(jnp.float32) for ref in (out_ref, d_out_ref)
     )
@@ -269,7 +284,7 @@ def _prepare_kernel(
 
     @pl.when(number < seeing_ref.shape[0])
     def _():
-        table = _Table.of(starts_ref, first_row, dkv["queries"])
+        table = _Table.of(starts_ref, first_row, dkv["queries"], options)
         bounds = (first_row, *table.span)
 
         @pl.when(number == 0)
@@ -282,7 +297,9 @@ def _prepare_kernel(
             table.seeing(keys * dkv["keys"], dkv["keys"]).store(seeing_ref, keys)
 
 
-def _dq(ranges: _Ranges, rows: _Rows, slots, keys, values, backend: Backend) -> jax.Array:
+def _dq(
+    ranges: _Ranges, rows: _Rows, slots, keys, values, options: AttentionOptions, backend: Backend
+) -> jax.Array:
     """Gradient of the queries."""
     unit_tokens, num_heads, head_dim = rows.q.shape
     tile = dq_tiles(backend.chip, head_dim, rows.q.dtype, unit_tokens, slots.shape[0])
@@ -290,7 +307,7 @@ def _dq(ranges: _Ranges, rows: _Rows, slots, keys, values, backend: Backend) -> 
     splits = max(1, min(tile["programs"] // (blocks * num_heads), MOST_SPLITS))
     dtype = rows.q.dtype if splits == 1 else jnp.float32
     parts = pl.pallas_call(
-        partial(_dq_kernel, queries=tile["queries"], keys=tile["keys"]),
+        partial(_dq_kernel, queries=tile["queries"], keys=tile["keys"], options=options),
         grid=(blocks, num_heads, splits),
         out_shape=jax.ShapeDtypeStruct((splits * unit_tokens, num_heads, head_dim), dtype),
         compiler_params=_compiler_params(tile),
@@ -300,13 +317,12 @@ def _dq(ranges: _Ranges, rows: _Rows, slots, keys, values, backend: Backend) -> 
     return jnp.sum(parts.reshape(splits, *rows.q.shape), axis=0).astype(rows.q.dtype)
 
 
-def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
+def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int, options: AttentionOptions):
     """A block of one head's queries against one split of the keys that they see."""
     rows, (slots_ref, k_ref, v_ref, dq_ref) = _Rows(*refs[:5]), refs[5:]
     unit_tokens, num_heads, head_dim = rows.q.shape
     block, head, split = (pl.program_id(i) for i in range(3))
     kv_head = lax.div(head, num_heads // k_ref.shape[1])
-    scale = head_dim**-0.5
 
     row = block * queries + _iota(queries)
     token = bounds_ref[0] + row
@@ -319,11 +335,12 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
         read = _is_read(bounds_ref, key) if masked else None
         slot = _load(slots_ref.at[key], read, 0)
         k, v = (_load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
-        weights = jnp.exp2(_dot(q, k.T) * (scale * LOG2_E) - lse[:, None])
+        scores, slope = _scores(_dot(q, k.T), head_dim, options)
+        weights = jnp.exp2(scores - lse[:, None])
         if masked:
             visible = (key[None, :] >= starts[:, None]) & (key[None, :] <= token[:, None])
             weights = jnp.where(visible, weights, 0.0)
-        d_scores = weights * (_dot(d_out, v.T) + minus_delta[:, None]) * scale
+        d_scores = weights * (_dot(d_out, v.T) + minus_delta[:, None]) * slope
         return dq + _dot(d_scores.astype(k.dtype), k)
 
     seen = _Range.load(seen_ref, block).split(split, pl.num_programs(2))
@@ -331,12 +348,22 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int):
     _store_rows(dq_ref, split * unit_tokens + row, head, dq, inside)
 
 
-def _dkv(ranges: _Ranges, rows: _Rows, slots, keys, values, dk, dv, backend: Backend) -> tuple:
+def _dkv(
+    ranges: _Ranges,
+    rows: _Rows,
+    slots,
+    keys,
+    values,
+    dk,
+    dv,
+    options: AttentionOptions,
+    backend: Backend,
+) -> tuple:
     """The accumulators with this slice's share added, in place."""
     unit_tokens, _, head_dim = rows.q.shape
     tile = dkv_tiles(backend.chip, head_dim, rows.q.dtype, unit_tokens, slots.shape[0])
     return pl.pallas_call(
-        partial(_dkv_kernel, queries=tile["queries"], keys=tile["keys"]),
+        partial(_dkv_kernel, queries=tile["queries"], keys=tile["keys"], options=options),
         # Blocks of late keys are seen by fewer queries: they start last, on every head.
         grid=(keys.shape[1], pl.cdiv(slots.shape[0], tile["keys"])),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (dk, dv)),
@@ -356,7 +383,7 @@ def _dkv(ranges: _Ranges, rows: _Rows, slots, keys, values, dk, dv, backend: Bac
     )
 
 
-def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
+def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int, options: AttentionOptions):
     """A block of one head's keys and values against all queries that see them. Scores are
     transposed, so that the products with them take them as they are computed."""
     rows, (slots_ref, k_ref, v_ref, dk_ref, dv_ref, new_dk_ref, new_dv_ref) = (
@@ -366,7 +393,6 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
     unit_tokens, num_heads, head_dim = rows.q.shape
     kv_head, block = pl.program_id(0), pl.program_id(1)
     group = num_heads // k_ref.shape[1]
-    scale = head_dim**-0.5
     seeing = _Range.load(seeing_ref, block)
 
     @pl.when(seeing.first < seeing.last)
@@ -384,13 +410,14 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
             starts = _load(rows.starts.at[row], inside, NEVER)
             live = starts < NEVER if masked else None
             q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
-            weights = jnp.exp2(_dot(k, q.T) * (scale * LOG2_E) - lse[None, :])
+            scores, slope = _scores(_dot(k, q.T), head_dim, options)
+            weights = jnp.exp2(scores - lse[None, :])
             if masked:
                 token = bounds_ref[0] + row
                 visible = (key[:, None] >= starts[None, :]) & (key[:, None] <= token[None, :])
                 weights = jnp.where(visible, weights, 0.0)
             dv = dv + _dot(weights.astype(d_out.dtype), d_out)
-            d_scores = weights * (_dot(v, d_out.T) + minus_delta[None, :]) * scale
+            d_scores = weights * (_dot(v, d_out.T) + minus_delta[None, :]) * slope
             return dk + _dot(d_scores.astype(q.dtype), q), dv
 
         # Summing onto the old values needs fewer registers than adding them at the end.
@@ -398,6 +425,17 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int):
         dk, dv = seeing.accumulate(add_block, group, old)
         _store_rows(new_dk_ref, key, kv_head, dk, read)
         _store_rows(new_dv_ref, key, kv_head, dv, read)
+
+
+def _scores(products, head_dim: int, options: AttentionOptions):
+    """Scores in units of log2, from products of queries and keys; and what their gradient is
+    multiplied by to be that of the products."""
+    scale, cap = options.scale_of(head_dim), options.soft_cap
+    if cap is None:
+        return products * (scale * LOG2_E), scale
+    # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is exact at both ends.
+    tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(products * (2.0 * LOG2_E * scale / cap)))
+    return tanh * (cap * LOG2_E), scale * (1.0 - tanh * tanh)
 
 
 def _is_read(bounds_ref, key) -> jax.Array:
@@ -474,7 +512,7 @@ class _Table(NamedTuple):
     last_start: jax.Array
 
     @classmethod
-    def of(cls, starts_ref, first_row, queries: int) -> "_Table":
+    def of(cls, starts_ref, first_row, queries: int, options: AttentionOptions) -> "_Table":
         """The table of all queries, in blocks of `queries`; a power of two of them."""
         unit_tokens = starts_ref.shape[0]
         shape = (pl.next_power_of_2(pl.cdiv(unit_tokens, queries)), queries)
@@ -483,7 +521,7 @@ class _Table(NamedTuple):
         inside, token = row < unit_tokens, first_row + row
         starts = _load(starts_ref.at[row], inside, NEVER)
         live = inside & (starts <= token)
-        starts = jnp.where(live, starts, NEVER)
+        starts = jnp.where(live, options.first_keys(starts, token), NEVER)
         return cls(
             jnp.min(token, axis=1),
             jnp.min(starts, axis=1),

@@ -2,6 +2,7 @@
 
 import jax
 
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.ragged_paged_attention import base, pallas_triton
 
@@ -10,13 +11,11 @@ def ragged_paged_attention(
     *arguments: jax.Array,
     k_scales: jax.Array | None = None,
     v_scales: jax.Array | None = None,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
+    options: AttentionOptions = FULL,
     backend: Backend = XLA,
 ) -> tuple[jax.Array, jax.Array]:
     """See `base.ragged_paged_attention`, which says what the arguments are."""
-    options = {"sliding_window": sliding_window, "soft_cap": soft_cap}
-    scales = {"k_scales": k_scales, "v_scales": v_scales}
+    keywords = {"k_scales": k_scales, "v_scales": v_scales, "options": options}
     if backend.implementation == "xla":
-        return base.ragged_paged_attention(*arguments, **scales, **options)
-    return pallas_triton.ragged_paged_attention(*arguments, **scales, **options, backend=backend)
+        return base.ragged_paged_attention(*arguments, **keywords)
+    return pallas_triton.ragged_paged_attention(*arguments, **keywords, backend=backend)

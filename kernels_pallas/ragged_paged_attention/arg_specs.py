@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.cases import Case, ModelShape, model_shards
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.ragged_paged_attention.pallas_triton import tuning_key
@@ -23,12 +24,12 @@ def attention_case(
     dtype: Any = jnp.bfloat16,
     stored: Any = None,
     target: float = 0.0,
-    **options: Any,
+    options: AttentionOptions = FULL,
 ) -> Case:
     """A call for sequences of (keys, queries), those with one query first.
 
     Pages lie in random order, and those of no sequence, queries of none and keys past a sequence's
-    end hold NaN. `stored`: an 8-bit dtype of the pages. `options`: sliding_window, soft_cap.
+    end hold NaN. `stored`: an 8-bit dtype of the pages.
     """
     heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     stored = stored or dtype
@@ -49,9 +50,7 @@ def attention_case(
     lengths = np.array([keys for keys, _ in sequences], np.int32)
     num_decode = sum(count == 1 for count in queries)
     pairs = sum(
-        min(options.get("sliding_window") or keys, keys - i)
-        for keys, count in sequences
-        for i in range(count)
+        min(options.window or keys, keys - i) for keys, count in sequences for i in range(count)
     )
     eight_bits = jnp.dtype(stored).itemsize == 1
 
@@ -73,9 +72,9 @@ def attention_case(
 
     def call(*arguments: jax.Array, **keywords: Any):
         scales = dict(zip(("k_scales", "v_scales"), arguments[8:], strict=False))
-        return ragged_paged_attention(*arguments[:8], **scales, **options, **keywords)
+        return ragged_paged_attention(*arguments[:8], **scales, options=options, **keywords)
 
-    keys_read = sum(min(options.get("sliding_window") or keys, keys) for keys, _ in sequences)
+    keys_read = sum(min(options.window or keys, keys) for keys, _ in sequences)
     size = jnp.dtype(dtype).itemsize
     return Case(
         f"{model.name}/{name}",
@@ -105,8 +104,8 @@ def _cases() -> Iterator[Case]:
     for page_size in (16, 32, 128):
         yield attention_case(f"mixed/page{page_size}", model, mixed, page_size=page_size)
     yield attention_case("mixed/float32", model, mixed, dtype=jnp.float32)
-    yield attention_case("mixed/sliding-window", model, mixed, sliding_window=256)
-    yield attention_case("mixed/soft-cap", model, mixed, soft_cap=30.0)
+    yield attention_case("mixed/sliding-window", model, mixed, options=AttentionOptions(window=256))
+    yield attention_case("mixed/soft-cap", model, mixed, options=AttentionOptions(soft_cap=30.0))
     for stored in (jnp.int8, jnp.float8_e4m3fn):
         name = jnp.dtype(stored).name
         yield attention_case(f"decode-64x2048/{name}", model, decode, stored=stored)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
@@ -36,10 +37,9 @@ def ragged_paged_attention(
     *,
     k_scales: Float[Array, "P K"] | None = None,
     v_scales: Float[Array, "P K"] | None = None,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
+    options: AttentionOptions = FULL,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """Causal softmax attention, scaled by 1/sqrt(H), over keys and values kept in pages.
+    """Causal softmax attention over keys and values kept in pages.
 
     Args:
         q: queries of all sequences, one after the other.
@@ -55,8 +55,7 @@ def ragged_paged_attention(
         k_scales: for 8-bit pages (int8 or float8): a key is its stored value times the float32
             scale of its page and head. None: pages hold the keys themselves.
         v_scales: the same of the values.
-        sliding_window: a query sees only this many keys, its own included; None sees all.
-        soft_cap: scores s become soft_cap * tanh(s / soft_cap); None leaves them.
+        options: how scores are made; static.
 
     Returns:
         Attention output in q's dtype, and the float32 log-sum-exp of the scaled scores. Rows of no
@@ -73,7 +72,7 @@ def ragged_paged_attention(
     if k_scales is not None and v_scales is not None:
         k_pages, v_pages = _dequantized(k_pages, k_scales), _dequantized(v_pages, v_scales)
     pages = (k_pages, v_pages, query_starts, kv_lengths, page_tables)
-    attend = partial(_attend, sliding_window=sliding_window, soft_cap=soft_cap)
+    attend = partial(_attend, options=options)
 
     if num_tokens <= _SMALL_BATCH:
         out, lse = attend(q, pages, sequence, token, used, 1)
@@ -132,7 +131,14 @@ def _dequantized(pages: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def _attend(
-    q, pages, block_sequence, block_first, num_blocks, block_size, *, sliding_window, soft_cap
+    q,
+    pages,
+    block_sequence,
+    block_first,
+    num_blocks,
+    block_size,
+    *,
+    options: AttentionOptions,
 ):
     """Attention of blocks of `block_size` queries: output and log-sum-exp of their rows.
 
@@ -148,7 +154,8 @@ def _attend(
     padding = -capacity % at_once
     chunk_pages = max(1, _KEYS_AT_ONCE // page_size)
     chunk = chunk_pages * page_size
-    scale = head_dim**-0.5
+    longest = page_tables.shape[1] * page_size
+    scale, soft_cap = options.scale_of(head_dim), options.soft_cap
 
     sequence = jnp.pad(block_sequence, (0, padding))
     token = jnp.pad(block_first, (0, padding))[:, None] + jnp.arange(block_size)  # [X, Q]
@@ -168,6 +175,7 @@ def _attend(
 
         own_queries, own_tables, own_length = mine(queries), mine(tables), mine(length)[:, None]
         own_position = mine(row_position)[:, None, :, None]
+        first_key = options.first_keys(jnp.zeros_like(own_position), own_position)
 
         def chunk_of_keys(c, carry):
             total, maximum, accumulated = carry
@@ -182,9 +190,7 @@ def _attend(
             )
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
-            visible = index <= own_position
-            if sliding_window is not None:
-                visible &= index > own_position - sliding_window
+            visible = (index <= own_position) & (index >= first_key)
             scores = jnp.where(visible, scores, _MASKED)
             new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
             weights = jnp.exp(scores - new_maximum[..., None])
@@ -199,8 +205,9 @@ def _attend(
             return total * correction + weights.sum(axis=-1), new_maximum, accumulated
 
         rows = own_queries.shape[:3]
+        earliest = jnp.min(jnp.where(own_position < 0, longest, first_key))
         total, maximum, accumulated = lax.fori_loop(
-            0,
+            0 if options.window is None else earliest // chunk,
             (jnp.max(own_length) + chunk - 1) // chunk,
             chunk_of_keys,
             (

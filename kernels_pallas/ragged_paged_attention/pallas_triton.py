@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import Backend
 from kernels_pallas.tuning import tiles
 
@@ -43,9 +44,7 @@ class _Shape:
     group: int
     head_dim: int
     page_size: int
-    scale: float
-    sliding_window: int | None
-    soft_cap: float | None
+    options: AttentionOptions
 
     @property
     def width(self) -> int:
@@ -69,8 +68,7 @@ def ragged_paged_attention(
     *,
     k_scales: Float[Array, "P K"] | None = None,
     v_scales: Float[Array, "P K"] | None = None,
-    sliding_window: int | None = None,
-    soft_cap: float | None = None,
+    options: AttentionOptions = FULL,
     backend: Backend,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """See `base.ragged_paged_attention`."""
@@ -90,9 +88,7 @@ def ragged_paged_attention(
             group=group,
             head_dim=head_dim,
             page_size=page_size,
-            scale=head_dim**-0.5,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
+            options=options,
         )
 
     tile = decode_tiles(backend.chip, head_dim, k_pages.dtype)
@@ -100,9 +96,9 @@ def ragged_paged_attention(
     longest = page_tables.shape[1] * page_size
     splits = min(_MOST_SPLITS, pl.cdiv(longest, tile["split_keys"]), _MOST_PARTIALS // slots)
     splits = max(1, splits)
-    options = {"shape": shape_of(tile), "split_keys": tile["split_keys"], "splits": splits}
+    own = {"shape": shape_of(tile), "split_keys": tile["split_keys"], "splits": splits}
     partials = pl.pallas_call(
-        partial(_decode_kernel, **options),
+        partial(_decode_kernel, **own),
         grid=(slots, kv_heads, splits),
         out_shape=(
             jax.ShapeDtypeStruct((splits, slots, num_heads, head_dim), jnp.float32),
@@ -117,7 +113,7 @@ def ragged_paged_attention(
         jax.ShapeDtypeStruct((num_tokens, num_heads), jnp.float32),
     )
     combined = pl.pallas_call(
-        partial(_combine_kernel, **options),
+        partial(_combine_kernel, **own),
         grid=(slots, kv_heads),
         out_shape=results,
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
@@ -188,8 +184,8 @@ def _decode_kernel(
         q = _load_queries(q_ref, jnp.full_like(row, token), head, valid, shape)
         blocks = pl.cdiv(length, shape.keys)
         lowest = 0
-        if shape.sliding_window is not None:
-            lowest = jnp.maximum(length - shape.sliding_window, 0) // shape.keys
+        if shape.options.window is not None:
+            lowest = jnp.maximum(length - shape.options.window, 0) // shape.keys
         each = pl.cdiv(blocks - lowest, used)
         first = lowest + split * each
         last = jnp.minimum(first + each, blocks)
@@ -197,7 +193,7 @@ def _decode_kernel(
         position = jnp.full_like(row, length - 1)
         state = _empty(shape)
         # Only the last block of the sequence has keys that are none of its own.
-        if shape.sliding_window is None:
+        if shape.options.window is None:
             full = jnp.minimum(last, length // shape.keys)
             state = _attend(q, pages, kv_head, position, length, first, full, state, shape, False)
             first = jnp.maximum(first, full)
@@ -279,11 +275,11 @@ def _chunk_kernel(
         blocks = pl.cdiv(last_position, shape.keys)
         pages = (sequence, page_tables_ref, k_ref, v_ref, scale_refs)
         state = _empty(shape)
-        if shape.sliding_window is None:  # every query of the block sees all of these keys
+        if shape.options.window is None:  # every query of the block sees all of these keys
             full = (first_position + 1) // shape.keys
             state = _attend(q, pages, kv_head, position, length, 0, full, state, shape, False)
         else:
-            full = jnp.maximum(first_position - shape.sliding_window + 1, 0) // shape.keys
+            full = jnp.maximum(first_position - shape.options.window + 1, 0) // shape.keys
         state = _attend(q, pages, kv_head, position, length, full, blocks, state, shape, True)
         out, lse = _finish(state)
         _store(out_ref, lse_ref, (token, head), out, lse, valid, shape)
@@ -315,17 +311,17 @@ def _attend(q, pages, kv_head, position, length, first, last, state, shape: _Sha
         index, mask = _with_columns(places, exists if masked else None, shape)
         other = None if mask is None else 0.0
         k = _load_keys(k_ref, index, mask, other, q.dtype)
-        scores = _dot(q, k, trans_b=True) * shape.scale
+        scores = _dot(q, k, trans_b=True) * shape.options.scale_of(shape.head_dim)
         if scale_refs:
             scores *= pltriton.load(scale_refs[0].at[page, places[2]], **guard)[None, :]
-        if shape.soft_cap is not None:
-            scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
+        if shape.options.soft_cap is not None:
+            scores = shape.options.soft_cap * jnp.tanh(scores / shape.options.soft_cap)
         scores *= _LOG2E
         visible = None
         if masked:
             visible = (key[None, :] <= position[:, None]) & exists[None, :]
-            if shape.sliding_window is not None:
-                visible &= key[None, :] > position[:, None] - shape.sliding_window
+            if shape.options.window is not None:
+                visible &= key[None, :] > position[:, None] - shape.options.window
             scores = jnp.where(visible, scores, _MASKED)
         larger = jnp.maximum(maximum, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - larger[:, None])

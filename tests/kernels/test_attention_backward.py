@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.attention_backward import base, pallas_triton
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import Backend
 from tests.kernels.paged import PagePool
 
@@ -46,10 +47,15 @@ SHAPES = {
     "page128-gqa1-h16-float32": Shape(128, 2, 2, 16, np.float32, 2e-5),
 }
 CASES = [
-    ("page16-gqa4-h64-float32", 64),
-    ("page16-gqa4-h64-float32", 7),
-    ("page128-gqa1-h16-float32", 1),
-    ("page32-gqa7-h80-bfloat16", 64),
+    ("page16-gqa4-h64-float32", 64, FULL),
+    ("page16-gqa4-h64-float32", 7, FULL),
+    ("page128-gqa1-h16-float32", 1, FULL),
+    ("page32-gqa7-h80-bfloat16", 64, FULL),
+    ("page16-gqa4-h64-float32", 64, AttentionOptions(window=21)),
+    ("page16-gqa4-h64-float32", 64, AttentionOptions(window=100, scale=0.2)),
+    ("page16-gqa4-h64-float32", 7, AttentionOptions(window=2)),
+    ("page128-gqa1-h16-float32", 64, AttentionOptions(window=65, soft_cap=1.5, scale=0.3)),
+    ("page32-gqa7-h80-bfloat16", 64, AttentionOptions(soft_cap=2.0)),
 ]
 
 
@@ -64,27 +70,30 @@ class Problem:
     gradients: dict  # dq, dk, dv [TOKENS, ...]
 
 
-def dense_attention(q, k, v, starts):
+def dense_attention(q, k, v, starts, options):
     """(output, log-sum-exp) of packed causal attention; float32, one score for every pair."""
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
     token = jnp.arange(q.shape[0])
     visible = (token <= token[:, None]) & (token >= starts[:, None])
-    scores = jnp.einsum("qnh,knh->nqk", q, k) / np.sqrt(q.shape[-1])
+    visible &= token > token[:, None] - (options.window or q.shape[0])
+    scores = jnp.einsum("qnh,knh->nqk", q, k) * (options.scale or 1 / np.sqrt(q.shape[-1]))
+    if options.soft_cap is not None:
+        scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
     scores = jnp.where(visible, scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
     return jnp.einsum("nqk,knh->qnh", jnp.exp(scores - lse[..., None]), v), lse.T
 
 
-@jax.jit
-def dense_gradients(q, k, v, d_out, starts):
+@partial(jax.jit, static_argnums=5)
+def dense_gradients(q, k, v, d_out, starts, options):
     """Output, log-sum-exp, and the gradients of q, k and v."""
-    (out, lse), pull = jax.vjp(lambda q, k, v: dense_attention(q, k, v, starts), q, k, v)
+    (out, lse), pull = jax.vjp(lambda *qkv: dense_attention(*qkv, starts, options), q, k, v)
     return out, lse, pull((d_out, jnp.zeros_like(lse)))
 
 
 @cache
-def problem(name: str) -> Problem:
+def problem(name: str, options: AttentionOptions = FULL) -> Problem:
     """A random microbatch whose padding, in the arrays and in the pages, is NaN."""
     shape, rng = SHAPES[name], np.random.default_rng(0)
 
@@ -95,7 +104,7 @@ def problem(name: str) -> Problem:
     firsts = np.cumsum((0, *LENGTHS))[:-1]
     starts = np.repeat(firsts, LENGTHS).astype(np.int32)
     exact = [x.astype(np.float32) for x in (q, k, v)]
-    out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), starts)
+    out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), starts, options)
 
     pool = PagePool(64, shape.page_size, shape.kv_heads, shape.head_dim, shape.dtype, rng)
     kv_slots = np.zeros(SLOTS, np.int32)
@@ -128,15 +137,15 @@ def problem(name: str) -> Problem:
 @pytest.fixture(params=IMPLEMENTATIONS)
 def backward(request):
     """An implementation, compiled once for all tests of a shape."""
-    return _compiled(request.param)
+    return lambda *arguments, options=FULL: _compiled(request.param, options)(*arguments)
 
 
 @cache
-def _compiled(name: str):
-    return jax.jit(IMPLEMENTATIONS[name], donate_argnames=("dk", "dv"))
+def _compiled(name: str, options: AttentionOptions):
+    return jax.jit(partial(IMPLEMENTATIONS[name], options=options), donate_argnames=("dk", "dv"))
 
 
-def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv):
+def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv, options=FULL):
     rows = {name: x[start : start + unit_tokens] for name, x in problem.per_token.items()}
     return backward(
         rows["q"],
@@ -150,6 +159,7 @@ def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv):
         rows["d_out"],
         dk,
         dv,
+        options=options,
     )
 
 
@@ -166,15 +176,15 @@ def assert_close(actual, desired, tolerance):
     )
 
 
-@pytest.mark.parametrize(("name", "unit_tokens"), CASES)
-def test_slices_in_reverse_order_add_up_to_the_whole_gradient(backward, name, unit_tokens):
-    shape, whole = SHAPES[name], problem(name)
+@pytest.mark.parametrize(("name", "unit_tokens", "options"), CASES)
+def test_slices_in_reverse_order_add_up_to_the_whole_gradient(backward, name, unit_tokens, options):
+    shape, whole = SHAPES[name], problem(name, options)
     dk, dv = zeros(shape), zeros(shape)
     dq = np.zeros((SLOTS, shape.heads, shape.head_dim), np.float32)
     done = {"dk": np.zeros(dk.shape, np.float32), "dv": np.zeros(dv.shape, np.float32)}
     for start in reversed(range(0, SLOTS, unit_tokens)):
         rows = slice(start, start + unit_tokens)
-        dq_rows, dk, dv = run_slice(backward, whole, start, unit_tokens, dk, dv)
+        dq_rows, dk, dv = run_slice(backward, whole, start, unit_tokens, dk, dv, options)
         assert dq_rows.dtype == shape.dtype
         dq[rows] = dq_rows
         # A slice's own keys are complete as soon as it is done: nothing earlier reads them.
@@ -233,11 +243,11 @@ def test_rows_that_no_query_sees_are_left_alone(backward):
 
 
 @pytest.mark.parametrize("implementation", FORWARDS)
-@pytest.mark.parametrize(("name", "unit_tokens"), CASES)
-def test_the_forward_of_a_slice(implementation, name, unit_tokens):
+@pytest.mark.parametrize(("name", "unit_tokens", "options"), CASES)
+def test_the_forward_of_a_slice(implementation, name, unit_tokens, options):
     """Output and log-sum-exp are those of dense attention, and zeros in padding."""
-    shape, whole = SHAPES[name], problem(name)
-    forward = jax.jit(FORWARDS[implementation])
+    shape, whole = SHAPES[name], problem(name, options)
+    forward = jax.jit(partial(FORWARDS[implementation], options=options))
     starts = range(0, SLOTS, unit_tokens)
     for start in starts[:: max(1, len(starts) // 8)]:
         rows = {key: x[start : start + unit_tokens] for key, x in whole.per_token.items()}

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from tests.kernels.paged import PagePool, round_to
@@ -122,9 +123,7 @@ class Batches:
         return [q, pool.k, pool.v, starts, lengths, tables, *counts]
 
 
-def expected(
-    sequence: Sequence, sliding_window: int | None = None, soft_cap: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def expected(sequence: Sequence, options: AttentionOptions = FULL) -> tuple[np.ndarray, np.ndarray]:
     """Output [queries, N, H] and log-sum-exp [queries, N] of a sequence's queries."""
     keys, values, queries = (
         round_to(x, x.dtype) for x in (sequence.keys, sequence.values, sequence.queries)
@@ -134,11 +133,12 @@ def expected(
     out, lse = np.zeros(queries.shape), np.zeros((count, heads))
     for i in range(count):
         end = len(keys) - count + i + 1
-        visible = slice(max(0, end - (sliding_window or end)), end)
+        visible = slice(max(0, end - (options.window or end)), end)
         for head in range(heads):
-            scores = keys[visible, head // group] @ queries[i, head] / np.sqrt(head_dim)
-            if soft_cap is not None:
-                scores = soft_cap * np.tanh(scores / soft_cap)
+            scores = keys[visible, head // group] @ queries[i, head]
+            scores = scores * (options.scale or head_dim**-0.5)
+            if options.soft_cap is not None:
+                scores = options.soft_cap * np.tanh(scores / options.soft_cap)
             weights = np.exp(scores - scores.max())
             lse[i, head] = scores.max() + np.log(weights.sum())
             out[i, head] = weights / weights.sum() @ values[visible, head // group]
@@ -185,13 +185,17 @@ def test_random_batches(attend, shape):
 
 @pytest.mark.parametrize(
     "options",
-    [{"sliding_window": 1}, {"sliding_window": 50}, {"sliding_window": 20, "soft_cap": 2.0}],
+    [
+        AttentionOptions(window=1),
+        AttentionOptions(window=50),
+        AttentionOptions(window=20, soft_cap=2.0, scale=0.3),
+    ],
     ids=str,
 )
-def test_sliding_windows_and_soft_caps(attend, options):
+def test_windows_soft_caps_and_scales(attend, options):
     for seed in range(3):
         batches = Batches(SHAPES[0], seed)
-        check(attend, batches, *batches.random(), **options)
+        check(attend, batches, *batches.random(), options=options)
 
 
 @pytest.mark.parametrize("stored", [np.int8, ml_dtypes.float8_e4m3fn], ids=lambda d: d.__name__)

@@ -1,0 +1,37 @@
+"""What attention computes beyond causal softmax attention: the same for its forward, its backward
+and every backend, and static in the programs."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How scores are made of queries and keys.
+
+    scale: what their products are multiplied by; None: 1/sqrt(H). window: a query sees only this
+    many keys, its own included; None: all before it. soft_cap: scores s become soft_cap * tanh(s /
+    soft_cap); None leaves them.
+
+    With window=3 (x: sees):    key 0 1 2 3 4
+                       query 3          x x x
+                       query 4            x x x   (its own is key 4)
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def scale_of(self, head_dim: int) -> float:
+        """The factor for heads of this size."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+    def first_keys(self, starts: jax.Array, rows: jax.Array) -> jax.Array:
+        """The first key that each query sees: `starts`, of their sequences, or later. `rows`: their
+        own places, in the same count. A start past its row, as padding has, stays there."""
+        return starts if self.window is None else jnp.maximum(starts, rows - self.window + 1)
+
+
+FULL = AttentionOptions()
