@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -58,6 +59,12 @@ def make_qwen2(path: Path, **options: Any) -> Path:
 def make_qwen3(path: Path, **options: Any) -> Path:
     """Write a Qwen3 checkpoint (norms on q and k); the options are those of `_make`."""
     return _make(Qwen3Config, path, **options)
+
+
+def make_mistral(path: Path, **options: Any) -> Path:
+    """Write a Mistral checkpoint with a window of 11 in every layer; the options are those of
+    `_make`."""
+    return _make(MistralConfig, path, **{"sliding_window": 11, **options})
 
 
 def _make(

@@ -22,6 +22,7 @@ from jax.extend import core
 from flexllm_jax.compile import whole_layer as layers
 from flexllm_jax.compile.whole_layer import ATTENTION, PAGES, MakeBypass, whole_layer
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.spec import LayerSpec
 
 INPUT = "x"  # the name of the layer's input
 _VIEWS = ("name", "reshape", "transpose", "squeeze", "expand_dims", "copy")
@@ -102,24 +103,31 @@ class LayerGraph:
 
 
 def trace_layer(
-    decoder: Decoder, layer_params: Any, adapter: Any, bypass: MakeBypass, tokens: int
+    decoder: Decoder,
+    spec: LayerSpec,
+    layer_params: Any,
+    adapter: Any,
+    bypass: MakeBypass,
+    tokens: int,
 ) -> LayerGraph:
     """Trace the gradient of one layer with a bypass; nothing is computed.
 
     Args:
         decoder: the model's functions.
+        spec: of the layer.
         layer_params: the layer's frozen parameters, or their shapes.
         adapter: the bypass's trainable arrays in this layer, or their shapes; any pytree.
         bypass: makes the bypass of them; whatever maps a projection's input and outputs to outputs
             will do, a `Bypass` also takes part in attention.
-        tokens: T, one sequence; attention's FLOPs grow with its square.
+        tokens: T, one sequence; attention's FLOPs grow with its square, or with the window.
     """
     x = jax.ShapeDtypeStruct((tokens, decoder.config.d_model), decoder.dtype)
-    angles = jax.eval_shape(decoder.angles, jax.ShapeDtypeStruct((tokens,), jnp.int32))
+    positions = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    angles = jax.eval_shape(lambda positions: decoder.angles(positions, spec), positions)
 
     def function(x, adapter, layer_params, angles):
         return whole_layer(
-            decoder.layer(layer_params),
+            decoder.layer(layer_params, spec),
             x,
             angles,
             adapter,
@@ -127,15 +135,22 @@ def trace_layer(
             lambda name, value: checkpoint_name(value, name),
         )
 
-    return trace(function, x, adapter, layer_params, (angles,))
+    window = spec.attention.options.window
+    return trace(function, x, adapter, layer_params, (angles,), window)
 
 
 def trace(
-    function: Callable, x: jax.ShapeDtypeStruct, adapter: Any, frozen: Any, others: tuple = ()
+    function: Callable,
+    x: jax.ShapeDtypeStruct,
+    adapter: Any,
+    frozen: Any,
+    others: tuple = (),
+    window: int | None = None,
 ) -> LayerGraph:
     """The graph of `function(x, adapter, frozen, *others)`, one array, and of its gradients.
 
     `jax.ad_checkpoint.checkpoint_name` names the arrays that may be saved.
+    `window`: most keys that a query sees.
     """
 
     def gradients(x, adapter, frozen, others, d_output):
@@ -146,7 +161,7 @@ def trace(
     closed, shapes = jax.make_jaxpr(gradients, return_shape=True)(
         x, adapter, frozen, others, d_output
     )
-    reader = _Reader(x.shape[0])
+    reader = _Reader(x.shape[0], window)
     count = len(closed.jaxpr.invars)
     # Arguments are flattened in order: the layer's input first, the output's gradient last.
     inputs = [reader.new(closed.jaxpr.invars[0].aval, forward=True)]
@@ -161,8 +176,8 @@ def trace(
 class _Reader:
     """Walks a jaxpr into numbered arrays and operations; nested functions are looked into."""
 
-    def __init__(self, tokens: int):
-        self._tokens = tokens
+    def __init__(self, tokens: int, window: int | None = None):
+        self._tokens, self._window = tokens, window
         self._avals: list[Any] = []
         self._forward: set[int] = set()
         self._backward: set[int] = set()
@@ -222,10 +237,12 @@ class _Reader:
         return list(self._known[key])
 
     def _flops(self, label: str, eqn: Any) -> float:
-        if label in ATTENTION:  # every query sees half of the keys: two products, or five
+        if label in ATTENTION:  # of queries and the keys that they see: two products, or five
             tokens, heads, head_dim = eqn.invars[0].aval.shape
             products = 2 if label == "attention_forward" else 5
-            return products * 2.0 * heads * head_dim * tokens * (tokens + 1) / 2
+            most = min(self._window or tokens, tokens)
+            pairs = most * (most + 1) / 2 + (tokens - most) * most
+            return products * 2.0 * heads * head_dim * pairs
         if label == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)

@@ -18,6 +18,7 @@ from flexllm_jax.models.bypass import BypassFunction
 from flexllm_jax.models.decoder import DecoderLayer, Tap
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward
+from kernels_pallas.attention_options import AttentionOptions
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 
@@ -28,31 +29,34 @@ ATTENTION = ("attention_forward", "attention_gradient")
 MakeBypass = Callable[[Any], BypassFunction]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def causal_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     adapter: Any,
     bypass: MakeBypass,
+    options: AttentionOptions,
     backend: Backend,
 ) -> Float[Array, "T NH"]:
     """Attention of one whole sequence, and its bypass, with the engine's kernels."""
-    return _forward(q, k, v, adapter, bypass, backend)[0]
+    return _forward(q, k, v, adapter, bypass, options, backend)[0]
 
 
-@partial(jax.jit, static_argnums=3)
-def attention_forward(q, k, v, backend: Backend):
+@partial(jax.jit, static_argnums=(3, 4))
+def attention_forward(q, k, v, options: AttentionOptions, backend: Backend):
     """One operation of the trace."""
     tokens, pages = q.shape[0], (_paged(k), _paged(v))
     zero, one = jnp.int32(0), jnp.int32(1)
     table = jnp.arange(pages[0].shape[0], dtype=jnp.int32)[None]
     starts, lengths = jnp.array([0, tokens], jnp.int32), jnp.array([tokens], jnp.int32)
-    return ragged_paged_attention(q, *pages, starts, lengths, table, zero, one, backend=backend)
+    return ragged_paged_attention(
+        q, *pages, starts, lengths, table, zero, one, options=options, backend=backend
+    )
 
 
-@partial(jax.jit, static_argnums=6)
-def attention_gradient(q, k, v, out, lse, d_out, backend: Backend):
+@partial(jax.jit, static_argnums=(6, 7))
+def attention_gradient(q, k, v, out, lse, d_out, options: AttentionOptions, backend: Backend):
     """One operation of the trace."""
     slots = jnp.arange(q.shape[0], dtype=jnp.int32)
     zeros = jnp.zeros(k.shape, jnp.float32)
@@ -68,6 +72,7 @@ def attention_gradient(q, k, v, out, lse, d_out, backend: Backend):
         d_out,
         zeros,
         zeros,
+        options=options,
         backend=backend,
     )
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
@@ -78,24 +83,24 @@ def _paged(x: jax.Array) -> jax.Array:
     return x.reshape(-1, page_size, *x.shape[1:])
 
 
-def _forward(q, k, v, adapter, bypass, backend):
+def _forward(q, k, v, adapter, bypass, options, backend):
     # The names reach the arrays that the backward reads.
     k, v = checkpoint_name(k, PAGES), checkpoint_name(v, PAGES)
-    out, lse = attention_forward(q, k, v, backend)
+    out, lse = attention_forward(q, k, v, options, backend)
     if isinstance(made := bypass(adapter), Bypass):
-        out, lse = made.attend(q, out, lse)
+        out, lse = made.attend(q, out, lse, options)
     # Flat, as the projection reads it, so that both keep the same array.
     out = checkpoint_name(out.reshape(q.shape[0], -1), "attended")
     return out, (q, k, v, adapter, out, checkpoint_name(lse, "attended"))
 
 
-def _backward(bypass, backend, residuals, d_out):
+def _backward(bypass, options, backend, residuals, d_out):
     q, k, v, adapter, out, lse = residuals
     out, d_out = out.reshape(q.shape), d_out.reshape(q.shape)
-    dq, dk, dv = attention_gradient(q, k, v, out, lse, d_out, backend)
+    dq, dk, dv = attention_gradient(q, k, v, out, lse, d_out, options, backend)
     if not isinstance(made := bypass(adapter), Bypass):
         return dq, dk, dv, jax.tree.map(jnp.zeros_like, adapter)
-    dq, gradients = made.attend_backward(dq, q, out, lse, d_out)
+    dq, gradients = made.attend_backward(dq, q, out, lse, d_out, options)
     gradients = jax.tree.map(lambda g: g[None], gradients)  # the bypass is of one layer
     weights, pull = jax.vjp(lambda adapter: _weights(bypass(adapter)), adapter)
     return dq, dk, dv, pull(jax.tree.map(jnp.zeros_like, weights) | gradients)[0]
@@ -121,5 +126,7 @@ def whole_layer(
     """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`."""
     made = bypass(adapter)
     q, k, v, x = layer.before_attention(x, angles, made, tap)
-    attended: Any = causal_attention(q, k, v, adapter, bypass, backend)
+    attended: Any = causal_attention(
+        q, k, v, adapter, bypass, layer.spec.attention.options, backend
+    )
     return layer.after_attention(x, attended, made, tap)

@@ -13,7 +13,9 @@ from flexllm_jax.config.fields import Int, Section
 class ModelSection(Section):
     """The base model."""
 
-    path: Path = Field(description="Folder of a Hugging Face checkpoint (Llama 3, Qwen2.5, Qwen3).")
+    path: Path = Field(
+        description="Folder of a Hugging Face checkpoint (Llama 3, Mistral, Qwen2.5, Qwen3)."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Type of weights, activations and KV pages on the device. auto: the "

@@ -28,7 +28,8 @@ _AUTO_SHARE = 0.25
 
 
 def layer_graph(sizes: EngineSizes) -> LayerGraph:
-    """The trace of a layer with the bypasses of the bank, over the finetuning slots."""
+    """The trace of a layer with the bypasses of the bank, over the finetuning slots. One plan is
+    made for all layers: for the kind whose attention costs most."""
     return _traced(sizes.model, sizes.dtype, sizes.bank, sizes.finetune_slots)
 
 
@@ -37,8 +38,10 @@ def _traced(model: ModelConfig, dtype: jnp.dtype, bank: BankShape, tokens: int) 
     weights = shapes_of_one(weight_shapes(model, bank, None, jnp.float32)[0])
     scales = dict.fromkeys(weights, jnp.ones(1))
     is_token = jnp.ones(tokens, bool)
+    spec = max(model.kinds, key=lambda kind: kind.attention.options.window or inf)
     return trace_layer(
         Decoder(model, dtype),
+        spec,
         abstract_parameters(model, dtype)["layers"][0],
         weights,
         lambda own: job_bypass({"weights": own, "scales": scales}, is_token, XLA),

@@ -73,9 +73,7 @@ class Placement:
         m = self.plan.mesh
         return replace(
             self.model,
-            num_heads=self.model.num_heads // m.tp,
-            num_kv_heads=self.model.num_kv_heads // m.kv,
-            d_ff=self.model.d_ff // m.tp,
+            layers=tuple(layer.shard(m.tp, m.kv) for layer in self.model.layers),
         )
 
     @property

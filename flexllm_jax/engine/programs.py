@@ -45,7 +45,6 @@ _ALONE = (
     "clear",
     "unit/score",
     "unit/loss",
-    "unit/layer",
     "commit",
     "read_logprobs",
     "optimizer_step",
@@ -66,6 +65,11 @@ def sampling_program(kind: Sampling, rows: int) -> str:
     return f"sample/{kind.name.lower()}/{rows}"
 
 
+def layer_program(kind: int) -> str:
+    """The name of the program of a backward unit of a layer, by `ModelConfig.kind_of`."""
+    return f"unit/layer/{kind}" if kind else "unit/layer"
+
+
 def list_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     """Every program of an engine with that many KV pages."""
     programs = [
@@ -84,10 +88,11 @@ def check_lattice(sizes: EngineSizes, compiled: Set[str]) -> None:
     shapes = sizes.step_shapes
     rows = {shape.samples for shape in shapes.values()}
     variants: list[str] = ["base", "adapters"]
-    units: list[str] = list(_ALONE)
+    layer_units = [layer_program(kind) for kind in range(len(sizes.model.kinds))]
+    units: list[str] = [*_ALONE, *layer_units]
     if sizes.dropout:
         variants.append("dropout")
-        units.append("unit/layer/dropout")
+        units += [f"{unit}/dropout" for unit in layer_units]
         units += ["unit/score/dropout", "unit/loss/dropout"] * sizes.bank.has_head
     wanted = {
         *(f"forward/{variant}/{n}" for variant in variants for n in shapes),
@@ -220,22 +225,26 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             (flow, head_gradients, _WHOLE),
         ),
     ]
-    one_layer_unit = Program(
-        "unit/layer",
-        _with_done(partial(layer_unit, decoder, unit_tokens, sizes.columns, sizes.backend)),
-        (*one_layer, flow, pending[stack], table, _INT, _INT),
-        (4, 5),
-        (flow, pending[stack], _WHOLE),
-    )
+    static = (unit_tokens, sizes.columns, sizes.backend)
+    layer_units = [
+        Program(
+            layer_program(kind),
+            _with_done(partial(layer_unit, decoder, spec, *static)),
+            (*one_layer, flow, pending[stack], table, _INT, _INT),
+            (4, 5),
+            (flow, pending[stack], _WHOLE),
+        )
+        for kind, spec in enumerate(decoder.config.kinds)
+    ]
     with_dropout = []
     if sizes.dropout:
         dropout = JobDropout.shapes(sizes.finetune_slots)
-        with_dropout = [_with(one_layer_unit, dropout, _INT)]
+        with_dropout = [_with(unit, dropout, _INT) for unit in layer_units]
         if sizes.bank.has_head:
             with_dropout += [_with(unit, dropout) for unit in head_units]
     return [
         *head_units,
-        one_layer_unit,
+        *layer_units,
         *with_dropout,
         Program(
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)

@@ -30,6 +30,7 @@ from flexllm_jax.engine.placement import plan_placement
 from flexllm_jax.engine.programs import (
     check_lattice,
     head_parameters,
+    layer_program,
     list_programs,
     sampling_program,
 )
@@ -355,7 +356,8 @@ class Runner:
         stack, index = self.sizes.stacks.place(layer)
         adapter = {"weights": weights[stack], "scales": scales[stack]}
         more = (dropout, np.int32(layer)) if dropout else ()
-        program = self.programs[f"unit/layer{'/dropout' if more else ''}"]
+        name = layer_program(self.model.kind_of[layer])
+        program = self.programs[f"{name}/dropout" if more else name]
         self.finetune["flow"], self.pending[stack], done = program(
             self.params["layers"][layer],
             adapter,

@@ -22,6 +22,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.peft import prefix
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import AdapterRow, BankShape, scale_shapes, weight_shapes
 from flexllm_jax.peft.stacks import LayerStacks
@@ -76,6 +77,11 @@ class EngineSizes:
             raise ValueError(
                 "adapters.target_modules: lm_head cannot have LoRA with parallel.tp > 1; drop it"
             )
+        for spec in model.kinds if "prefix" in bank.kinds else ():
+            if what := prefix.unsupported(spec.attention.options):
+                raise ValueError(
+                    f"adapters.kinds: this model has {what}, where prefix is none; drop it"
+                )
         return cls(
             model=model,
             dtype=dtype,

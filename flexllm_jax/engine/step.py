@@ -5,6 +5,8 @@ Keys and values are written to their pages and the finetuning tokens' activation
 place: `pages`, `saved` and `flow` are donated. Layers are unrolled, so that XLA copies no weights.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -60,14 +62,15 @@ def forward_step(
     inputs = StepInputs.cut(vector, shape)
     from_device = last_tokens[jnp.maximum(-1 - inputs.token, 0)]
     token = jnp.where(inputs.token < 0, from_device, inputs.token)
-    angles = decoder.angles(inputs.position)
+    config = decoder.config
+    angles = {s.attention.rope: decoder.angles(inputs.position, s) for s in config.kinds}
     x = decoder.embed(params, token)
 
-    @jax.jit
-    def run_layer(layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x):
-        # A function of its own, so that it is traced and lowered for one layer and not for each:
+    @partial(jax.jit, static_argnums=0)
+    def run_layer(spec, layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x):
+        # A function of its own, so that it is traced and lowered once for layers that are alike:
         # that would take most of a start. XLA inlines the calls.
-        layer = decoder.layer(layer_params)
+        layer, options = decoder.layer(layer_params, spec), spec.attention.options
         adapters = None
         if adapter_stack is not None:
             weights, scales, index = adapter_stack
@@ -79,7 +82,9 @@ def forward_step(
         activations = {"x": x}
         q, k, v, x = layer.project(x, bypass, activations.setdefault)
         q, *written = rotate_and_write(
-            *(q, k, v, angles, inputs.kv_slot, layer_pages["k"], layer_pages["v"]), backend=backend
+            *(q, k, v, angles[spec.attention.rope], inputs.kv_slot),
+            *(layer_pages["k"], layer_pages["v"]),
+            backend=backend,
         )
         new_pages = dict(zip(("k", "v"), written, strict=True))
         attended, lse = ragged_paged_attention(
@@ -90,10 +95,11 @@ def forward_step(
             inputs.page_tables,
             inputs.num_decode,
             inputs.num_sequences,
+            options=options,
             backend=backend,
         )
         if adapters:
-            attended, lse = adapters.attend(q, attended, lse)
+            attended, lse = adapters.attend(q, attended, lse, options)
         activations["attended"] = attended
         x = layer.after_attention(x, attended, bypass, activations.setdefault)
         new_saved = None
@@ -118,7 +124,7 @@ def forward_step(
         layer_saved = None if finetune is None else finetune["saved"][i]
         number = None if dropout is None else i
         layer_pages, layer_saved, x = run_layer(
-            layer_params, adapter_stack, pages[i], layer_saved, number, x
+            config.layers[i], layer_params, adapter_stack, pages[i], layer_saved, number, x
         )
         new_pages.append(layer_pages)
         new_saved.append(layer_saved)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Int
 
 from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
 from flexllm_jax.models.decoder import PROJECTED, Decoder
+from flexllm_jax.models.spec import LayerSpec
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import Dropout, JobDropout
@@ -59,6 +60,7 @@ def job_bypass(
 
 def layer_unit(
     decoder: Decoder,
+    spec: LayerSpec,
     unit_tokens: int,
     columns: dict[str, slice],
     backend: Backend,
@@ -78,6 +80,7 @@ def layer_unit(
 
     Args:
         decoder: the model's functions.
+        spec: of the layer, static.
         unit_tokens: U, tokens of the slice, static.
         columns: `saved_columns`, static.
         backend: which kernels to use, static.
@@ -98,7 +101,7 @@ def layer_unit(
     Returns:
         The updated flow and gradients.
     """
-    layer = decoder.layer(layer_params)
+    layer, options = decoder.layer(layer_params, spec), spec.attention.options
 
     def slice_of(x: jax.Array) -> jax.Array:
         return from_stored(lax.dynamic_slice_in_dim(x, start, unit_tokens))
@@ -135,7 +138,7 @@ def layer_unit(
         changed = adapter | {"weights": adapter["weights"] | own}
         return job_bypass(changed, is_token, backend, dropped, sums, index)
 
-    angles = decoder.angles(slice_of(whole.position))
+    angles = decoder.angles(slice_of(whole.position), spec)
     x = kept["x"]
     (q, _, _, x), pull_inputs = jax.vjp(
         lambda x, *own: layer.project(x, bypass(*own), tap), x, own, first
@@ -145,8 +148,8 @@ def layer_unit(
     if "attended" in kept:
         attended, lse = kept["attended"].reshape(q.shape), slice_of(saved["lse"])
     else:
-        attended, lse = attention_of_slice(q, *keys_and_values, backend=backend)
-        attended, lse = bypass(own, {}).attend(q, attended, lse)
+        attended, lse = attention_of_slice(q, *keys_and_values, options=options, backend=backend)
+        attended, lse = bypass(own, {}).attend(q, attended, lse, options)
     _, pull_outputs = jax.vjp(
         lambda x, attended, *own: layer.after_attention(x, attended, bypass(*own), tap, kept),
         x,
@@ -163,9 +166,10 @@ def layer_unit(
         d_attended,
         flow["dk"],
         flow["dv"],
+        options=options,
         backend=backend,
     )
-    dq, d_own_attention = bypass(own, {}).attend_backward(dq, q, attended, lse, d_attended)
+    dq, d_own_attention = bypass(own, {}).attend_backward(dq, q, attended, lse, d_attended, options)
     *d_projected, dk, dv = rotate_back_and_clear(dq, dk, dv, angles, start, backend=backend)
     d_input, d_own_inputs, first = pull_inputs((*d_projected, d_residual))
     flow = flow | {"stream": with_slice(flow["stream"], d_input), "dk": dk, "dv": dv}

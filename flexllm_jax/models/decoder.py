@@ -1,4 +1,4 @@
-"""Llama, Qwen2.5 and Qwen3 as one decoder; their differences are fields of ModelConfig.
+"""All families as one decoder; their differences are fields of `spec.LayerSpec` and ModelConfig.
 
 A layer is two functions with attention between them, because attention reads pages that the step
 program owns, and because token-level finetuning differentiates the two halves apart. The same code
@@ -32,7 +32,9 @@ from flexllm_jax.models.collectives import (
     sum_outputs,
 )
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.layers import Linear, RMSNorm, rotary_angles
+from flexllm_jax.models.layers import Linear, RMSNorm
+from flexllm_jax.models.rope import rotary_angles
+from flexllm_jax.models.spec import LayerSpec, NormSpec
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_passes import gated, rotate
 
@@ -55,27 +57,27 @@ class DecoderLayer(nnx.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        d_model: int,
+        spec: LayerSpec,
         dtype: jnp.dtype,
         axes: Axes = (),
         backend: Backend = XLA,
     ):
-        c = config
-        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.pre_attn_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
-        self.q = Linear(c.d_model, q_size, dtype, c.attention_bias)
-        self.k = Linear(c.d_model, kv_size, dtype, c.attention_bias)
-        self.v = Linear(c.d_model, kv_size, dtype, c.attention_bias)
-        self.o = Linear(q_size, c.d_model, dtype, c.output_bias, axes)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
-            self.k_norm = RMSNorm(c.head_dim, c.norm_eps, dtype)
-        self.pre_mlp_norm = RMSNorm(c.d_model, c.norm_eps, dtype)
-        self.gate = Linear(c.d_model, c.d_ff, dtype)
-        self.up = Linear(c.d_model, c.d_ff, dtype)
-        self.down = Linear(c.d_ff, c.d_model, dtype)
-        self.qk_norm, self.head_dim, self.axes = c.qk_norm, c.head_dim, axes
-        self.backend = backend
+        attention, eps = spec.attention, spec.norm.eps
+        q_size, kv_size = (n * attention.head_dim for n in (attention.heads, attention.kv_heads))
+        self.pre_attn_norm = RMSNorm(d_model, eps, dtype)
+        self.q = Linear(d_model, q_size, dtype, attention.qkv_bias)
+        self.k = Linear(d_model, kv_size, dtype, attention.qkv_bias)
+        self.v = Linear(d_model, kv_size, dtype, attention.qkv_bias)
+        self.o = Linear(q_size, d_model, dtype, attention.o_bias, axes)
+        if attention.qk_norm:
+            self.q_norm = RMSNorm(attention.head_dim, eps, dtype)
+            self.k_norm = RMSNorm(attention.head_dim, eps, dtype)
+        self.pre_mlp_norm = RMSNorm(d_model, eps, dtype)
+        self.gate = Linear(d_model, spec.mlp.d_ff, dtype)
+        self.up = Linear(d_model, spec.mlp.d_ff, dtype)
+        self.down = Linear(spec.mlp.d_ff, d_model, dtype)
+        self.spec, self.axes, self.backend = spec, axes, backend
 
     def before_attention(
         self,
@@ -107,14 +109,14 @@ class DecoderLayer(nnx.Module):
     ]:
         """`before_attention` without the rotation."""
         x, (*inputs, h) = self._normed(self.pre_attn_norm, x, None, 4)
-        heads = (x.shape[0], -1, self.head_dim)
+        heads = (x.shape[0], -1, self.spec.attention.head_dim)
         projections = {"q": self.q, "k": self.k, "v": self.v}
         outputs = bypass(
             h, {name: p(i) for (name, p), i in zip(projections.items(), inputs, strict=True)}
         )
         q, k = tap("query", outputs["q"]).reshape(heads), outputs["k"]
         v = outputs["v"].reshape(heads)
-        if self.qk_norm:
+        if self.spec.attention.qk_norm:
             q, k = self.q_norm(q), self.k_norm(tap("key", k).reshape(heads))
         return q, k.reshape(heads), v, x
 
@@ -170,13 +172,14 @@ class Decoder:
     axes: Axes = ()
     backend: Backend = XLA
 
-    def layer(self, params: dict) -> DecoderLayer:
+    def layer(self, params: dict, spec: LayerSpec) -> DecoderLayer:
         """A layer's module holding these parameters; call it while tracing."""
-        return nnx.merge(_layer_graph(self.config, self.dtype, self.axes, self.backend), params)
+        graph = _layer_graph(self.config.d_model, spec, self.dtype, self.axes, self.backend)
+        return nnx.merge(graph, params)
 
     def taps(self) -> dict[str, int]:
         """Name and width of each array of a layer that the forward may save for the backward:
-        attention's output, and what the layer taps."""
+        attention's output, and what the layer taps. The same in every layer."""
         c = self.config
         widths = {"attended": c.num_heads * c.head_dim}
 
@@ -185,8 +188,8 @@ class Decoder:
             return value
 
         def both_halves(x, positions, attended):
-            layer = DecoderLayer(c, self.dtype)
-            x = layer.before_attention(x, self.angles(positions), tap=tap)[-1]
+            layer = DecoderLayer(c.d_model, c.layers[0], self.dtype)
+            x = layer.before_attention(x, self.angles(positions, layer.spec), tap=tap)[-1]
             return layer.after_attention(x, attended, tap=tap)
 
         rows = [jax.ShapeDtypeStruct((1, n), self.dtype) for n in (c.d_model, widths["attended"])]
@@ -197,13 +200,14 @@ class Decoder:
         """Token embeddings."""
         return rows_of(params["embed"]["weight"], tokens, self.axes)
 
-    def angles(self, positions: Int[Array, " T"]) -> Angles:
-        """Rotary angles of the positions."""
-        return rotary_angles(self.config, positions)
+    def angles(self, positions: Int[Array, " T"], spec: LayerSpec) -> Angles:
+        """Rotary angles of the positions in a layer."""
+        return rotary_angles(spec.attention.rope, spec.attention.head_dim, positions)
 
     def final_norm(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The norm before the output head."""
-        norm = nnx.merge(_norm_graph(self.config, self.dtype), params["norm"])
+        graph = _norm_graph(self.config.d_model, self.config.layers[-1].norm, self.dtype)
+        norm = nnx.merge(graph, params["norm"])
         return norm.join(x, None, self.backend, 1)[1]
 
     def head(self, params: dict) -> Float[Array, "V D"]:
@@ -232,11 +236,11 @@ class Decoder:
 
 @cache
 def _layer_graph(
-    config: ModelConfig, dtype: jnp.dtype, axes: Axes, backend: Backend
+    d_model: int, spec: LayerSpec, dtype: jnp.dtype, axes: Axes, backend: Backend
 ) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, dtype, axes, backend)))[0]
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(d_model, spec, dtype, axes, backend)))[0]
 
 
 @cache
-def _norm_graph(config: ModelConfig, dtype: jnp.dtype) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: RMSNorm(config.d_model, config.norm_eps, dtype)))[0]
+def _norm_graph(d_model: int, spec: NormSpec, dtype: jnp.dtype) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: RMSNorm(d_model, spec.eps, dtype)))[0]

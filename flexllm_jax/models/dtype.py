@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from flexllm_jax.models.config import ModelConfigError
+from flexllm_jax.models.fields import ModelConfigError
 
 _FIELDS = ("dtype", "torch_dtype")  # of config.json: newer and older versions of transformers
 _STORED = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}

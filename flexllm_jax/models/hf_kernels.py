@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_weights import WeightsError, checkpoint_files, read_stored, tensors
+from flexllm_jax.models.hf_weights import WeightsError, checkpoint_files, read_stored
+from flexllm_jax.models.tensors import tensors
 
 
 def read_kernel(path: str | Path, config: ModelConfig, layer: int, module: str) -> np.ndarray:

@@ -11,8 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,9 @@ from safetensors.numpy import save_file
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.dtype import name_dtype
-from flexllm_jax.models.layers import rotary_frequencies
+from flexllm_jax.models.names import EMBED, HEAD, LAYERS
+from flexllm_jax.models.rope import rotary_frequencies
+from flexllm_jax.models.tensors import Tensor, tensors
 
 logger = logging.getLogger(__name__)
 
@@ -40,57 +41,12 @@ _SIDE_FILES = (
     *("*.json", "*.jinja", "*/*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"),
     *("LICENSE*", "NOTICE*"),
 )
+_HEAD_WEIGHT = f"{HEAD}.weight"
 _ROWS_COMPARED = 4096  # of two tensors, at a time
 
 
 class WeightsError(UserError):
     """A checkpoint that is incomplete or does not fit its `config.json`; one line."""
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """One parameter: where it is in the tree and in the checkpoint. `shape` is the tree's."""
-
-    path: tuple[str | int, ...]
-    name: str
-    shape: tuple[int, ...]
-    transposed: bool = False
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return self.shape[::-1] if self.transposed else self.shape
-
-
-def tensors(config: ModelConfig) -> Iterator[_Tensor]:
-    """Every parameter of the model, in the order in which a forward pass reads them."""
-    table = (config.vocab_size, config.d_model)
-    yield _Tensor(("embed", "weight"), "model.embed_tokens.weight", table)
-    for layer in range(config.num_layers):
-        yield from _layer_tensors(config, layer)
-    yield _Tensor(("norm", "weight"), "model.norm.weight", (config.d_model,))
-    if not config.tie_embeddings:
-        yield _Tensor(("head", "weight"), "lm_head.weight", table)
-
-
-def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[_Tensor]:
-    biased = {"q", "k", "v"} if config.attention_bias else set()
-    biased |= {"o"} if config.output_bias else set()
-    norms = {"pre_attn_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"}
-    sizes = dict.fromkeys(norms, config.d_model)
-    if config.qk_norm:
-        norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-        sizes |= {"q_norm": config.head_dim, "k_norm": config.head_dim}
-    prefix = f"model.layers.{layer}"
-    for module, name in norms.items():
-        path = ("layers", layer, module, "weight")
-        yield _Tensor(path, f"{prefix}.{name}.weight", (sizes[module],))
-    for module, shape in config.kernel_shapes.items():
-        block = "self_attn" if module in ("q", "k", "v", "o") else "mlp"
-        name = f"{prefix}.{block}.{module}_proj"
-        path = ("layers", layer, module)
-        yield _Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
-        if module in biased:
-            yield _Tensor((*path, "bias"), f"{name}.bias", shape[1:])
 
 
 def _tree(config: ModelConfig, leaves: dict[tuple[str | int, ...], Any]) -> Any:
@@ -187,13 +143,13 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str
     modules = {name.rpartition(".")[0] for name in expected}
     ignored = []
     for name in sorted(files.keys() - expected):
-        layer = name.removeprefix("model.layers.").split(".")[0]
-        in_layer = name.startswith("model.layers.") and layer.isdigit()
+        layer = name.removeprefix(f"{LAYERS}.").split(".")[0]
+        in_layer = name.startswith(f"{LAYERS}.") and layer.isdigit()
         with _open(directory / files[name]) as checkpoint:
             if name.endswith("rotary_emb.inv_freq"):
                 copied = _are_frequencies(checkpoint.get_tensor(name), config)
                 source = "what rope_theta and rope_scaling of config.json give"
-            elif name == "lm_head.weight":
+            elif name == _HEAD_WEIGHT:
                 copied = holds_tensor(directory, config, name, checkpoint.get_slice(name))
                 source = (
                     "the embeddings, as tie_word_embeddings in config.json says: set it to false"
@@ -225,24 +181,27 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str
 
 def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
     """Whether rotary frequencies are the model's, as far as their dtype can tell."""
-    used = np.asarray(rotary_frequencies(config))
     tolerance = max(1e-4, 2 * float(jnp.finfo(stored.dtype).eps))
-    return stored.shape == used.shape and np.allclose(
-        stored.astype(np.float32), used, rtol=tolerance, atol=0
+    ropes = {(spec.attention.rope, spec.attention.head_dim) for spec in config.layers}
+    used = [np.asarray(rotary_frequencies(rope, size)) for rope, size in ropes if rope is not None]
+    return any(
+        stored.shape == own.shape
+        and np.allclose(stored.astype(np.float32), own, rtol=tolerance, atol=0)
+        for own in used
     )
 
 
 def tensor_names(config: ModelConfig) -> set[str]:
     """Names of the model's tensors, that of a tied head too."""
-    return {tensor.name for tensor in tensors(config)} | {"lm_head.weight"}
+    return {tensor.name for tensor in tensors(config)} | {_HEAD_WEIGHT}
 
 
 def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -> bool | None:
     """Whether `other`, an open slice of a safetensors file, has the values that the model at `path`
     uses for its tensor `name`, rounded to other's dtype; None when it has no such tensor."""
     directory = Path(path)
-    if name == "lm_head.weight" and config.tie_embeddings:
-        name = "model.embed_tokens.weight"
+    if name == _HEAD_WEIGHT and config.tie_embeddings:
+        name = f"{EMBED}.weight"
     file = checkpoint_files(directory).get(name)
     if file is None:
         return None
@@ -259,7 +218,7 @@ def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -
     return True
 
 
-def _load(file: Path, tensor: _Tensor, dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
+def _load(file: Path, tensor: Tensor, dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
     """Read a stored tensor and put it on its devices as the tree has it: transposed and cast."""
     source = sharding
     if tensor.transposed and isinstance(sharding, NamedSharding):
@@ -275,7 +234,7 @@ def _load(file: Path, tensor: _Tensor, dtype: DTypeLike, sharding: Sharding | No
     return _convert(tensor.transposed, jnp.dtype(dtype), sharding)(array).block_until_ready()
 
 
-def read_stored(file: Path, tensor: _Tensor, part: Any = None) -> np.ndarray:
+def read_stored(file: Path, tensor: Tensor, part: Any = None) -> np.ndarray:
     """A stored tensor, or the part of it that a tuple of slices names."""
     # Opened for each tensor anew: a mapping kept open keeps the pages read in this process.
     with _open(file) as checkpoint:
@@ -372,9 +331,9 @@ def save_parameters(
     partial.replace(out)
 
 
-def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[_Tensor]]:
+def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[Tensor]]:
     """Cut the tensors, in order, into files of at most `max_bytes` (or one larger tensor)."""
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors(config):
         nbytes = _leaf(params, tensor.path).nbytes
@@ -388,7 +347,7 @@ def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[_Tens
 
 def _stored(
     array: np.ndarray,
-    tensor: _Tensor,
+    tensor: Tensor,
     edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None,
     dtype: jnp.dtype,
 ) -> np.ndarray:

@@ -24,28 +24,14 @@ import numpy as np
 from flexllm_jax.config import ranks_taken
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.names import HEAD, PROJECTIONS, layer_path
 
+# The names that PEFT's `target_modules` knows -> those in the parameter tree.
 TARGET_MODULES: Mapping[str, str] = MappingProxyType(
-    {
-        "q_proj": "q",
-        "k_proj": "k",
-        "v_proj": "v",
-        "o_proj": "o",
-        "gate_proj": "gate",
-        "up_proj": "up",
-        "down_proj": "down",
-        "lm_head": "head",
-    }
+    {path.rpartition(".")[2]: module for module, path in PROJECTIONS.items()} | {HEAD: "head"}
 )
 # What PEFT means by "all-linear": not the output head.
-ALL_LINEAR = tuple(name for name in TARGET_MODULES if name != "lm_head")
-
-_SHORT_PATHS = {
-    module: f"{'self_attn' if module in ('q', 'k', 'v', 'o') else 'mlp'}.{name}"
-    for name, module in TARGET_MODULES.items()
-    if module != "head"
-}
-
+ALL_LINEAR = tuple(name for name in TARGET_MODULES if name != HEAD)
 
 PATH_END = r"(.*\.)?(", ")$"  # around a key of rank_pattern or alpha_pattern
 MOST_RANK, MOST_ALPHA = 65_536, 1e6  # beyond them it is a mistake, or worse
@@ -104,9 +90,7 @@ def module_path(layer: int, module: str) -> str:
 
     The output head, "head", belongs to the layer after the last one.
     """
-    if module == "head":
-        return "lm_head"
-    return f"model.layers.{layer}.{_SHORT_PATHS[module]}"
+    return HEAD if module == "head" else layer_path(layer, PROJECTIONS[module])
 
 
 def init_adapter(config: AdapterConfig, model: ModelConfig, seed: int) -> Adapter:

@@ -19,6 +19,7 @@ from flexllm_jax.peft.dropout import Dropout
 from flexllm_jax.peft.ia3 import SCALED, ia3
 from flexllm_jax.peft.lora import lora
 from flexllm_jax.peft.stacks import of_layer
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import XLA, Backend
 
 
@@ -67,12 +68,13 @@ class Bypass:
         query: Float[Array, "T N H"],
         attended: Float[Array, "T N H"],
         lse: Float[Array, "T N"],
+        options: AttentionOptions = FULL,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
         """Attention's output and the logarithm of its denominator, with prefixes."""
         if prefix.SITE not in self.weights:
             return attended, lse
         own, lengths = self._prefix
-        return prefix.join_prefix(own, lengths, self.adapter, query, attended, lse)
+        return prefix.join_prefix(own, lengths, self.adapter, query, attended, lse, options)
 
     @property
     def _prefix(self) -> tuple[dict, jax.Array]:
@@ -86,6 +88,7 @@ class Bypass:
         attended: Float[Array, "T N H"],
         lse: Float[Array, "T N"],
         d_attended: Float[Array, "T N H"],
+        options: AttentionOptions = FULL,
     ) -> tuple[Float[Array, "T N H"], dict]:
         """`d_query` with what `attend` adds to it, and the layer's gradients by site [A, ...];
         attended and lse are what it returned."""
@@ -93,6 +96,6 @@ class Bypass:
             return d_query, {}
         own, lengths = self._prefix
         added, gradients = prefix.join_prefix_backward(
-            own, lengths, self.adapter, query, attended, lse, d_attended
+            own, lengths, self.adapter, query, attended, lse, d_attended, options
         )
         return d_query + added, {prefix.SITE: gradients}

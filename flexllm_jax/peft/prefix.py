@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
+from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
 SITE = "prefix"
@@ -62,6 +63,14 @@ def shapes(model: ModelConfig, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"k": shape, "v": shape}
 
 
+def unsupported(options: AttentionOptions) -> str | None:
+    """What of a model's attention has no meaning here yet; None: nothing. transformers counts the
+    prefix among the keys of a window, and caps its scores too."""
+    if options.window is not None:
+        return "a sliding window"
+    return None if options.soft_cap is None else "a soft cap of scores"
+
+
 def join_prefix(
     weights: dict,
     lengths: Float[Array, " A"],
@@ -69,6 +78,7 @@ def join_prefix(
     query: Float[Array, "T N H"],
     attended: Float[Array, "T N H"],
     lse: Float[Array, "T N"],
+    options: AttentionOptions = FULL,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention to the sequence's own tokens, joined with that to the prefix.
 
@@ -79,11 +89,12 @@ def join_prefix(
         query: rotated queries.
         attended: what attention to the sequence's own tokens returned.
         lse: logarithm of its softmax's denominator, float32.
+        options: of that attention; what `unsupported` names is not computed.
 
     Returns:
         attended and lse of both together; those of tokens without a prefix as they were.
     """
-    scores = _scores(weights, lengths, adapter, query)
+    scores = _scores(weights, lengths, adapter, query, options)
     joined = (adapter >= 0) & (lengths[adapter] > 0)
     denominator = jax.nn.logsumexp(scores, axis=-1).reshape(lse.shape)
     total = jnp.where(joined[:, None], jnp.logaddexp(lse, denominator), lse)
@@ -106,20 +117,21 @@ def join_prefix_backward(
     attended: Float[Array, "T N H"],
     lse: Float[Array, "T N"],
     d_attended: Float[Array, "T N H"],
+    options: AttentionOptions = FULL,
 ) -> tuple[Float[Array, "T N H"], dict]:
     """What `join_prefix` adds to the query's gradient, and the gradients of the prefix.
 
     attended and lse are those that `join_prefix` returned. With p the share of a prefix token:
-    dv = p^T dO, ds = p (dO v^T - sum(dO * O)), dq = ds k / sqrt(H), dk = ds^T q / sqrt(H).
+    dv = p^T dO, ds = p (dO v^T - sum(dO * O)), dq = ds k scale, dk = ds^T q scale.
     """
     exact = jax.lax.Precision.HIGHEST
-    scores = _scores(weights, lengths, adapter, query)
+    scores = _scores(weights, lengths, adapter, query, options)
     heads, share = scores.shape[1], _share(scores, lse)
     d_out = _grouped(d_attended.astype(jnp.float32), heads)
     mean = jnp.sum(d_out * _grouped(attended.astype(jnp.float32), heads), axis=-1)
     k, v = _flat(weights["k"]), _flat(weights["v"])
     d_share = jnp.einsum("tkgh,pkh->tkgp", d_out, v, precision=exact)
-    scale = query.shape[-1] ** -0.5
+    scale = options.scale_of(query.shape[-1])
     d_scores = share * (d_share - mean[..., None]) * scale
     q = _grouped(query.astype(jnp.float32), heads)
     d_query = jnp.einsum("tkgp,pkh->tkgh", d_scores, k, precision=exact)
@@ -132,9 +144,10 @@ def join_prefix_backward(
     }
 
 
-def _scores(weights, lengths, adapter, query) -> Float[Array, "T K G AP"]:
+def _scores(weights, lengths, adapter, query, options) -> Float[Array, "T K G AP"]:
     """Scores of all adapters' prefixes, -inf for those that are not the token's own."""
     rows, tokens, heads, size = weights["k"].shape
+    scale = options.scale_of(size)
     scores = jnp.einsum(
         "tkgh,pkh->tkgp",
         _grouped(query.astype(jnp.float32), heads),
@@ -143,7 +156,7 @@ def _scores(weights, lengths, adapter, query) -> Float[Array, "T K G AP"]:
     )
     row, place = jnp.divmod(jnp.arange(rows * tokens), tokens)
     own = (row == adapter[:, None]) & (place < lengths[row])
-    return jnp.where(own[:, None, None], scores * size**-0.5, -jnp.inf)
+    return jnp.where(own[:, None, None], scores * scale, -jnp.inf)
 
 
 def _share(

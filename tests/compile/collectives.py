@@ -51,7 +51,8 @@ def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
         },
         "test",
     )
-    model = replace(ModelConfig.from_hf(path), num_layers=layers)
+    model = ModelConfig.from_hf(path)
+    model = replace(model, layers=model.layers[:1] * layers)
     dtype = jnp.dtype(config.model.dtype)
     placement = plan_placement(config, model, bank_shape(config), 8, dtype)
     sizes = EngineSizes.from_config(config, model, "cpu", XLA, placement)

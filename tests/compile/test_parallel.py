@@ -14,6 +14,7 @@ from flexllm_jax.compile.parallel import (
     plan_parallel,
 )
 from flexllm_jax.models.config import ModelConfig
+from tests.small_models import small_model
 
 T, D_IN, RANK, D_OUT, TP = 3, 8, 4, 12, 4
 JOINS = {
@@ -25,7 +26,6 @@ JOINS = {
 
 def model(**changes) -> ModelConfig:
     fields = {
-        "architecture": "LlamaForCausalLM",
         "vocab_size": 1024,
         "d_model": 64,
         "num_layers": 2,
@@ -33,18 +33,8 @@ def model(**changes) -> ModelConfig:
         "num_kv_heads": 2,
         "head_dim": 8,
         "d_ff": 128,
-        "norm_eps": 1e-5,
-        "rope_theta": 1e4,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "output_bias": False,
-        "qk_norm": False,
-        "tie_embeddings": False,
-        "max_position_embeddings": 128,
-        "eos_token_ids": (1,),
-        "bos_token_id": 0,
     }
-    return ModelConfig(**(fields | changes))
+    return small_model(**(fields | changes))
 
 
 def spread(whole: np.ndarray, state: State) -> list[np.ndarray]:

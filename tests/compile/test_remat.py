@@ -15,11 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from flexllm_jax.compile.layer_graph import INPUT, trace, trace_layer
 from flexllm_jax.compile.remat import Plan, all_plans, make_plan
 from flexllm_jax.compile.whole_layer import PAGES
-from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import KINDS, BankShape, weight_shapes
 from flexllm_jax.peft.bypass import Bypass
+from tests.small_models import small_model
 
 TOKENS, D, F = 16, 32, 96
 
@@ -190,8 +190,7 @@ def test_plans_are_those_of_brute_force(kind):
 
 
 def llama(qk_norm=False):
-    model = ModelConfig(
-        architecture="LlamaForCausalLM",
+    model = small_model(
         vocab_size=64,
         d_model=64,
         num_layers=2,
@@ -199,16 +198,7 @@ def llama(qk_norm=False):
         num_kv_heads=2,
         head_dim=16,
         d_ff=160,
-        norm_eps=1e-5,
-        rope_theta=1e4,
-        rope_scaling=None,
-        attention_bias=False,
-        output_bias=False,
         qk_norm=qk_norm,
-        tie_embeddings=False,
-        max_position_embeddings=256,
-        eos_token_ids=(2,),
-        bos_token_id=1,
     )
     return Decoder(model, jnp.dtype(jnp.float32))
 
@@ -220,6 +210,7 @@ def graph_of(decoder, modules=(), kinds=("lora",), tokens=64):
     row, scales = jnp.zeros(tokens, jnp.int32), dict.fromkeys(adapter, jnp.ones((1, 1)))
     return trace_layer(
         decoder,
+        decoder.config.layers[0],
         abstract_parameters(decoder.config, decoder.dtype)["layers"][0],
         adapter,
         lambda weights: Bypass(weights, scales, row),

@@ -148,7 +148,7 @@ def words() -> frozenset[str]:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/add").glob("*.md")), ids=ids)
 def test_names_of_the_code_exist(page):
-    """The checklists name functions and tables: `BankShape.sites`, `_FAMILIES`."""
+    """The checklists name functions and tables: `BankShape.sites`, `FAMILIES`."""
     named = re.findall(r"`(?:\w+\.)?(\w+)`", prose(page))
     assert {name for name in named if name not in words()} <= {"KIND"}
 

@@ -23,16 +23,15 @@ from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
-from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
 from kernels_pallas.backend import XLA
 from tests.numerics import dense
+from tests.small_models import small_model
 
 LENGTHS = (19, 8)  # packed; units and forward steps of 16 cut the first
 PAGES, SEED = 8, 3
-MODEL = ModelConfig(
-    architecture="Qwen3ForCausalLM",
+MODEL = small_model(
     vocab_size=40,
     d_model=32,
     num_layers=2,
@@ -40,16 +39,8 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     head_dim=8,
     d_ff=48,
-    norm_eps=1e-5,
-    rope_theta=1e4,
-    rope_scaling=None,
-    attention_bias=False,
-    output_bias=False,
     qk_norm=True,
-    tie_embeddings=False,
     max_position_embeddings=64,
-    eos_token_ids=(2,),
-    bos_token_id=1,
 )
 SIZES = EngineSizes(
     model=MODEL,

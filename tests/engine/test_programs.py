@@ -65,7 +65,10 @@ def test_programs_hold_no_copy_of_the_weights(llm):
     Compiled for weights that are large beside the tokens' activations; nothing is allocated.
     """
     sizes = llm.engine.runner.sizes
-    model = replace(sizes.model, d_model=512, d_ff=2048, num_heads=8, num_kv_heads=8, head_dim=64)
+    layer = sizes.model.layers[0]
+    attention = replace(layer.attention, heads=8, kv_heads=8, head_dim=64)
+    layer = replace(layer, attention=attention, mlp=replace(layer.mlp, d_ff=2048))
+    model = replace(sizes.model, d_model=512, layers=(layer,) * sizes.model.num_layers)
     sizes = replace(
         sizes,
         model=model,
@@ -133,7 +136,7 @@ def _programs(sizes: EngineSizes, dtype: str, times: int) -> list[Program]:
     """Every program of an engine of one layer."""
     sizes = replace(
         sizes,
-        model=replace(sizes.model, num_layers=1),
+        model=replace(sizes.model, layers=sizes.model.layers[:1]),
         dtype=jnp.dtype(dtype),
         finetune_slots=_SLOTS * times,
         buckets=(8,),

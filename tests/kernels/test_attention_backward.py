@@ -85,7 +85,7 @@ def dense_attention(q, k, v, starts, options):
     return jnp.einsum("nqk,knh->qnh", jnp.exp(scores - lse[..., None]), v), lse.T
 
 
-@partial(jax.jit, static_argnums=5)
+@partial(jax.jit, static_argnames="options")
 def dense_gradients(q, k, v, d_out, starts, options):
     """Output, log-sum-exp, and the gradients of q, k and v."""
     (out, lse), pull = jax.vjp(lambda *qkv: dense_attention(*qkv, starts, options), q, k, v)

@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from flexllm_jax.models.config import Llama3RopeScaling, ModelConfig, ModelConfigError
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.fields import ModelConfigError
+from flexllm_jax.models.rope import Llama3Scaling, rotary_frequencies
 from tests.checkpoints import LLAMA3_ROPE
 
 # config.json as published for these models (older transformers wrote them), shortened.
@@ -80,7 +84,35 @@ QWEN_3_0_6B = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-PUBLISHED = {"llama": LLAMA_3_1_8B, "qwen2": QWEN_2_5_0_5B, "qwen3": QWEN_3_0_6B}
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32768,
+}
+PUBLISHED = {
+    "llama": LLAMA_3_1_8B,
+    "qwen2": QWEN_2_5_0_5B,
+    "qwen3": QWEN_3_0_6B,
+    "mistral": MISTRAL_7B,
+}
 
 
 def write(directory, config, generation=None):
@@ -101,15 +133,22 @@ def assert_as_transformers_reads_it(directory):
     head_dim = getattr(theirs, "head_dim", None)
     assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.d_ff == theirs.intermediate_size
-    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.layers[0].norm.eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
     rope = dict(theirs.rope_parameters)
-    assert ours.rope_theta == rope.pop("rope_theta")
-    assert (ours.rope_scaling is None) == (rope.pop("rope_type") == "default")
-    if ours.rope_scaling is not None:
-        assert vars(ours.rope_scaling) == {key: rope[key] for key in vars(ours.rope_scaling)}
+    (own,) = {layer.attention.rope for layer in ours.layers}
+    assert own is not None
+    assert own.theta == rope.pop("rope_theta")
+    assert (own.scaling is None) == (rope.pop("rope_type") == "default")
+    if own.scaling is not None:
+        assert vars(own.scaling) == {key: rope[key] for key in vars(own.scaling)}
+    slides = (getattr(theirs, "sliding_window", None),) * ours.num_layers
+    if kinds := getattr(theirs, "layer_types", None):
+        pairs = zip(slides, kinds, strict=True)
+        slides = tuple(own if kind == "sliding_attention" else None for own, kind in pairs)
+    assert tuple(layer.attention.options.window for layer in ours.layers) == slides
     return ours
 
 
@@ -135,17 +174,53 @@ def test_absent_optional_fields_take_transformers_defaults(tmp_path, model):
     assert_as_transformers_reads_it(write(tmp_path, config | {"num_attention_heads": 32}))
 
 
+def test_windows_by_layer(tmp_path):
+    """Of Mistral in all layers; of Qwen from one layer on, if it is switched on."""
+    assert_as_transformers_reads_it(write(tmp_path, MISTRAL_7B | {"sliding_window": 4096}))
+    assert_as_transformers_reads_it(write(tmp_path, {**MISTRAL_7B, "sliding_window": 1}))
+    for changes in ({}, {"max_window_layers": 3}, {"max_window_layers": 40}):
+        config = QWEN_2_5_0_5B | {"use_sliding_window": True} | changes
+        assert_as_transformers_reads_it(write(tmp_path, config))
+    absent = {key: value for key, value in MISTRAL_7B.items() if key != "sliding_window"}
+    assert_as_transformers_reads_it(write(tmp_path, absent))
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "truncate": False},
+        {"rope_type": "yarn", "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5, "beta_slow": 0.5},
+        LLAMA3_ROPE,
+    ],
+    ids=str,
+)
+def test_scaled_frequencies_are_those_of_transformers(tmp_path, rope):
+    config = LLAMA_3_1_8B | {"rope_scaling": rope, "max_position_embeddings": 512}
+    ours = ModelConfig.from_hf(write(tmp_path, config)).layers[0].attention.rope
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert ours is not None
+    assert ours.scaling is not None
+    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, "cpu")
+    np.testing.assert_allclose(rotary_frequencies(ours, 128), expected, rtol=1e-5)
+    assert ours.scaling.attention_factor == pytest.approx(factor)
+
+
 def test_llama3_rope_scaling_under_its_older_names(tmp_path):
     older = dict(LLAMA3_ROPE)
     older["type"] = older.pop("rope_type")
     config = ModelConfig.from_hf(write(tmp_path, LLAMA_3_1_8B | {"rope_scaling": older}))
-    assert config.rope_scaling == Llama3RopeScaling(8.0, 1.0, 4.0, 32)
+    rope = config.layers[0].attention.rope
+    assert rope and rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 32)
 
 
 def test_which_projections_have_a_bias(tmp_path):
     def biases(config):
         read = ModelConfig.from_hf(write(tmp_path, config))
-        return read.attention_bias, read.output_bias, read.qk_norm
+        attention = read.layers[0].attention
+        return attention.qkv_bias, attention.o_bias, attention.qk_norm
 
     assert biases(LLAMA_3_1_8B) == (False, False, False)
     assert biases(LLAMA_3_1_8B | {"attention_bias": True}) == (True, True, False)
@@ -168,15 +243,22 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 @pytest.mark.parametrize(
     ("model", "change", "named"),
     [
-        ("llama", {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ("llama", {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
-        ("qwen2", {"rope_scaling": YARN}, "rope_type='yarn'"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+        ("qwen2", {"rope_scaling": YARN | {"factor": -1}}, "rope_scaling: factor=-1"),
+        ("qwen2", {"rope_scaling": YARN | {"softness": 2}}, "rope_scaling: softness=2"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types[1]"),
+        ("qwen2", {"use_sliding_window": 2}, "use_sliding_window=2"),
+        ("llama", {"sliding_window": 64}, "sliding_window=64"),
+        ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("llama", {"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
+        ("mistral", {"attention_bias": True}, "attention_bias=True"),
+        ("mistral", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "must name the kinds of 28 layers"),
+        ("qwen3", {"layer_types": ["full_attention", "mamba"] * 14}, "layer_types[1]='mamba'"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("qwen2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),

@@ -21,7 +21,7 @@ from flexllm_jax.models.hf_weights import (
     load_parameters,
     save_parameters,
 )
-from tests.checkpoints import make_llama, make_qwen2, make_qwen3
+from tests.checkpoints import make_llama, make_mistral, make_qwen2, make_qwen3
 
 MODULES = {
     "pre_attn_norm": "input_layernorm",
@@ -68,6 +68,7 @@ CHECKPOINTS = {
     "qwen2-tied": (make_qwen2, {"tie": True}),
     "qwen2-float16": (make_qwen2, {"dtype": "float16"}),
     "qwen3-tied-sharded": (make_qwen3, {"tie": True, "sharded": True, "head_dim": 32}),
+    "mistral": (make_mistral, {}),
     "qwen3-many-heads": (make_qwen3, {"num_heads": 8, "num_kv_heads": 8}),
 }
 

@@ -15,10 +15,10 @@ def _norm(x, weight, eps):
     return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def _rotary_frequencies(config):
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-np.arange(half) / half)
-    scaling = config.rope_scaling
+def _rotary_frequencies(rope, head_dim):
+    half = head_dim // 2
+    frequency = rope.theta ** (-np.arange(half) / half)
+    scaling = rope.scaling
     if scaling is None:
         return frequency
     wavelength = 2 * math.pi / frequency
@@ -52,23 +52,32 @@ def logits(config, params, adapter, scales, tokens):
             y += scales[i, name] * (x @ adapter[i, name]["a"]) @ adapter[i, name]["b"]
         return y
 
-    length, eps = len(tokens), config.norm_eps
-    angles = np.outer(np.arange(length), _rotary_frequencies(config))
-    causal = np.tril(np.ones((length, length), bool))
+    length, eps = len(tokens), config.layers[0].norm.eps
+    place = np.arange(length)
+    behind = place[:, None] - place  # of the key, behind the query
     x = params["embed"]["weight"][np.asarray(tokens)]
-    for i, layer in enumerate(params["layers"]):
+    for i, (layer, spec) in enumerate(zip(params["layers"], config.layers, strict=True)):
+        attention = spec.attention
+        options = attention.options
+        visible = (behind >= 0) & (behind < (options.window or length))
         h = _norm(x, layer["pre_attn_norm"]["weight"], eps)
         q, k, v = (
-            project(i, name, h).reshape(length, -1, config.head_dim).swapaxes(0, 1)
+            project(i, name, h).reshape(length, -1, attention.head_dim).swapaxes(0, 1)
             for name in ("q", "k", "v")
         )
-        if config.qk_norm:
+        if attention.qk_norm:
             q = _norm(q, layer["q_norm"]["weight"], eps)
             k = _norm(k, layer["k_norm"]["weight"], eps)
         group = q.shape[0] // k.shape[0]
-        k, v = (jnp.repeat(part, group, axis=0) for part in (_rotate(k, angles), v))
-        scores = _rotate(q, angles) @ k.swapaxes(1, 2) / math.sqrt(config.head_dim)
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        if attention.rope is not None:
+            angles = np.outer(place, _rotary_frequencies(attention.rope, attention.head_dim))
+            q, k = _rotate(q, angles), _rotate(k, angles)
+        k, v = (jnp.repeat(part, group, axis=0) for part in (k, v))
+        scale = options.scale or 1 / math.sqrt(attention.head_dim)
+        scores = scale * (q @ k.swapaxes(1, 2))
+        if options.soft_cap is not None:
+            scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
         x = x + project(i, "o", (weights @ v).swapaxes(0, 1).reshape(length, -1))
         h = _norm(x, layer["pre_mlp_norm"]["weight"], eps)
         inner = jax.nn.silu(project(i, "gate", h)) * project(i, "up", h)

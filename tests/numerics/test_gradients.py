@@ -22,7 +22,7 @@ from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.peft.adapter import LoraConfig, init_adapter
 from flexllm_jax.peft.hf_peft import load_adapter
 from scheduler.choice import Allowance
-from tests.checkpoints import make_llama, make_qwen2, make_qwen3, save_tokenizer
+from tests.checkpoints import make_llama, make_mistral, make_qwen2, make_qwen3, save_tokenizer
 from tests.engines import (
     SHORT,
     job_config,
@@ -59,6 +59,18 @@ CASES = {
         {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64, "sharded": True},
         {"unit_tokens": 64, "max_tokens": 128, "saved": ["query", "up"]},
         [37],
+    ),
+    "mistral": (
+        make_mistral,
+        {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64},
+        {"unit_tokens": 5, "max_tokens": 105, "saved": "attention"},
+        [19],
+    ),
+    "qwen3-with-windows": (
+        make_qwen3,
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+        {"unit_tokens": 16, "max_tokens": 112, "saved": "attention"},
+        [19],
     ),
 }
 

@@ -8,14 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig, module_path
 from flexllm_jax.peft.hf_targets import target_fields, targeted_sites
+from tests.small_models import small_model
 
 LAYERS = 3
-MODEL = ModelConfig(
-    *("LlamaForCausalLM", 128, 64, LAYERS, 4, 2, 16, 96, 1e-6, 1e4, None),
-    *(False, False, False, False, 512, (2,), 1),
+MODEL = small_model(
+    vocab_size=128,
+    d_model=64,
+    num_layers=LAYERS,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    d_ff=96,
 )
 PATHS = {
     module_path(layer, module): (layer, module)

@@ -97,9 +97,9 @@ def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Arr
     config, (batch, length) = decoder.config, documents.shape
     mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # [B, 1, S, S]
     x = decoder.embed(params, rows[:, :-1].reshape(-1))  # [T, D], T = B * S
-    angles = decoder.angles(jnp.tile(jnp.arange(length), batch))
-    for layer_params in params["layers"]:
-        layer = decoder.layer(layer_params)
+    positions = jnp.tile(jnp.arange(length), batch)
+    for layer_params, spec in zip(params["layers"], config.layers, strict=True):
+        layer, angles = decoder.layer(layer_params, spec), decoder.angles(positions, spec)
         *heads, x = layer.before_attention(x, angles)
         q, k, v = (own.reshape(batch, length, -1, config.head_dim) for own in heads)
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)

@@ -110,7 +110,7 @@ def engine_sizes(chip: str, quick: bool) -> EngineSizes:
     with tempfile.TemporaryDirectory() as folder:
         model = ModelConfig.from_hf(write_config(Path(folder)))
     if quick:
-        model = replace(model, num_layers=_QUICK_LAYERS)  # they are all alike
+        model = replace(model, layers=model.layers[:_QUICK_LAYERS])  # they are all alike
     config = Config.model_validate(_ENGINE_CONFIG)
     return EngineSizes.from_config(config, model, "gpu", Backend("pallas", chip_name(chip)))
 

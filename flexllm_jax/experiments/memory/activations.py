@@ -35,7 +35,7 @@ from flexllm_jax.config import ConfigError, Section, TargetModule
 from flexllm_jax.config.fields import Float, Int
 from flexllm_jax.engine.activations import layer_graph, with_saved
 from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.programs import head_parameters, list_programs
+from flexllm_jax.engine.programs import head_parameters, layer_program, list_programs
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.finetune.backward import job_bypass
 from flexllm_jax.models.config import ModelConfig
@@ -221,7 +221,7 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     def pullback(layer_params, weights, scales, angles, x):
         def layer(x, weights, layer_params):
             adapter = {"weights": weights, "scales": scales}
-            own = decoder.layer(layer_params)
+            own = decoder.layer(layer_params, model.layers[0])
             return whole_layer(own, x, angles, adapter, bypass, no_tap, sizes.backend)
 
         if pruned:
@@ -266,7 +266,8 @@ def _loss(decoder: Decoder, head: dict, x: jax.Array, labels: jax.Array) -> jax.
 def measure_engine(compiler: Compiler, sizes: EngineSizes) -> StageMemory:
     """Finetuning as the engine does it: forward and backward in slices of tokens."""
     num_pages = sizes.finetune_slots // sizes.page_size
-    wanted = (f"forward/adapters/{sizes.unit_tokens}", "unit/loss", "unit/layer")
+    layer_units = [layer_program(kind) for kind in range(len(sizes.model.kinds))]
+    wanted = (f"forward/adapters/{sizes.unit_tokens}", "unit/loss", *layer_units)
     working: dict[str, int] = {}
     for program in list_programs(sizes, num_pages):
         if program.name in wanted:

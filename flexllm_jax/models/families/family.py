@@ -1,0 +1,26 @@
+"""What a family is to the engine: how its `config.json` becomes layers."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexllm_jax.models.fields import Fields
+from flexllm_jax.models.spec import LayerSpec
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    model_type, architecture: transformers' names. layers: all of them, in order. defaults: what
+    transformers' config class fills in. harmless: fields that change nothing here, beside those of
+    `fields.HARMLESS`; every other one that is not read is refused. around: fields of `ModelConfig`
+    that say what is before the layers and behind them.
+    """
+
+    model_type: str
+    architecture: str
+    layers: Callable[[Fields], tuple[LayerSpec, ...]]
+    defaults: Mapping[str, Any]
+    harmless: frozenset[str] = frozenset()
+    around: Callable[[Fields], dict[str, Any]] = field(default=lambda fields: {})

@@ -1,0 +1,79 @@
+"""Llama 3.x, and the families that differ from it in biases, norms of queries and keys, or windows:
+Qwen2.5, Qwen3, Mistral."""
+
+from flexllm_jax.models.families.family import Family
+from flexllm_jax.models.families.parts import (
+    FULL,
+    SLIDING,
+    alike,
+    attention,
+    gated_mlp,
+    layer_types,
+    norms,
+    window,
+)
+from flexllm_jax.models.fields import Fields
+from flexllm_jax.models.spec import LayerSpec
+
+
+def _llama(fields: Fields) -> tuple[LayerSpec, ...]:
+    return alike(fields, LayerSpec(attention(fields), gated_mlp(fields), norms(fields)))
+
+
+def _mistral(fields: Fields) -> tuple[LayerSpec, ...]:
+    """The same window in every layer, or none."""
+    sliding = SLIDING if "sliding_window" in fields else FULL
+    own = attention(fields, options=window(fields, sliding), qkv_bias=False, o_bias=False)
+    return alike(fields, LayerSpec(own, gated_mlp(fields), norms(fields)))
+
+
+def _qwen(fields: Fields, **changes: bool) -> tuple[LayerSpec, ...]:
+    """Windows, where `use_sliding_window` says so, from layer `max_window_layers` on."""
+    count = fields.positive_int("num_hidden_layers")
+    slides = fields.boolean("use_sliding_window") and "sliding_window" in fields
+    full = count if not slides else min(count, fields.get("max_window_layers", 28))
+    kinds = [FULL] * full + [SLIDING] * (count - full)
+    return tuple(
+        LayerSpec(
+            attention(fields, options=window(fields, kind), **changes),
+            gated_mlp(fields),
+            norms(fields),
+        )
+        for kind in layer_types(fields, kinds, (FULL, SLIDING) if slides else (FULL,))
+    )
+
+
+_QWEN = frozenset({"sliding_window", "max_window_layers", "use_sliding_window"})
+
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    layers=_llama,
+    defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+)
+MISTRAL = Family(
+    "mistral",
+    "MistralForCausalLM",
+    layers=_mistral,
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+)
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    layers=lambda fields: _qwen(fields, qkv_bias=True, o_bias=False),
+    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    harmless=_QWEN,
+)
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    layers=lambda fields: _qwen(fields, qk_norm=True),
+    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    harmless=_QWEN,
+)

@@ -1,0 +1,61 @@
+"""Every parameter of a model: where it lies in the parameter tree, its name in the checkpoint, its
+shape."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.names import (
+    EMBED,
+    FINAL_NORM,
+    HEAD,
+    PRE_NORMS,
+    PROJECTIONS,
+    QK_NORMS,
+    layer_path,
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter: where it is in the tree and in the checkpoint. `shape` is the tree's."""
+
+    path: tuple[str | int, ...]
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape in the checkpoint."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+def tensors(config: ModelConfig) -> Iterator[Tensor]:
+    """Every parameter of the model, in the order in which a forward pass reads them."""
+    table = (config.vocab_size, config.d_model)
+    yield Tensor(("embed", "weight"), f"{EMBED}.weight", table)
+    for layer in range(config.num_layers):
+        yield from _layer_tensors(config, layer)
+    yield Tensor(("norm", "weight"), f"{FINAL_NORM}.weight", (config.d_model,))
+    if not config.tie_embeddings:
+        yield Tensor(("head", "weight"), f"{HEAD}.weight", table)
+
+
+def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
+    spec = config.layers[layer].attention
+    biased = {"q", "k", "v"} if spec.qkv_bias else set()
+    biased |= {"o"} if spec.o_bias else set()
+    norms, sizes = dict(PRE_NORMS), dict.fromkeys(PRE_NORMS, config.d_model)
+    if spec.qk_norm:
+        norms |= QK_NORMS
+        sizes |= dict.fromkeys(QK_NORMS, spec.head_dim)
+    for module, name in norms.items():
+        path = ("layers", layer, module, "weight")
+        yield Tensor(path, f"{layer_path(layer, name)}.weight", (sizes[module],))
+    for module, shape in config.layers[layer].kernel_shapes(config.d_model).items():
+        name = layer_path(layer, PROJECTIONS[module])
+        path = ("layers", layer, module)
+        yield Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
+        if module in biased:
+            yield Tensor((*path, "bias"), f"{name}.bias", shape[1:])
