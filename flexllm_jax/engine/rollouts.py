@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _WORKERS = 4
+_MOST_LOST = 3  # requests of a turn
 _ROWS_LEFT = 4  # a quarter of the rows is left to others
 
 
@@ -43,6 +44,7 @@ class _Turn:
     version: Published | None
     scores: bool = False
     state: RequestState | None = None
+    lost: int = 0  # requests that the engine gave up
 
 
 class Rollouts:
@@ -211,9 +213,16 @@ class Rollouts:
         """A request has ended."""
         if self._running.pop(state.request_id, None) is None:
             return  # dropped
-        if state.error or state.finish_reason == "cancelled":
-            return  # the engine stops
         episode = turn.episode
+        if state.finish_reason == "cancelled":  # by the engine: it stops, or has no memory left
+            turn.lost += 1
+            if turn.lost < _MOST_LOST:  # again, from its beginning, with the same seed
+                turn.state = None
+                self._waiting.append(turn)
+            else:
+                episode.fail(state.error or "its request was cancelled")
+                self._check_over(turn.group)
+            return
         if turn.scores:
             known = zip(episode.tokens[1:], state.prompt_logprobs[1:], strict=True)
             episode.reference = [0.0, *(own[token] for token, own in known if own)]

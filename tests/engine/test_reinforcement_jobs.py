@@ -20,6 +20,7 @@ from flexllm_jax import ReinforcementConfig, SamplingParams
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
 from flexllm_jax.finetune.job import create_job
 from flexllm_jax.finetune.reinforcement.make import Play
+from tests.engine.test_out_of_memory import failing
 from tests.engines import (
     job_config,
     load_with_adapter,
@@ -556,3 +557,19 @@ def test_a_prompt_goes_through_once_for_its_group(llm, tmp_path):
     assert job.status == "succeeded", job.reason
     # 2 batches x 4 prompts x 4 answers that find 6 pages of 8 tokens, in the batch's version.
     assert pool.hits - before == 2 * 4 * 4 * 6
+
+
+def test_an_answer_that_the_engine_gave_up_is_sampled_again(llm, rows):
+    """The device has no memory left for one step: what is trained is what would have been."""
+
+    def trained(name):
+        config = reinforcement(name, rows, {"batch_size": 2}, steps=1)
+        job, batches = start_watched(llm, config, uneven)
+        job.wait()
+        llm.unload_adapter(name)
+        return sorted(tuple(e.tokens) for group in batches[0] for e in group.episodes)
+
+    expected = trained("undisturbed")
+    name = next(n for n in llm.engine.runner.programs if n.startswith("sample/drawn/"))
+    with failing(llm, name):
+        assert trained("disturbed") == expected
