@@ -23,6 +23,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from scheduler.config import SchedulerConfig
@@ -78,14 +79,15 @@ def choose(
     if allowance.budget_s == math.inf:
         return _largest(features, forward, backward, allowance, config)
     budget_s, correction = allowance.budget_s, latency.unit_correction
-    limit_s = max(latency.forward_s(features), min(allowance.forward_s, budget_s))
+    inference_s = latency.forward_s(features)
+    limit_s = max(inference_s, min(allowance.forward_s, budget_s))
     token_s = _token_s(latency, config)
     spent_s = backward.cost(backward.units_done) if backward else 0.0
     best_tokens, best_units, best_features = 0, 0, features
     best_merit = (0.0, 0.0, 0, 0)
     for tokens, candidate in _forwards(features, forward, allowance, config):
-        forward_s = latency.forward_s(candidate)
-        if tokens and forward_s > limit_s:
+        forward_s = latency.forward_s(candidate) if tokens else inference_s
+        if forward_s > limit_s:
             break  # and so will be all larger buckets
         lane, units, unit_s = _lane(forward, backward, tokens), 0, 0.0
         if lane and correction:
@@ -120,7 +122,12 @@ def _lane(forward: Progress | None, backward: Progress | None, tokens: int) -> P
 def _token_s(latency: LatencyModel, config: SchedulerConfig) -> float:
     """Seconds of a forward token in a step that is full of them."""
     slots = config.max_tokens_per_step
-    return latency.forward_s(StepFeatures(slots, finetune_tokens=slots, adapters=True)) / slots
+    return latency.forward_s(_full_step(slots)) / slots
+
+
+@cache
+def _full_step(slots: int) -> StepFeatures:
+    return StepFeatures(slots, finetune_tokens=slots, adapters=True)
 
 
 def _forwards(

@@ -44,15 +44,11 @@ class FinetuneQueue:
         self.in_work: list[Progress] = []
         self._most_in_work = 2 if overlap else 1
         self._candidate: Progress | None = None  # looked at last; kept, as it may be again
+        self.pages_held = 0  # that parking would give back
 
     def __len__(self) -> int:
         """Microbatches queued or in work."""
         return len(self.jobs) + len(self.in_work)
-
-    @property
-    def pages_held(self) -> int:
-        """Pages that parking would give back."""
-        return sum(len(pages) for progress in self.in_work for pages in progress.pages)
 
     def add(self, microbatch: Microbatch) -> None:
         """Queue a microbatch that fits when it is alone; its id must be new."""
@@ -65,8 +61,10 @@ class FinetuneQueue:
 
     def of_job(self, job: str) -> int:
         """Microbatches of a job, queued or in work."""
-        in_work = sum(progress.microbatch.job == job for progress in self.in_work)
-        return self.jobs.queued(job) + in_work
+        count = self.jobs.queued(job)
+        for progress in self.in_work:
+            count += progress.microbatch.job == job
+        return count
 
     def cancel(self, microbatch_id: int) -> bool:
         """Drop a microbatch, its pages and its slots; False if it is unknown."""
@@ -102,8 +100,12 @@ class FinetuneQueue:
         A microbatch starts only if `headroom` pages stay free. The work returned counts as
         dispatched.
         """
-        backward = next((p for p in self.in_work if p.forward_done), None)
-        forward = next((p for p in self.in_work if not p.forward_done), None)
+        backward = forward = None
+        for progress in reversed(self.in_work):  # the oldest of each is looked at last
+            if progress.forward_done:
+                backward = progress
+            else:
+                forward = progress
         if forward is None and allowance.tokens and len(self.in_work) < self._most_in_work:
             forward = self._next(headroom)
         if forward is None and backward is None:
@@ -166,9 +168,12 @@ class FinetuneQueue:
         self, plan: StepPlan
     ) -> list[tuple[FinetuneForward | BackwardUnits, Progress | None]]:
         """The finetuning of a plan, with the microbatch in work it belongs to."""
-        works = [work for work in (plan.forward, plan.backward) if work]
-        by_id = {p.microbatch.microbatch_id: p for p in self.in_work}
-        return [(work, by_id.get(work.microbatch.microbatch_id)) for work in works]
+        found = []
+        for work in (plan.forward, plan.backward):
+            if work:
+                own = (p for p in self.in_work if p.microbatch is work.microbatch)
+                found.append((work, next(own, None)))
+        return found
 
     # ---- starting and parking ----
 
@@ -213,6 +218,7 @@ class FinetuneQueue:
             tuple(itertools.islice(pages, self.pool.pages_for(length))) for length in lengths
         )
         self._candidate = None
+        self.pages_held += sum(map(len, progress.pages))
         self.in_work.append(progress)
         self.jobs.start(progress.microbatch)
 
@@ -222,5 +228,7 @@ class FinetuneQueue:
         return progress.microbatch.microbatch_id
 
     def _release(self, progress: Progress) -> None:
-        self.pool.release([page for pages in progress.pages for page in pages])
+        released = [page for pages in progress.pages for page in pages]
+        self.pages_held -= len(released)
+        self.pool.release(released)
         self.in_work.remove(progress)

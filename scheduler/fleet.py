@@ -163,8 +163,15 @@ class Fleet:
 
     def finish(self, deadline: float = math.inf) -> None:
         """Go on until every request is answered, or until `deadline`."""
-        while not self.finished:
-            now = min(engine.next_event for engine in self.engines if engine.unfinished)
+        busy, events = [engine for engine in self.engines if engine.unfinished], self._events
+        while busy:
+            engine = busy[-1]
+            if not engine.unfinished or engine.next_event == math.inf:  # done, or it never will be
+                busy.pop()
+                continue
+            while events[0][0] != self._next_event[events[0][1]]:
+                heapq.heappop(events)
+            now = events[0][0]
             if now >= deadline:
                 return
             self.advance(min(deadline, math.nextafter(now, math.inf)))
@@ -184,9 +191,10 @@ class Fleet:
                 continue
             engine, self._next_event[index] = engines[index], math.inf
             engine.advance(math.nextafter(at_s, math.inf))
+            unfinished = engine.unfinished
             if self._load[index] < math.inf:
-                self._load[index] = engine.unfinished
-            if index in self._draining and not engine.unfinished:
+                self._load[index] = unfinished
+            if not unfinished and index in self._draining:
                 self.stopped[index] = engine.now
             else:
                 self._schedule(index)

@@ -126,7 +126,8 @@ class LatencyModel:
             raise ValueError(f"latency bases must not decrease with the bucket: {self.bases}")
         self.spread, self.online = spread, online
         self.unit_correction = 1.0
-        self._by_forward = tuple(self.coefficients[name] for name in _FORWARD)
+        *by_token, self._by_slot, self._by_dropout = (self.coefficients[n] for n in _FORWARD)
+        self._by_token = tuple(by_token)
         *by_kind, self._by_logprob_row = (self.coefficients[name] for name in _SAMPLED)
         self._by_sampled_row = tuple(accumulate(by_kind, initial=0.0))  # of each kind
         self._by_units = tuple(self.coefficients[name] for name in _UNITS)
@@ -184,9 +185,7 @@ class LatencyModel:
         base = self._base_s.get(bucket)
         if base is None:
             base = self._base_s[bucket] = self._interpolate(bucket)
-        by_decode, by_prefill, by_finetune, by_decode_kv, by_chunk_kv, by_pair, *by_slot = (
-            self._by_forward
-        )
+        by_decode, by_prefill, by_finetune, by_decode_kv, by_chunk_kv, by_pair = self._by_token
         seconds = (
             base
             + by_decode * decode
@@ -197,7 +196,7 @@ class LatencyModel:
             + by_pair * pairs
         )
         if features.adapters:
-            seconds += (by_slot[0] + by_slot[1] * features.dropout) * bucket
+            seconds += (self._by_slot + self._by_dropout * features.dropout) * bucket
         if features.sampling or features.logprobs:
             by_row = self._by_sampled_row[features.sampling]
             if features.logprobs:

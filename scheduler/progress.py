@@ -53,6 +53,8 @@ class Progress:
             i * unit_s + n * by["backward_pairs"] for i, n in enumerate(self._sweep_pairs)
         ]
 
+        self._total_s = self.cost(self.total_units)
+
     @property
     def slots_held(self) -> int:
         """Finetuning slots it holds: whole slices."""
@@ -83,13 +85,15 @@ class Progress:
     def with_forward(self, features: StepFeatures, length: int, bucket: int) -> StepFeatures:
         """The features of a step that also holds the next `length` tokens."""
         pairs, keys = self._extent(self.forwarded, self.forwarded + length)
-        return features._replace(
-            token_bucket=bucket,
-            finetune_tokens=length,
-            chunk_kv=features.chunk_kv + keys,
-            attention_pairs=features.attention_pairs + pairs,
-            adapters=True,
-            dropout=self.microbatch.dropout,
+        decode, prefill, _, decode_kv, chunk_kv, other_pairs = features[1:7]
+        # Most of a plan's features are made here: `_replace` would take three times as long.
+        return StepFeatures(
+            *(bucket, decode, prefill, length, decode_kv, chunk_kv + keys, other_pairs + pairs),
+            *features[7:10],
+            True,  # adapters
+            *features[11:14],
+            self.microbatch.dropout,
+            features.dropout_units,
         )
 
     def with_units(self, features: StepFeatures, count: int) -> StepFeatures:
@@ -110,7 +114,7 @@ class Progress:
         target = self.cost(first) + seconds * (1 + 1e-12)
         if seconds <= 0:
             return 0
-        if target >= self.cost(last):
+        if target >= self._total_s:
             return last - first
         target -= head * self._loss_s
         if target < 0:

@@ -155,6 +155,7 @@ class SimulatedEngine:
         self._device_free = 0.0
         self._leap: _Leap | None = None
         self._waits = False  # nothing to do until something is added
+        self._supplied = 0  # microbatches that are queued or in work
 
     @property
     def unfinished(self) -> int:
@@ -192,8 +193,9 @@ class SimulatedEngine:
         """Plan and dispatch a step, then read the one before (with leaps: the same)."""
         scheduler, supply = self.scheduler, self.supply
         if supply:
-            while scheduler.microbatches_of(supply.job) <= _AHEAD:
+            while self._supplied <= _AHEAD:
                 scheduler.add(supply.next())
+                self._supplied += 1
         if isinstance(scheduler.latency, PerfectModel):
             scheduler.latency.pace = scheduler.latency.unit_correction = self._pace
         plan = scheduler.plan(self.now)
@@ -222,13 +224,15 @@ class SimulatedEngine:
         self.parked += len(plan.parked)
         if plan.forward:
             self.forwarded_tokens += plan.forward.length
+        if plan.backward and plan.backward.done:
+            self._supplied -= 1
 
     def _complete(self, step: _InFlight) -> None:
         plan = step.plan
-        samples = [c for c in (*plan.decode, *plan.prefill) if c.samples]
+        samples = plan.decode.sequences + [c.sequence for c in plan.prefill if c.samples]
         # Without tokens to read, the engine waits for the units.
         self.now = max(self.now, step.tokens_at if samples else step.done_at)
-        sampled = {chunk.sequence.request.request_id: 0 for chunk in samples}
+        sampled = dict.fromkeys([sequence.request.request_id for sequence in samples], 0)
         self.output_tokens += len(samples)
         if plan.backward and plan.backward.done:
             self.finetune_tokens += plan.backward.microbatch.tokens

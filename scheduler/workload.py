@@ -106,12 +106,13 @@ def make_arrivals(
         if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"workload.arrivals.{name}={value} must be a number above 0")
     generator = np.random.default_rng(seed)
-    times = np.zeros(0)
-    while not times.size or times[-1] < duration_s:
+    blocks, last = [], 0.0
+    while last < duration_s:
         # Whole blocks until the end is passed: a fixed block size keeps the draws independent of
         # the duration, so a longer workload begins like a shorter one.
-        gaps = _gaps(process, rate, cv, generator)
-        times = np.concatenate([times, (times[-1] if times.size else 0.0) + np.cumsum(gaps)])
+        blocks.append(last + np.cumsum(_gaps(process, rate, cv, generator)))
+        last = blocks[-1][-1]
+    times = np.concatenate(blocks)
     times = times[times < duration_s]
     prompts = (prompt_tokens or Lengths(256)).draw(np.random.default_rng([seed, 1]), times.size)
     outputs = (output_tokens or Lengths(128)).draw(np.random.default_rng([seed, 2]), times.size)

@@ -7,8 +7,10 @@ code against it (`scheduler.simulator`) and returns what the engine would report
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -199,6 +201,11 @@ def simulate(
     config: SimulationConfig, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Simulation:
     """Run a simulation; `progress(requests sent, all)` is called now and then."""
+    with _rare_collections():
+        return _simulate(config, progress)
+
+
+def _simulate(config: SimulationConfig, progress: Callable[[int, int], None]) -> Simulation:
     arrivals = select_arrivals(config)
     slo = Slo(config.slo.tpot_ms / 1e3, config.slo.ttft_ms / 1e3, config.slo.weight)
     engines = config.fleet.engines
@@ -226,6 +233,18 @@ def simulate(
     made["engine"]["policy"] = config.policy
     made["simulation"] = config.model_dump(mode="json")
     return Simulation(config, arrivals, fleet.engines, span_s, made)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for cyclic garbage a hundred times less often: a simulation makes many objects and no
+    cycles, and JAX, where it is imported, has something to do at each collection."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def at_rate(arrivals: list[Arrival], rate: float) -> list[Arrival]:
