@@ -7,7 +7,7 @@ import numpy as np
 
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
-from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.optimizer import HYPERPARAMETERS
@@ -26,6 +26,8 @@ def _run_steps(runner: Runner) -> None:
     sizes, model = runner.sizes, runner.model
     kv_slots = runner.num_pages * sizes.page_size
     dropout = empty_dropout(runner)
+    for places in page_writes([(0, 0, [0])], runner.page_tables.shape):
+        runner.write_pages(places)
     for bucket, shape in sizes.step_shapes.items():
         _, vector = StepInputs.empty(shape, kv_slots, sizes.finetune_slots)
         for variant in ("base", "adapters"):

@@ -51,5 +51,5 @@ def is_intact(runner: Runner) -> bool:
     if jax.process_count() > 1:
         return False
     updated = (runner.pages, runner.bank, runner.finetune, runner.pending)
-    arrays = jax.tree.leaves((*updated, runner.last_tokens, runner.history))
+    arrays = jax.tree.leaves((*updated, runner.last_tokens, runner.history, runner.page_tables))
     return not any(array.is_deleted() for array in arrays)

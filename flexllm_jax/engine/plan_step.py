@@ -5,6 +5,7 @@ between steps, and only pages that are new are written to it.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,11 +14,12 @@ from llguidance import LLMatcher
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import BANNED, SamplingRows
-from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.engine.trainer import MicrobatchInWork
 from flexllm_jax.peft.dropout import JobDropout
+from scheduler import request as planning
 from scheduler.latency import Sampling
-from scheduler.request import Chunk, Decode, FinetuneForward, Sequence, StepPlan
+from scheduler.request import Chunk, Decode, FinetuneForward, StepPlan
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class StepBuilder:
     def __init__(self, runner: Runner):
         self._runner = runner
         self._tables = np.zeros((runner.sizes.rows, runner.sizes.pages_per_sequence), np.int32)
+        # What the device's tables do not have yet: row, first column, pages.
+        self._new_pages: list[tuple[int, int, Sequence[int]]] = []
 
     def build(
         self,
@@ -97,7 +101,7 @@ class StepBuilder:
                 inputs.adapter[where] = state.bank_row
                 planned.variant = "adapters"
             inputs.kv_lengths[s] = stop
-            inputs.page_tables[s] = self._tables[row]
+            inputs.table[s] = row
             inputs.query_starts[s + 1 :] = end
             if chunk.samples:
                 self._sample(planned, inputs, state, sequence, end - 1)
@@ -108,6 +112,9 @@ class StepBuilder:
             planned.variant, planned.dropout = "adapters", microbatch.dropout
             sequences = self._add_finetuning(plan.forward, inputs, microbatch, at, sequences)
         inputs.num_sequences[...] = sequences
+        for places in page_writes(self._new_pages, runner.page_tables.shape):
+            runner.write_pages(places)
+        self._new_pages.clear()
         return planned
 
     def _add_decode(
@@ -140,11 +147,11 @@ class StepBuilder:
         if max(adapters) >= 0:
             planned.variant = "adapters"
         inputs.kv_lengths[:count] = position + 1
-        inputs.page_tables[:count] = self._tables[row]
+        inputs.table[:count] = row
         inputs.query_starts[1 : count + 1] = np.arange(1, count + 1)
         inputs.query_starts[count + 1 :] = count
 
-    def _prepare_row(self, sequence: Sequence, state: RequestState) -> int:
+    def _prepare_row(self, sequence: planning.Sequence, state: RequestState) -> int:
         """Bring the row's page table up to date; start its history if it is new in the row."""
         row = sequence.row
         if row is None:
@@ -162,6 +169,7 @@ class StepBuilder:
         new = sequence.pages[state.copied_pages :]
         if new:
             self._tables[row, state.copied_pages : len(sequence.pages)] = new
+            self._new_pages.append((row, state.copied_pages, new))
             state.copied_pages = len(sequence.pages)
         return row
 
@@ -170,7 +178,7 @@ class StepBuilder:
         planned: PlannedStep,
         inputs: StepInputs,
         state: RequestState,
-        sequence: Sequence,
+        sequence: planning.Sequence,
         token: int,
     ) -> None:
         """Sample from the output of the step's token number `token`."""
@@ -223,14 +231,15 @@ class StepBuilder:
         inputs.kv_slot[where] = current.kv_slot[tokens]
         inputs.adapter[where] = current.job.bank_slot - 1
         inputs.saved_row[where] = forward.first_token_slot + np.arange(tokens.start, tokens.stop)
-        start = 0
+        start, row = 0, self._runner.sizes.rows
         for length, pages in zip(packed.lengths, current.pages, strict=True):
             first, last = max(start, tokens.start), min(start + length, tokens.stop)
             if first < last:
                 at += last - first
                 inputs.query_starts[sequences + 1 :] = at
                 inputs.kv_lengths[sequences] = last - start
-                inputs.page_tables[sequences, : len(pages)] = pages
-                sequences += 1
+                inputs.table[sequences] = row
+                self._new_pages.append((row, 0, pages))
+                sequences, row = sequences + 1, row + 1
             start += length
         return sequences

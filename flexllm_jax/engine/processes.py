@@ -42,6 +42,7 @@ CALLS = (
     "sample",
     "prompt_logprobs",
     "write_history",
+    "write_pages",
     "write_adapter",
     "copy_adapter",
     "read_adapter",

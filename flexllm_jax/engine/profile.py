@@ -23,7 +23,7 @@ from flexllm_jax.engine.first_runs import empty_dropout
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.engine.sampler import SamplingRows
 from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.peft.dropout import JobDropout
@@ -118,6 +118,7 @@ def model_cost(sizes: EngineSizes) -> ModelCost:
 
 def measure(runner: Runner, *, progress: bool) -> LatencyModel:
     """Time the runner's programs and fit the model to the fastest of a few repeats."""
+    _write_page_tables(runner)
     cases = list(_cases(runner))
     samples = []
     started = time.perf_counter()
@@ -135,6 +136,18 @@ def measure(runner: Runner, *, progress: bool) -> LatencyModel:
     runner.begin_backward()
     runner.clear_finetune()
     return LatencyModel.fit(samples)
+
+
+def _write_page_tables(runner: Runner) -> None:
+    """Pages of its own for each row while there are enough: shared ones would be read from the
+    device's cache, those of real requests are read from its memory."""
+    columns = min(runner.sizes.pages_per_sequence, -(-_LONG_CONTEXT // runner.sizes.page_size))
+    rows = (
+        (row, 0, ((row * columns + np.arange(columns)) % runner.num_pages).tolist())
+        for row in range(runner.sizes.rows)
+    )
+    for places in page_writes(rows, runner.page_tables.shape):
+        runner.write_pages(places)
 
 
 def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
@@ -241,8 +254,7 @@ def _forward(
     """A forward and a sample of sequences with (cached, new) tokens; the first `finetune` tokens
     are kept for a backward.
 
-    Each sequence has pages of its own while there are enough: shared ones would be read from the
-    device's cache, those of real requests are read from its memory.
+    Sequence s has row s of the page tables.
     """
     sizes = runner.sizes
     shape = sizes.step_shapes[bucket]
@@ -253,8 +265,7 @@ def _forward(
     for s, (cached, new) in enumerate(chunks):
         inputs.position[at : at + new] = np.arange(cached, cached + new)
         inputs.kv_lengths[s] = cached + new
-        own = s * sizes.pages_per_sequence + np.arange(sizes.pages_per_sequence)
-        inputs.page_tables[s] = own % runner.num_pages
+        inputs.table[s] = s
         at += new
         inputs.query_starts[s + 1 :] = at
     inputs.saved_row[:finetune] = np.arange(finetune)

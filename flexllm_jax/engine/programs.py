@@ -16,7 +16,8 @@ from flexllm_jax.compile.buckets import Program
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.placement import GATHERED
 from flexllm_jax.engine.sizes import EngineSizes, ints
-from flexllm_jax.engine.step import forward_step
+from flexllm_jax.engine.step import forward_step, write_pages
+from flexllm_jax.engine.step_inputs import PAGE_WRITES
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.finetune.backward import layer_unit
 from flexllm_jax.finetune.buffers import TABLE_ROWS
@@ -38,6 +39,7 @@ from scheduler.latency import Sampling
 # Those without a size in their name.
 _ALONE = (
     "write_history",
+    "write_pages",
     "write_row",
     "copy_row",
     "read_row",
@@ -111,18 +113,19 @@ def check_lattice(sizes: EngineSizes, compiled: Set[str]) -> None:
 
 def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     decoder, params, pages = sizes.decoder, sizes.parameters, sizes.pages(num_pages)
-    last_tokens = sizes.request_arrays["last_tokens"]
+    last_tokens, tables = (sizes.request_arrays[name] for name in ("last_tokens", "page_tables"))
     variants = {
         "base": (None, None),
         "adapters": (sizes.bank_arrays, sizes.finetune_arrays),
     }
     if sizes.dropout:
         variants["dropout"] = variants["adapters"]
-    programs = []
+    written = (tables, ints(2, PAGE_WRITES))
+    programs = [Program("write_pages", write_pages, written, (0,), _WHOLE)]
     for bucket, shape in sizes.step_shapes.items():
         forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend, sizes.stacks)
         for variant, (bank, finetune) in variants.items():
-            arguments = (params, bank, pages, finetune, last_tokens, ints(shape.size))
+            arguments = (params, bank, pages, finetune, last_tokens, tables, ints(shape.size))
             results = (pages, finetune, _WHOLE, _WHOLE)
             if variant == "dropout":
                 arguments += (JobDropout.shapes(sizes.finetune_slots),)

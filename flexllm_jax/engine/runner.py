@@ -20,12 +20,7 @@ from flexllm_jax.compile.kept import KeptPrograms
 from flexllm_jax.config import Config
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.activations import choose_saved
-from flexllm_jax.engine.memory import (
-    MemoryPlan,
-    compiled_temporaries,
-    memory_budget,
-    plan_memory,
-)
+from flexllm_jax.engine.memory import MemoryPlan, compiled_temporaries, memory_budget, plan_memory
 from flexllm_jax.engine.placement import plan_placement
 from flexllm_jax.engine.programs import (
     check_lattice,
@@ -71,8 +66,7 @@ class Runner:
         self.start_seconds: dict[str, float] = {}
         with self._timed("weights"):
             self.params = jax.block_until_ready(self._load(config))
-        # Compiled before the pages take what memory there is: XLA tries kernels out on arrays of
-        # its own.
+        # Before the pages take what memory there is: XLA tries kernels out on arrays of its own.
         with self._timed("programs"):
             self.memory, self.programs = self._compile(config, memory, progress)
         self.num_pages = self.memory.num_pages
@@ -129,6 +123,7 @@ class Runner:
             self._zeros(name) for name in ("bank", "finetune", "pending", "pages", "requests")
         )
         self.last_tokens, self.history = requests["last_tokens"], requests["history"]
+        self.page_tables = requests["page_tables"]
         words = mask_words(self.model.vocab_size)
         self._all_allowed = {
             rows: self.put(np.full((rows, words), -1, np.int32))
@@ -178,8 +173,9 @@ class Runner:
         bank, finetune = (None, None) if variant == "base" else (self.bank, self.finetune)
         more = () if dropout is None else (dropout,)
         program = self.programs[f"forward/{'dropout' if more else variant}/{bucket}"]
+        inputs = (self.last_tokens, self.page_tables, vector, *more)
         self.pages, finetune, hidden, sampled = program(
-            self.params, bank, self.pages, finetune, self.last_tokens, vector, *more
+            self.params, bank, self.pages, finetune, *inputs
         )
         if finetune is not None:
             self.finetune = finetune
@@ -229,6 +225,10 @@ class Runner:
     def write_history(self, row: int, counts: np.ndarray, prompt: np.ndarray) -> None:
         """Tell the penalties what a row's request has said and was asked."""
         self.history = self.programs["write_history"](self.history, np.int32(row), counts, prompt)
+
+    def write_pages(self, places: Int[np.ndarray, "2 W"]) -> None:
+        """Put new pages in the page tables, see `step_inputs.page_writes`."""
+        self.page_tables = self.programs["write_pages"](self.page_tables, places)
 
     # -- adapters ---------------------------------------------------------------------------------
 

@@ -141,7 +141,6 @@ class EngineSizes:
             bucket: StepShape(
                 tokens=bucket,
                 sequences=min(bucket, self.rows + FINETUNE_SEQUENCES),
-                pages=self.pages_per_sequence,
                 samples=min(bucket, self.rows),
             )
             for bucket in self.buckets
@@ -201,10 +200,12 @@ class EngineSizes:
 
     @cached_property
     def request_arrays(self) -> dict:
-        """By request row: its newest token, and what the penalties know of it."""
+        """By request row: its newest token, its pages (behind those, of finetuning sequences),
+        and what the penalties know of it."""
         history = (self.rows, self.model.vocab_size)
         return {
             "last_tokens": ints(self.rows),
+            "page_tables": ints(self.rows + FINETUNE_SEQUENCES, self.pages_per_sequence),
             "history": {
                 "counts": ints(*history),
                 "prompt": jax.ShapeDtypeStruct(history, jnp.bool_),

@@ -34,6 +34,7 @@ def forward_step(
     pages: list[dict],
     finetune: dict | None,
     last_tokens: Int[Array, " Q"],
+    page_tables: Int[Array, "X M"],
     vector: Int[Array, " X"],
     dropout: JobDropout | None = None,
 ) -> tuple[list[dict], dict | None, Float[Array, "T D"], Float[Array, "R D"]]:
@@ -52,6 +53,7 @@ def forward_step(
         finetune: {"saved": per layer, "flow"} (see `finetune.buffers`), or None for a step
             without finetuning tokens; donated.
         last_tokens: newest token of each request row.
+        page_tables: pages of each request row, and of finetuning sequences.
         vector: packed `StepInputs`.
         dropout: of the microbatch that the step's finetuning tokens are of; None: of nothing.
 
@@ -60,6 +62,7 @@ def forward_step(
         rows.
     """
     inputs = StepInputs.cut(vector, shape)
+    page_tables = page_tables[inputs.table]
     from_device = last_tokens[jnp.maximum(-1 - inputs.token, 0)]
     token = jnp.where(inputs.token < 0, from_device, inputs.token)
     config = decoder.config
@@ -92,7 +95,7 @@ def forward_step(
             *written,
             inputs.query_starts,
             inputs.kv_lengths,
-            inputs.page_tables,
+            page_tables,
             inputs.num_decode,
             inputs.num_sequences,
             options=options,
@@ -132,3 +135,10 @@ def forward_step(
         outputs = set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
         finetune = {"saved": new_saved, "flow": finetune["flow"] | {"stream": outputs}}
     return new_pages, finetune, x, x[inputs.sample]
+
+
+def write_pages(page_tables: Int[Array, "X M"], places: Int[Array, "2 W"]) -> Int[Array, "X M"]:
+    """Page tables (donated) with the pages of `step_inputs.page_writes`."""
+    flat = page_tables.reshape(-1)
+    written = flat.at[places[0]].set(places[1], mode="drop", unique_indices=True)
+    return written.reshape(page_tables.shape)

@@ -2,28 +2,52 @@
 
 Everything the host tells the forward program about a step travels as a single int32 vector: one
 transfer a step. A `StepShape` is a bucket, and `StepInputs` names the vector's parts: views that
-the host fills, or slices on the device.
+the host fills, or slices on the device. Page tables, which would be most of it, stay on the device,
+and only pages that are new in a table are sent (`page_writes`).
 """
 
 import itertools
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
+
+# Entries of page tables that a program writes at once.
+PAGE_WRITES = 1024
+
+
+def page_writes(
+    new: Iterable[tuple[int, int, Sequence[int]]], shape: tuple[int, int]
+) -> Iterator[Int[np.ndarray, "2 W"]]:
+    """Where in page tables of this shape [rows, columns] pages go, as flat places, and the pages;
+    `PAGE_WRITES` at once, of which padding lies past the end. No two places are the same.
+
+    new: row, first column and pages of what is written.
+    """
+    entries = {
+        row * shape[1] + first + i: page
+        for row, first, pages in new
+        for i, page in enumerate(pages)
+    }
+    past = math.prod(shape)
+    for at in range(0, len(entries), PAGE_WRITES):
+        own = list(entries.items())[at : at + PAGE_WRITES]
+        packed = np.zeros((2, PAGE_WRITES), np.int32)
+        packed[0] = np.arange(past, past + PAGE_WRITES)
+        packed[:, : len(own)] = np.array(own, np.int32).T
+        yield packed
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of a bucket.
-
-    Token slots, sequences (inference and packed finetuning), pages a sequence, sampled rows.
-    """
+    """Sizes of a bucket: token slots, sequences (inference and packed finetuning), sampled rows."""
 
     tokens: int
     sequences: int
-    pages: int
     samples: int
 
     @cached_property
@@ -37,7 +61,7 @@ class StepShape:
             "saved_row": (self.tokens,),
             "query_starts": (self.sequences + 1,),
             "kv_lengths": (self.sequences,),
-            "page_tables": (self.sequences, self.pages),
+            "table": (self.sequences,),
             "sample": (self.samples,),
             "num_decode": (),
             "num_sequences": (),
@@ -63,8 +87,9 @@ class StepInputs:
     kv_slot: page * page_size + offset where the token's key goes, past the pages for padding.
     adapter: row of the bank, -1 for none. saved_row: the finetuning slot of a token, past the end
     for others. No two tokens have the same kv_slot or saved_row, not even in padding, so that XLA
-    writes them with plain stores and not with compare-and-swap. sample: the tokens whose outputs
-    are sampled. The rest is as `ragged_paged_attention` takes it.
+    writes them with plain stores and not with compare-and-swap. table: the row of the page tables
+    that a sequence has. sample: the tokens whose outputs are sampled. The rest is as
+    `ragged_paged_attention` takes it.
     """
 
     token: Any
@@ -74,7 +99,7 @@ class StepInputs:
     saved_row: Any
     query_starts: Any
     kv_lengths: Any
-    page_tables: Any
+    table: Any
     sample: Any
     num_decode: Any
     num_sequences: Any

@@ -96,12 +96,22 @@ def microbatch():
             inputs.kv_slot[where], inputs.saved_row[where] = kv_slot[rows], rows
             inputs.adapter[where] = 0
             inputs.kv_lengths[s] = last
-            inputs.page_tables[s, : len(tables[which])] = tables[which]
+            inputs.table[s] = which
             at += last - first
             inputs.query_starts[s + 1 :] = at
         inputs.num_sequences[...] = len(pieces)
         vectors.append(vector)
-    return SimpleNamespace(tokens=tokens, packed=packed, table=jnp.asarray(table), vectors=vectors)
+    shape = SIZES.request_arrays["page_tables"].shape
+    page_tables = np.zeros(shape, np.int32)
+    for row, own in zip(page_tables, tables, strict=False):
+        row[: len(own)] = own
+    return SimpleNamespace(
+        tokens=tokens,
+        packed=packed,
+        table=jnp.asarray(table),
+        vectors=vectors,
+        page_tables=page_tables,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +140,7 @@ def gradients_of(sizes, weights, microbatch):
     last = jnp.zeros(sizes.rows, jnp.int32)
     for vector in microbatch.vectors:
         pages, finetune, *_ = programs["forward/adapters/16"](
-            weights.params, bank, pages, finetune, last, vector
+            weights.params, bank, pages, finetune, last, microbatch.page_tables, vector
         )
     flow, loss = finetune["flow"], microbatch.packed.loss.packed()
     head = {name: weights.params[name] for name in ("norm", "head")}

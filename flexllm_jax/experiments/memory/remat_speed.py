@@ -18,7 +18,7 @@ from flexllm_jax.compile.remat import Plan
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.runner import Runner
-from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 
@@ -82,8 +82,11 @@ class Microbatch:
         inputs.adapter[:] = 0
         inputs.query_starts[1:] = self.bucket
         inputs.kv_lengths[0] = self.position[rows][-1] + 1
-        own = self.tables[start // self.length]
-        inputs.page_tables[0, : len(own)] = own
+        row = start // self.length
+        own = np.asarray(self.tables[row])
+        for places in page_writes([(row, 0, own.tolist())], self.runner.page_tables.shape):
+            self.runner.write_pages(places)
+        inputs.table[0] = row
         inputs.num_sequences[...] = 1
         return vector
 
