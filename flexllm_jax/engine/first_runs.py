@@ -68,6 +68,9 @@ def _run_finetuning(runner: Runner) -> None:
         runner.score_unit(table, weights, own_scales, 0, dropout)
         runner.loss_unit(table, loss, weights, own_scales, 0, dropout)
         runner.layer_unit(0, table, weights, own_scales, 0, dropout)
+    for count in sizes.units_at_once:
+        start = (count - 1) * sizes.unit_tokens
+        runner.layer_unit(0, table, weights, own_scales, start, None, count)
     runner.read_logprobs()
     ranks = runner.put([np.zeros(s.shape, s.dtype) for s in sizes.trained_ranks])
     state = runner.commit(state, np.bool_(True), ranks)

@@ -19,7 +19,7 @@ from flexllm_jax.engine.sizes import EngineSizes, ints
 from flexllm_jax.engine.step import forward_step, write_pages
 from flexllm_jax.engine.step_inputs import PAGE_WRITES
 from flexllm_jax.engine.structured_outputs import mask_words
-from flexllm_jax.finetune.backward import layer_unit
+from flexllm_jax.finetune.backward import layer_unit, layer_units
 from flexllm_jax.finetune.buffers import TABLE_ROWS
 from flexllm_jax.finetune.loss import loss_unit, score_unit
 from flexllm_jax.finetune.losses import Loss
@@ -90,11 +90,12 @@ def check_lattice(sizes: EngineSizes, compiled: Set[str]) -> None:
     shapes = sizes.step_shapes
     rows = {shape.samples for shape in shapes.values()}
     variants: list[str] = ["base", "adapters"]
-    layer_units = [layer_program(kind) for kind in range(len(sizes.model.kinds))]
-    units: list[str] = [*_ALONE, *layer_units]
+    alone = [layer_program(kind) for kind in range(len(sizes.model.kinds))]
+    many = [f"{unit}/slices-{count}" for unit in alone for count in sizes.units_at_once]
+    units: list[str] = [*_ALONE, *alone, *many]
     if sizes.dropout:
         variants.append("dropout")
-        units += [f"{unit}/dropout" for unit in layer_units]
+        units += [f"{unit}/dropout" for unit in alone]
         units += ["unit/score/dropout", "unit/loss/dropout"] * sizes.bank.has_head
     wanted = {
         *(f"forward/{variant}/{n}" for variant in variants for n in shapes),
@@ -229,7 +230,7 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         ),
     ]
     static = (unit_tokens, sizes.columns, sizes.backend)
-    layer_units = [
+    alone = [
         Program(
             layer_program(kind),
             _with_done(partial(layer_unit, decoder, spec, *static)),
@@ -239,15 +240,25 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         )
         for kind, spec in enumerate(decoder.config.kinds)
     ]
+    many = [
+        replace(
+            unit,
+            name=f"{unit.name}/slices-{count}",
+            function=_with_done(partial(layer_units, count, decoder, spec, *static)),
+        )
+        for unit, spec in zip(alone, decoder.config.kinds, strict=True)
+        for count in sizes.units_at_once
+    ]
     with_dropout = []
     if sizes.dropout:
         dropout = JobDropout.shapes(sizes.finetune_slots)
-        with_dropout = [_with(unit, dropout, _INT) for unit in layer_units]
+        with_dropout = [_with(unit, dropout, _INT) for unit in alone]
         if sizes.bank.has_head:
             with_dropout += [_with(unit, dropout) for unit in head_units]
     return [
         *head_units,
-        *layer_units,
+        *alone,
+        *many,
         *with_dropout,
         Program(
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)

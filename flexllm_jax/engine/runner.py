@@ -346,18 +346,19 @@ class Runner:
         scales: list,
         start: int,
         dropout: JobDropout | None = None,
+        count: int = 1,
     ) -> jax.Array:
-        """Backward of one layer for one slice of tokens; returns a scalar, ready when it is
-        done.
+        """Backward of one layer for one slice of tokens, or for `count` down from it; returns a
+        scalar, ready when it is done.
 
         weights, scales: the job's adapter, by stack, as `finetune.backward.layer_unit` takes it.
-        dropout: of the microbatch; None: of nothing.
+        dropout: of the microbatch; None: of nothing. count: 1, or of `EngineSizes.units_at_once`.
         """
         stack, index = self.sizes.stacks.place(layer)
         adapter = {"weights": weights[stack], "scales": scales[stack]}
         more = (dropout, np.int32(layer)) if dropout else ()
-        name = layer_program(self.model.kind_of[layer])
-        program = self.programs[f"{name}/dropout" if more else name]
+        kind = "/dropout" if more else f"/slices-{count}" if count > 1 else ""
+        program = self.programs[f"{layer_program(self.model.kind_of[layer])}{kind}"]
         self.finetune["flow"], self.pending[stack], done = program(
             self.params["layers"][layer],
             adapter,

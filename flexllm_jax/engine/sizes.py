@@ -113,6 +113,14 @@ class EngineSizes:
         return Decoder(self.model, self.dtype, backend=self.backend)
 
     @property
+    def units_at_once(self) -> tuple[int, ...]:
+        """How many slices of tokens one program may take through a layer, besides one; on a CPU,
+        which has no queue of programs that fills, always one."""
+        slices = self.finetune_slots // self.unit_tokens
+        many = (2, 4, 8) if self.backend.implementation == "pallas" else ()
+        return tuple(count for count in many if count <= slices)
+
+    @property
     def stored(self) -> jnp.dtype:
         """What the arrays that are written row by row are made of."""
         return stored_dtype(self.dtype, self.backend)

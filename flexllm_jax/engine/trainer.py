@@ -195,7 +195,8 @@ class Trainer:
     def backward(self, work: BackwardUnits) -> jax.Array:
         """Dispatch backward units; returns what is ready when they are.
 
-        Units count as the scheduler does (`scheduler.request.BackwardUnits`).
+        Units count as the scheduler does (`scheduler.request.BackwardUnits`); those of a layer that
+        a step has the time for go in few programs.
         """
         in_work, runner = self.in_work[work.microbatch.microbatch_id], self._runner
         unit_tokens, first = runner.sizes.unit_tokens, in_work.first_token_slot
@@ -205,7 +206,9 @@ class Trainer:
         scoring = slices * work.microbatch.scored
         if not work.units.start:
             runner.begin_backward()
-        for unit in work.units:
+        unit = work.units.start
+        while unit < work.units.stop:
+            count = 1
             if unit < scoring:
                 start = first + unit * unit_tokens
                 done = runner.score_unit(table, weights, scales, start, dropout)
@@ -216,7 +219,11 @@ class Trainer:
                 layers, later_slices = divmod(unit - scoring - slices, slices)
                 start = first + (slices - 1 - later_slices) * unit_tokens
                 layer = runner.model.num_layers - 1 - layers
-                done = runner.layer_unit(layer, table, weights, scales, start, dropout)
+                if dropout is None:
+                    most = min(slices - later_slices, work.units.stop - unit)
+                    count = max(n for n in (1, *runner.sizes.units_at_once) if n <= most)
+                done = runner.layer_unit(layer, table, weights, scales, start, dropout, count)
+            unit += count
         return done
 
     def finish_microbatch(self, microbatch: Microbatch) -> None:

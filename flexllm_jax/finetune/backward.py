@@ -11,6 +11,8 @@ the first, at any later time. Frozen weights are never differentiated, and no re
 program.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -185,3 +187,15 @@ def layer_unit(
         d_own_inputs | d_own_attention,
     )
     return flow, others | first | second
+
+
+def layer_units(count: int, *arguments: Any) -> tuple[dict, dict]:
+    """`layer_unit` of so many slices of tokens, from the one at `start` down to the first: one
+    program, where a step has the time. A device has room for some programs in its queue (32 on a
+    GPU), and whoever dispatches one more waits."""
+    unit_tokens, (*before, flow, gradients, table, index, start) = arguments[2], arguments
+
+    def next_slice(i: Int[Array, ""], carry: tuple[dict, dict]) -> tuple[dict, dict]:
+        return layer_unit(*before, *carry, table, index, start - i * unit_tokens)
+
+    return lax.fori_loop(0, count, next_slice, (flow, gradients))

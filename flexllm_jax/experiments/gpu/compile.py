@@ -45,6 +45,7 @@ _ENGINE_PROGRAMS = (
     "unit/score",
     "unit/loss",
     "unit/layer",
+    "unit/layer/slices-8",
     "optimizer_step",
     "commit",
     "begin_backward",
