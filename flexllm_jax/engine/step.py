@@ -70,7 +70,7 @@ def forward_step(
     x = decoder.embed(params, token)
 
     @partial(jax.jit, static_argnums=0)
-    def run_layer(spec, layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x):
+    def run_layer(spec, layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x, y):
         # A function of its own, so that it is traced and lowered once for layers that are alike:
         # that would take most of a start. XLA inlines the calls.
         layer, options = decoder.layer(layer_params, spec), spec.attention.options
@@ -82,8 +82,9 @@ def forward_step(
                 dropped = dropout.of_layer(inputs.saved_row, layer_number, decoder.axes)
             adapters = Bypass(weights, scales, inputs.adapter, backend, dropped, layer=index)
         bypass = adapters or no_bypass
-        activations = {"x": x}
-        q, k, v, x = layer.project(x, bypass, activations.setdefault)
+        activations = {}
+        q, k, v, x = layer.project(x, bypass, activations.setdefault, y)
+        activations["x"] = x
         q, *written = rotate_and_write(
             *(q, k, v, angles[spec.attention.rope], inputs.kv_slot),
             *(layer_pages["k"], layer_pages["v"]),
@@ -104,7 +105,7 @@ def forward_step(
         if adapters:
             attended, lse = adapters.attend(q, attended, lse, options)
         activations["attended"] = attended
-        x = layer.after_attention(x, attended, bypass, activations.setdefault)
+        x, y = layer.summands(x, attended, bypass, activations.setdefault)
         new_saved = None
         if layer_saved is not None:
             kept = [activations[name].reshape(x.shape[0], -1) for name in columns]
@@ -115,10 +116,11 @@ def forward_step(
             }
             # Written before the next layer: else XLA writes all layers' at the end, and holds what
             # it writes until then.
-            x, new_saved = jax.lax.optimization_barrier((x, new_saved))
-        return new_pages, new_saved, x
+            x, y, new_saved = jax.lax.optimization_barrier((x, y, new_saved))
+        return new_pages, new_saved, x, y
 
     new_pages, new_saved = [], []
+    y = jnp.zeros_like(x)
     for i, layer_params in enumerate(params["layers"]):
         adapter_stack = None
         if bank is not None:
@@ -126,11 +128,12 @@ def forward_step(
             adapter_stack = (bank["weights"][stack], bank["scales"][stack], index)
         layer_saved = None if finetune is None else finetune["saved"][i]
         number = None if dropout is None else i
-        layer_pages, layer_saved, x = run_layer(
-            config.layers[i], layer_params, adapter_stack, pages[i], layer_saved, number, x
+        layer_pages, layer_saved, x, y = run_layer(
+            config.layers[i], layer_params, adapter_stack, pages[i], layer_saved, number, x, y
         )
         new_pages.append(layer_pages)
         new_saved.append(layer_saved)
+    x = x + y
     if finetune is not None:
         outputs = set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
         finetune = {"saved": new_saved, "flow": finetune["flow"] | {"stream": outputs}}

@@ -101,14 +101,15 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "T D"],
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
+        y: Float[Array, "T D"] | None = None,
     ) -> tuple[
         Float[Array, "T N H"],
         Float[Array, "T K H"],
         Float[Array, "T K H"],
         Float[Array, "T D"],
     ]:
-        """`before_attention` without the rotation."""
-        x, (*inputs, h) = self._normed(self.pre_attn_norm, x, None, 4)
+        """`before_attention` without the rotation, of x + y."""
+        x, (*inputs, h) = self._normed(self.pre_attn_norm, x, y, 4)
         heads = (x.shape[0], -1, self.spec.attention.head_dim)
         projections = {"q": self.q, "k": self.k, "v": self.v}
         outputs = bypass(
@@ -130,6 +131,18 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "T D"]:
         """The layer's output, from its input and what attention returned; `recalled`: names of what
         the tap replaces."""
+        x, y = self.summands(x, attended, bypass, tap, recalled)
+        return x + y
+
+    def summands(
+        self,
+        x: Float[Array, "T D"],
+        attended: Float[Array, "T N H"],
+        bypass: BypassFunction = no_bypass,
+        tap: Tap = no_tap,
+        recalled: Collection[str] = (),
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
+        """What `after_attention` adds up: the next layer's norm can do so as it reads them."""
 
         def join(y: jax.Array) -> jax.Array:
             return sum_outputs(y, self.axes)
@@ -145,7 +158,7 @@ class DecoderLayer(nnx.Module):
         outputs = bypass(h, {"gate": self.gate(gate), "up": self.up(up)})
         gate, up = (tap(name, outputs[name]) for name in ("gate", "up"))
         inner, low = gated(gate, up, self.backend, readers=2)
-        return x + bypass(low, {"down": self.down(inner)}, join)["down"]
+        return x, bypass(low, {"down": self.down(inner)}, join)["down"]
 
     def _normed(
         self, norm: RMSNorm, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, readers: int
