@@ -348,8 +348,7 @@ class Runner:
         dropout: JobDropout | None = None,
         count: int = 1,
     ) -> jax.Array:
-        """Backward of one layer for one slice of tokens, or for `count` down from it; returns a
-        scalar, ready when it is done.
+        """Backward of a layer for `count` slices, from `start` down; returns a scalar to wait for.
 
         weights, scales: the job's adapter, by stack, as `finetune.backward.layer_unit` takes it.
         dropout: of the microbatch; None: of nothing. count: 1, or of `EngineSizes.units_at_once`.

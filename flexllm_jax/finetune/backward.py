@@ -11,7 +11,7 @@ the first, at any later time. Frozen weights are never differentiated, and no re
 program.
 """
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -189,13 +189,30 @@ def layer_unit(
     return flow, others | first | second
 
 
-def layer_units(count: int, *arguments: Any) -> tuple[dict, dict]:
-    """`layer_unit` of so many slices of tokens, from the one at `start` down to the first: one
+def layer_units(
+    count: int,
+    decoder: Decoder,
+    spec: LayerSpec,
+    unit_tokens: int,
+    columns: dict[str, slice],
+    backend: Backend,
+    layer_params: dict,
+    adapter: dict,
+    pages: dict,
+    saved: dict,
+    flow: dict,
+    gradients: dict,
+    table: Int[Array, "8 S"],
+    index: Int[Array, ""],
+    start: Int[Array, ""],
+) -> tuple[dict, dict]:
+    """`layer_unit` of `count` slices of tokens, from the one at `start` down to the first: one
     program, where a step has the time. A device has room for some programs in its queue (32 on a
     GPU), and whoever dispatches one more waits."""
-    unit_tokens, (*before, flow, gradients, table, index, start) = arguments[2], arguments
+    unit = partial(layer_unit, decoder, spec, unit_tokens, columns, backend)
+    kept = (layer_params, adapter, pages, saved)
 
     def next_slice(i: Int[Array, ""], carry: tuple[dict, dict]) -> tuple[dict, dict]:
-        return layer_unit(*before, *carry, table, index, start - i * unit_tokens)
+        return unit(*kept, carry[0], carry[1], table, index, start - i * unit_tokens)
 
     return lax.fori_loop(0, count, next_slice, (flow, gradients))
