@@ -183,6 +183,8 @@ def test_requests_come_from_a_trace_a_rate_or_the_configuration(tmp_path):
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + rows)
     assert choose_requests(config, trace, None)[-1] == Arrival(100.0, 10, 5)
     assert len(choose_requests(config, trace, 3.0)) == pytest.approx(300, abs=3)
+    limited = configuration("llama3.1-8b", "workload.max_requests=7")
+    assert len(choose_requests(limited, trace, None)) == 7
     quiet = config.model_copy(update={"workload": None})
     assert choose_requests(quiet, None, None) == []
     assert 1 < len(choose_requests(quiet, None, 2.0)) / 300 < 3

@@ -31,7 +31,8 @@ def choose_requests(config: Config, trace: Path | None, rate: float | None) -> l
     with a rate alone made-up chats; with nothing none."""
     workload = config.workload
     if trace is not None:
-        workload = WorkloadSection(trace=trace)
+        others = {"trace": trace, "arrivals": None}
+        workload = workload.model_copy(update=others) if workload else WorkloadSection(trace=trace)
     elif rate is not None and (workload is None or workload.arrivals is not None):
         given = workload.arrivals if workload else None
         chats = given.model_dump() if given else _CHATS | {"duration_s": _DURATION_S}
