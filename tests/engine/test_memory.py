@@ -46,10 +46,12 @@ def test_the_plan_is_what_is_allocated(llm):
     assert runner.memory.total == sum(parts.values()) + runner.memory.pages
     forward = runner.programs["forward/adapters/48"].memory_analysis()
     named = sum(parts[name] for name in ("weights", "adapters", "finetuning"))
-    vector = 4 * (runner.sizes.step_shapes[48].size + runner.sizes.rows)
+    requests = runner.sizes.request_arrays
+    step = 4 * runner.sizes.step_shapes[48].size
+    step += tree_bytes((requests["last_tokens"], requests["page_tables"]))
     pending = tree_bytes(runner.pending)
     # XLA counts a buffer's own size; it rounds none of them up.
-    assert forward.argument_size_in_bytes == named - pending + runner.memory.pages + vector
+    assert forward.argument_size_in_bytes == named - pending + runner.memory.pages + step
     assert f"{runner.memory.total / 2**20:,.1f} of" in runner.memory.describe()
 
 
