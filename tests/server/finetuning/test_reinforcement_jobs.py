@@ -4,12 +4,15 @@ them, what is refused."""
 import csv
 import io
 import json
+import os
+import signal
 
 import openai
 import pytest
 
 from tests.engine.test_reinforcement_jobs import prompt_rows
 from tests.server.finetuning.test_jobs import LORA, wait
+from tests.server.running import RunningServer, make_config
 
 GRADER = {
     "type": "string_check",
@@ -148,3 +151,43 @@ def test_models_of_the_server_grade(client):
     job = wait(client, job, "succeeded")
     answers = client.get(f"/fine_tuning/jobs/{job.id}/samples", cast_to=object)["data"]
     assert {answer["reward"] for answer in answers} == {3.0}
+
+
+def test_a_kill_of_either_process_changes_nothing(chat_llama, tmp_path):
+    """Two equal jobs, asynchronous by one batch: one is undisturbed, the other's engine is killed
+    amid its steps, and then the server with its engine."""
+
+    def measured(client, job):
+        events = client.fine_tuning.jobs.list_events(job.id, limit=1000)
+        data = [e.data for e in events if e.data and "train_reward" in e.data]
+        names = ("train_reward", "train_loss", "train_gradient_norm", "train_length")
+        return {d["step"]: [d[name] for name in names] for d in data}
+
+    def wait_for_step(server, client, job, step):
+        server.wait(lambda: step in measured(client, job))
+
+    method = reinforcement(n_epochs=6, steps_ahead=1, batch_size=4)  # 12 steps
+    config = make_config(chat_llama, tmp_path)
+    with RunningServer(config) as server:
+        client = server.wait_ready().client()
+        file = upload(client, letters(8))
+        whole = wait(client, create(client, file, method), "succeeded", timeout_s=120)
+        expected = measured(client, whole)
+        job = create(client, file, method)
+        wait_for_step(server, client, job, 3)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        wait_for_step(server, client, job, 7)
+        engine = server.engine_pid
+        server.process.kill()
+        server.process.wait()
+        os.kill(engine, signal.SIGKILL)
+    with RunningServer(config) as server:
+        client = server.wait_ready().client()
+        wait(client, job, "succeeded", timeout_s=120)
+        found = measured(client, job)
+        messages = [e.message for e in client.fine_tuning.jobs.list_events(job.id, limit=1000)]
+        assert server.stop() == 0
+    assert sum("Resumed from step" in message for message in messages) == 2
+    assert sorted(found) == sorted(expected) == list(range(1, 13))
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-3, abs=1e-5), step
