@@ -55,8 +55,6 @@ class Rollouts:
         self._engine, self._job = engine, job
         self._method, self._game, self._longest = source.method, source.game, source.longest
         self._slo_class = engine.config.scheduler.least_urgent
-        rows = engine.runner.sizes.rows
-        self._most = max(1, rows - max(1, rows // _ROWS_LEFT))
         self._waiting: deque[_Turn] = deque()
         self._running: dict[str, _Turn] = {}  # by request id
         self._leading: list[tuple[_Turn, list[_Turn]]] = []  # and those that wait for its prompt
@@ -135,6 +133,13 @@ class Rollouts:
                 self._waiting.extendleft(reversed(others))
         while self._waiting and len(self._running) < self._most:
             self._send(self._waiting.popleft())
+
+    @property
+    def _most(self) -> int:
+        """Requests at once: an equal part of the rows that all jobs of this kind may have."""
+        rows, jobs = self._engine.runner.sizes.rows, self._engine.trainer.jobs.values()
+        sharing = sum(j.sampler is not None and j.running and not j.paused for j in jobs)
+        return max(1, (rows - max(1, rows // _ROWS_LEFT)) // max(1, sharing))
 
     def pause(self) -> None:
         """Drop what is under way; it will begin its turn again, with the same seed."""

@@ -573,3 +573,25 @@ def test_an_answer_that_the_engine_gave_up_is_sampled_again(llm, rows):
     name = next(n for n in llm.engine.runner.programs if n.startswith("sample/drawn/"))
     with failing(llm, name):
         assert trained("disturbed") == expected
+
+
+def test_jobs_share_the_rows_that_they_leave_to_others(llm, rows):
+    """Of 6 rows one is left to others, and two jobs have 2 each."""
+    jobs = [
+        llm.finetune(reinforcement(f"sharing-{i}", rows, {"max_tokens": 40}), reward=uneven)
+        for i in range(2)
+    ]
+
+    def running():
+        return [len(job._job.sampler._running) for job in jobs]
+
+    while 0 in llm._loop.call(running) or max(llm._loop.call(running)) > 2:
+        llm.generate(random_prompts([9]), SamplingParams(max_tokens=1))
+    seen = []
+    for _ in range(20):
+        llm.generate(random_prompts([9]), SamplingParams(max_tokens=1))
+        seen.append(llm._loop.call(running))
+    assert all(job.status == "running" for job in jobs), "one ended before the other"
+    assert max(map(max, seen)) == 2
+    for job in jobs:
+        job.cancel()
