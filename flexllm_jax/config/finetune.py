@@ -19,10 +19,16 @@ from flexllm_jax.config.fields import (
 from flexllm_jax.config.method import MethodConfig, ReinforcementConfig, SupervisedConfig
 from flexllm_jax.config.peft import PeftConfig
 
+OptimizerName = Literal["adamw", "muon"]
+
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate."""
+    """An optimizer and its learning rate."""
 
+    type: OptimizerName = Field(
+        default="adamw",
+        description="adamw; or muon, for LoRA on one device: means of gradients, made orthogonal.",
+    )
     lr: Float = Field(default=2e-4, gt=0, description="Peak learning rate.")
     warmup: Int = Field(
         default=0, ge=0, description="Optimizer steps over which the rate rises from 0."
@@ -31,13 +37,18 @@ class OptimizerConfig(Section):
         default="linear",
         description="Rate after warm-up: constant, or falling to 0 at the last step.",
     )
-    weight_decay: Float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: Float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
     clip: Float | None = Field(
         default=1.0, gt=0, description="Largest global norm of a gradient. null: no clipping."
     )
-    beta1: Float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
+    beta1: Float = Field(
+        default=0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients."
+    )
     beta2: Float = Field(
-        default=0.999, ge=0, lt=1, description="Decay of the mean of squared gradients."
+        default=0.999, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients."
+    )
+    momentum: Float = Field(
+        default=0.95, ge=0, lt=1, description="Muon's decay of the mean of gradients."
     )
     eps: Float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     b_lr_ratio: Float = Field(
@@ -196,12 +207,23 @@ class FinetuneSection(Section):
         description="Compile what jobs with peft.lora_dropout need, for such jobs that come later. "
         "For those of `jobs` it is compiled anyway.",
     )
+    optimizers: tuple[OptimizerName, ...] = Field(
+        default=("adamw",),
+        description="Optimizers that jobs which come later may have; those of `jobs`, and adamw, "
+        "are compiled anyway.",
+    )
     jobs: tuple[FinetuneConfig, ...] = Field(default=(), description="Jobs, trained side by side.")
 
     @property
     def with_dropout(self) -> bool:
         """Whether a job may have dropout."""
         return self.dropout or any(job.peft.lora_dropout for job in self.jobs)
+
+    @property
+    def all_optimizers(self) -> tuple[str, ...]:
+        """Those that a job may have, adamw first."""
+        own = {*self.optimizers, *(job.optimizer.type for job in self.jobs)}
+        return ("adamw", *sorted(own - {"adamw"}))
 
     @field_validator("saved", mode="before")
     @classmethod

@@ -73,9 +73,12 @@ def _run_finetuning(runner: Runner) -> None:
         runner.layer_unit(0, table, weights, own_scales, start, None, count)
     runner.read_logprobs()
     ranks = runner.put([np.zeros(s.shape, s.dtype) for s in sizes.trained_ranks])
-    state = runner.commit(state, np.bool_(True), ranks)
+    runner.commit(state, np.bool_(True), ranks)
     values = np.full(len(HYPERPARAMETERS), 0.5, np.float32)
-    state, _ = runner.optimizer_step(state, 1, ranks, values)
-    runner.copy_state(state)
+    for optimizer in sizes.optimizers:
+        state, _ = runner.optimizer_step(
+            runner.new_job_state({}, optimizer), 1, ranks, values, optimizer
+        )
+        runner.copy_state(state, optimizer)
     runner.begin_backward()
     runner.clear_finetune()

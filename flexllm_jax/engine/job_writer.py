@@ -54,7 +54,8 @@ class JobWriter:
         """The newest checkpoint that can be read, if there is one; `master`: the job's first
         weights. CheckpointError when the job cannot go on from it."""
         first = self._stacks.by_layer(master)
-        state = {"master": first, "optimizer": job_state_shapes(first)["optimizer"]}
+        shapes = job_state_shapes(first, job.optimizer)
+        state = {"master": first, "optimizer": shapes["optimizer"]}
         like = partial(kept_arrays, state)
         checkpoint = self._checkpoints(job).restore_latest(like, partial(refusal, job))
         if checkpoint is None:

@@ -26,6 +26,7 @@ from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.optimizer import (
     HYPERPARAMETERS,
     commit,
+    optimizer_program,
     optimizer_step,
 )
 from flexllm_jax.peft.bank import (
@@ -49,8 +50,6 @@ _ALONE = (
     "unit/loss",
     "commit",
     "read_logprobs",
-    "optimizer_step",
-    "copy_state",
 )
 _INT = jax.ShapeDtypeStruct((), jnp.int32)
 _BOOL = jax.ShapeDtypeStruct((), jnp.bool_)
@@ -104,6 +103,11 @@ def check_lattice(sizes: EngineSizes, compiled: Set[str]) -> None:
         *(f"prompt_logprobs/{n}" for n in shapes),
         *(f"zeros/{name}" for name in sizes.zeroed(1)),
         *units,
+        *(
+            optimizer_program(name, optimizer)
+            for name in ("optimizer_step", "copy_state")
+            for optimizer in sizes.optimizers
+        ),
     }
     if missing := sorted(wanted - compiled):
         raise RuntimeError(
@@ -203,7 +207,7 @@ def _adapter_programs(sizes: EngineSizes) -> list[Program]:
 def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     decoder, unit_tokens, params = sizes.decoder, sizes.unit_tokens, sizes.parameters
     finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
-    flow, weights = finetune["flow"], sizes.bank_arrays["weights"]
+    flow = finetune["flow"]
     table, loss = ints(TABLE_ROWS, sizes.finetune_slots), _floats(len(Loss.of().packed()))
     stack, _ = sizes.stacks.place(0)
     adapter = {"weights": state["master"][stack], "scales": sizes.adapter_row.scales[stack]}
@@ -211,7 +215,6 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     if sizes.bank.has_head:
         head_adapter = {"weights": state["master"][-1], "scales": sizes.adapter_row.scales[-1]}
         head_gradients = pending[-1]
-    kept = {k: state[k] for k in ("master", "optimizer")}
     one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     head_units = [
         Program(
@@ -264,17 +267,28 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             "begin_backward", _begin_backward, (flow, pending), (0, 1), results=(flow, pending)
         ),
         Program("clear", _clear, (finetune,), (0,), finetune),
-        Program("commit", commit, (pending, state, _BOOL, sizes.trained_ranks), (1,), state),
+        Program("commit", commit, (pending, pending, _BOOL, sizes.trained_ranks), (1,), pending),
         Program("read_logprobs", _copy, (flow["logprob"],), results=_WHOLE),
-        Program("copy_state", _copy, (kept,), results=GATHERED),
-        Program(
-            "optimizer_step",
-            partial(optimizer_step, sizes.placement),
-            (weights, state, _INT, sizes.trained_ranks, _floats(len(HYPERPARAMETERS))),
-            (0, 1),
-            (weights, state, _WHOLE),
-        ),
+        *_optimizer_programs(sizes),
     ]
+
+
+def _optimizer_programs(sizes: EngineSizes) -> list[Program]:
+    """Those of jobs with each optimizer: all else is the same for any."""
+    weights, programs = sizes.bank_arrays["weights"], []
+    for name, state in sizes.job_states.items():
+        kept = {k: state[k] for k in ("master", "optimizer")}
+        programs += [
+            Program(optimizer_program("copy_state", name), _copy, (kept,), results=GATHERED),
+            Program(
+                optimizer_program("optimizer_step", name),
+                partial(optimizer_step, name, sizes.placement),
+                (weights, state, _INT, sizes.trained_ranks, _floats(len(HYPERPARAMETERS))),
+                (0, 1),
+                (weights, state, _WHOLE),
+            ),
+        ]
+    return programs
 
 
 def _zero_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from flexllm_jax.compile.buckets import CompilationCounter, compile_programs, use_persistent_cache
 from flexllm_jax.compile.kept import KeptPrograms
@@ -31,6 +31,7 @@ from flexllm_jax.engine.programs import (
 )
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.engine.structured_outputs import mask_words
+from flexllm_jax.finetune.optimizer import optimizer_program
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import load_parameters
@@ -210,8 +211,7 @@ class Runner:
         return {"tokens": tokens, **report}
 
     def prompt_logprobs(self, hidden: jax.Array, targets: Int[np.ndarray, "2 T"]) -> dict:
-        """Log-probabilities of the targets (tokens, and rows of the bank) given the outputs of a
-        forward."""
+        """Log-probabilities of targets (tokens, and rows of the bank) given a forward's outputs."""
         program = self.programs[f"prompt_logprobs/{hidden.shape[0]}"]
         return program(head_parameters(self.params), self._head_bank, hidden, targets)
 
@@ -247,9 +247,8 @@ class Runner:
 
     def read_adapter(self, bank_slot: int) -> list:
         """A slot's weights on the host, float32; waits for the device."""
-        return jax.device_get(
-            self.programs["read_row"](self.bank["weights"], np.int32(bank_slot - 1))
-        )
+        program, row = self.programs["read_row"], np.int32(bank_slot - 1)
+        return jax.device_get(program(self.bank["weights"], row))
 
     def to_host(self, array: jax.Array) -> np.ndarray:
         """An array on the host, whole, however it is sharded; waits for the device."""
@@ -260,10 +259,11 @@ class Runner:
 
     # -- finetuning -------------------------------------------------------------------------------
 
-    def new_job_state(self, kept: dict) -> dict:
+    def new_job_state(self, kept: dict, optimizer: str = "adamw") -> dict:
         """A job's state: the parts in `kept`, from the host, and zeros for the others."""
-        shapes = self.sizes.job_state
-        zeros = {name: self._zeros(f"job_state/{name}") for name in shapes if name not in kept}
+        shapes = self.sizes.job_states[optimizer]
+        own = {"optimizer": optimizer_program("optimizer", optimizer)}
+        zeros = {n: self._zeros(f"job_state/{own.get(n, n)}") for n in shapes if n not in kept}
         return zeros | self._put(kept, {name: shapes[name] for name in kept})
 
     def begin_backward(self) -> None:
@@ -373,27 +373,27 @@ class Runner:
         return done
 
     def commit(self, state: dict, first: np.bool_, trained_ranks: list) -> dict:
-        """Add the finished microbatch's gradients to its job's state; `first`: of those since the
-        last optimizer step."""
-        return self.programs["commit"](self.pending, state, first, trained_ranks)
+        """Add a finished microbatch's gradients, the `first` since the last step, to its job's."""
+        totals = self.programs["commit"](self.pending, state["gradients"], first, trained_ranks)
+        return state | {"gradients": totals}
 
     def read_logprobs(self) -> jax.Array:
         """A copy of the log-probabilities of the labels in all finetuning slots, float32 [S]."""
         return self.programs["read_logprobs"](self.finetune["flow"]["logprob"])
 
     def optimizer_step(
-        self, state: dict, bank_slot: int, trained_ranks: list, values: Float[np.ndarray, " 8"]
+        self, state: dict, slot: int, ranks: list, values: np.ndarray, optimizer: str = "adamw"
     ) -> tuple[dict, dict]:
         """Update a job's adapter in its slot; returns its state and the step's metrics."""
-        self.bank["weights"], state, metrics = self.programs["optimizer_step"](
-            self.bank["weights"], state, np.int32(bank_slot - 1), trained_ranks, values
-        )
+        program = self.programs[optimizer_program("optimizer_step", optimizer)]
+        weights, row = self.bank["weights"], np.int32(slot - 1)
+        self.bank["weights"], state, metrics = program(weights, state, row, ranks, values)
         return state, metrics
 
-    def copy_state(self, state: dict) -> dict:
-        """A copy, whole on every device, of the parts of a job's state that a checkpoint
-        keeps."""
-        return self.programs["copy_state"]({k: state[k] for k in ("master", "optimizer")})
+    def copy_state(self, state: dict, optimizer: str = "adamw") -> dict:
+        """A copy, whole on every device, of what a checkpoint keeps of a job's state."""
+        program = self.programs[optimizer_program("copy_state", optimizer)]
+        return program({k: state[k] for k in ("master", "optimizer")})
 
     def close(self) -> None:
         """Nothing is called any more."""

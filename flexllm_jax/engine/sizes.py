@@ -17,7 +17,7 @@ from flexllm_jax.engine.cache import page_shapes
 from flexllm_jax.engine.placement import ALL, Placement
 from flexllm_jax.engine.step_inputs import StepShape
 from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shapes
-from flexllm_jax.finetune.optimizer import job_state_shapes
+from flexllm_jax.finetune.optimizer import job_state_shapes, optimizer_program
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.dtype import engine_dtype
@@ -57,6 +57,7 @@ class EngineSizes:
     columns: dict[str, slice]
     placement: Placement | None = None
     dropout: bool = False
+    optimizers: tuple[str, ...] = ("adamw",)
 
     @classmethod
     def from_config(
@@ -82,6 +83,11 @@ class EngineSizes:
                 raise ValueError(
                     f"adapters.kinds: this model has {what}, where prefix is none; drop it"
                 )
+        if placement and "muon" in config.finetune.all_optimizers:
+            raise ValueError(
+                "optimizer.type=muon needs parallel.tp=1, as it reads whole factors of LoRA: use "
+                "adamw, and take muon out of finetune.optimizers"
+            )
         return cls(
             model=model,
             dtype=dtype,
@@ -98,6 +104,7 @@ class EngineSizes:
             ),
             placement=placement,
             dropout=config.finetune.with_dropout,
+            optimizers=config.finetune.all_optimizers,
         )
 
     @property
@@ -180,9 +187,15 @@ class EngineSizes:
 
     @cached_property
     def job_state(self) -> dict:
-        """A finetuning job's state on the device."""
-        state = job_state_shapes(self.adapter_row.weights)
-        return self.placement.job_state(state) if self.placement else state
+        """The state on the device of a finetuning job with AdamW: no optimizer has a larger one."""
+        return self.job_states["adamw"]
+
+    @cached_property
+    def job_states(self) -> dict[str, dict]:
+        """That of jobs, by optimizer."""
+        weights, place = self.adapter_row.weights, self.placement
+        states = {name: job_state_shapes(weights, name) for name in self.optimizers}
+        return {name: place.job_state(s) if place else s for name, s in states.items()}
 
     @property
     def trained_ranks(self) -> list:
@@ -230,6 +243,10 @@ class EngineSizes:
             "pages": self.pages(num_pages),
             "requests": self.request_arrays,
             **{f"job_state/{name}": part for name, part in self.job_state.items()},
+            **{
+                f"job_state/{optimizer_program('optimizer', name)}": state["optimizer"]
+                for name, state in self.job_states.items()
+            },
         }
 
     def pages(self, num_pages: int) -> list:

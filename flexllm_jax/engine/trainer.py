@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from flexllm_jax.config import Config
+from flexllm_jax.engine.job_needs import check_job
 from flexllm_jax.engine.job_writer import JobWriter
 from flexllm_jax.engine.out_of_memory import copy_if_room
 from flexllm_jax.engine.runner import Runner
@@ -25,7 +26,6 @@ from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.optimizer import without_gradient
 from flexllm_jax.finetune.resume import made_with
 from flexllm_jax.finetune.source import CannotGoOn, Step
-from flexllm_jax.peft.adapter import LoraConfig
 from flexllm_jax.peft.bank import to_row, trained_ranks
 from flexllm_jax.peft.dropout import JobDropout
 from scheduler.coserving import Scheduler
@@ -90,16 +90,7 @@ class Trainer:
                 f"job {job.name!r} is still being written: wait for its end, or use another name"
             )
         runner = self._runner
-        if runner.sizes.placement and isinstance(job.peft, LoraConfig) and job.peft.from_base:
-            raise ValueError(
-                f"peft.init={job.peft.init} needs parallel.tp=1: how ranks are split over devices "
-                "does not know of the half that is not trained; use default or gaussian"
-            )
-        if job.lora_dropout and not runner.sizes.dropout:
-            raise ValueError(
-                f"peft.lora_dropout={job.lora_dropout}: this engine has no programs for dropout; "
-                "set finetune.dropout: true and start it anew, or train with lora_dropout: 0"
-            )
+        check_job(job, runner.sizes)
         job.made_with = made_with(job, runner.sizes.bank)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         kept = {"master": values}
@@ -113,7 +104,7 @@ class Trainer:
         runner.write_adapter(job.bank_slot, kept["master"], scales)
         job.trained_ranks = runner.put(trained_ranks(job.peft, runner.model, runner.sizes.bank))
         job.scales = runner.put(scales)
-        job.state = runner.new_job_state(kept)
+        job.state = runner.new_job_state(kept, job.optimizer)
         self.jobs[job.name] = job
         self._scheduler.add_job(job.name, job.config.weight, job.config.priority)
         if job.complete:
@@ -255,7 +246,7 @@ class Trainer:
     def _step(self, job: FinetuneJob, step: Step) -> None:
         values = step.values if job.has_gradient else without_gradient(step.values)
         job.state, metrics = self._runner.optimizer_step(
-            job.state, job.bank_slot, job.trained_ranks, values
+            job.state, job.bank_slot, job.trained_ranks, values, job.optimizer
         )
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
         job.step_dispatched(step)
@@ -268,7 +259,7 @@ class Trainer:
 
     def _snapshot(self, job: FinetuneJob) -> dict:
         """A copy of what a checkpoint keeps of a job after the last step dispatched."""
-        snapshot = self._runner.copy_state(job.state)
+        snapshot = self._runner.copy_state(job.state, job.optimizer)
         if job.versions:
             read = self._runner.read_adapter  # one after the other: room for one is planned
             snapshot["versions"] = {
@@ -336,11 +327,11 @@ class Trainer:
 
     def export(self, job: FinetuneJob, out_dir: Path) -> Path:
         """Write the job's adapter as it is now; waits for the device."""
-        return self.writer.export(job, self._runner.copy_state(job.state), out_dir)
+        return self.writer.export(job, self._runner.copy_state(job.state, job.optimizer), out_dir)
 
     def export_checkpoint(self, job: FinetuneJob) -> None:
         """Hand out the adapter of the checkpoint that a job has just gone on from."""
-        self.writer.hand_out(job, self._runner.copy_state(job.state))
+        self.writer.hand_out(job, self._runner.copy_state(job.state, job.optimizer))
 
     def cancel(self, job: FinetuneJob) -> None:
         """Stop a job and keep its last checkpoint; `job.ended` says when that is written."""

@@ -95,6 +95,11 @@ def create_job(
             f"optimizer.b_lr_ratio={config.optimizer.b_lr_ratio}: an adapter of kind "
             f"{adapter.config.kind} has no B with a learning rate of its own; leave it out"
         )
+    if config.optimizer.type == "muon" and adapter.config.kind != "lora":
+        raise AdapterError(
+            f"optimizer.type=muon: it changes factors of LoRA, and an adapter of kind "
+            f"{adapter.config.kind} has none; use adamw"
+        )
     unit = section.unit_tokens
     # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
     half = max(unit, max_tokens // 2 // unit * unit)
@@ -235,6 +240,11 @@ class FinetuneJob:
     def name(self) -> str:
         """The job's name, also its adapter's."""
         return self.config.name
+
+    @property
+    def optimizer(self) -> str:
+        """Which optimizer it has."""
+        return self.config.optimizer.type
 
     @property
     def shapes(self) -> dict[Site, dict[str, tuple[int, ...]]]:

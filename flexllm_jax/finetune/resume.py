@@ -27,6 +27,7 @@ def made_with(job: FinetuneJob, bank: BankShape) -> dict[str, Any]:
         "peft.type": peft.kind,
         "init_adapter": _crc32(job.adapter) if config.init_adapter else None,
         "seed": config.seed,
+        "optimizer.type": config.optimizer.type,
         "adapters.kinds": bank.kinds,
         "adapters.max_rank": bank.rank,
         "adapters.target_modules": bank.modules,

@@ -67,7 +67,7 @@ class Given:
 def step(**values):
     """An AdamW step; by default one that moves nothing."""
     named = {"learning_rate": 0.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    named |= {"b_lr_ratio": 1.0, "max_norm": math.inf, "scale": 1.0} | values
+    named |= {"momentum": 0.95, "b_lr_ratio": 1.0, "max_norm": math.inf, "scale": 1.0} | values
     return Step(np.array([named[name] for name in HYPERPARAMETERS], np.float32))
 
 

@@ -47,6 +47,7 @@ _ENGINE_PROGRAMS = (
     "unit/layer",
     "unit/layer/slices-8",
     "optimizer_step",
+    "optimizer_step/muon",
     "commit",
     "begin_backward",
     "clear",
@@ -56,7 +57,7 @@ _ENGINE_CONFIG = {
     "cache": {"page_size": 64},
     "adapters": {"slots": 8, "max_rank": 16},
     "scheduler": {"max_sequences": 256, "max_tokens_per_step": 2048},
-    "finetune": {"max_tokens": 8192, "unit_tokens": 1024},
+    "finetune": {"max_tokens": 8192, "unit_tokens": 1024, "optimizers": ["muon"]},
     "compile": {"token_buckets": [256, 2048]},
 }
 _ENGINE_PAGES = 4096
