@@ -12,12 +12,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 D_MODEL, D_FF, NUM_LAYERS, MAX_POSITIONS = 64, 96, 2, 512
@@ -67,6 +73,60 @@ def make_mistral(path: Path, **options: Any) -> Path:
     return _make(MistralConfig, path, **{"sliding_window": 11, **options})
 
 
+def make_smollm3(path: Path, **options: Any) -> Path:
+    """Write a SmolLM3 checkpoint: layers without RoPE; the options are those of `_make`."""
+    return _make(SmolLM3Config, path, **{"no_rope_layers": [1, 0], "pad_token_id": 0, **options})
+
+
+def make_seed_oss(path: Path, **options: Any) -> Path:
+    """Write a Seed-OSS checkpoint (biases); the options are those of `_make`."""
+    return _make(SeedOssConfig, path, **options)
+
+
+def make_granite(path: Path, **options: Any) -> Path:
+    """Write a Granite checkpoint with all its multipliers; the options are those of `_make`."""
+    multipliers = {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 1.7,
+    }
+    return _make(GraniteConfig, path, **(multipliers | options))
+
+
+def make_olmo2(path: Path, **options: Any) -> Path:
+    """Write an OLMo 2 checkpoint: norms behind, and over whole projections."""
+    return _make(Olmo2Config, path, **options)
+
+
+def make_olmo3(path: Path, **options: Any) -> Path:
+    """Write an OLMo 3 checkpoint: as OLMo 2, with windows of 9, and YaRN in the other layers."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    fields = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {**yarn, "rope_theta": 1e5},
+        },
+    }
+    return _make(Olmo3Config, path, **(fields | options))
+
+
+def make_gemma3(path: Path, **options: Any) -> Path:
+    """Write a Gemma 3 checkpoint of text alone, with a window of 9 in one of two layers."""
+    fields = {
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e5},
+        },
+    }
+    return _make(Gemma3TextConfig, path, **(fields | options))
+
+
 def _make(
     config_class: type[PreTrainedConfig],
     path: Path,
@@ -105,11 +165,12 @@ def _make(
     config = config_class(**(fields | config_fields))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
+    norm = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's weights are 1 + these
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(1 + 0.3 * noise)
+                parameter.copy_(norm + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:

@@ -20,7 +20,9 @@ def small_model(
     max_position_embeddings: int = 256,
 ) -> ModelConfig:
     """A model of these sizes."""
-    attention = AttentionSpec(num_heads, num_kv_heads, head_dim, RopeSpec(1e4), qk_norm=qk_norm)
+    attention = AttentionSpec(
+        num_heads, num_kv_heads, head_dim, RopeSpec(1e4), qk_norm="head" if qk_norm else None
+    )
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=vocab_size,

@@ -68,6 +68,11 @@ class Mesh:
     def of(cls, model: ModelConfig, tp: int) -> "Mesh":
         """The mesh of a model. ParallelError, in one line, when it does not divide."""
         heads = model.num_kv_heads
+        if any(layer.attention.qk_norm == "projection" for layer in model.layers):
+            raise ParallelError(
+                f"parallel.tp={tp}: this model's norms of queries and keys are over all heads, "
+                "which are not split over devices; use parallel.tp=1"
+            )
         sizes = {"num_heads": model.num_heads, "d_ff": model.d_ff, "vocab_size": model.vocab_size}
         for name, size in sizes.items():
             if size % tp:

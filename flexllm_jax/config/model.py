@@ -14,7 +14,7 @@ class ModelSection(Section):
     """The base model."""
 
     path: Path = Field(
-        description="Folder of a Hugging Face checkpoint (Llama 3, Mistral, Qwen2.5, Qwen3)."
+        description="Folder of a Hugging Face checkpoint (families: docs/adapters.md)."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

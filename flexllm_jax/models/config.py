@@ -35,6 +35,8 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    embed_scale: float = 1.0  # of the embeddings, rounded to their dtype
+    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if len({layer.arrays for layer in self.layers}) != 1:

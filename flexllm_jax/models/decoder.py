@@ -15,7 +15,7 @@ runs forward and backward:
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,11 @@ def no_tap(name: str, value: jax.Array) -> jax.Array:
     return value
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a number that is not rounded to its dtype before."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class DecoderLayer(nnx.Module):
     """Attention and a gated feed-forward network, each after a norm and with a residual.
 
@@ -63,17 +68,22 @@ class DecoderLayer(nnx.Module):
         axes: Axes = (),
         backend: Backend = XLA,
     ):
-        attention, eps = spec.attention, spec.norm.eps
+        attention, norm = spec.attention, partial(RMSNorm, spec=spec.norm, dtype=dtype)
         q_size, kv_size = (n * attention.head_dim for n in (attention.heads, attention.kv_heads))
-        self.pre_attn_norm = RMSNorm(d_model, eps, dtype)
+        pre, post = spec.norm.pre, spec.norm.post
+        self.pre_attn_norm, self.pre_mlp_norm = (norm(d_model) if pre else None for _ in range(2))
+        self.post_attn_norm, self.post_mlp_norm = (
+            norm(d_model) if post else None for _ in range(2)
+        )
         self.q = Linear(d_model, q_size, dtype, attention.qkv_bias)
         self.k = Linear(d_model, kv_size, dtype, attention.qkv_bias)
         self.v = Linear(d_model, kv_size, dtype, attention.qkv_bias)
         self.o = Linear(q_size, d_model, dtype, attention.o_bias, axes)
         if attention.qk_norm:
-            self.q_norm = RMSNorm(attention.head_dim, eps, dtype)
-            self.k_norm = RMSNorm(attention.head_dim, eps, dtype)
-        self.pre_mlp_norm = RMSNorm(d_model, eps, dtype)
+            sizes = q_size, kv_size
+            if attention.qk_norm == "head":
+                sizes = (attention.head_dim,) * 2
+            self.q_norm, self.k_norm = map(norm, sizes)
         self.gate = Linear(d_model, spec.mlp.d_ff, dtype)
         self.up = Linear(d_model, spec.mlp.d_ff, dtype)
         self.down = Linear(spec.mlp.d_ff, d_model, dtype)
@@ -115,11 +125,15 @@ class DecoderLayer(nnx.Module):
         outputs = bypass(
             h, {name: p(i) for (name, p), i in zip(projections.items(), inputs, strict=True)}
         )
-        q, k = tap("query", outputs["q"]).reshape(heads), outputs["k"]
-        v = outputs["v"].reshape(heads)
+        q, k = tap("query", outputs["q"]), outputs["k"]
         if self.spec.attention.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(tap("key", k).reshape(heads))
-        return q, k.reshape(heads), v, x
+            k = tap("key", k)
+        if self.spec.attention.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.reshape(heads) for x in (q, k, outputs["v"]))
+        if self.spec.attention.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v, x
 
     def after_attention(
         self,
@@ -149,6 +163,7 @@ class DecoderLayer(nnx.Module):
 
         attended = attended.reshape(x.shape[0], -1)
         y = bypass(attended, {"o": self.o(attended)}, join)["o"]
+        y = self._branch(self.post_attn_norm, y, "attention_branch", tap)
         if "residual" in recalled:  # then the norm is of what was recalled
             x, normed = self._normed(self.pre_mlp_norm, tap("residual", x + y), None, 3)
         else:
@@ -157,14 +172,28 @@ class DecoderLayer(nnx.Module):
         gate, up, h = normed
         outputs = bypass(h, {"gate": self.gate(gate), "up": self.up(up)})
         gate, up = (tap(name, outputs[name]) for name in ("gate", "up"))
-        inner, low = gated(gate, up, self.backend, readers=2)
-        return x, bypass(low, {"down": self.down(inner)}, join)["down"]
+        inner, low = gated(gate, up, self.backend, 2, self.spec.mlp.activation)
+        y = bypass(low, {"down": self.down(inner)}, join)["down"]
+        return x, self._branch(self.post_mlp_norm, y, "mlp_branch", tap)
+
+    def _branch(
+        self, norm: RMSNorm | None, y: Float[Array, "T D"], name: str, tap: Tap
+    ) -> Float[Array, "T D"]:
+        """What is added to the residual, from what attention or the feed-forward network gave."""
+        return scaled(y if norm is None else norm(tap(name, y)), self.spec.residual_scale)
 
     def _normed(
-        self, norm: RMSNorm, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, readers: int
+        self,
+        norm: RMSNorm | None,
+        x: Float[Array, "T D"],
+        y: Float[Array, "T D"] | None,
+        readers: int,
     ) -> tuple[Float[Array, "T D"], list[Float[Array, "T D"]]]:
         """x + y, and its norm for each of its readers; where the model is split over devices, the
         gradients of all are added up before they are shared."""
+        if norm is None:
+            x = x if y is None else x + y
+            return x, [share_input(x, self.axes)] * readers
         if not self.axes:
             x, *normed = norm.join(x, y, self.backend, readers)
             return x, normed
@@ -211,17 +240,19 @@ class Decoder:
 
     def embed(self, params: dict, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Token embeddings."""
-        return rows_of(params["embed"]["weight"], tokens, self.axes)
+        x = rows_of(params["embed"]["weight"], tokens, self.axes)
+        scale = self.config.embed_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def angles(self, positions: Int[Array, " T"], spec: LayerSpec) -> Angles:
         """Rotary angles of the positions in a layer."""
         return rotary_angles(spec.attention.rope, spec.attention.head_dim, positions)
 
     def final_norm(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The norm before the output head."""
+        """What the output head reads: normalized, and scaled as the logits are to be."""
         graph = _norm_graph(self.config.d_model, self.config.layers[-1].norm, self.dtype)
         norm = nnx.merge(graph, params["norm"])
-        return norm.join(x, None, self.backend, 1)[1]
+        return scaled(norm.join(x, None, self.backend, 1)[1], self.config.logit_scale)
 
     def head(self, params: dict) -> Float[Array, "V D"]:
         """The output head's rows; the embedding's when they are tied."""
@@ -256,4 +287,4 @@ def _layer_graph(
 
 @cache
 def _norm_graph(d_model: int, spec: NormSpec, dtype: jnp.dtype) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: RMSNorm(d_model, spec.eps, dtype)))[0]
+    return nnx.split(nnx.eval_shape(lambda: RMSNorm(d_model, spec, dtype)))[0]

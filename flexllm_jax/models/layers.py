@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from flexllm_jax.models.collectives import Axes
+from flexllm_jax.models.spec import NormSpec
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_passes import add_norm
 
@@ -39,17 +40,24 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (arXiv 1910.07467) over the last axis."""
 
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+    def __init__(self, size: int, spec: NormSpec, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
+        self.spec = spec
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalize in float32; the result has x's dtype."""
-        return add_norm(x, None, self.weight[...], self.eps)[1]
+        return add_norm(x, None, self._weight, self.spec.eps)[1]
 
     def join(
         self, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, backend: Backend, readers: int
     ) -> tuple[Float[Array, "T D"], ...]:
         """The residual x + y, and it normalized, for so many readers: one pass, and one
         backward."""
-        return add_norm(x, y, self.weight[...], self.eps, backend, readers)
+        return add_norm(x, y, self._weight, self.spec.eps, backend, readers)
+
+    @property
+    def _weight(self) -> Float[Array, " D"]:
+        weight = self.weight[...]
+        if self.spec.late_cast:
+            weight = weight.astype(jnp.float32)
+        return 1.0 + weight if self.spec.offset else weight

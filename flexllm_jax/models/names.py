@@ -23,6 +23,22 @@ def layer_path(layer: int, inside: str) -> str:
     return f"{LAYERS}.{layer}.{inside}"
 
 
-# A layer's norms: the name in the parameter tree -> inside of the checkpoint's layer.
-PRE_NORMS = {"pre_attn_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"}
+# A layer's norms: the name in the parameter tree -> inside of the checkpoint's layer; by which of
+# `NormSpec.pre` and `NormSpec.post` it has.
+NORMS = {
+    (True, False): {
+        "pre_attn_norm": "input_layernorm",
+        "pre_mlp_norm": "post_attention_layernorm",
+    },
+    (False, True): {
+        "post_attn_norm": "post_attention_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    },
+    (True, True): {
+        "pre_attn_norm": "input_layernorm",
+        "post_attn_norm": "post_attention_layernorm",
+        "pre_mlp_norm": "pre_feedforward_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    },
+}
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}

@@ -6,9 +6,11 @@ width.
 """
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from flexllm_jax.models.rope import RopeSpec
 from kernels_pallas.attention_options import AttentionOptions
+from kernels_pallas.layer_passes.base import Activation
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class AttentionSpec:
     """Attention of a layer.
 
     rope: None where queries and keys are not told their positions. options: how scores are made.
-    qkv_bias, o_bias: whether q, k, v and o have biases. qk_norm: RMSNorm of each head's queries and
-    keys before they are rotated.
+    qkv_bias, o_bias: whether q, k, v and o have biases. qk_norm: what of the queries and keys is
+    normalized before they are rotated: each head, or the whole projection.
     """
 
     heads: int  # N
@@ -27,7 +29,7 @@ class AttentionSpec:
     options: AttentionOptions = field(default_factory=AttentionOptions)
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,34 @@ class MlpSpec:
     """A gated feed-forward network."""
 
     d_ff: int  # F
+    activation: Activation = "silu"
 
 
 @dataclass(frozen=True)
 class NormSpec:
-    """The layer's root-mean-square norms."""
+    """The layer's root-mean-square norms.
+
+    pre: of what attention and the feed-forward network read. post: of what they give, before it is
+    added. late_cast: the weight is applied in float32, before the cast. offset: the weight is 1 +
+    what is stored.
+    """
 
     eps: float
+    pre: bool = True
+    post: bool = False
+    late_cast: bool = False
+    offset: bool = False
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer: attention and a feed-forward network, with their norms."""
+    """A layer: attention and a feed-forward network, with their norms; what both give is multiplied
+    by `residual_scale` before it is added."""
 
     attention: AttentionSpec
     mlp: MlpSpec
     norm: NormSpec
+    residual_scale: float = 1.0
 
     def kernel_shapes(self, d_model: int) -> dict[str, tuple[int, int]]:
         """[d_in, d_out] of the seven projections, by their name in the parameter tree."""

@@ -9,7 +9,7 @@ from flexllm_jax.models.names import (
     EMBED,
     FINAL_NORM,
     HEAD,
-    PRE_NORMS,
+    NORMS,
     PROJECTIONS,
     QK_NORMS,
     layer_path,
@@ -46,10 +46,13 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     spec = config.layers[layer].attention
     biased = {"q", "k", "v"} if spec.qkv_bias else set()
     biased |= {"o"} if spec.o_bias else set()
-    norms, sizes = dict(PRE_NORMS), dict.fromkeys(PRE_NORMS, config.d_model)
+    norm = config.layers[layer].norm
+    norms = dict(NORMS[norm.pre, norm.post])
+    sizes = dict.fromkeys(norms, config.d_model)
     if spec.qk_norm:
         norms |= QK_NORMS
-        sizes |= dict.fromkeys(QK_NORMS, spec.head_dim)
+        heads = (1, 1) if spec.qk_norm == "head" else (spec.heads, spec.kv_heads)
+        sizes |= {"q_norm": heads[0] * spec.head_dim, "k_norm": heads[1] * spec.head_dim}
     for module, name in norms.items():
         path = ("layers", layer, module, "weight")
         yield Tensor(path, f"{layer_path(layer, name)}.weight", (sizes[module],))

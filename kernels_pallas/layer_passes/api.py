@@ -47,12 +47,16 @@ _add_norm.defvjp(_add_norm_forward, _add_norm_backward)
 
 
 def gated(
-    gate: jax.Array, up: jax.Array, backend: Backend = XLA, readers: int = 1
+    gate: jax.Array,
+    up: jax.Array,
+    backend: Backend = XLA,
+    readers: int = 1,
+    activation: base.Activation = "silu",
 ) -> tuple[jax.Array, ...]:
     """See `base.gated`; once for each of `readers`, as in `add_norm`. Its gradients are one pass;
-    XLA's own forward is one, too."""
-    if backend.implementation == "xla":
-        return (base.gated(gate, up),) * readers
+    XLA's own forward is one, too. There is a kernel for silu alone."""
+    if backend.implementation == "xla" or activation != "silu":
+        return (base.gated(gate, up, activation),) * readers
     return _gated(gate, up, backend, readers)
 
 

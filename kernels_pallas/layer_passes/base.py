@@ -5,12 +5,17 @@ gradients of both factors; a write of keys, one of values, and queries. Where re
 arrays is all that costs, each should be one.
 """
 
+from functools import partial
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.rows import set_rows
 
+Activation = Literal["silu", "gelu_tanh"]
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 Angles = tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]
 
 
@@ -30,17 +35,23 @@ def add_norm(
 
     Returns:
         x + y, and (x + y) / sqrt(mean((x + y)^2) + eps) * weight. As in transformers the norm runs
-        in float32 and is cast back before its weight is applied.
+        in float32 and is cast back before its weight is applied; after it, if the weight is
+        float32 and x is not.
     """
     total = x if y is None else x + y
     wide = total.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if weight.dtype != total.dtype:
+        return total, (weight * wide).astype(total.dtype)
     return total, weight * wide.astype(total.dtype)
 
 
-def gated(gate: Float[Array, "T F"], up: Float[Array, "T F"]) -> Float[Array, "T F"]:
-    """silu(gate) * up, the inner activations of a gated feed-forward network (arXiv 2002.05202)."""
-    return jax.nn.silu(gate) * up
+def gated(
+    gate: Float[Array, "T F"], up: Float[Array, "T F"], activation: Activation = "silu"
+) -> Float[Array, "T F"]:
+    """activation(gate) * up, the inner activations of a gated feed-forward network (arXiv
+    2002.05202)."""
+    return _ACTIVATIONS[activation](gate) * up
 
 
 def rotate(x: Float[Array, "T N H"], angles: Angles) -> Float[Array, "T N H"]:

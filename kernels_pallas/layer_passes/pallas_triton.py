@@ -38,7 +38,9 @@ def _add_norm_kernel(x_ref, weight_ref, *refs, eps: float):
         total = (total + _load(y_ref.at[row, columns], mask)).astype(sum_ref.dtype)
         pltriton.store(sum_ref.at[row, columns], total, mask=mask)
         total = total.astype(jnp.float32)
-    normed = (total * _root(total, x_ref, eps)).astype(normed_ref.dtype)
+    normed = total * _root(total, x_ref, eps)
+    if weight_ref.dtype == normed_ref.dtype:
+        normed = normed.astype(normed_ref.dtype)
     weighted = _load(weight_ref.at[columns], mask) * normed.astype(jnp.float32)
     pltriton.store(normed_ref.at[row, columns], weighted.astype(normed_ref.dtype), mask=mask)
 

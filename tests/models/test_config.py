@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.families import FAMILIES
 from flexllm_jax.models.fields import ModelConfigError
 from flexllm_jax.models.rope import Llama3Scaling, rotary_frequencies
 from tests.checkpoints import LLAMA3_ROPE
@@ -137,13 +138,15 @@ def assert_as_transformers_reads_it(directory):
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
-    rope = dict(theirs.rope_parameters)
-    (own,) = {layer.attention.rope for layer in ours.layers}
-    assert own is not None
-    assert own.theta == rope.pop("rope_theta")
-    assert (own.scaling is None) == (rope.pop("rope_type") == "default")
-    if own.scaling is not None:
-        assert vars(own.scaling) == {key: rope[key] for key in vars(own.scaling)}
+    kinds = getattr(theirs, "layer_types", None) or ["all"] * ours.num_layers
+    for layer, kind in zip(ours.layers, kinds, strict=True):
+        rope, own = theirs.rope_parameters, layer.attention.rope
+        rope = rope.get(kind, rope)
+        assert own is not None
+        assert own.theta == rope["rope_theta"]
+        assert (own.scaling is None) == (rope["rope_type"] == "default")
+        for name, value in vars(own.scaling).items() if own.scaling else ():
+            assert value == rope.get(name, value)
     slides = (getattr(theirs, "sliding_window", None),) * ours.num_layers
     if kinds := getattr(theirs, "layer_types", None):
         pairs = zip(slides, kinds, strict=True)
@@ -208,6 +211,47 @@ def test_scaled_frequencies_are_those_of_transformers(tmp_path, rope):
     assert ours.scaling.attention_factor == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("architecture", sorted(FAMILIES))
+def test_the_defaults_of_a_family_are_those_of_transformers(tmp_path, architecture):
+    """A configuration of nothing but its type, as transformers would fill it in and write it."""
+    family = FAMILIES[architecture]
+    sizes = {"hidden_size": 256, "intermediate_size": 96, "num_attention_heads": 32}
+    named = {"model_type": family.model_type, "architectures": [architecture]}
+    needed = sizes | named | {"num_hidden_layers": 8, "vocab_size": 128}
+    short, written = tmp_path / "short", tmp_path / "written"
+    short.mkdir()
+    theirs = AutoConfig.from_pretrained(write(short, needed))
+    theirs.save_pretrained(written)
+    ours = ModelConfig.from_hf(written)
+    short_one = ModelConfig.from_hf(short)
+    assert short_one.layers == ours.layers
+    assert short_one.tie_embeddings == ours.tie_embeddings == theirs.tie_word_embeddings
+    assert short_one.bos_token_id == theirs.bos_token_id
+    if family.architecture not in ("SmolLM3ForCausalLM",):  # whose kinds say where it rotates
+        assert_as_transformers_reads_it(written)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+OLD = {
+    "Olmo3ForCausalLM": {"rope_theta": 500000, "rope_scaling": YARN},
+    "Gemma3ForCausalLM": {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window_pattern": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", OLD)
+def test_older_spellings_of_rope_by_kind_of_layer(tmp_path, architecture):
+    family = FAMILIES[architecture]
+    sizes = {"hidden_size": 256, "intermediate_size": 96, "num_attention_heads": 32}
+    named = {"model_type": family.model_type, "architectures": [architecture]}
+    config = sizes | named | {"num_hidden_layers": 8, "vocab_size": 128} | OLD[architecture]
+    assert_as_transformers_reads_it(write(tmp_path, config))
+
+
 def test_llama3_rope_scaling_under_its_older_names(tmp_path):
     older = dict(LLAMA3_ROPE)
     older["type"] = older.pop("rope_type")
@@ -220,7 +264,7 @@ def test_which_projections_have_a_bias(tmp_path):
     def biases(config):
         read = ModelConfig.from_hf(write(tmp_path, config))
         attention = read.layers[0].attention
-        return attention.qkv_bias, attention.o_bias, attention.qk_norm
+        return attention.qkv_bias, attention.o_bias, attention.qk_norm is not None
 
     assert biases(LLAMA_3_1_8B) == (False, False, False)
     assert biases(LLAMA_3_1_8B | {"attention_bias": True}) == (True, True, False)
@@ -235,9 +279,6 @@ def test_generation_config_decides_what_ends_a_sequence(tmp_path):
     assert ModelConfig.from_hf(tmp_path).eos_token_ids == (151645, 151643)
     write(tmp_path, QWEN_2_5_0_5B, generation={"temperature": 0.7})
     assert ModelConfig.from_hf(tmp_path).eos_token_ids == (151645,)
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Llama 3.x, and the families that differ from it in biases, norms of queries and keys, or windows:
 Qwen2.5, Qwen3, Mistral."""
 
+from typing import Any
+
 from flexllm_jax.models.families.family import Family
 from flexllm_jax.models.families.parts import (
     FULL,
@@ -27,7 +29,7 @@ def _mistral(fields: Fields) -> tuple[LayerSpec, ...]:
     return alike(fields, LayerSpec(own, gated_mlp(fields), norms(fields)))
 
 
-def _qwen(fields: Fields, **changes: bool) -> tuple[LayerSpec, ...]:
+def _qwen(fields: Fields, **changes: Any) -> tuple[LayerSpec, ...]:
     """Windows, where `use_sliding_window` says so, from layer `max_window_layers` on."""
     count = fields.positive_int("num_hidden_layers")
     slides = fields.boolean("use_sliding_window") and "sliding_window" in fields
@@ -73,7 +75,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    layers=lambda fields: _qwen(fields, qk_norm=True),
+    layers=lambda fields: _qwen(fields, qk_norm="head"),
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
     harmless=_QWEN,
 )

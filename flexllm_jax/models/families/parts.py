@@ -35,15 +35,16 @@ def attention(fields: Fields, **changes: Any) -> AttentionSpec:
 
 
 def gated_mlp(fields: Fields) -> MlpSpec:
-    """A gated feed-forward network without biases."""
+    """A gated feed-forward network without biases, with silu."""
     fields.choice("hidden_act", ("silu", "swish"), "silu")
     fields.refuse("mlp_bias", "use a checkpoint whose MLP has no bias")
     return MlpSpec(fields.positive_int("intermediate_size"))
 
 
-def norms(fields: Fields) -> NormSpec:
-    """A norm before attention, and one before the feed-forward network."""
-    return NormSpec(fields.number("rms_norm_eps", 1e-6))
+def norms(fields: Fields, **changes: bool) -> NormSpec:
+    """A norm before attention, and one before the feed-forward network; `changes`: fields of
+    NormSpec that are otherwise."""
+    return NormSpec(fields.number("rms_norm_eps", 1e-6), **changes)
 
 
 def alike(fields: Fields, layer: LayerSpec) -> tuple[LayerSpec, ...]:

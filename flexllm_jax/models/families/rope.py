@@ -24,6 +24,24 @@ def read_rope(fields: Fields, theta: float = _THETA) -> RopeSpec:
     return _rope(fields, name, rope, theta)
 
 
+def read_ropes(fields: Fields, thetas: dict[str, float]) -> dict[str, RopeSpec]:
+    """The RoPE of each kind of layer; `thetas`: their base frequencies where nothing says others.
+
+    Older configurations have `rope_scaling` for layers with full attention alone.
+    """
+    name, rope = _object(fields)
+    if name == "rope_parameters":
+        own = Fields(rope, f"config.json: {name}:")
+        parts = {kind: own.get(kind, {}) for kind in thetas}
+        own.refuse_unread("RoPE by kind of layer", ())
+    else:
+        parts = {kind: rope if kind == "full_attention" else {} for kind in thetas}
+    return {
+        kind: _rope(fields, f"{name}.{kind}", parts[kind], theta, by_kind=True)
+        for kind, theta in thetas.items()
+    }
+
+
 def _object(fields: Fields) -> tuple[str, dict[str, Any]]:
     """The parameters, and the field that they are in."""
     old, new = (fields.get(name) for name in ("rope_scaling", "rope_parameters"))
@@ -34,16 +52,20 @@ def _object(fields: Fields) -> tuple[str, dict[str, Any]]:
     return name, rope
 
 
-def _rope(fields: Fields, name: str, rope: dict[str, Any], theta: float) -> RopeSpec:
+def _rope(fields: Fields, name: str, rope: Any, theta: float, *, by_kind: bool = False) -> RopeSpec:
+    if not isinstance(rope, dict):
+        raise ModelConfigError(f"config.json: {name}={rope!r} must be an object")
+    if by_kind:
+        rope = {**rope, "truncate": True}  # transformers does not look for it there
     own = Fields(rope, f"config.json: {name}:")
-    theta = own.number("rope_theta", fields.number("rope_theta", theta))
+    theta = own.number("rope_theta", theta if by_kind else fields.number("rope_theta", theta))
     rotated = own.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if rotated != 1:
         raise ModelConfigError(
             f"config.json: partial_rotary_factor={rotated!r} is not supported; only 1.0 is"
         )
     kind = own.get("rope_type", own.get("type", "default"))
-    own.get("type")
+    own.get("type"), own.get("truncate")
     if kind == "default":
         scaling = None
     elif kind in _KINDS:
