@@ -5,6 +5,7 @@ Keys and values are written to their pages and the finetuning tokens' activation
 place: `pages`, `saved` and `flow` are donated. Layers are unrolled, so that XLA copies no weights.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -17,7 +18,7 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.peft.stacks import LayerStacks
-from kernels_pallas.backend import Backend
+from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_passes import rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.rows import set_rows
@@ -65,6 +66,10 @@ def forward_step(
     page_tables = page_tables[inputs.table]
     from_device = last_tokens[jnp.maximum(-1 - inputs.token, 0)]
     token = jnp.where(inputs.token < 0, from_device, inputs.token)
+    # Without adapters XLA makes a pass a part of the split sums of the product before it, which is
+    # fewer launches than kernels of ours.
+    passes = XLA if bank is None else backend
+    decoder = replace(decoder, backend=passes)
     config = decoder.config
     angles = {s.attention.rope: decoder.angles(inputs.position, s) for s in config.kinds}
     x = decoder.embed(params, token)
@@ -88,7 +93,7 @@ def forward_step(
         q, *written = rotate_and_write(
             *(q, k, v, angles[spec.attention.rope], inputs.kv_slot),
             *(layer_pages["k"], layer_pages["v"]),
-            backend=backend,
+            backend=passes,
         )
         new_pages = dict(zip(("k", "v"), written, strict=True))
         attended, lse = ragged_paged_attention(
