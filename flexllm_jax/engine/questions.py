@@ -45,17 +45,18 @@ class Questions:
         try:
             reader = self._reader.of_questions(most, options)
             tokens = reader.tokens([dict(message) for message in question.messages])
+            # Small models write white space without end.
+            answer = StructuredOutputsParams(
+                json=dict(question.answer), disable_any_whitespace=True
+            )
             params = SamplingParams(
                 max_tokens=question.max_tokens,
                 temperature=question.temperature,
                 top_p=question.top_p,
                 seed=question.seed,
-                # Small models write white space without end.
-                structured_outputs=StructuredOutputsParams(
-                    json=dict(question.answer), disable_any_whitespace=True
-                ),
+                structured_outputs=answer,
             )
-            matcher = self._engine.matchers.match(params.structured_outputs)
+            matcher = self._engine.matchers.match(answer)
             future: Future[RequestState] = Future()
             send = partial(self._send, future, tokens, params, question.model, matcher)
             self._between_steps(send)
