@@ -85,7 +85,7 @@ def make_seed_oss(path: Path, **options: Any) -> Path:
 
 def make_granite(path: Path, **options: Any) -> Path:
     """Write a Granite checkpoint with all its multipliers; the options are those of `_make`."""
-    multipliers = {
+    multipliers: dict[str, Any] = {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.6,
         "attention_multiplier": 0.3,

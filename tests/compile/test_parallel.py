@@ -1,6 +1,9 @@
 """The search over shardings of bypasses: every candidate is carried out with numpy on a few
 "devices", and costs are those computed by hand."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -25,7 +28,7 @@ JOINS = {
 
 
 def model(**changes) -> ModelConfig:
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": 1024,
         "d_model": 64,
         "num_layers": 2,
@@ -193,3 +196,13 @@ def test_models_that_do_not_divide_are_refused_in_one_line(changes, tp, named):
         Mesh.of(model(**changes), tp)
     assert "\n" not in str(error.value)
     assert f"parallel.tp={tp}" in str(error.value)
+
+
+def test_norms_over_all_heads_are_refused():
+    one = model()
+    attention = replace(one.layers[0].attention, qk_norm="projection")
+    layers = (replace(one.layers[0], attention=attention),) * one.num_layers
+    with pytest.raises(
+        ParallelError, match=r"parallel.tp=2: .* over all heads.* use parallel.tp=1"
+    ):
+        Mesh.of(replace(one, layers=layers), 2)

@@ -7,6 +7,7 @@ original contexts, in steps that cut them. `test_gradients` has whole engines fo
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from flexllm_jax.config import Config
 from flexllm_jax.engine.programs import layer_program, list_programs
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs
@@ -110,8 +112,8 @@ def packed(case):
         inputs.num_sequences[...] = len(pieces)
         vectors.append(vector)
     page_tables = np.zeros(case.sizes.request_arrays["page_tables"].shape, np.int32)
-    for row, own in zip(page_tables, tables, strict=False):
-        row[: len(own)] = own
+    for row, own in enumerate(tables):
+        page_tables[row, : len(own)] = own
     return batch, jnp.asarray(batch.table(SLOTS, 0, kv_slot)), vectors, page_tables
 
 
@@ -179,15 +181,14 @@ def test_gradients_are_those_of_peft(case, unit):
 def peft_gradients(case):
     """Loss, and gradients of all factors in float64."""
     model = load_with_adapter(case.path, case.saved, torch.float64, is_trainable=True)
-    total = 0.0
+    total, gradients = 0.0, {}
     for tokens in map(torch.tensor, case.tokens):
         logits = model(tokens[None]).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
         loss.backward()
         total += loss.item()
-    gradients = {}
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if parameter.grad is not None:
             parts = name.split(".layers.")[1].split(".")
             key = int(parts[0]), SHORT[parts[2]], parts[3][-1].lower()
             gradients[key] = parameter.grad.T.numpy()
@@ -202,9 +203,17 @@ def test_exports_load_in_peft_and_transformers(case, tmp_path):
     returned = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     np.testing.assert_allclose(reference_logits(returned, tokens), expected, atol=1e-5)
     save_merged(case.params, case.adapter, case.model, case.path, tmp_path / "merged")
-    merged, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )
+    merged, report = loaded
     assert not any(report.values()), report
     error = np.abs(reference_logits(merged.eval(), tokens) - expected).max()
     assert error < 1e-4 * np.abs(expected).max()
+
+
+def test_prefixes_are_refused_beside_windows(tmp_path):
+    path = checkpoints.make_mistral(tmp_path)
+    config = Config.model_validate({"model": {"path": path}, "adapters": {"kinds": ["prefix"]}})
+    with pytest.raises(ValueError, match=r"adapters.kinds: this model has a sliding window.*drop"):
+        EngineSizes.from_config(config, ModelConfig.from_hf(path), "cpu", XLA)
