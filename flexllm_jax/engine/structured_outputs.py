@@ -70,7 +70,11 @@ class StructuredOutputsParams:
         if not good:
             value = getattr(self, given[0])
             raise ValueError(f"structured_outputs.{given[0]}={value!r} must be {rule}")
-        if self.grammar is not None and "::=" in self.grammar and not is_lark_syntax(self.grammar):
+        if (
+            isinstance(self.grammar, str)
+            and "::=" in self.grammar
+            and not is_lark_syntax(self.grammar)
+        ):
             object.__setattr__(self, "grammar", _lark_of(self.grammar))
 
     def to_grammar(self) -> str:
@@ -81,11 +85,11 @@ class StructuredOutputsParams:
             raise ValueError(describe(str(error))) from None
 
     def _grammar(self) -> str:
-        if self.regex is not None:
+        if self.regex not in (None, False):
             return LLMatcher.grammar_from_regex(self.regex)
-        if self.choice is not None:
+        if self.choice not in (None, False):
             return LLMatcher.grammar_from_regex("|".join(map(re.escape, self.choice)))
-        if self.grammar is not None:
+        if self.grammar not in (None, False):
             return LLMatcher.grammar_from_lark(self.grammar)
         schema = {"type": "object"} if self.json is None else self.json
         text = schema if isinstance(schema, str) else json.dumps(schema)  # which heeds its depth
@@ -94,7 +98,7 @@ class StructuredOutputsParams:
 
     def as_lark(self) -> str:
         """It as a part of a rule in Lark's syntax. ValueError if it has none."""
-        if self.grammar is not None:
+        if self.grammar not in (None, False):
             return f"%lark {{\n{self.grammar}\n}}"
         (whole,) = json.loads(self.to_grammar())["grammars"]
         if whole["lark_grammar"] is not None:

@@ -34,7 +34,7 @@ def test_how_many_programs_a_cpu_compiles_by_default(llama):
     names = [program.name for program in list_programs(sizes, 64)]
     assert sum(name.startswith("forward/") for name in names) == 6
     assert sum(name.startswith("sample/") for name in names) == 8
-    assert len(names) <= 40
+    assert len(names) <= 41  # write_pages among them
 
 
 def test_the_bar_is_on_stderr(capsys):

@@ -79,9 +79,9 @@ def test_steps_without_adapters_run_a_program_without_bypasses(llm, loaded, monk
     variants = []
     forward = llm.engine.runner.forward
 
-    def spy(variant, bucket, vector):
+    def spy(variant, *arguments):
         variants.append(variant)
-        return forward(variant, bucket, vector)
+        return forward(variant, *arguments)
 
     monkeypatch.setattr(llm.engine.runner, "forward", spy)
     prompts = random_prompts([9, 30])

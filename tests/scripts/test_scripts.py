@@ -65,7 +65,7 @@ def test_coserve_answers_trains_and_reports(workspace: Workspace) -> None:
 
     assert (workspace.output / "report.png").read_bytes().startswith(PNG)
     assert "before: " in done.stdout and "after, mine: " in done.stdout
-    said = ("starting ", "ready after ", "memory: ", "finetuning saves ", "  smallest: ")
+    said = ("starting ", "ready after ", "memory, ", "finetuning saves ", "  smallest: ")
     said += ("  largest: ",)
     told = re.compile(rf"({'|'.join(said)}|\s*\d+ s \| )")  # of the way, which is on stderr
     assert all(map(told.match, done.stderr.splitlines())), done.stderr
