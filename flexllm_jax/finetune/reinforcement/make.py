@@ -17,7 +17,7 @@ from flexllm_jax.finetune.reinforcement.games import (
     Reward,
     RewardFunction,
 )
-from flexllm_jax.finetune.reinforcement.prompts import PromptReader, load_prompts
+from flexllm_jax.finetune.reinforcement.prompts import load_prompts, longest_episode, reader_of
 from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
 from flexllm_jax.graders import Grader, make_grader
 
@@ -63,34 +63,12 @@ def reinforcement_source(
     dataset = load_prompts(config.dataset, of_rows, needed)
     validation = load_prompts(config.validation, of_rows, needed) if config.validation else None
     if play.environment:
-        game = Played(play.environment, reader, method.max_turns, _longest(method, longest))
+        game = Played(play.environment, reader, method.max_turns, longest_episode(method, longest))
     else:
         game = Graded(grader or RewardFunction(play.reward))  # type: ignore[arg-type]
-    longest = _longest(method, longest)
+    longest = longest_episode(method, longest)
     source = ReinforcementSource(
         config, dataset, validation, game, longest, max_tokens, pack_tokens, first_position
     )
     source.reader, source.asking = reader, asking
     return source
-
-
-def reader_of(
-    method: ReinforcementConfig, tokenizer: Any, vocab_size: int, longest: int
-) -> PromptReader:
-    """What reads a job's prompts, of which a prompt with its answer may have `longest` tokens.
-    DatasetError where no prompt has room."""
-    longest = _longest(method, longest)
-    if method.max_tokens >= longest:
-        raise DatasetError(
-            f"method.max_tokens={method.max_tokens}: a prompt with its answer may have {longest} "
-            "tokens, so no prompt has room; lower it, or raise max_seq_len, finetune.max_tokens "
-            "or model.max_model_len"
-        )
-    effort = method.reasoning_effort
-    options = {"reasoning_effort": effort} if effort else {}
-    return PromptReader(tokenizer, vocab_size, longest - method.max_tokens, options)
-
-
-def _longest(method: ReinforcementConfig, longest: int) -> int:
-    """Scoring an episode under the start's weights says one token more."""
-    return longest - (method.kl_coef > 0)

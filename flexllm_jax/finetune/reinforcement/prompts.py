@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flexllm_jax.config import ReinforcementConfig
 from flexllm_jax.finetune.data import DatasetError, SkippedRow
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
 from flexllm_jax.models.chat_template import ChatTemplate
@@ -234,3 +235,25 @@ def load_prompts(
         first = f"; line {skipped[0].line}: {skipped[0].reason}" if skipped else ""
         raise DatasetError(f"{path}: none of its {rows} rows can be answered{first}")
     return PromptDataset(path, rows, tuple(prompts), tuple(skipped))
+
+
+def reader_of(
+    method: ReinforcementConfig, tokenizer: Any, vocab_size: int, longest: int
+) -> PromptReader:
+    """What reads a job's prompts, of which a prompt with its answer may have `longest` tokens.
+    DatasetError where no prompt has room."""
+    longest = longest_episode(method, longest)
+    if method.max_tokens >= longest:
+        raise DatasetError(
+            f"method.max_tokens={method.max_tokens}: a prompt with its answer may have {longest} "
+            "tokens, so no prompt has room; lower it, or raise max_seq_len, finetune.max_tokens "
+            "or model.max_model_len"
+        )
+    effort = method.reasoning_effort
+    options = {"reasoning_effort": effort} if effort else {}
+    return PromptReader(tokenizer, vocab_size, longest - method.max_tokens, options)
+
+
+def longest_episode(method: ReinforcementConfig, longest: int) -> int:
+    """Scoring an episode under the start's weights says one token more."""
+    return longest - (method.kl_coef > 0)

@@ -19,8 +19,12 @@ from flexllm_jax.config import METHODS, Config, ReinforcementConfig
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.questions import questions
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
-from flexllm_jax.finetune.reinforcement.make import reader_of
-from flexllm_jax.finetune.reinforcement.prompts import PromptDataset, PromptReader, load_prompts
+from flexllm_jax.finetune.reinforcement.prompts import (
+    PromptDataset,
+    PromptReader,
+    load_prompts,
+    reader_of,
+)
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning.database import Database, JobRow
