@@ -18,8 +18,8 @@ from flexllm_jax.models.bypass import BypassFunction
 from flexllm_jax.models.decoder import DecoderLayer, Tap
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward
-from kernels_pallas.attention_options import AttentionOptions
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.layer_options import AttentionOptions
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 
 PAGES = "kv"  # the name of keys and values, which are in their pages

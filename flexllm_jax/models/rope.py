@@ -1,11 +1,14 @@
 """Rotary position embeddings (RoFormer, arXiv 2104.09864): frequencies, and how long contexts scale
 them. Formulas are transformers'."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+if TYPE_CHECKING:  # who reads a config.json alone needs no JAX: functions that compute import it
+    from jaxtyping import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Llama3Scaling:
 
     def scale(self, frequencies: Float[Array, " F"], theta: float) -> Float[Array, " F"]:
         """The scaled frequencies."""
+        import jax.numpy as jnp
+
         wavelengths = 2 * math.pi / frequencies
         turns = self.original_max_position_embeddings / wavelengths
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -68,6 +73,8 @@ class YarnScaling:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, size - 1)
         high += 0.001 * (low == high)  # as transformers does
+        import jax.numpy as jnp
+
         index = jnp.arange(frequencies.shape[0], dtype=jnp.float32)
         slow = jnp.clip((index - low) / (high - low), 0.0, 1.0)
         return frequencies * (1.0 - slow) + frequencies / self.factor * slow
@@ -86,6 +93,8 @@ class RopeSpec:
 
 def rotary_frequencies(rope: RopeSpec, head_dim: int) -> Float[Array, " F"]:
     """Frequencies of the rotary angles, float32 [head_dim / 2]."""
+    import jax.numpy as jnp
+
     half = head_dim // 2
     frequencies = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     return frequencies if rope.scaling is None else rope.scaling.scale(frequencies, rope.theta)
@@ -96,6 +105,8 @@ def rotary_angles(
 ) -> tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]:
     """Cosine and sine of the rotary angles, float32, for `rotate`. Both halves of a head have the
     same angles, and the sine of the first half is negated. Without `rope` they turn nothing."""
+    import jax.numpy as jnp
+
     if rope is None:
         shape = (positions.shape[0], 1, head_dim)
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)

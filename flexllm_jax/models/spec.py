@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from flexllm_jax.models.rope import RopeSpec
-from kernels_pallas.attention_options import AttentionOptions
-from kernels_pallas.layer_passes.base import Activation
+from kernels_pallas.layer_options import Activation, AttentionOptions
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from flexllm_jax.peft.dropout import Dropout
 from flexllm_jax.peft.ia3 import SCALED, ia3
 from flexllm_jax.peft.lora import lora
 from flexllm_jax.peft.stacks import of_layer
-from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.layer_options import FULL, AttentionOptions
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
-from kernels_pallas.attention_options import FULL, AttentionOptions
+from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
 SITE = "prefix"

@@ -3,8 +3,8 @@
 import jax
 
 from kernels_pallas.attention_backward import base, pallas_triton
-from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.layer_options import FULL, AttentionOptions
 
 
 def attention_backward(

@@ -6,15 +6,14 @@ arrays is all that costs, each should be one.
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.layer_options import Activation
 from kernels_pallas.rows import set_rows
 
-Activation = Literal["silu", "gelu_tanh"]
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 Angles = tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]
 

@@ -2,8 +2,8 @@
 
 import jax
 
-from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.ragged_paged_attention import base, pallas_triton
 
 

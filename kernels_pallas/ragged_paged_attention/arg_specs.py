@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.cases import Case, ModelShape, model_shards
+from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.ragged_paged_attention.pallas_triton import tuning_key
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention_options import FULL, AttentionOptions
+from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN

@@ -24,8 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import Backend
+from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.tuning import tiles
 
 _MASKED = -1e30

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas.attention_backward import base, pallas_triton
-from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import Backend
+from kernels_pallas.layer_options import FULL, AttentionOptions
 from tests.kernels.paged import PagePool
 
 # Every implementation of the contract.

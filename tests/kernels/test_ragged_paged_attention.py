@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas.attention_options import FULL, AttentionOptions
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from tests.kernels.paged import PagePool, round_to
 

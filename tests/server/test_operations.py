@@ -50,7 +50,6 @@ def value(server, name, **labels):
     )
 
 
-@pytest.mark.xfail(strict=True, reason="models.spec, which reads config.json, imports JAX")
 def test_the_http_process_has_no_jax(server):
     """It would take a second more to start, and hundreds of MiB."""
     libraries = {

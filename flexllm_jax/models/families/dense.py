@@ -17,7 +17,7 @@ from flexllm_jax.models.families.parts import (
 from flexllm_jax.models.families.rope import read_rope, read_ropes
 from flexllm_jax.models.fields import Fields
 from flexllm_jax.models.spec import LayerSpec, MlpSpec
-from kernels_pallas.attention_options import AttentionOptions
+from kernels_pallas.layer_options import AttentionOptions
 
 
 def _smollm3(fields: Fields) -> tuple[LayerSpec, ...]:

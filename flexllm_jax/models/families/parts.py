@@ -6,7 +6,7 @@ from typing import Any
 from flexllm_jax.models.families.rope import read_rope
 from flexllm_jax.models.fields import Fields, ModelConfigError
 from flexllm_jax.models.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec
-from kernels_pallas.attention_options import AttentionOptions
+from kernels_pallas.layer_options import AttentionOptions
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -1,10 +1,15 @@
 """What attention computes beyond causal softmax attention: the same for its forward, its backward
 and every backend, and static in the programs."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # who reads a config.json alone needs no JAX
+    import jax
+
+Activation = Literal["silu", "gelu_tanh"]  # of a feed-forward network
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class AttentionOptions:
     def first_keys(self, starts: jax.Array, rows: jax.Array) -> jax.Array:
         """The first key that each query sees: `starts`, of their sequences, or later. `rows`: their
         own places, in the same count. A start past its row, as padding has, stays there."""
+        import jax.numpy as jnp
+
         return starts if self.window is None else jnp.maximum(starts, rows - self.window + 1)
 
 
