@@ -45,4 +45,6 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
         "unit/layer": layer,
         "optimizer_step": tree_bytes(sizes.adapter_row.weights),
     }
+    if "muon" in sizes.optimizers:  # it iterates on the products of factors
+        reckoned["optimizer_step/muon"] = 2.5 * tree_bytes(sizes.adapter_row.weights)
     return {name: int(_SLACK * size) for name, size in reckoned.items()}

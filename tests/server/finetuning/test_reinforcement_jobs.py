@@ -166,7 +166,7 @@ def test_a_kill_of_either_process_changes_nothing(chat_llama, tmp_path):
     def wait_for_step(server, client, job, step):
         server.wait(lambda: step in measured(client, job))
 
-    method = reinforcement(n_epochs=6, steps_ahead=1, batch_size=4)  # 12 steps
+    method = reinforcement(n_epochs=20, steps_ahead=1, batch_size=4)  # 40 steps
     config = make_config(chat_llama, tmp_path)
     with RunningServer(config) as server:
         client = server.wait_ready().client()
@@ -188,6 +188,6 @@ def test_a_kill_of_either_process_changes_nothing(chat_llama, tmp_path):
         messages = [e.message for e in client.fine_tuning.jobs.list_events(job.id, limit=1000)]
         assert server.stop() == 0
     assert sum("Resumed from step" in message for message in messages) == 2
-    assert sorted(found) == sorted(expected) == list(range(1, 13))
+    assert sorted(found) == sorted(expected) == list(range(1, 41))
     for step, values in expected.items():
         assert found[step] == pytest.approx(values, rel=1e-3, abs=1e-5), step
