@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, get_args
 
@@ -17,11 +17,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from flexllm_jax.config import Config
-from flexllm_jax.config.graders import GraderConfig, MultiConfig, nested_deeper, read_grader
+from flexllm_jax.config.graders import GraderConfig, nested_deeper, read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Completion, Grade, Grader, Question, Sample, make_grader
 from flexllm_jax.graders.grade import ErrorKind
 from flexllm_jax.server.engines.registry import ModelRegistry
+from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.schema import RunGrader, ValidateGrader
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
@@ -88,9 +89,9 @@ class GraderRuns:
         if sample is not None:
             _check_text([sample.text, sample.item], "model_sample and item")
         config = read_grader(told)
-        for field, model in _models(config, "grader"):
+        for field, part in asked_models(config.model_dump()):
             try:
-                self._models.resolve(model, client)
+                self._models.resolve(part["model"], client)
             except ApiError as error:
                 raise UserError(f"{field}: {error.message}") from None
         grader: Grader = make_grader(config, asker, self._settings)
@@ -105,15 +106,6 @@ def _check_text(values: Any, field: str) -> None:
     except UnicodeEncodeError:
         reason = "there is half a surrogate pair in it, which is no character"
         raise UserError(f"{field}: {reason}; send whole ones") from None
-
-
-def _models(config: GraderConfig, field: str) -> Iterator[tuple[str, str]]:
-    """The models that a grader asks, with their fields."""
-    if isinstance(config, MultiConfig):
-        for name, part in config.graders.items():
-            yield from _models(part, f"{field}.graders.{name}")
-    elif (model := getattr(config, "model", None)) is not None:
-        yield f"{field}.model", model
 
 
 def describe_grade(config: GraderConfig, grade: Grade) -> dict[str, Any]:

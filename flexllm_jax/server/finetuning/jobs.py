@@ -117,7 +117,7 @@ class JobManager:
         """Take a job in; its files are validated next. ApiError 400, 404 or 429."""
         body.check(self._config)
         adapter = self._models.resolve(body.model, client)
-        for part in asked_models(body.rewards.grader) if body.rewards else ():
+        for _, part in asked_models(body.rewards.grader) if body.rewards else ():
             self._models.resolve(part["model"], client)
         await self._files.find(body.training_file, client, "training_file")
         if body.validation_file is not None:

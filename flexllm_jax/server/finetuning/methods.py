@@ -111,14 +111,18 @@ class Reinforcement(Body):
     hyperparameters: ReinforcementHyperparameters | None = None
 
 
-def asked_models(grader: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The parts of a grader, as it is told, that ask a model: each has its name as `model`."""
+def asked_models(
+    grader: dict[str, Any], field: str = "grader"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parts of a grader, as it is told, that ask a model, each with its field: it has the
+    model's name as `model`."""
     if isinstance(grader.get("model"), str):
-        yield grader
+        yield f"{field}.model", grader
     parts = grader.get("graders")
-    for part in parts.values() if isinstance(parts, dict) else parts or ():
+    named = parts.items() if isinstance(parts, dict) else enumerate(parts or ())
+    for name, part in named:
         if isinstance(part, dict):
-            yield from asked_models(part)
+            yield from asked_models(part, f"{field}.graders.{name}")
 
 
 class Method(Body):

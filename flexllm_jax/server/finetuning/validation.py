@@ -135,7 +135,7 @@ class FileValidation:
     def _for_engine(self, grader: dict[str, Any]) -> dict[str, Any]:
         """The same grader; adapters that it asks have the names that engines know."""
         grader = copy.deepcopy(grader)
-        for part in asked_models(grader):
+        for _, part in asked_models(grader):
             if (adapter := self._models.adapters.get(part["model"])) is not None:
                 part["model"] = adapter.engine_name
         return grader
