@@ -51,6 +51,9 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
 
     def __post_init__(self):
+        for name in ("json", "regex", "choice", "grammar"):
+            if getattr(self, name) is False:  # asks for nothing
+                object.__setattr__(self, name, None)
         if isinstance(self.choice, list):
             object.__setattr__(self, "choice", tuple(self.choice))
         kinds = {
@@ -70,11 +73,7 @@ class StructuredOutputsParams:
         if not good:
             value = getattr(self, given[0])
             raise ValueError(f"structured_outputs.{given[0]}={value!r} must be {rule}")
-        if (
-            isinstance(self.grammar, str)
-            and "::=" in self.grammar
-            and not is_lark_syntax(self.grammar)
-        ):
+        if self.grammar and "::=" in self.grammar and not is_lark_syntax(self.grammar):
             object.__setattr__(self, "grammar", _lark_of(self.grammar))
 
     def to_grammar(self) -> str:
@@ -85,11 +84,11 @@ class StructuredOutputsParams:
             raise ValueError(describe(str(error))) from None
 
     def _grammar(self) -> str:
-        if self.regex not in (None, False):
+        if self.regex is not None:
             return LLMatcher.grammar_from_regex(self.regex)
-        if self.choice not in (None, False):
+        if self.choice is not None:
             return LLMatcher.grammar_from_regex("|".join(map(re.escape, self.choice)))
-        if self.grammar not in (None, False):
+        if self.grammar is not None:
             return LLMatcher.grammar_from_lark(self.grammar)
         schema = {"type": "object"} if self.json is None else self.json
         text = schema if isinstance(schema, str) else json.dumps(schema)  # which heeds its depth
@@ -98,7 +97,7 @@ class StructuredOutputsParams:
 
     def as_lark(self) -> str:
         """It as a part of a rule in Lark's syntax. ValueError if it has none."""
-        if self.grammar not in (None, False):
+        if self.grammar is not None:
             return f"%lark {{\n{self.grammar}\n}}"
         (whole,) = json.loads(self.to_grammar())["grammars"]
         if whole["lark_grammar"] is not None:

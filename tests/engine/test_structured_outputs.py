@@ -215,3 +215,9 @@ def test_what_turns_out_to_be_too_much_fails_alone(llm, llama_reference):
 def test_min_tokens_is_refused_with_a_structure():
     with pytest.raises(ValueError, match="min_tokens=2 cannot be had with structured_outputs"):
         matching({"regex": "a+"}, min_tokens=2)
+
+
+@pytest.mark.parametrize("field", ["json", "regex", "choice", "grammar"])
+def test_what_is_false_asks_for_nothing(field):
+    alone = StructuredOutputsParams(json_object=True)
+    assert StructuredOutputsParams(json_object=True, **{field: False}) == alone
