@@ -41,6 +41,8 @@ class _Choice:
     text_offset: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)  # of the output, since the last time
     of_prompt: dict[str, Any] = field(default_factory=dict)  # what is told of it, once
+    begun: bool = False
+    echoed: str = ""  # the prompt
 
     def add_token(self, report: TokenReport, before: int) -> None:
         """Report a token of a text that `before` characters are before."""
@@ -90,8 +92,6 @@ class _Completion:
         self.n = body.n or 1
         name = id_of_token if body.return_tokens_as_token_ids else text_of_token
         self.choices = [_Choice(body.logprobs, name) for _ in answer.output_tokens]
-        self._begun: set[int] = set()
-        self._echoed: dict[int, str] = {}  # the prompts, by choice
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -102,12 +102,12 @@ class _Completion:
     def take(self, delta: Delta) -> str:
         """Take in a token; returns the text it adds."""
         choice, text = self.choices[delta.index], ""
-        if delta.index not in self._begun:
-            self._begun.add(delta.index)
+        if not choice.begun:
+            choice.begun = True
             told = self.answer.tell_prompt(self.body, delta.index, delta.prompt_logprobs)
             choice.of_prompt = told
-        if self.body.echo and delta.index not in self._echoed:
-            text = self._echoed[delta.index] = self._echo(choice, delta)
+            if self.body.echo:
+                text = choice.echoed = self._echo(choice, delta)
         choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
         if self.only_echo:
             choice.finish_reason, choice.stop_reason = "length", None
@@ -116,7 +116,7 @@ class _Completion:
             text += delta.text
             choice.token_ids.append(delta.token)
             if delta.report is not None:
-                choice.add_token(delta.report, len(self._echoed.get(delta.index, "")))
+                choice.add_token(delta.report, len(choice.echoed))
         choice.text += text
         return text
 
