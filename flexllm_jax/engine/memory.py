@@ -21,6 +21,7 @@ from flexllm_jax.engine.cache import CacheError, device_memory, tree_bytes
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.engine.temporaries import reckon_temporaries
+from flexllm_jax.finetune.optimizer import checkpointed
 
 # Steps whose outputs are on the device at once: one runs, one is read.
 _STEPS_IN_FLIGHT = 2
@@ -95,7 +96,7 @@ def fixed_parts(
     allowed = {shape.samples for shape in shapes.values()}
     # A checkpoint's copy of a job's state is whole on every device; an adapter that is being loaded
     # waits there for its row of the bank.
-    kept = _whole_bytes({name: state[name] for name in ("master", "optimizer")})
+    kept = _whole_bytes(checkpointed(state))
     return {
         "weights": tree_bytes(sizes.parameters),
         "adapters": tree_bytes(sizes.bank_arrays),

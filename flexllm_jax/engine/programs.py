@@ -25,6 +25,7 @@ from flexllm_jax.finetune.loss import loss_unit, score_unit
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.optimizer import (
     HYPERPARAMETERS,
+    checkpointed,
     commit,
     optimizer_program,
     optimizer_step,
@@ -233,23 +234,24 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         ),
     ]
     static = (unit_tokens, sizes.columns, sizes.backend)
+    units = [partial(layer_unit, decoder, spec, *static) for spec in decoder.config.kinds]
     alone = [
         Program(
             layer_program(kind),
-            _with_done(partial(layer_unit, decoder, spec, *static)),
+            _with_done(unit),
             (*one_layer, flow, pending[stack], table, _INT, _INT),
             (4, 5),
             (flow, pending[stack], _WHOLE),
         )
-        for kind, spec in enumerate(decoder.config.kinds)
+        for kind, unit in enumerate(units)
     ]
     many = [
         replace(
-            unit,
-            name=f"{unit.name}/slices-{count}",
-            function=_with_done(partial(layer_units, count, decoder, spec, *static)),
+            one,
+            name=f"{one.name}/slices-{count}",
+            function=_with_done(partial(layer_units, unit, count, unit_tokens)),
         )
-        for unit, spec in zip(alone, decoder.config.kinds, strict=True)
+        for one, unit in zip(alone, units, strict=True)
         for count in sizes.units_at_once
     ]
     with_dropout = []
@@ -277,9 +279,13 @@ def _optimizer_programs(sizes: EngineSizes) -> list[Program]:
     """Those of jobs with each optimizer: all else is the same for any."""
     weights, programs = sizes.bank_arrays["weights"], []
     for name, state in sizes.job_states.items():
-        kept = {k: state[k] for k in ("master", "optimizer")}
         programs += [
-            Program(optimizer_program("copy_state", name), _copy, (kept,), results=GATHERED),
+            Program(
+                optimizer_program("copy_state", name),
+                _copy,
+                (checkpointed(state),),
+                results=GATHERED,
+            ),
             Program(
                 optimizer_program("optimizer_step", name),
                 partial(optimizer_step, name, sizes.placement),

@@ -31,7 +31,7 @@ from flexllm_jax.engine.programs import (
 )
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.engine.structured_outputs import mask_words
-from flexllm_jax.finetune.optimizer import optimizer_program
+from flexllm_jax.finetune.optimizer import checkpointed, optimizer_program
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import load_parameters
@@ -393,7 +393,7 @@ class Runner:
     def copy_state(self, state: dict, optimizer: str = "adamw") -> dict:
         """A copy, whole on every device, of what a checkpoint keeps of a job's state."""
         program = self.programs[optimizer_program("copy_state", optimizer)]
-        return program({k: state[k] for k in ("master", "optimizer")})
+        return program(checkpointed(state))
 
     def close(self) -> None:
         """Nothing is called any more."""

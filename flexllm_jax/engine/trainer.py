@@ -23,7 +23,7 @@ from flexllm_jax.engine.out_of_memory import copy_if_room
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
-from flexllm_jax.finetune.optimizer import without_gradient
+from flexllm_jax.finetune.optimizer import checkpointed, without_gradient
 from flexllm_jax.finetune.resume import made_with
 from flexllm_jax.finetune.source import CannotGoOn, Step
 from flexllm_jax.peft.bank import to_row, trained_ranks
@@ -311,9 +311,7 @@ class Trainer:
     def _complete(self, job: FinetuneJob) -> None:
         """All steps are done: serve the adapter, keep the state, write it in PEFT's format."""
         # Without memory for a copy the state itself does: nothing updates it any more.
-        snapshot = copy_if_room(job, self._snapshot) or {
-            k: job.state[k] for k in ("master", "optimizer")
-        }
+        snapshot = copy_if_room(job, self._snapshot) or checkpointed(job.state)
         info = _info(job, job.position, snapshot)
         if job.sampler is not None:
             job.sampler.close()

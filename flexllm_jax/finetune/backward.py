@@ -11,7 +11,7 @@ the first, at any later time. Frozen weights are never differentiated, and no re
 program.
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -190,12 +190,9 @@ def layer_unit(
 
 
 def layer_units(
+    unit: Callable[..., tuple[dict, dict]],
     count: int,
-    decoder: Decoder,
-    spec: LayerSpec,
     unit_tokens: int,
-    columns: dict[str, slice],
-    backend: Backend,
     layer_params: dict,
     adapter: dict,
     pages: dict,
@@ -206,10 +203,9 @@ def layer_units(
     index: Int[Array, ""],
     start: Int[Array, ""],
 ) -> tuple[dict, dict]:
-    """`layer_unit` of `count` slices of tokens, from the one at `start` down to the first: one
-    program, where a step has the time. A device has room for some programs in its queue (32 on a
-    GPU), and whoever dispatches one more waits."""
-    unit = partial(layer_unit, decoder, spec, unit_tokens, columns, backend)
+    """`unit`, a `layer_unit` with its static arguments, of `count` slices of tokens, from the one
+    at `start` down to the first: one program, where a step has the time. A device has room for some
+    programs in its queue (32 on a GPU), and whoever dispatches one more waits."""
     kept = (layer_params, adapter, pages, saved)
 
     def next_slice(i: Int[Array, ""], carry: tuple[dict, dict]) -> tuple[dict, dict]:

@@ -163,6 +163,11 @@ def job_state_shapes(master: list, optimizer: str = "adamw") -> dict:
     }
 
 
+def checkpointed(state: dict) -> dict:
+    """The parts of a job's state, or of its shapes, that a checkpoint keeps."""
+    return {name: state[name] for name in ("master", "optimizer")}
+
+
 def commit(gradients: list, totals: list, first: Bool[Array, ""], trained_ranks: list) -> list:
     """Add a finished microbatch's gradients, of what is trained, to those of its job's state
     (donated); those of the `first` since the last step take the place of what that left."""
