@@ -7,10 +7,7 @@ Prints a table of tokens that count in the loss per second, writes `epoch.json` 
 """
 
 import argparse
-import json
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -33,17 +30,13 @@ def main() -> int:
     out: Path = arguments.out
     with needs_extra("test"):
         from flexllm_jax.experiments.side_by_side.epoch import compare_epoch
-    from flexllm_jax.experiments.side_by_side.report import plot_epoch, show_epoch
+    from flexllm_jax.experiments.side_by_side.report import plot_epoch, show_epoch, write_result
     from flexllm_jax.experiments.side_by_side.small_llama import EPOCH
 
     result = compare_epoch(arguments.rows, out, EPOCH, arguments.slices, arguments.limit)
-    result["environment"] = {
-        "machine": platform.machine(),
-        "versions": {p: version(p) for p in ("jax", "torch", "transformers", "peft")},
-    }
     console = Console()
     show_epoch(EPOCH, result, console)
-    (out / "epoch.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, out / "epoch.json")
     plot_epoch(result, out / "epoch.png")
     console.print(f"written: {out / 'epoch.json'}, {out / 'epoch.png'}")
     return 0

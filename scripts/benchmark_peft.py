@@ -7,10 +7,7 @@ Ratios are medians over the rounds.
 """
 
 import argparse
-import json
 import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -31,17 +28,13 @@ def main() -> int:
     out: Path = arguments.out
     with needs_extra("test"):
         from flexllm_jax.experiments.side_by_side.compare import compare
-    from flexllm_jax.experiments.side_by_side.report import plot, show
+    from flexllm_jax.experiments.side_by_side.report import plot, show, write_result
     from flexllm_jax.experiments.side_by_side.small_llama import WORKLOAD
 
     result = compare(WORKLOAD, out, arguments.rounds, arguments.steps)
-    result["environment"] = {
-        "machine": platform.machine(),
-        "versions": {p: version(p) for p in ("jax", "flax", "torch", "transformers", "peft")},
-    }
     console = Console()
     show(WORKLOAD, result, console)
-    (out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(result, out / "benchmark.json")
     plot(result, out / "benchmark.png")
     console.print(f"written: {out / 'benchmark.json'}, {out / 'benchmark.png'}")
     return 0

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig
+from flexllm_jax.experiments.side_by_side.peft import save_random_model
 from flexllm_jax.experiments.side_by_side.trainer import WithTrainer, make_tokenizer
 from flexllm_jax.experiments.side_by_side.workload import EpochWorkload, TokenRow
 from flexllm_jax.llm import LLM
@@ -29,9 +29,7 @@ def make_model(path: Path, workload: EpochWorkload, texts: list[str]) -> None:
     """A random model, and a tokenizer that these texts were read for."""
     tokenizer = make_tokenizer(texts, workload.hf_config["vocab_size"])
     tokenizer.save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(workload.hf_config), encoding="utf-8")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).save_pretrained(path)
+    save_random_model(path, workload.hf_config, "float32")
 
 
 def read_rows(file: Path) -> list[tuple[str, str]]:
@@ -47,8 +45,6 @@ def read_rows(file: Path) -> list[tuple[str, str]]:
 
 def tokenize(model: Path, texts: list[tuple[str, str]]) -> list[TokenRow]:
     """The same tokens for all; only those of the answer and the end count in the loss."""
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     rows: list[TokenRow] = []
     for question, answer in texts:
@@ -77,7 +73,6 @@ class WithEngine:
 
     def train(self, rows: list[TokenRow]) -> tuple[float, float]:
         """One pass over the rows; returns (seconds, mean loss of its steps)."""
-
         self.jobs += 1
         name = f"slice{self.jobs}"
         dataset = self.out / f"{name}.jsonl"
@@ -104,9 +99,7 @@ def compare_epoch(
     file: Path, out: Path, workload: EpochWorkload, slices: int, limit: int | None
 ) -> dict[str, Any]:
     """Train the epoch, slice by slice, with each in turn; prints each slice, returns everything."""
-    out.mkdir(parents=True, exist_ok=True)
     model = out / "model"
-    model.mkdir(exist_ok=True)
     texts = read_rows(file)[:limit]
     make_model(model, workload, [part for text in texts for part in text])
     rows = tokenize(model, texts)

@@ -1,6 +1,6 @@
 """Their side: transformers and PEFT on torch, which also makes the random model of both.
 
-This module alone needs torch and peft.
+This module and `trainer` alone need torch and peft.
 """
 
 from __future__ import annotations
@@ -24,18 +24,28 @@ def torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def save_random_model(path: Path, hf_config: dict, dtype: str) -> None:
+    """Random weights of a configuration, without a tokenizer."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(hf_config), encoding="utf-8")
+    torch.manual_seed(0)
+    with torch.device(torch_device()):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(path), dtype=getattr(torch, dtype)
+        )
+    model.save_pretrained(path)
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """LoRA as both sides train it."""
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+
+
 def make_model(path: Path, workload: Workload) -> None:
     """A random model whose tokenizer has one letter per token id."""
     if (path / "tokenizer.json").exists():
         return
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(workload.hf_config), encoding="utf-8")
-    torch.manual_seed(0)
-    with torch.device(torch_device()):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(path), dtype=getattr(torch, workload.dtype)
-        )
-    model.save_pretrained(path)
+    save_random_model(path, workload.hf_config, workload.dtype)
     words = {chr(FIRST_LETTER + i): i for i in range(TOKENS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=chr(FIRST_LETTER)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -56,10 +66,7 @@ class Theirs:
             return loaded.to(self.device)
 
         self.base = load().eval()
-        config = LoraConfig(
-            r=workload.rank, lora_alpha=2 * workload.rank, target_modules="all-linear"
-        )
-        self.peft = get_peft_model(load(), config).train()
+        self.peft = get_peft_model(load(), lora_config(workload.rank)).train()
         trained = [p for p in self.peft.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
 

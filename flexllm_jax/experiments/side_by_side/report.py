@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,8 +45,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     for axis, kind in zip(axes, ("finetune", "decode"), strict=False):
         for i, side in enumerate(("theirs", "ours")):
             values = result[kind][side]
-            axis.bar(i, median(values), color=("#9aa5b1", "#2f6fb0")[i], width=0.6)
-            axis.plot([i] * len(values), values, ".", color="black", markersize=4)
+            _bar(axis, i, median(values), values, ours=side == "ours")
         axis.set_xticks([0, 1], ["transformers\n+ PEFT", "flexllm_jax"])
         axis.set_title(f"{kind}, tokens/s (ratio {result[kind]['ratio']:.2f})")
     both = result["coserving"]
@@ -53,6 +55,20 @@ def plot(result: dict[str, Any], file: Path) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
+
+
+def _bar(axis: Any, place: int, height: float, rounds: list[float], *, ours: bool) -> None:
+    """A side's bar, with a dot for every round."""
+    axis.bar(place, height, color="#2f6fb0" if ours else "#9aa5b1", width=0.6)
+    axis.plot([place] * len(rounds), rounds, ".", color="black", markersize=4)
+
+
+def write_result(result: dict[str, Any], file: Path) -> None:
+    """A comparison as JSON, with the machine and the versions that it is of."""
+    packages = ("jax", "flax", "torch", "transformers", "peft")
+    environment = {"machine": platform.machine(), "versions": {p: version(p) for p in packages}}
+    whole = result | {"environment": environment}
+    file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
 def show_epoch(workload: EpochWorkload, result: dict[str, Any], console: Console) -> None:
@@ -83,13 +99,8 @@ def plot_epoch(result: dict[str, Any], file: Path) -> None:
     axis = figure.subplots()
     for i, (name, seconds) in enumerate(result["seconds"].items()):
         rates = result["counted_tokens_per_s"][name]
-        axis.bar(
-            name,
-            result["tokens_that_count"] / seconds,
-            color="#9aa5b1" if i else "#2f6fb0",
-            width=0.6,
-        )
-        axis.plot([i] * len(rates), rates, ".", color="black", markersize=4)
+        _bar(axis, i, result["tokens_that_count"] / seconds, rates, ours=i == 0)
+    axis.set_xticks(range(len(result["seconds"])), list(result["seconds"]))
     axis.set_title("tokens in the loss per second")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)

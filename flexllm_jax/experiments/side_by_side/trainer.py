@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
@@ -17,13 +18,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from flexllm_jax.experiments.side_by_side.peft import lora_config
 from flexllm_jax.experiments.side_by_side.workload import EpochWorkload, TokenRow
 
 
 def make_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of these texts, which ends a sequence with `<eos>`."""
-    from tokenizers import ByteLevelBPETokenizer
-
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         texts, vocabulary, special_tokens=["<pad>", "<eos>"], show_progress=False
@@ -51,9 +51,6 @@ class WithTrainer:
     def train(self, rows: list[TokenRow]) -> tuple[float, float]:
         """One pass over the rows with a fresh adapter; returns (seconds, mean loss of its steps).
         Loading the model does not count."""
-        config = LoraConfig(
-            r=self.workload.rank, lora_alpha=2 * self.workload.rank, target_modules="all-linear"
-        )
         base = AutoModelForCausalLM.from_pretrained(self.model, attn_implementation="sdpa")
         torch.manual_seed(0)
         arguments = TrainingArguments(
@@ -69,7 +66,7 @@ class WithTrainer:
             use_cpu=not torch.cuda.is_available(),
         )
         trainer = Trainer(
-            model=get_peft_model(base, config),
+            model=get_peft_model(base, lora_config(self.workload.rank)),
             args=arguments,
             train_dataset=list(rows),  # pyright: ignore[reportArgumentType]
             data_collator=self.collator,
