@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
@@ -111,6 +112,17 @@ def make_olmo3(path: Path, **options: Any) -> Path:
         },
     }
     return _make(Olmo3Config, path, **(fields | options))
+
+
+def make_gemma2(path: Path, **options: Any) -> Path:
+    """Write a Gemma 2 checkpoint with a window of 9 in one of two layers, and caps that bend."""
+    fields: dict[str, Any] = {
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+    }
+    return _make(Gemma2Config, path, **(fields | options))
 
 
 def make_gemma3(path: Path, **options: Any) -> Path:

@@ -3,7 +3,7 @@ Llama's kind."""
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.rope import RopeSpec
-from flexllm_jax.models.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec
+from flexllm_jax.models.spec import AttentionSpec, HeadSpec, LayerSpec, MlpSpec, NormSpec
 
 
 def small_model(
@@ -28,7 +28,7 @@ def small_model(
         vocab_size=vocab_size,
         d_model=d_model,
         layers=(LayerSpec(attention, MlpSpec(d_ff), NormSpec(1e-5)),) * num_layers,
-        tie_embeddings=tie_embeddings,
+        head=HeadSpec(tie_embeddings),
         max_position_embeddings=max_position_embeddings,
         eos_token_ids=(2,),
         bos_token_id=1,

@@ -71,8 +71,9 @@ def loss_unit(
 
     The softmax runs over chunks of the vocabulary with a running maximum, and the gradient's sum of
     p_v * head_v is accumulated with it, as attention does with values: one pass over the head, and
-    never [U, V] at once. LoRA on the head, h A scale, is taken as more columns of the hidden state
-    and B as more columns of the head; the gradient of B needs a second pass.
+    never [U, V] at once. Where logits are capped, each row counts with the cap's slope. LoRA on the
+    head, h A scale, is taken as more columns of the hidden state and B as more columns of the head;
+    the gradient of B needs a second pass.
 
     Args:
         decoder: the model's functions.
@@ -98,9 +99,10 @@ def loss_unit(
     c = _coefficients(loss, MicrobatchTable.unpack(table), all_logprobs, start, unit_tokens)
     # A token without a log-probability has no gradient: the optimizer refuses the step.
     c = jnp.where(head.counts, jnp.where(jnp.isfinite(logprob), c, jnp.nan), 0.0)
+    targets = [decoder.config.head.uncap(x, softmax.target[:, None]) for x in head.targets]
     d_hidden, *d_shrunk = (
         jnp.where(head.counts[:, None], -c[:, None] * (mean - target), 0.0)
-        for mean, target in zip(softmax.expected, head.targets, strict=True)
+        for mean, target in zip(softmax.expected, targets, strict=True)
     )
     if head.lora and gradients:
         d_low = d_shrunk[0] * head.lora["scale"]
@@ -152,10 +154,11 @@ def _coefficients(
 
 
 class _Softmax(NamedTuple):
-    """Over the vocabulary: its normalizer in log space [U], and the mean rows of the head (and of
-    B) under it [U, ...]."""
+    """Over the vocabulary: its normalizer in log space [U], the labels' logits [U], and the mean
+    rows of the head (and of B) under it [U, ...]."""
 
     normalizer: jax.Array
+    target: jax.Array
     expected: list[jax.Array]
 
 
@@ -211,9 +214,9 @@ class _Head(NamedTuple):
     def _chunks(self) -> int:
         return -(-self.weight.shape[0] // self._chunk)
 
-    def _logits(self, c: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array]:
-        """Of chunk `c` of the vocabulary: where it begins, the rows of the head (and of B), and the
-        logits."""
+    def _logits(self, c: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
+        """Of chunk `c` of the vocabulary: where it begins, the rows of the head (and of B), the
+        logits, and those that no other chunk has: -inf in place of the others."""
         chunk = self._chunk
         begin = jnp.minimum(c * chunk, self.weight.shape[0] - chunk)
         part = lax.dynamic_slice_in_dim(self.weight, begin, chunk)
@@ -223,7 +226,8 @@ class _Head(NamedTuple):
             parts.append(lax.dynamic_slice_in_dim(self.lora["b"], begin, chunk, axis=1).T)
             logits += product("ur,vr->uv", self.lora["shrunk"], parts[1])
         fresh = begin + jnp.arange(chunk) >= c * chunk  # the last chunk overlaps its neighbour
-        return begin, parts, jnp.where(fresh, logits, -jnp.inf)
+        logits = self.decoder.config.head.cap(logits)
+        return begin, parts, logits, jnp.where(fresh, logits, -jnp.inf)
 
     def logprobs(self, *, expect: bool) -> tuple[Float[Array, " U"], _Softmax]:
         """Log-probabilities of the labels, 0 where there is none; without `expect` the softmax has
@@ -231,14 +235,15 @@ class _Head(NamedTuple):
 
         def chunk_of_vocabulary(c, carry):
             maximum, total, expected = carry
-            _, parts, logits = self._logits(c)
-            new_maximum = jnp.maximum(maximum, logits.max(axis=-1))
-            weights = jnp.exp(logits - new_maximum[:, None])
+            _, parts, logits, fresh = self._logits(c)
+            new_maximum = jnp.maximum(maximum, fresh.max(axis=-1))
+            weights = jnp.exp(fresh - new_maximum[:, None])
             correction = jnp.exp(maximum - new_maximum)
+            sloped = self.decoder.config.head.uncap(weights, logits)
             expected = [
                 so_far * correction[:, None]
                 + jnp.einsum(
-                    "uv,vd->ud", weights.astype(p.dtype), p, preferred_element_type=jnp.float32
+                    "uv,vd->ud", sloped.astype(p.dtype), p, preferred_element_type=jnp.float32
                 )
                 for so_far, p in zip(expected, parts, strict=False)
             ]
@@ -260,9 +265,12 @@ class _Head(NamedTuple):
             jnp.sum(x.astype(jnp.float32) * target, axis=-1)
             for x, target in zip(self.inputs, self.targets, strict=True)
         )
+        target_logit = self.decoder.config.head.cap(target_logit)
         normalizer = maximum + jnp.log(total)
         logprob = jnp.where(self.counts, target_logit - maximum - jnp.log(total), 0.0)
-        return logprob, _Softmax(normalizer, [mean / total[:, None] for mean in expected])
+        return logprob, _Softmax(
+            normalizer, target_logit, [mean / total[:, None] for mean in expected]
+        )
 
     def add_gradient_of_b(
         self, so_far: jax.Array, normalizer: jax.Array, c: Float[Array, " U"]
@@ -272,11 +280,12 @@ class _Head(NamedTuple):
         shrunk, chunk = self.lora["shrunk"].astype(jnp.float32), self._chunk
 
         def add_chunk(i, d_b):
-            begin, _, logits = self._logits(i)
-            d_logits = jnp.exp(logits - normalizer[:, None])
+            begin, _, logits, fresh = self._logits(i)
+            d_logits = jnp.exp(fresh - normalizer[:, None])
             d_logits -= begin + jnp.arange(chunk) == self.label[:, None]
+            d_logits = self.decoder.config.head.uncap(d_logits, logits)
             d_logits = jnp.where(
-                self.counts[:, None] & (logits > -jnp.inf), -c[:, None] * d_logits, 0.0
+                self.counts[:, None] & (fresh > -jnp.inf), -c[:, None] * d_logits, 0.0
             )
             before = lax.dynamic_slice_in_dim(d_b, begin, chunk, axis=1)
             return lax.dynamic_update_slice_in_dim(d_b, before + shrunk.T @ d_logits, begin, axis=1)

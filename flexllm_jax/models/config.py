@@ -17,7 +17,7 @@ from typing import Any
 
 from flexllm_jax.models.families import BY_MODEL_TYPE, FAMILIES
 from flexllm_jax.models.fields import Fields, ModelConfigError
-from flexllm_jax.models.spec import LayerSpec
+from flexllm_jax.models.spec import HeadSpec, LayerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +31,11 @@ class ModelConfig:
     vocab_size: int  # V
     d_model: int  # D
     layers: tuple[LayerSpec, ...]  # L of them
-    tie_embeddings: bool
+    head: HeadSpec
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     embed_scale: float = 1.0  # of the embeddings, rounded to their dtype
-    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if len({layer.arrays for layer in self.layers}) != 1:
@@ -113,7 +112,7 @@ class ModelConfig:
             vocab_size=vocab_size,
             d_model=fields.positive_int("hidden_size"),
             layers=family.layers(fields),
-            tie_embeddings=fields.boolean("tie_word_embeddings"),
+            head=family.head(fields),
             max_position_embeddings=fields.positive_int("max_position_embeddings"),
             eos_token_ids=_end_tokens(
                 fields.get("eos_token_id") if eos is None else eos, vocab_size

@@ -252,11 +252,11 @@ class Decoder:
         """What the output head reads: normalized, and scaled as the logits are to be."""
         graph = _norm_graph(self.config.d_model, self.config.layers[-1].norm, self.dtype)
         norm = nnx.merge(graph, params["norm"])
-        return scaled(norm.join(x, None, self.backend, 1)[1], self.config.logit_scale)
+        return scaled(norm.join(x, None, self.backend, 1)[1], self.config.head.scale)
 
     def head(self, params: dict) -> Float[Array, "V D"]:
         """The output head's rows; the embedding's when they are tied."""
-        return params["embed" if self.config.tie_embeddings else "head"]["weight"]
+        return params["embed" if self.config.head.tied else "head"]["weight"]
 
     def logits(
         self, params: dict, x: Float[Array, "T D"], bypass: BypassFunction = no_bypass
@@ -275,7 +275,7 @@ class Decoder:
     ) -> jax.Array:
         h = self.final_norm(params, x)
         logits = jnp.einsum("td,vd->tv", h, self.head(params), preferred_element_type=jnp.float32)
-        return bypass(h, {"head": logits})["head"]
+        return self.config.head.cap(bypass(h, {"head": logits})["head"])
 
 
 @cache

@@ -12,7 +12,7 @@ from flexllm_jax.models.tensors import tensors
 def read_kernel(path: str | Path, config: ModelConfig, layer: int, module: str) -> np.ndarray:
     """A projection's kernel, or the output head's, [d_in, d_out] float32. WeightsError if it is not
     there."""
-    table = "embed" if config.tie_embeddings else "head"
+    table = "embed" if config.head.tied else "head"
     where = (table, "weight") if module == "head" else ("layers", layer, module, "kernel")
     tensor = next(tensor for tensor in tensors(config) if tensor.path == where)
     directory = Path(path)

@@ -200,7 +200,7 @@ def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -
     """Whether `other`, an open slice of a safetensors file, has the values that the model at `path`
     uses for its tensor `name`, rounded to other's dtype; None when it has no such tensor."""
     directory = Path(path)
-    if name == _HEAD_WEIGHT and config.tie_embeddings:
+    if name == _HEAD_WEIGHT and config.head.tied:
         name = f"{EMBED}.weight"
     file = checkpoint_files(directory).get(name)
     if file is None:

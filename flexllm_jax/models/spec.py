@@ -5,11 +5,16 @@ share one traced body and one program. N are query heads, K kv heads, H their si
 width.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from flexllm_jax.models.rope import RopeSpec
 from kernels_pallas.layer_options import Activation, AttentionOptions
+
+if TYPE_CHECKING:  # who reads a config.json alone needs no JAX: functions that compute import it
+    import jax
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class LayerSpec:
             "down": (d_ff, d_model),
         }
 
-    def shard(self, devices: int, kv_devices: int) -> "LayerSpec":
+    def shard(self, devices: int, kv_devices: int) -> LayerSpec:
         """What one device has of the layer when it is split over them."""
         a = self.attention
         attention = replace(a, heads=a.heads // devices, kv_heads=a.kv_heads // kv_devices)
@@ -88,9 +93,36 @@ class LayerSpec:
         )
 
     @property
-    def arrays(self) -> "LayerSpec":
+    def arrays(self) -> LayerSpec:
         """The layer without what changes no array that it has or keeps: attention's options and
         rotary embeddings. Layers that agree in it can share one layout."""
         return replace(
             self, attention=replace(self.attention, options=AttentionOptions(), rope=None)
         )
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The output head: logits are `cap(scale * x W)`.
+
+    tied: W is the embedding. scale: of what the head reads. soft_cap: logits z become soft_cap *
+    tanh(z / soft_cap), behind what an adapter adds to them; None leaves them.
+    """
+
+    tied: bool
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def cap(self, logits: jax.Array) -> jax.Array:
+        """The logits, of what the head gave."""
+        if self.soft_cap is None:
+            return logits
+        import jax.numpy as jnp
+
+        return self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+    def uncap(self, gradient: jax.Array, logits: jax.Array) -> jax.Array:
+        """A gradient of what `cap` returned, `logits`, as one of what it was given."""
+        if self.soft_cap is None:
+            return gradient
+        return gradient * (1.0 - (logits / self.soft_cap) ** 2)

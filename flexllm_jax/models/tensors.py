@@ -38,7 +38,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     for layer in range(config.num_layers):
         yield from _layer_tensors(config, layer)
     yield Tensor(("norm", "weight"), f"{FINAL_NORM}.weight", (config.d_model,))
-    if not config.tie_embeddings:
+    if not config.head.tied:
         yield Tensor(("head", "weight"), f"{HEAD}.weight", table)
 
 

@@ -21,13 +21,11 @@ from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.memory import fixed_parts
 from flexllm_jax.engine.programs import list_programs
 from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.engine.step_inputs import StepInputs
-from flexllm_jax.finetune.losses import Loss
-from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
 from kernels_pallas.backend import XLA
 from tests.numerics import dense
+from tests.packing import pack
 from tests.small_models import small_model
 
 LENGTHS = (19, 8)  # packed; units and forward steps of 16 cut the first
@@ -74,44 +72,13 @@ def zeros(shapes):
 
 @pytest.fixture(scope="module")
 def microbatch():
-    """Two sequences, their table, and the batches that bring them forward, 16 tokens a step."""
+    """Two sequences, packed, and the steps that bring them forward, 16 tokens each."""
     random = np.random.default_rng(SEED)
     tokens = [random.integers(3, MODEL.vocab_size, n) for n in LENGTHS]
-    tables = [np.array([5, 2, 7]), np.array([1])]
-    position = np.concatenate([np.arange(n) for n in LENGTHS])
-    kv_slot = np.concatenate(
-        [t[np.arange(n) // 8] * 8 + np.arange(n) % 8 for t, n in zip(tables, LENGTHS, strict=True)]
-    )
-    data = tuple(Datum.following(t, np.ones(len(t), np.float32)) for t in tokens)
-    packed = PackedMicrobatch(data, Loss.of())
-    table = packed.table(SIZES.finetune_slots, 0, kv_slot)
-    flat, vectors, shape = np.concatenate(tokens), [], SIZES.step_shapes[16]
     # First 16 tokens of one sequence, then the rest of it and the other.
-    for pieces in ([(0, 0, 16)], [(0, 16, 19), (1, 0, 8)]):
-        inputs, vector = StepInputs.empty(shape, PAGES * 8, SIZES.finetune_slots)
-        at = 0
-        for s, (which, first, last) in enumerate(pieces):
-            rows = (0, LENGTHS[0])[which] + np.arange(first, last)
-            where = slice(at, at + last - first)
-            inputs.token[where], inputs.position[where] = flat[rows], position[rows]
-            inputs.kv_slot[where], inputs.saved_row[where] = kv_slot[rows], rows
-            inputs.adapter[where] = 0
-            inputs.kv_lengths[s] = last
-            inputs.table[s] = which
-            at += last - first
-            inputs.query_starts[s + 1 :] = at
-        inputs.num_sequences[...] = len(pieces)
-        vectors.append(vector)
-    shape = SIZES.request_arrays["page_tables"].shape
-    page_tables = np.zeros(shape, np.int32)
-    for row, own in zip(page_tables, tables, strict=False):
-        row[: len(own)] = own
+    steps = [[(0, 0, 16)], [(0, 16, 19), (1, 0, 8)]]
     return SimpleNamespace(
-        tokens=tokens,
-        packed=packed,
-        table=jnp.asarray(table),
-        vectors=vectors,
-        page_tables=page_tables,
+        tokens=tokens, packed=pack(SIZES, PAGES, tokens, [[5, 2, 7], [1]], steps)
     )
 
 
@@ -139,14 +106,16 @@ def gradients_of(sizes, weights, microbatch):
     bank = jax.tree.map(lambda w: w[:, None], {"weights": [master], "scales": [scales]})
     pages, finetune = zeros(sizes.pages(PAGES)), zeros(sizes.finetune_arrays)
     last = jnp.zeros(sizes.rows, jnp.int32)
-    for vector in microbatch.vectors:
+    for vector in microbatch.packed.vectors:
         pages, finetune, *_ = programs["forward/adapters/16"](
-            weights.params, bank, pages, finetune, last, microbatch.page_tables, vector
+            weights.params, bank, pages, finetune, last, microbatch.packed.page_tables, vector
         )
-    flow, loss = finetune["flow"], microbatch.packed.loss.packed()
+    flow, loss = finetune["flow"], microbatch.packed.batch.loss.packed()
     head = {name: weights.params[name] for name in ("norm", "head")}
     for start in (16, 0):
-        flow, _, _ = programs["unit/loss"](head, None, flow, None, microbatch.table, loss, start)
+        flow, _, _ = programs["unit/loss"](
+            head, None, flow, None, microbatch.packed.table, loss, start
+        )
     (gradients,) = zeros(sizes.job_state["gradients"])
     for layer in reversed(range(MODEL.num_layers)):
         for start in (16, 0):
@@ -157,12 +126,12 @@ def gradients_of(sizes, weights, microbatch):
                 finetune["saved"][layer],
                 flow,
                 gradients,
-                microbatch.table,
+                microbatch.packed.table,
                 layer,
                 start,
             )
     gradients = sizes.stacks.by_layer([gradients])
-    return gradients, microbatch.packed.evaluate(flow["logprob"][: sum(LENGTHS)])[0].sum()
+    return gradients, microbatch.packed.batch.evaluate(flow["logprob"][: sum(LENGTHS)])[0].sum()
 
 
 PLANS = [plan.saved for plan in all_plans(layer_graph(SIZES))]

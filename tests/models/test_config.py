@@ -135,7 +135,7 @@ def assert_as_transformers_reads_it(directory):
     assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.d_ff == theirs.intermediate_size
     assert ours.layers[0].norm.eps == theirs.rms_norm_eps
-    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.head.tied == theirs.tie_word_embeddings
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
     kinds = getattr(theirs, "layer_types", None) or ["all"] * ours.num_layers
@@ -225,7 +225,7 @@ def test_the_defaults_of_a_family_are_those_of_transformers(tmp_path, architectu
     ours = ModelConfig.from_hf(written)
     short_one = ModelConfig.from_hf(short)
     assert short_one.layers == ours.layers
-    assert short_one.tie_embeddings == ours.tie_embeddings == theirs.tie_word_embeddings
+    assert short_one.head.tied == ours.head.tied == theirs.tie_word_embeddings
     assert short_one.bos_token_id == theirs.bos_token_id
     if family.architecture not in ("SmolLM3ForCausalLM",):  # whose kinds say where it rotates
         assert_as_transformers_reads_it(written)

@@ -82,7 +82,7 @@ def test_a_checkpoint_loads_as_in_transformers_and_goes_back(tmp_path, name):
     dtype = jnp.dtype(options.get("dtype", "float32"))
     params = load_parameters(source, config, dtype)
     original = AutoModelForCausalLM.from_pretrained(source)
-    assert_same_state(state_of(params, config.tie_embeddings), original)
+    assert_same_state(state_of(params, config.head.tied), original)
 
     save_parameters(params, config, source, tmp_path / "saved", max_shard_bytes=60_000)
     saved, report = AutoModelForCausalLM.from_pretrained(
@@ -90,7 +90,7 @@ def test_a_checkpoint_loads_as_in_transformers_and_goes_back(tmp_path, name):
     )
     assert not any(report.values()), report
     assert saved.dtype == original.dtype
-    assert_same_state(state_of(params, config.tie_embeddings), saved)
+    assert_same_state(state_of(params, config.head.tied), saved)
     ids = torch.arange(12)[None]
     assert torch.equal(saved(ids).logits, original(ids).logits)
 

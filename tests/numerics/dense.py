@@ -82,7 +82,7 @@ def logits(config, params, adapter, scales, tokens):
         h = _norm(x, layer["pre_mlp_norm"]["weight"], eps)
         inner = jax.nn.silu(project(i, "gate", h)) * project(i, "up", h)
         x = x + project(i, "down", inner)
-    head = params["embed" if config.tie_embeddings else "head"]["weight"]
+    head = params["embed" if config.head.tied else "head"]["weight"]
     return _norm(x, params["norm"]["weight"], eps) @ head.T
 
 

@@ -20,34 +20,39 @@ from transformers import AutoModelForCausalLM
 from flexllm_jax.config import Config
 from flexllm_jax.engine.programs import layer_program, list_programs
 from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.finetune import loss
 from flexllm_jax.finetune.buffers import saved_columns
-from flexllm_jax.finetune.losses import Loss
-from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import load_parameters
+from flexllm_jax.peft.adapter import module_path
 from flexllm_jax.peft.bank import BankShape, to_row
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 from kernels_pallas.backend import XLA
 from tests import checkpoints
-from tests.engines import SHORT, load_with_adapter, reference_logits, save_random_adapter
+from tests.engines import SEVEN, SHORT, load_with_adapter, reference_logits, save_random_adapter
+from tests.packing import pack
 
-FAMILIES = ("mistral", "smollm3", "seed_oss", "granite", "olmo2", "olmo3", "gemma3")
+FAMILIES = ("mistral", "smollm3", "seed_oss", "granite", "olmo2", "olmo3", "gemma2", "gemma3")
 LENGTHS, STEP, SLOTS, PAGE, PAGES = (29, 14), 16, 80, 8, 8
+TABLES = ([5, 2, 7, 0], [1, 6])
+# The first cuts a sequence, the last has the rest of one and of the other.
+STEPS = ([(0, 0, 16)], [(0, 16, 29), (1, 0, 3)], [(1, 3, 14)])
 UNITS = (1, 5, 16, SLOTS)  # which divide the slots
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def case(request, tmp_path_factory):
-    """A checkpoint of the family, an adapter on all seven projections, and both loaded."""
+    """A checkpoint of the family, an adapter on all it can be on, and both loaded."""
     folder = tmp_path_factory.mktemp(request.param)
     path = getattr(checkpoints, f"make_{request.param}")(folder / "model")
-    saved = save_random_adapter(path, folder / "adapter", r=3, lora_alpha=5)
+    saved = save_random_adapter(
+        path, folder / "adapter", r=3, lora_alpha=5, target_modules=[*SEVEN, "lm_head"]
+    )
     model = ModelConfig.from_hf(path)
     dtype = jnp.dtype(jnp.float32)
     params, adapter = load_parameters(path, model, dtype), load_adapter(saved, model, path)
-    bank = BankShape(rows=1, rank=3, modules=tuple(SHORT.values()))
+    bank = BankShape(rows=1, rank=3, modules=(*SHORT.values(), "head"))
     random = np.random.default_rng(0)
     own = SimpleNamespace(
         path=path,
@@ -71,6 +76,7 @@ def case(request, tmp_path_factory):
             columns=saved_columns(Decoder(model, dtype), ("attended", "query", "residual")),
         ),
     )
+    own.packed = pack(own.sizes, PAGES, own.tokens, TABLES, STEPS)
     own.forward, own.expected = forward(own), peft_gradients(own)
     return own
 
@@ -79,54 +85,17 @@ def zeros(shapes):
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def packed(case):
-    """The microbatch, its table, and the steps that bring it forward: the first cuts a sequence,
-    the last has the rest of one and of the other."""
-    starts = np.concatenate([[0], np.cumsum(LENGTHS)])
-    position = np.concatenate([np.arange(n) for n in LENGTHS])
-    tables = [np.array([5, 2, 7, 0]), np.array([1, 6])]
-    kv_slot = np.concatenate(
-        [
-            t[np.arange(n) // PAGE] * PAGE + np.arange(n) % PAGE
-            for t, n in zip(tables, LENGTHS, strict=True)
-        ]
-    )
-    batch = PackedMicrobatch(
-        tuple(Datum.following(t, np.ones(len(t), np.float32)) for t in case.tokens), Loss.of()
-    )
-    flat, vectors = np.concatenate(case.tokens), []
-    for pieces in ([(0, 0, 16)], [(0, 16, 29), (1, 0, 3)], [(1, 3, 14)]):
-        shape = case.sizes.step_shapes[STEP]
-        inputs, vector = StepInputs.empty(shape, PAGES * PAGE, SLOTS)
-        at = 0
-        for s, (which, first, last) in enumerate(pieces):
-            rows = starts[which] + np.arange(first, last)
-            where = slice(at, at + last - first)
-            inputs.token[where], inputs.position[where] = flat[rows], position[rows]
-            inputs.kv_slot[where], inputs.saved_row[where] = kv_slot[rows], rows
-            inputs.adapter[where] = 0
-            inputs.kv_lengths[s] = last
-            inputs.table[s] = which
-            at += last - first
-            inputs.query_starts[s + 1 :] = at
-        inputs.num_sequences[...] = len(pieces)
-        vectors.append(vector)
-    page_tables = np.zeros(case.sizes.request_arrays["page_tables"].shape, np.int32)
-    for row, own in enumerate(tables):
-        page_tables[row, : len(own)] = own
-    return batch, jnp.asarray(batch.table(SLOTS, 0, kv_slot)), vectors, page_tables
-
-
 def forward(case):
     """Pages and training buffers after the microbatch went forward with its adapter."""
     programs = {p.name: p.function for p in list_programs(case.sizes, PAGES)}
     run = jax.jit(programs[f"forward/adapters/{STEP}"])
     bank = jax.tree.map(lambda w: w[:, None], case.row._asdict())
     pages, finetune = zeros(case.sizes.pages(PAGES)), zeros(case.sizes.finetune_arrays)
-    *_, vectors, page_tables = packed(case)
-    for vector in vectors:
+    for vector in case.packed.vectors:
         last = jnp.zeros(case.sizes.rows, jnp.int32)
-        pages, finetune, *_ = run(case.params, bank, pages, finetune, last, page_tables, vector)
+        pages, finetune, *_ = run(
+            case.params, bank, pages, finetune, last, case.packed.page_tables, vector
+        )
     return pages, finetune
 
 
@@ -136,44 +105,60 @@ def heads(case):
 
 def test_logits_are_those_of_transformers_with_peft(case):
     _, finetune = case.forward
+    last = case.model.num_layers
+    factors = {n: jnp.asarray(w) for n, w in case.adapter.weights[last, "head"].items()}
+
+    def bypass(x, outputs):
+        low = x @ factors["a"] * case.adapter.config.scale(last, "head")
+        return {"head": outputs["head"] + low @ factors["b"]}
+
     own = Decoder(case.model, case.sizes.dtype)
-    ours = np.asarray(own.logits(heads(case), finetune["flow"]["stream"]))[: sum(LENGTHS)]
+    ours = own.logits(heads(case), finetune["flow"]["stream"][: sum(LENGTHS)], bypass)
     theirs = load_with_adapter(case.path, case.saved, attn_implementation="eager")
     expected = np.concatenate([reference_logits(theirs, t) for t in case.tokens])
-    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(np.asarray(ours) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_gradients_are_those_of_peft(case, unit):
-    batch, table, *_ = packed(case)
+def test_gradients_are_those_of_peft(case, unit, monkeypatch):
+    monkeypatch.setitem(loss._VOCABULARY_CHUNK, "xla", 48)  # which overlap
+    batch, table, *_ = case.packed
     pages, finetune = case.forward
     sizes = replace(case.sizes, unit_tokens=unit)
     programs = {p.name: jax.jit(p.function) for p in list_programs(sizes, PAGES)}
     flow, starts = finetune["flow"], list(reversed(range(0, SLOTS, unit)))
+    gradients = zeros(sizes.job_state["gradients"])
+    adapters = [
+        {"weights": weights, "scales": scales}
+        for weights, scales in zip(case.row.weights, case.row.scales, strict=True)
+    ]
+    packed_loss = batch.loss.packed()
     for start in starts:
-        flow, _, _ = programs["unit/loss"](
-            heads(case), None, flow, None, table, batch.loss.packed(), start
+        flow, gradients[-1], _ = programs["unit/loss"](
+            heads(case), adapters[-1], flow, gradients[-1], table, packed_loss, start
         )
-    (gradients,) = zeros(sizes.job_state["gradients"])
-    adapter = {"weights": case.row.weights[0], "scales": case.row.scales[0]}
     for layer in reversed(range(case.model.num_layers)):
         program = programs[layer_program(case.model.kind_of[layer])]
+        stack, at = sizes.stacks.place(layer)
         for start in starts:
-            flow, gradients, _ = program(
+            flow, gradients[stack], _ = program(
                 case.params["layers"][layer],
-                adapter,
+                adapters[stack],
                 pages[layer],
                 finetune["saved"][layer],
                 flow,
-                gradients,
+                gradients[stack],
                 table,
-                layer,
+                at,
                 start,
             )
-    loss, expected = case.expected
-    assert batch.evaluate(flow["logprob"][: sum(LENGTHS)])[0].sum() == pytest.approx(loss, rel=1e-5)
+    total, expected = case.expected
+    ours = batch.evaluate(flow["logprob"][: sum(LENGTHS)])[0].sum()
+    assert ours == pytest.approx(total, rel=1e-5)
+    by_layer = sizes.stacks.by_layer(gradients)
+    assert len(expected) == 2 * len(case.adapter.weights)
     for (layer, module, factor), theirs in expected.items():
-        ours = np.asarray(gradients[module][factor][layer])
+        ours = np.asarray(by_layer[layer][module][factor])
         error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
         assert error < 1e-4, (layer, module, factor, error)
 
@@ -184,15 +169,21 @@ def peft_gradients(case):
     total, gradients = 0.0, {}
     for tokens in map(torch.tensor, case.tokens):
         logits = model(tokens[None]).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
-        loss.backward()
-        total += loss.item()
+        own = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
+        own.backward()
+        total += own.item()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            parts = name.split(".layers.")[1].split(".")
-            key = int(parts[0]), SHORT[parts[2]], parts[3][-1].lower()
-            gradients[key] = parameter.grad.T.numpy()
+            path, factor = name.removeprefix("base_model.model.").split(".lora_")
+            site = next(s for s in case.adapter.weights if module_path(*s) == path)
+            gradients[*site, factor[0].lower()] = parameter.grad.T.numpy()
     return total, gradients
+
+
+def clear(module):
+    """Zeros for all that it holds."""
+    for parameter in module.parameters():
+        parameter.zero_()
 
 
 def test_exports_load_in_peft_and_transformers(case, tmp_path):
@@ -202,7 +193,11 @@ def test_exports_load_in_peft_and_transformers(case, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(case.path, dtype=torch.float32)
     returned = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     np.testing.assert_allclose(reference_logits(returned, tokens), expected, atol=1e-5)
-    save_merged(case.params, case.adapter, case.model, case.path, tmp_path / "merged")
+    of_layers = {s: w for s, w in case.adapter.weights.items() if s[1] != "head"}
+    own = replace(case.adapter, weights=of_layers)
+    save_merged(case.params, own, case.model, case.path, tmp_path / "merged")
+    returned.get_submodule("base_model.model.lm_head.lora_B").requires_grad_(False).apply(clear)
+    expected = reference_logits(returned, tokens)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.float32, output_loading_info=True
     )

@@ -324,7 +324,7 @@ def _measure(notes: Notes, engine: _Engine, bytes_per_s: float, dry_run: bool) -
 
     # From here on the prompts are in the prefix cache: what follows hardly prefills.
     weights = tree_bytes(runner.params) - (
-        0 if runner.model.tie_embeddings else runner.params["embed"]["weight"].nbytes
+        0 if runner.model.head.tied else runner.params["embed"]["weight"].nbytes
     )
     kv_bytes = tree_bytes(runner.sizes.pages(1)) / runner.sizes.page_size
     for count in sorted({1, max(1, rows // 8), rows}):

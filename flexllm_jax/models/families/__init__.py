@@ -1,14 +1,15 @@
 """The families of models: a row for each, and no other place that knows one by its name."""
 
-from flexllm_jax.models.families.dense import GEMMA3, GRANITE, OLMO2, OLMO3, SEED_OSS, SMOLLM3
+from flexllm_jax.models.families.dense import GRANITE, OLMO2, OLMO3, SEED_OSS, SMOLLM3
 from flexllm_jax.models.families.family import Family
+from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
 from flexllm_jax.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL),
-        *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA3),
+        *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
     )
 }
 BY_MODEL_TYPE = {family.model_type: name for name, family in FAMILIES.items()}

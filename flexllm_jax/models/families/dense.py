@@ -1,9 +1,10 @@
 """Dense families that differ from Llama in which layers rotate, in multipliers, in biases, or in
-where their norms stand: SmolLM3, Seed-OSS, Granite, OLMo 2 and 3, Gemma 3."""
+where their norms stand: SmolLM3, Seed-OSS, Granite, OLMo 2 and 3."""
 
+from dataclasses import replace
 from typing import Any
 
-from flexllm_jax.models.families.family import Family
+from flexllm_jax.models.families.family import Family, plain_head
 from flexllm_jax.models.families.parts import (
     FULL,
     SLIDING,
@@ -13,10 +14,11 @@ from flexllm_jax.models.families.parts import (
     layer_types,
     norms,
     window,
+    window_pattern,
 )
 from flexllm_jax.models.families.rope import read_rope, read_ropes
 from flexllm_jax.models.fields import Fields
-from flexllm_jax.models.spec import LayerSpec, MlpSpec
+from flexllm_jax.models.spec import HeadSpec, LayerSpec
 from kernels_pallas.layer_options import AttentionOptions
 
 
@@ -61,10 +63,12 @@ def _granite(fields: Fields) -> tuple[LayerSpec, ...]:
 
 
 def _granite_around(fields: Fields) -> dict[str, Any]:
-    return {
-        "embed_scale": fields.number("embedding_multiplier", 1.0),
-        "logit_scale": 1.0 / fields.number("logits_scaling", 1.0),
-    }
+    return {"embed_scale": fields.number("embedding_multiplier", 1.0)}
+
+
+def _granite_head(fields: Fields) -> HeadSpec:
+    scale = 1.0 / fields.number("logits_scaling", 1.0)
+    return replace(plain_head(fields), scale=scale)
 
 
 def _olmo2(fields: Fields) -> tuple[LayerSpec, ...]:
@@ -74,7 +78,7 @@ def _olmo2(fields: Fields) -> tuple[LayerSpec, ...]:
 
 def _olmo3(fields: Fields) -> tuple[LayerSpec, ...]:
     """Three layers with a window to one without, which may have a RoPE of its own."""
-    kinds = _pattern(fields, 4)
+    kinds = window_pattern(fields, 4)
     full = fields.number("rope_theta", 500_000.0)
     ropes = read_ropes(fields, {FULL: full, SLIDING: 500_000.0})
     return tuple(
@@ -89,42 +93,6 @@ def _olmo3(fields: Fields) -> tuple[LayerSpec, ...]:
 
 def _olmo_norms(fields: Fields) -> Any:
     return norms(fields, pre=False, post=True, late_cast=True)
-
-
-def _gemma3(fields: Fields) -> tuple[LayerSpec, ...]:
-    """Five layers with a window to one without; each kind has a RoPE of its own."""
-    for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-        fields.refuse(cap, "use a checkpoint without it")
-    pattern = fields.positive_int("sliding_window_pattern", 6)
-    pattern = fields.positive_int("_sliding_window_pattern", pattern)
-    thetas = {
-        FULL: fields.number("rope_theta", 1_000_000.0),
-        SLIDING: fields.number("rope_local_base_freq", 10_000.0),
-    }
-    ropes, kinds = read_ropes(fields, thetas), _pattern(fields, pattern)
-    fields.choice("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
-    scale = fields.number("query_pre_attn_scalar", 256.0) ** -0.5
-    windows = {FULL: None, SLIDING: fields.positive_int("sliding_window")}
-    return tuple(
-        LayerSpec(
-            attention(
-                fields,
-                rope=ropes[kind],
-                options=AttentionOptions(scale=scale, window=windows[kind]),
-                qk_norm="head",
-            ),
-            MlpSpec(fields.positive_int("intermediate_size"), "gelu_tanh"),
-            norms(fields, post=True, late_cast=True, offset=True),
-        )
-        for kind in kinds
-    )
-
-
-def _pattern(fields: Fields, every: int) -> list[str]:
-    """The kinds of layers: the last of each `every` has full attention, the others a window."""
-    count = fields.positive_int("num_hidden_layers")
-    kinds = [SLIDING if (layer + 1) % every else FULL for layer in range(count)]
-    return layer_types(fields, kinds, (FULL, SLIDING))
 
 
 SMOLLM3 = Family(
@@ -158,25 +126,11 @@ GRANITE = Family(
     "GraniteForCausalLM",
     layers=_granite,
     around=_granite_around,
+    head=_granite_head,
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
 )
 _OLMO = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
 OLMO2 = Family("olmo2", "Olmo2ForCausalLM", layers=_olmo2, defaults=_OLMO)
 OLMO3 = Family(
     "olmo3", "Olmo3ForCausalLM", layers=_olmo3, defaults=_OLMO | {"sliding_window": 4096}
-)
-GEMMA3 = Family(
-    "gemma3_text",
-    "Gemma3ForCausalLM",
-    layers=_gemma3,
-    around=lambda fields: {"embed_scale": fields.positive_int("hidden_size") ** 0.5},
-    defaults={
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-    },
 )

@@ -5,7 +5,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexllm_jax.models.fields import Fields
-from flexllm_jax.models.spec import LayerSpec
+from flexllm_jax.models.spec import HeadSpec, LayerSpec
+
+
+def plain_head(fields: Fields) -> HeadSpec:
+    """A head that gives the logits as they are, tied to the embeddings or not."""
+    return HeadSpec(fields.boolean("tie_word_embeddings"))
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class Family:
     model_type, architecture: transformers' names. layers: all of them, in order. defaults: what
     transformers' config class fills in. harmless: fields that change nothing here, beside those of
     `fields.HARMLESS`; every other one that is not read is refused. around: fields of `ModelConfig`
-    that say what is before the layers and behind them.
+    that say what is before the layers. head: what is behind them.
     """
 
     model_type: str
@@ -24,3 +29,4 @@ class Family:
     defaults: Mapping[str, Any]
     harmless: frozenset[str] = frozenset()
     around: Callable[[Fields], dict[str, Any]] = field(default=lambda fields: {})
+    head: Callable[[Fields], HeadSpec] = field(default=plain_head)

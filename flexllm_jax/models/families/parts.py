@@ -67,6 +67,13 @@ def layer_types(fields: Fields, default: Sequence[str], known: Sequence[str]) ->
     return kinds
 
 
+def window_pattern(fields: Fields, every: int) -> list[str]:
+    """The kinds of layers: the last of each `every` has full attention, the others a window."""
+    count = fields.positive_int("num_hidden_layers")
+    kinds = [SLIDING if (layer + 1) % every else FULL for layer in range(count)]
+    return layer_types(fields, kinds, (FULL, SLIDING))
+
+
 def window(fields: Fields, kind: str) -> AttentionOptions:
     """Attention of one of `layer_types`."""
     if kind == FULL:
