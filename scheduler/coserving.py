@@ -39,7 +39,7 @@ class Scheduler:
         self.policy = policy or CoServing()
         self.pool = PagePool(config.num_pages, config.page_size, config.prefix_caching)
         self.finetuning = FinetuneQueue(config, self.pool, latency, self.policy.overlap)
-        self.inference = InferenceQueue(config, self.pool, self)
+        self.inference = InferenceQueue(config, self.pool, self, self.finetuning.jobs)
         self._outstanding: deque[StepPlan] = deque()
         # When the device began the oldest outstanding plan, or finishes the last completed one.
         self._device_free = -math.inf
@@ -141,6 +141,8 @@ class Scheduler:
             if request_id not in sampled:
                 raise ValueError(f"complete: step {plan.step} has no token for {request_id!r}")
             sequence.append(sampled[request_id], now)
+            if sequence.request.job is not None:
+                self.finetuning.jobs.charge(sequence.request.job, 1)
             if request_id in stopped:
                 self.inference.finish(sequence, "stop")
                 finished.append(sequence)
@@ -281,6 +283,7 @@ class Scheduler:
         self._parked.clear()
         for chunk in step.prefill:
             chunk.sequence.dispatch_prefill(chunk.length, chunk.samples)
+            self.finetuning.jobs.charge(chunk.sequence.request.job, chunk.length)
         for chunk in step.prefill:
             # Only now: a request of the same step must not read pages this step still writes.
             self.inference.publish(chunk.sequence)

@@ -15,6 +15,7 @@ import math
 from typing import Protocol
 
 from scheduler.config import SchedulerConfig
+from scheduler.jobs import JobTable
 from scheduler.pages import PagePool
 from scheduler.request import Chunk, Decode, Request, Sequence, Status
 
@@ -37,16 +38,19 @@ def _priority(sequence: Sequence) -> tuple[float, int]:
 
 
 class InferenceQueue:
-    """Requests by their state; `preempted` are those that lost their pages in this plan."""
+    """Requests by their state; `preempted` are those that lost their pages in this plan. `jobs`
+    know which of their requests run, and what those were given."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool, others: Room) -> None:
+    def __init__(
+        self, config: SchedulerConfig, pool: PagePool, others: Room, jobs: JobTable
+    ) -> None:
         self.config, self.pool = config, pool
         self.sequences: dict[str, Sequence] = {}  # unfinished, by request id
         self.waiting: list[Sequence] = []  # most urgent first, like running
         self.running: list[Sequence] = []
         self.rows = list(range(config.max_sequences))  # free rows, a heap
         self.preempted: list[str] = []
-        self._others = others
+        self._others, self._jobs = others, jobs
         self._blocked: tuple[Sequence, int] | None = None  # not admitted with this much room
         self._arrivals = itertools.count()
 
@@ -165,6 +169,7 @@ class InferenceQueue:
             sequence.output += tokens
             sequence.last_token_at = now
             sequence.due += count * sequence.tpot_s
+            self._jobs.charge(sequence.request.job, count)
             missing = -(-sequence.computed // page_size) - len(sequence.pages)
             if missing > 0:
                 sequence.pages += self.pool.allocate(missing) or []
@@ -201,6 +206,7 @@ class InferenceQueue:
         sequence.prefill_end = len(sequence.tokens)
         sequence.row = heapq.heappop(self.rows)
         sequence.status = Status.RUNNING
+        self._jobs.request_runs(sequence.request.job)
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_priority)
         return True
@@ -244,6 +250,7 @@ class InferenceQueue:
             heapq.heappush(self.rows, sequence.row)
         sequence.row = None
         self.running.remove(sequence)
+        self._jobs.request_rests(sequence.request.job)
 
 
 def _append_prefill(chunks: list[Chunk], sequence: Sequence, room: int) -> int:

@@ -5,12 +5,16 @@ highest priority that have work, the one with the least goes first (start-time f
 et al., SIGCOMM'96). Over any long span two busy jobs of one priority therefore get tokens in the
 proportion of their weights, whatever their microbatches' sizes. A job that comes, or comes back
 from having no work, starts at the present virtual time: what it did not use is not owed to it.
+
+Requests of a job (the answers that a reinforcement job learns from) are its work, too: each of
+their tokens counts, and while they run and it is their job's turn, no microbatch of another job
+starts. Steps are short then, and the answers come soon.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -34,7 +38,8 @@ class JobTable:
     """The jobs of an engine and their queued microbatches."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, Share] = {}
+        self._jobs: dict[str | None, Share] = {}
+        self.requests: Counter[str | None] = Counter()  # that hold a row, by job; None: no job's
         self._now = 0.0  # virtual time: that of the job chosen last, when it was chosen
         self._parked: set[int] = set()  # microbatches that had to give up their pages before
 
@@ -76,9 +81,13 @@ class JobTable:
         if microbatch.job not in self._jobs:
             self.add(microbatch.job)
         job = self._jobs[microbatch.job]
-        if not job.queue and not job.in_work:
-            job.virtual_time = max(job.virtual_time, self._now)
+        self._comes_back(job)
         job.queue.append(microbatch)
+
+    def _comes_back(self, job: Share) -> None:
+        """It is about to have work."""
+        if not (job.queue or job.in_work or self.requests[job.name]):
+            job.virtual_time = max(job.virtual_time, self._now)
 
     def drop(self, microbatch_id: int) -> bool:
         """Take a microbatch out of its queue; False if it is in none."""
@@ -91,17 +100,19 @@ class JobTable:
         return False
 
     def next(self, may_start: Callable[[Microbatch], bool]) -> Microbatch | None:
-        """The microbatch to start next among the heads that may, or None."""
+        """The microbatch to start next among the heads that may; None if there is none, or if it is
+        the turn of a job's requests."""
         best = None
         for job in self._jobs.values():
-            if job.paused or not job.queue or not may_start(job.queue[0]):
+            startable = job.queue and may_start(job.queue[0])
+            if job.paused or not (startable or self.requests[job.name]):
                 continue
             if best is None or (-job.priority, job.virtual_time) < (
                 -best.priority,
                 best.virtual_time,
             ):
                 best = job
-        return best.queue[0] if best else None
+        return best.queue[0] if best and best.queue and may_start(best.queue[0]) else None
 
     def was_parked(self, microbatch: Microbatch) -> bool:
         """Whether a queued microbatch had to give up its pages before."""
@@ -122,6 +133,21 @@ class JobTable:
         job.in_work -= 1
         job.virtual_time -= microbatch.tokens / job.weight
         self._parked.add(microbatch.microbatch_id)
+
+    def request_runs(self, name: str | None) -> None:
+        """A request was given a row."""
+        if job := self._jobs.get(name):
+            self._comes_back(job)
+        self.requests[name] += 1
+
+    def request_rests(self, name: str | None) -> None:
+        """It has lost its row, or ended."""
+        self.requests[name] -= 1
+
+    def charge(self, name: str | None, tokens: int) -> None:
+        """Tokens of a job's requests were computed."""
+        if job := self._jobs.get(name):
+            job.virtual_time += tokens / job.weight
 
     def done(self, microbatch: Microbatch) -> None:
         """A microbatch in work is complete, or cancelled."""

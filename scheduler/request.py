@@ -57,7 +57,7 @@ class Request:
     `arrival` is in seconds on the clock of `Scheduler.plan(now)`. `cache_salt` (adapter name and
     version, or None for the base model) is part of every prefix-cache key: requests share KV pages
     only when their salts are equal. `slo=None` takes the scheduler's default. `sampling` and
-    `logprobs` are what its tokens cost beside the forward.
+    `logprobs` are what its tokens cost beside the forward. `job`: whose share they count in.
     """
 
     request_id: str
@@ -68,6 +68,7 @@ class Request:
     slo: Slo | None = None
     sampling: int = Sampling.GREEDY
     logprobs: bool = False
+    job: str | None = None
 
 
 class Status(enum.Enum):

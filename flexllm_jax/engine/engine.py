@@ -127,10 +127,12 @@ class Engine:
         slo_class: str = "standard",
         matcher: LLMatcher | None = None,
         on_finish: Callable[[RequestState], None] | None = None,
+        job: str | None = None,
     ) -> RequestState:
         """Queue one output sequence for a prompt of token ids. `adapter`: by name its newest
         version, or a version that is held. `matcher`: of its structured output, if another thread
-        has made it beforehand. `on_finish` is called when it has ended, however it did.
+        has made it beforehand. `on_finish` is called when it has ended, however it did. `job`: in
+        whose share its tokens count.
 
         Raises ValueError, saying why, for what can never be served: an empty prompt, token ids
         outside the vocabulary, a prompt and max_tokens beyond the context, an adapter that is not
@@ -179,6 +181,7 @@ class Engine:
                 state.slo,
                 state.sampling(0),
                 params.logprobs is not None,
+                job,
             )
         )
         if published:
@@ -326,7 +329,7 @@ class Engine:
         )
         if measured is not None:
             self._device_free_at = now
-            self._note(plan, measured)
+            self.observations.append(StepObservation.of(plan, measured))
         self._unsettled = step
         for sequence in self.scheduler.complete(plan, sampled, stopped, now, measured):
             state = self._requests[sequence.request_id]
@@ -347,13 +350,9 @@ class Engine:
             measured = now - max(step.started, self._device_free_at)
             self.scheduler.observe(step.plan, measured)
             self._device_free_at = now
-            self._note(step.plan, measured)
+            self.observations.append(StepObservation.of(step.plan, measured))
         for read in step.after:
             read()
-
-    def _note(self, plan: StepPlan, measured_s: float) -> None:
-        """Keep what was observed of a step, for who watches the engine."""
-        self.observations.append(StepObservation.of(plan, measured_s))
 
     def _read_tokens(
         self, step: StepInFlight

@@ -23,19 +23,20 @@ if TYPE_CHECKING:
 
 
 class Questions:
-    """Answers what graders ask (`graders.Complete`). `between_steps` has a function called in the
-    engine's thread."""
+    """Answers what the graders of `job` ask (`graders.Complete`). `between_steps` has a function
+    called in the engine's thread."""
 
     def __init__(
         self,
         engine: Engine,
         reader: PromptReader,
         slo_class: str,
+        job: str,
         between_steps: Callable[[Callable[[], None]], None],
     ):
         self._engine, self._reader, self._slo_class = engine, reader, slo_class
-        self._between_steps = between_steps
-        self._asked: set[Future[RequestState]] = set()
+        self._job, self._between_steps = job, between_steps
+        self._asked: dict[Future[RequestState], RequestState] = {}
         self._closed = False
 
     def __call__(self, question: Question) -> Completion:
@@ -83,23 +84,21 @@ class Questions:
         base = config.server.model_name or config.model.path.resolve().name
         adapter = None if model == base else model
         try:
-            self._engine.add_request(
+            self._asked[future] = self._engine.add_request(
                 tokens,
                 params,
                 adapter,
                 slo_class=self._slo_class,
                 matcher=matcher,
                 on_finish=partial(self._answered, future),
+                job=self._job,
             )
         except ValueError as error:
             future.set_exception(error)
-        else:
-            self._asked.add(future)
 
     def _answered(self, future: Future[RequestState], state: RequestState) -> None:
-        if future not in self._asked:
+        if self._asked.pop(future, None) is None:
             return  # the job has ended, and nobody waits
-        self._asked.remove(future)
         if state.error or state.finish_reason == "cancelled":
             future.set_exception(ValueError(state.error or "its answer was cancelled"))
         else:
@@ -108,6 +107,7 @@ class Questions:
     def close(self) -> None:
         """Nobody waits any more."""
         self._closed = True
-        for future in self._asked:
+        asked, self._asked = self._asked, {}
+        for future, state in asked.items():
             future.set_exception(ValueError("the job has ended"))
-        self._asked.clear()
+            self._engine.cancel(state)

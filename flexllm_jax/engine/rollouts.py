@@ -62,7 +62,9 @@ class Rollouts:
         self._workers = _Workers(f"rollouts of {job.name}")
         self._questions: Questions | None = None
         if source.asking is not None and source.reader is not None:
-            self._questions = Questions(engine, source.reader, self._slo_class, self._later)
+            self._questions = Questions(
+                engine, source.reader, self._slo_class, job.name, self._later
+            )
             source.asking.engine = self._questions
         self.paused = False
         self._held: list[Published] = []
@@ -202,6 +204,7 @@ class Rollouts:
                 turn.version,
                 slo_class=self._slo_class,
                 on_finish=partial(self._said, turn),
+                job=self._job.name,
             )
         except ValueError as error:  # it can never be served
             episode.fail(str(error))

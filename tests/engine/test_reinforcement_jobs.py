@@ -23,6 +23,7 @@ from flexllm_jax.finetune.reinforcement.make import Play
 from tests.engine.test_out_of_memory import failing
 from tests.engines import (
     job_config,
+    letter_rows,
     load_with_adapter,
     random_prompts,
     save_random_adapter,
@@ -69,8 +70,10 @@ def reinforcement(name, rows, method=(), **fields):
     return job_config(name, rows, method=ReinforcementConfig(**(defaults | dict(method))), **fields)
 
 
-def start_watched(llm, config, reward):
-    """A job, and the groups that each of its batches is trained on."""
+def start_watched(llm, config, play):
+    """A job, and the groups that each of its batches is trained on. `play`: a reward function, or a
+    `Play`; None: the configuration has a grader."""
+    play = play if isinstance(play, Play) else Play(play)
     runner = llm.engine.runner
     job = create_job(
         config,
@@ -79,7 +82,7 @@ def start_watched(llm, config, reward):
         llm.tokenizer,
         llm.config.finetune,
         runner.sizes.max_model_len,
-        Play(reward),
+        play,
     )
     batches, data = [], job.source._data
 
@@ -331,19 +334,8 @@ def test_what_an_environment_says_is_not_trained(llm, tmp_path):
     questions = [{"question": row["prompt"]} for row in prompt_rows(12)]
     rows = write_rows(tmp_path / "questions.jsonl", questions)
     config = reinforcement("echo", rows, steps=2, max_seq_len=90)
-    runner = llm.engine.runner
-    job = create_job(
-        config,
-        runner.model,
-        llm.config.model.path,
-        llm.tokenizer,
-        llm.config.finetune,
-        runner.sizes.max_model_len,
-        Play(environment=Echo),
-    )
-    batches, data = [], job.source._data
-    job.source._data = lambda groups: batches.append(list(groups)) or data(groups)
-    handle = llm.start_job(job).wait(60)
+    handle, batches = start_watched(llm, config, Play(environment=Echo))
+    handle.wait(60)
     assert handle.status == "succeeded", handle.reason
     assert max(abs(m["kl_sampler"]) for m in handle.metrics) < 1e-6
     for group in batches[0]:
@@ -593,5 +585,27 @@ def test_jobs_share_the_rows_that_they_leave_to_others(llm, rows):
         seen.append(llm._loop.call(running))
     assert all(job.status == "running" for job in jobs), "one ended before the other"
     assert max(map(max, seen)) == 2
+    for job in jobs:
+        job.cancel()
+
+
+def test_jobs_share_tokens_and_answers_count(llm, rows, tmp_path):
+    """Two jobs that learn from rewards and one from rows, which has work at any time: each has a
+    third of the tokens."""
+    sharing = {"batch_size": 2, "max_tokens": 20}
+    texts = write_rows(tmp_path / "texts.jsonl", letter_rows(20))
+    jobs = [llm.finetune(job_config("of-rows", texts, steps=10_000))]
+    for i in range(2):
+        config = reinforcement(f"of-rewards-{i}", rows, sharing, steps=10_000)
+        jobs.append(llm.finetune(config, reward=uneven))
+
+    def given():
+        return np.array([job._job.forwarded + job._job.sampled_tokens for job in jobs])
+
+    before = given()
+    while (had := given() - before).sum() < 12_000:
+        llm.generate(random_prompts([9]), SamplingParams(max_tokens=4))
+    assert all(job.status == "running" for job in jobs), [job.reason for job in jobs]
+    assert had.min() > 0.8 * had.max()
     for job in jobs:
         job.cancel()

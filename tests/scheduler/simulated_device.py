@@ -282,6 +282,8 @@ class SimulatedEngine:
         inference = scheduler.inference
         rows = [sequence.row for sequence in inference.running] + inference.rows
         assert sorted(rows) == list(range(scheduler.config.max_sequences))
+        running = Counter(sequence.request.job for sequence in inference.running)
+        assert +scheduler.finetuning.jobs.requests == running
         unfinished = {*inference.running, *inference.waiting}
         assert unfinished == set(inference.sequences.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.jobs import JobTable
 from scheduler.latency import LatencyModel
-from scheduler.request import Microbatch
+from scheduler.request import Microbatch, Request
 
 CONFIG = SchedulerConfig(
     max_sequences=4,
@@ -139,3 +140,65 @@ def test_removing_a_job_frees_what_it_holds():
 def test_a_weight_must_be_a_positive_number():
     with pytest.raises(ValueError, match=r"job 'a': weight=0 must be a number above 0"):
         JobTable().add("a", weight=0)
+
+
+def shares_beside_answers(scheduler: Scheduler, weights: dict[str, float], steps: int):
+    """Tokens of each job in so many steps: `learner` has four answers of 12 tokens going at any
+    time but while it trains on them, `rows` has microbatches at any time."""
+    for job, weight in weights.items():
+        scheduler.add_job(job, weight)
+    had: Counter[str] = Counter()
+    ids = itertools.count()
+    running, training = 0, 0
+    for _ in range(steps):
+        while "rows" in weights and scheduler.microbatches_of("rows") < 2:
+            scheduler.add(Microbatch(next(ids), (16,), job="rows"))
+        if not running and not training:
+            for _ in range(4):
+                scheduler.add(Request(str(next(ids)), (0,) * 4, 12, 0.0, job="learner"))
+            running = 4
+        plan = scheduler.plan(0.0)
+        assert plan is not None, "there is always something to do"
+        had["learner"] += sum(s.request.job == "learner" for s in plan.decode.sequences)
+        had["learner"] += sum(chunk.length + chunk.samples for chunk in plan.prefill)
+        if plan.forward:
+            had[plan.forward.microbatch.job] += plan.forward.length
+        if plan.backward and plan.backward.done and plan.backward.microbatch.job == "learner":
+            training -= 1
+        sampling = [c.sequence for c in plan.prefill if c.samples] + list(plan.decode.sequences)
+        done = scheduler.complete(plan, {s.request_id: 1 for s in sampling}, (), 0.0)
+        running -= len(done)
+        if done and not running:
+            training = 4
+            for _ in range(training):
+                scheduler.add(Microbatch(next(ids), (16,), job="learner"))
+    return had
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_answers_count_in_the_share_of_their_job(weight):
+    scheduler = Scheduler(CONFIG, LatencyModel({}))
+    had = shares_beside_answers(scheduler, {"learner": 1.0, "rows": weight}, 4000)
+    assert had["rows"] / had["learner"] == pytest.approx(weight, rel=0.05)
+
+
+def test_no_microbatch_starts_in_another_jobs_turn_to_answer():
+    """Until it is another turn, or the answers are given up."""
+    scheduler = Scheduler(CONFIG, LatencyModel({}))
+    scheduler.add_job("learner")
+    scheduler.add_job("other")
+    scheduler.add(Request("answer", (0,) * 4, 9, 0.0, job="learner"))
+    first = scheduler.plan(0.0)
+    assert first is not None and first.forward is None
+    scheduler.complete(first, {"answer": 1}, (), 0.0)
+    scheduler.add(Microbatch(0, (8,), job="other"))
+    started = scheduler.plan(0.0)
+    assert started is not None and started.forward and started.forward.microbatch.job == "other"
+    scheduler.complete(started, {"answer": 1}, (), 0.0)
+    scheduler.add(Microbatch(1, (8,), job="other"))
+    waits = scheduler.plan(0.0)
+    assert waits is not None and waits.forward is None and waits.decode
+    scheduler.complete(waits, {"answer": 1}, (), 0.0)
+    scheduler.cancel("answer")
+    goes = scheduler.plan(0.0)
+    assert goes is not None and goes.forward and goes.forward.microbatch.microbatch_id == 1

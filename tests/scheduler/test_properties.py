@@ -36,6 +36,7 @@ add_request = st.tuples(
     st.integers(1, 9),  # max_tokens
     st.sampled_from([None, None, 1, 2, 3]),  # stop after
     st.sampled_from([None, "adapter"]),
+    st.sampled_from([None, None, "a"]),  # job
 )
 add_microbatch = st.tuples(
     st.just("microbatch"),
@@ -88,7 +89,7 @@ class History:
     work: int = 0  # bounds the steps that all of it may take
     ids: itertools.count = field(default_factory=itertools.count)
 
-    def request(self, prompt, max_tokens, stop, salt):
+    def request(self, prompt, max_tokens, stop, salt, job):
         scheduler, request_id = self.engine.scheduler, str(next(self.ids))
         room = scheduler.config.num_pages * scheduler.config.page_size
         max_tokens = min(max_tokens, room)
@@ -96,8 +97,8 @@ class History:
         self.tokens[request_id] = min(max_tokens, stop or max_tokens)
         self.engine.stop_after[request_id] = stop or 0
         self.work += len(prompt) + max_tokens
-        arrival = self.engine.now
-        scheduler.add(request(request_id, prompt, max_tokens, arrival=arrival, cache_salt=salt))
+        fields = {"arrival": self.engine.now, "cache_salt": salt, "job": job}
+        scheduler.add(request(request_id, prompt, max_tokens, **fields))
 
     def microbatch(self, lengths, backward, job, new_batch):
         scheduler = self.engine.scheduler
