@@ -45,7 +45,7 @@ from flexllm_jax.models.detokenizer import Detokenizer
 from flexllm_jax.models.dtype import describe_dtype
 from flexllm_jax.models.tokenizer import end_token_ids
 from flexllm_jax.peft.bank import Published
-from scheduler.request import BackwardUnits, Request, StepPlan
+from scheduler.request import BackwardUnits, Request
 
 log = logging.getLogger(__name__)
 
