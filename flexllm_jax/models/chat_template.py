@@ -119,6 +119,15 @@ class ChatTemplate:
         """Whether it makes use of a variable."""
         return self.exists and name in _names(self.source())
 
+    def effort(self, effort: str) -> dict[str, Any] | None:
+        """The variables that ask for an effort of reasoning, by the names that templates have for
+        it; None: it reads none of them. With `none` a model does not think."""
+        thinks = effort != "none"
+        ways = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        if not thinks:
+            ways["thinking_budget"] = 0
+        return next(({name: value} for name, value in ways.items() if self.reads(name)), None)
+
     def render(
         self,
         conversation: Conversation,

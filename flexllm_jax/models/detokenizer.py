@@ -11,7 +11,7 @@ complete wait for the others; bytes that never become one are U+FFFD in the end,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -94,7 +94,8 @@ class OutputText:
 
     `text` is what is certain of it. Of the token that came last, `offset` is where it stands in the
     text and `piece` what it adds, or its name where it is left out of the text. A stop string is
-    looked for after more than `min_tokens` tokens, and belongs to the text if `include_stop`.
+    looked for after more than `min_tokens` tokens, and belongs to the text if `include_stop`. Those
+    special tokens that `keep` names are text.
     """
 
     def __init__(
@@ -106,10 +107,12 @@ class OutputText:
         *,
         skip_special_tokens: bool = True,
         include_stop: bool = False,
+        keep: Collection[str] = (),
     ):
         self._detokenizer, self._stop, self._min_tokens = detokenizer, stop, min_tokens
         self._longest = max(map(len, stop), default=0)
-        self._left_out = detokenizer.special if skip_special_tokens else {}
+        special = detokenizer.special if skip_special_tokens else {}
+        self._left_out = {t: n for t, n in special.items() if n not in keep} if keep else special
         self._include_stop = include_stop
         # The tokens whose text is not certain, and before them some whose text is: of what they
         # say together, the first `_certain` characters are in `text` or the prompt's.

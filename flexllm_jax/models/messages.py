@@ -114,6 +114,10 @@ def _read_message(given: Any, where: str, field: str) -> dict[str, Any]:
         calls = [{"type": "function", "function": call}]
     if calls:
         message["tool_calls"] = _read_calls(calls, f"{where}.tool_calls", field)
+    # Two names of what was thought; templates read the one or the other.
+    thought = message.get("reasoning_content", message.get("reasoning"))
+    if isinstance(thought, str):
+        message["reasoning_content"] = message["reasoning"] = thought
     message["content"] = _read_content(message, where, field)
     return message
 

@@ -61,6 +61,29 @@ def client(server):
 
 
 @pytest.fixture(scope="session")
+def thinking_server(chat_llama, tmp_path_factory):
+    """A server of a model whose template begins every answer with a thought, without keys."""
+    path = tmp_path_factory.mktemp("thinking") / "llama"
+    shutil.copytree(chat_llama, path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    thinks = "{% if not (enable_thinking is defined and not enable_thinking) %}<think>{% endif %}"
+    opened = "<assistant>{% endif %}"
+    assert TEMPLATE.endswith(opened)
+    tokenizer.chat_template = TEMPLATE.replace(opened, f"<assistant>{thinks}{{% endif %}}")
+    tokenizer.save_pretrained(path)
+    config = make_config(path, tmp_path_factory.mktemp("thinks"), server={"model_name": "thinker"})
+    with RunningServer(config) as running:
+        yield running.wait_ready()
+
+
+@pytest.fixture(scope="session")
+def thinking_client(thinking_server):
+    """The openai SDK's client of it."""
+    return thinking_server.client()
+
+
+@pytest.fixture(scope="session")
 def tokenizer(chat_llama):
     """Its tokenizer in transformers."""
     return AutoTokenizer.from_pretrained(chat_llama)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from flexllm_jax.server.http.openapi import EVENTS, TEXT, WITH_BODY, WRITES, Answers
 
@@ -22,6 +22,12 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(BaseModel):
+    """Tokens of what was thought before the answer, its marks included."""
+
+    reasoning_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens."""
 
@@ -29,6 +35,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class CompletionLogprobs(BaseModel):
@@ -85,6 +92,8 @@ class ChatMessage(BaseModel):
 
     role: Literal["assistant"]
     content: str | None
+    reasoning: str | None = None
+    reasoning_content: str | None = Field(default=None, description="The same, by its older name.")
 
 
 class ChatChoice(BaseModel):

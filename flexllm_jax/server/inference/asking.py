@@ -9,6 +9,7 @@ import threading
 from flexllm_jax.graders import Completion, GradingError, Question, Usage
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.conversing import converse
 from flexllm_jax.server.inference.requests import Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest
 
@@ -59,28 +60,24 @@ class Asking:
                 "temperature": question.temperature,
                 "top_p": question.top_p,
                 "seed": question.seed,
+                "max_completion_tokens": question.max_tokens,
                 "reasoning_effort": question.reasoning_effort,
                 # Without white space, which small models write without end.
                 "structured_outputs": {"json": question.answer, "disable_any_whitespace": True},
             }
         )
-        text = await inference.render(body, None)
-        structure = await inference.structure(client, body)
-        limit = inference.max_model_len()
-        (prompt,) = await inference.codec.encode([text], limit, add_special_tokens=False)
-        most = min(question.max_tokens, inference.room(prompt))
-        answer = inference.open(client, body, [prompt], most, None, structure=structure)
-        said, reason = "", None
+        answer = await converse(body, client, inference, clip=True)
+        text, reason = "", None
         try:
-            async for delta in answer:
-                said += delta.text
-                reason = delta.finish_reason or reason
+            async for said in answer:
+                text += said.text
+                reason = said.finish_reason or reason
         finally:
             await answer.close()
         used = answer.usage
         cached = used["prompt_tokens_details"]["cached_tokens"]
         usage = Usage(used["prompt_tokens"], used["completion_tokens"], cached)
-        return Completion(said, reason == "stop", usage)
+        return Completion(text, reason == "stop", usage)
 
 
 def _failed(question: Question, reason: str) -> GradingError:

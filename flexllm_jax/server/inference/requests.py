@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from flexllm_jax.config import Config
@@ -27,6 +28,7 @@ from flexllm_jax.server.inference.logprobs import (
     prompt_table,
     report_token,
 )
+from flexllm_jax.server.inference.reasoning import Thinking
 from flexllm_jax.server.inference.schema import (
     ChatCompletionRequest,
     InferenceRequest,
@@ -69,6 +71,7 @@ class Answer:
     ):
         self.prompts, self._params, self._detokenizer = prompts, params, detokenizer
         self.output_tokens = [0] * len(texts)
+        self.reasoning_tokens = [0] * len(texts)
         self._cached_tokens = [0] * len(texts)
         self._generation, self._texts, self._metrics = generation, texts, metrics
 
@@ -100,6 +103,7 @@ class Answer:
             "completion_tokens": output,
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens[::n])},
+            "completion_tokens_details": {"reasoning_tokens": sum(self.reasoning_tokens)},
         }
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
@@ -179,17 +183,26 @@ class Inference:
         return max(1, limit - len(prompt))
 
     async def structure(
-        self, client: Client, body: InferenceRequest, form: Format | None = None
+        self,
+        client: Client,
+        body: InferenceRequest,
+        form: Format | None = None,
+        thinking: Thinking | None = None,
     ) -> StructuredOutputsParams | None:
         """What the outputs must match, if anything; ApiError when that cannot be kept to. `form`:
-        how the model writes calls."""
+        how the model writes calls, `thinking`: and what comes before an answer."""
+        literal = self.codec.literal
+        if thinking is not None and thinking.budget is not None and body.is_free:
+            make_budget = partial(thinking.before, None, literal)
+            return await self._checked(client, make_budget, "thinking_token_budget")
         if body.is_free:
             return None
         field = "response_format" if body.structured_outputs is None else "structured_outputs"
         answer = await self._checked(client, body.format, field)
 
         def make() -> StructuredOutputsParams | None:
-            return body.structure(form, self.codec.literal)
+            structure = body.structure(form, literal)
+            return structure if thinking is None else thinking.before(structure, literal)
 
         return await self._checked(client, make, "tools", answer)
 
@@ -232,12 +245,16 @@ class Inference:
             what = f"there are {len(messages)} messages, and max_model_len is {limit} tokens"
             raise too_long(what, "messages")
         options = dict(body.chat_template_kwargs or {})
-        if body.reasoning_effort is not None:
-            if not self.codec.template.reads("reasoning_effort"):
+        if (effort := body.reasoning_effort) is not None:
+            asked = self.codec.template.effort(effort)
+            if asked is None and effort != "none":  # none is what it gets
                 message = "reasoning_effort: this model's chat template does not read it; leave it"
                 raise ApiError(400, f"{message} out", param="reasoning_effort")
-            options["reasoning_effort"] = body.reasoning_effort
-        return await self.codec.render(
+            options = (asked or {}) | options
+        budget = body.thinking_token_budget
+        if budget is not None and self.codec.template.reads("thinking_budget"):
+            options = {"thinking_budget": budget} | options
+        text = await self.codec.render(
             messages,
             [tool.model_dump(exclude_unset=True) for tool in tools or ()],
             options,
@@ -246,6 +263,12 @@ class Inference:
             continue_final_message=bool(body.continue_final_message),
             source=body.chat_template,
         )
+        if budget is not None and self.codec.thinking(text, budget) is None:
+            message = (
+                "thinking_token_budget: the answer begins with no thought that is known as one"
+            )
+            raise ApiError(400, f"{message}; leave it out", param="thinking_token_budget")
+        return text
 
     async def encode(
         self, body: InferenceRequest | TokenizeRequest, texts: Sequence[str], *, special: bool
@@ -268,9 +291,10 @@ class Inference:
         prompt_logprobs: int | None = None,
         *,
         structure: StructuredOutputsParams | None = None,
-        skip_special_tokens: bool = True,
+        keep: Collection[str] = (),
     ) -> Answer:
-        """Admit a request and start it. ApiError: it is wrong, or has to wait."""
+        """Admit a request and start it. ApiError: it is wrong, or has to wait. `keep`: special
+        tokens that are text of the outputs."""
         arrival = time.monotonic()
         if body.prompt_logprobs is not None:
             if body.stream:
@@ -315,9 +339,9 @@ class Inference:
                     prompts[i // n],
                     body.stop_strings,
                     params.min_tokens,
-                    skip_special_tokens=skip_special_tokens
-                    and body.skip_special_tokens is not False,
+                    skip_special_tokens=body.skip_special_tokens is not False,
                     include_stop=params.include_stop_str_in_output,
+                    keep=keep,
                 )
                 for i in range(outputs)
             ],

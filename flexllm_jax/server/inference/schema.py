@@ -199,6 +199,13 @@ class Tool(Body):
 Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=1024)]
 
 
+class AllowedTools(Body):
+    """Of the tools of a chat request, those that may be called this time, and whether one must."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[Tool], Field(fail_fast=True, min_length=1, max_length=1024)]
+
+
 class ChatCompletionRequest(InferenceRequest):
     """POST /v1/chat/completions."""
 
@@ -212,11 +219,26 @@ class ChatCompletionRequest(InferenceRequest):
     parallel_tool_calls: bool | None = True
     documents: Objects | None = None
     reasoning_effort: str | None = None
+    thinking_token_budget: Count | None = None
+    include_reasoning: bool | None = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
     add_special_tokens: bool | None = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _allow_tools(self) -> ChatCompletionRequest:
+        """A choice among some of the tools is one of a request that has no others."""
+        choice = self.tool_choice
+        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+            allowed = AllowedTools.model_validate(choice.get("allowed_tools"))
+            names = [name.function.name for name in allowed.tools]
+            tools = {tool.function.name: tool for tool in self.tools or ()}
+            if unknown := [name for name in names if name not in tools]:
+                raise ValueError(f"tool_choice allows {unknown[0]!r}, which is not among the tools")
+            self.tools, self.tool_choice = [tools[name] for name in names], allowed.mode
+        return self
 
     @property
     def may_call(self) -> bool:
@@ -240,7 +262,7 @@ class ChatCompletionRequest(InferenceRequest):
             raise ApiError(
                 400,
                 f"tool_choice: got {choice!r}; must be none, auto, or, with tools, required or one "
-                f'of them: {{"type": "function", "function": {{"name": ...}}}}',
+                f'of them: {{"type": "function", "function": {{"name": ...}}}}, or allowed_tools',
                 param="tool_choice",
             )
         return tools
@@ -282,6 +304,7 @@ CONVERSATION_FIELDS = {
     "tools",
     "documents",
     "reasoning_effort",
+    "thinking_token_budget",
     "add_generation_prompt",
     "continue_final_message",
     "chat_template",
@@ -299,6 +322,8 @@ class TokenizeRequest(Body):
     tools: Tools | None = None
     documents: Objects | None = None
     reasoning_effort: str | None = None
+    thinking_token_budget: Count | None = None
+    thinking_token_budget: Count | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False

@@ -19,6 +19,7 @@ from flexllm_jax.models.detokenizer import Detokenizer
 from flexllm_jax.models.messages import ConversationError, read_conversation
 from flexllm_jax.models.tokenizer import encode_texts, token_starts
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.reasoning import Thinking, find_thinking
 from flexllm_jax.server.inference.tool_calls import Format, find_format
 
 _LONG_TEXT = 4000  # characters; tokenizing them takes about a millisecond
@@ -83,13 +84,14 @@ class TextCodec:
         (text,) = await asyncio.get_running_loop().run_in_executor(self._one_at_a_time, call)
         return text
 
-    def is_special(self, text: str) -> bool:
-        """Whether `text` is a token that detokenizers leave out."""
-        return text in self.detokenizer.special.values()
-
     def literal(self, text: str) -> str:
-        """`text` in a Lark grammar: a special token by its id, as it is not spelled out."""
-        return f"<[{self.backend.token_to_id(text)}]>" if self.is_special(text) else quote(text)
+        """`text` in a Lark grammar: if it is a token by its id, as models write it."""
+        token = self.backend.token_to_id(text)
+        return quote(text) if token is None else f"<[{token}]>"
+
+    def thinking(self, prompt: str, budget: int | None) -> Thinking | None:
+        """How the answer to a rendered prompt may begin; None: with nothing that is told apart."""
+        return find_thinking(self.template.source(), prompt, budget)
 
     def tool_format(self) -> Format | None:
         """How this model's chat template asks for tool calls; ApiError when there is none."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
+from flexllm_jax.server.inference.marks import overlap
 
 Format = Literal["hermes", "llama"]
 
@@ -65,6 +66,11 @@ def find_format(template: str) -> Format | None:
     if START in template and "<function=" not in template:  # Qwen3-Coder writes XML inside of it
         return "hermes"
     return "llama" if '"parameters": dictionary' in template else None
+
+
+def marks_of(form: Format) -> tuple[str, ...]:
+    """What has to be in a text for calls to be found in it."""
+    return (START, _END) if form == "hermes" else ()
 
 
 def calls_of(
@@ -140,7 +146,7 @@ class ToolCallParser:
     def _read_text(self, final: bool) -> bool:
         at = self._held.find(START)
         if at < 0:
-            at = len(self._held) - (0 if final else _overlap(self._held, START))
+            at = len(self._held) - (0 if final else overlap(self._held, START))
         else:
             self._state = "head"
         text, self._held = self._held[:at], self._held[at:]
@@ -268,9 +274,3 @@ def _load(text: str) -> tuple[Any, int]:
         return json.JSONDecoder().raw_decode(text, start)
     except (ValueError, RecursionError):
         return None, 0
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Characters at the end of `text` that `mark` may begin with."""
-    lengths = range(min(len(mark) - 1, len(text)), 0, -1)
-    return next((n for n in lengths if mark.startswith(text[-n:])), 0)

@@ -35,7 +35,6 @@ _VLLM = (
     "guided_json",
     "guided_regex",
     "guided_whitespace_pattern",
-    "include_reasoning",
     "kv_transfer_params",
     "length_penalty",
     "logits_processors",
@@ -47,7 +46,6 @@ _VLLM = (
     "repetition_detection",
     "spaces_between_special_tokens",
     "structural_tag",
-    "thinking_token_budget",
     "use_beam_search",
     "vllm_xargs",
 )
@@ -91,7 +89,6 @@ _UNSUPPORTED = {*_OPENAI, *_VLLM, *_SGLANG, *_OTHERS}
 _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "function_call": (*_NOTHING, "none", "auto"),  # among no functions
-    "include_reasoning": (None, True),
     "modalities": (*_NOTHING, ["text"]),
     "spaces_between_special_tokens": (None, True),
     "verbosity": (None, "medium"),

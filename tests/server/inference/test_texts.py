@@ -13,6 +13,7 @@ from flexllm_jax.models.tokenizer import encode_text, token_starts
 from flexllm_jax.server.engines.protocol import Output
 from flexllm_jax.server.inference.chat import _Chat
 from flexllm_jax.server.inference.completions import _Completion, _Prompt
+from flexllm_jax.server.inference.conversing import ConversationAnswer
 from flexllm_jax.server.inference.requests import Answer
 from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
@@ -145,13 +146,13 @@ def test_bytes_in_a_chat_are_those_of_the_content() -> None:
     body = ChatCompletionRequest(
         model="m", messages=[{"role": "user", "content": "x"}], logprobs=True, top_logprobs=1
     )
-    conversation = _Chat(body, answer, CODEC, None)
+    conversation = _Chat(body, ConversationAnswer(body, answer, None, None), CODEC)
 
     async def run() -> tuple[str, list[dict[str, Any]]]:
         text, entries = "", []
-        async for delta in answer:
-            text += conversation.take(delta)[0].text
-            entries.append(cast(dict, conversation.logprobs(delta)))
+        async for said in conversation.answer:
+            text += said.text
+            entries.append(cast(dict, conversation.logprobs(said.delta)))
         return text, entries
 
     text, entries = asyncio.run(run())
