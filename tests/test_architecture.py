@@ -39,6 +39,7 @@ SERVER_FLOORS: tuple[tuple[str, ...], ...] = (
     (f"{SERVER}.app",),
     (f"{SERVER}.dashboard",),
     (f"{SERVER}.inference", f"{SERVER}.finetuning"),
+    (f"{SERVER}.database",),
     (f"{SERVER}.metrics",),
     (f"{SERVER}.engines",),
     (f"{SERVER}.http",),

@@ -15,13 +15,13 @@ from flexllm_jax.config import Config
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.server.dashboard import dashboard
 from flexllm_jax.server.dashboard.dashboard import Dashboard
+from flexllm_jax.server.database import Database, JobRow
 from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning import answers as finetuning_answers
 from flexllm_jax.server.finetuning import files, graders
 from flexllm_jax.server.finetuning import routes as jobs_routes
-from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.files import FileStore
 from flexllm_jax.server.finetuning.graders import GraderRuns
 from flexllm_jax.server.finetuning.jobs import JobManager

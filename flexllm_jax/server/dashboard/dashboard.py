@@ -21,11 +21,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
+from flexllm_jax.server.database import Database, EventRow, JobRow
 from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import Stats, Step
 from flexllm_jax.server.engines.registry import ModelRegistry
-from flexllm_jax.server.finetuning.database import Database, EventRow, JobRow
 from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known

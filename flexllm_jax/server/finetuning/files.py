@@ -20,7 +20,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from flexllm_jax.config import ServerSection
-from flexllm_jax.server.finetuning.database import Database, File, JobRow
+from flexllm_jax.server.database import Database, File, JobRow
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
 from flexllm_jax.server.http.body_limit import FORM_BYTES

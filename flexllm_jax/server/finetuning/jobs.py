@@ -21,12 +21,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
+from flexllm_jax.server.database import Database, DatabaseUnavailable, JobRow
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import JobReport, Stats
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning import transitions
-from flexllm_jax.server.finetuning.database import Database, DatabaseUnavailable, JobRow
 from flexllm_jax.server.finetuning.files import UNFINISHED, FileStore
 from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.records import JobRecords, find_job, finished_adapters

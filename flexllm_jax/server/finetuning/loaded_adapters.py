@@ -8,8 +8,8 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from flexllm_jax.server.database import Database, LoadedAdapter
 from flexllm_jax.server.engines.registry import LOADED, ModelRegistry, ServedAdapter
-from flexllm_jax.server.finetuning.database import Database, LoadedAdapter
 
 log = logging.getLogger(__name__)
 

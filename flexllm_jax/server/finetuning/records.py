@@ -18,9 +18,9 @@ from sqlalchemy.orm import Session
 from flexllm_jax.config import Config
 from flexllm_jax.finetune.data import Dataset
 from flexllm_jax.finetune.reinforcement.prompts import PromptDataset
+from flexllm_jax.server.database import CheckpointRow, EventRow, File, JobRow, now
 from flexllm_jax.server.engines.protocol import Fact, JobReport
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
-from flexllm_jax.server.finetuning.database import CheckpointRow, EventRow, File, JobRow, now
 from flexllm_jax.server.finetuning.files import FileStore
 
 SHOWN_ROWS = 20  # of a file's bad ones, in events

@@ -13,10 +13,10 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from flexllm_jax.server.database import Database, DatabaseUnavailable
 from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.protocol import JobReport
 from flexllm_jax.server.engines.registry import ServedAdapter
-from flexllm_jax.server.finetuning.database import Database, DatabaseUnavailable
 from flexllm_jax.server.finetuning.records import JobRecords
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
-from flexllm_jax.server.finetuning.database import CheckpointRow, Database, EventRow, JobRow
+from flexllm_jax.server.database import CheckpointRow, Database, EventRow, JobRow
 from flexllm_jax.server.finetuning.files import After, page
 from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.finetuning.schema import CreateJob

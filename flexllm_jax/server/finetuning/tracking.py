@@ -21,14 +21,14 @@ from sqlalchemy.orm import Session
 from flexllm_jax.config import Config, Section
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.models.detokenizer import Detokenizer
-from flexllm_jax.server.engines.engines import Engines
-from flexllm_jax.server.engines.registry import ServedAdapter
-from flexllm_jax.server.finetuning.database import (
+from flexllm_jax.server.database import (
     Database,
     DatabaseUnavailable,
     EventRow,
     JobRow,
 )
+from flexllm_jax.server.engines.engines import Engines
+from flexllm_jax.server.engines.registry import ServedAdapter
 from flexllm_jax.server.finetuning.records import find_job, tell_once
 from flexllm_jax.server.finetuning.transitions import ENDED
 from flexllm_jax.trackers.feed import Feed, Progress

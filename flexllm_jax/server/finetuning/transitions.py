@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from flexllm_jax.server.finetuning.database import JobRow, now
+from flexllm_jax.server.database import JobRow, now
 from flexllm_jax.server.finetuning.files import UNFINISHED
 from flexllm_jax.server.finetuning.records import find_job, losses_of, tell, tell_rows
 from flexllm_jax.server.finetuning.validation import ValidatedJob

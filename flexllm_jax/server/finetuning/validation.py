@@ -26,8 +26,8 @@ from flexllm_jax.finetune.reinforcement.prompts import (
     reader_of,
 )
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.server.database import Database, JobRow
 from flexllm_jax.server.engines.registry import ModelRegistry
-from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.files import FileStore
 from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.records import SHOWN_ROWS, tell_row

@@ -2,8 +2,8 @@
 
 from functools import partial
 
+from flexllm_jax.server.database import Database, JobRow
 from flexllm_jax.server.finetuning import transitions
-from flexllm_jax.server.finetuning.database import Database, JobRow
 from flexllm_jax.server.finetuning.records import find_job
 
 

@@ -11,17 +11,17 @@ import pytest
 from sqlalchemy import event, select
 
 from flexllm_jax.config import build_config
-from flexllm_jax.server.engines.protocol import Fact, JobReport
-from flexllm_jax.server.engines.registry import ModelRegistry
-from flexllm_jax.server.finetuning import database as database_module
-from flexllm_jax.server.finetuning import transitions
-from flexllm_jax.server.finetuning.database import (
+from flexllm_jax.server import database as database_module
+from flexllm_jax.server.database import (
     CheckpointRow,
     Database,
     DatabaseUnavailable,
     EventRow,
     JobRow,
 )
+from flexllm_jax.server.engines.protocol import Fact, JobReport
+from flexllm_jax.server.engines.registry import ModelRegistry
+from flexllm_jax.server.finetuning import transitions
 from flexllm_jax.server.finetuning.files import FileStore
 from flexllm_jax.server.finetuning.records import JobRecords, losses_of, metrics_at
 from flexllm_jax.server.finetuning.reports import ReportWriter

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select
 
 from flexllm_jax.config import ServerSection, build_config
-from flexllm_jax.server.finetuning.database import Database, File, JobRow
+from flexllm_jax.server.database import Database, File, JobRow
 from flexllm_jax.server.http.access import ApiKeys
 from tests.engines import letter_rows
 from tests.server.running import KEY, LIMITED_KEY
