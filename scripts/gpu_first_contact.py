@@ -1,9 +1,10 @@
-"""First contact with a GPU: does everything run, is it right, and how fast is it?
+"""First contact with a GPU: does everything run, is it right, and how fast?
 
-Three phases of a minute or two, each with a JSON file in --out that is written after every
-measurement: `smoke` (the device's rates, a tiny engine with XLA's kernels and with ours), `kernels`
-(a dozen calls at the shapes of Llama-3.1-8B), `engine` (the engine at that shape, random weights).
-No checkpoint is needed. `--dry-run` goes through the same on a CPU; its times mean nothing.
+Phases of a minute or two, each with a JSON file in --out that is written after every measurement:
+`smoke` (the device's rates, a tiny engine with XLA's kernels and with ours), `kernels` (a dozen
+calls at the shapes of Llama-3.1-8B), `engine` (the engine at that shape), `serve` (one of --config
+with many adapters, requests of a trace beside a job, rollouts). Weights are random: no checkpoint
+is needed. `--dry-run` goes through the same on a CPU; its times mean nothing.
 """
 
 import argparse
@@ -18,19 +19,36 @@ import jax
 
 from flexllm_jax.compile.buckets import use_persistent_cache
 from flexllm_jax.config.cli import run_script
-from flexllm_jax.experiments.gpu import first_contact
+from flexllm_jax.experiments.gpu import first_contact, serving, speed
 from flexllm_jax.experiments.gpu.measure import Notes
+
+PARTS = {"engine": speed.PARTS, "serve": serving.PARTS}
 
 
 def main() -> int:
     """Run a phase."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("phase", choices=("smoke", "kernels", "engine"))
+    parser.add_argument("phase", choices=("smoke", "kernels", "engine", "serve"))
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--out", type=Path, default=Path("runs/first_contact"))
     parser.add_argument("--label", default="", help="added to the file's name")
     parser.add_argument("--match", default="", help="kernels: only names that contain this")
-    parser.add_argument("--saved", default="attention", help="engine: finetune.saved")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="engine, serve: override a field of the configuration; may be repeated",
+    )
+    parser.add_argument(
+        "--parts",
+        type=lambda text: text.split(","),
+        help=", ".join(f"{phase}: some of {','.join(parts)}" for phase, parts in PARTS.items()),
+    )
+    parser.add_argument("--config", type=Path, default=Path("configs/llama3.1-8b.yaml"))
+    parser.add_argument("--trace", type=Path, help="serve: requests in place of the workload's")
+    parser.add_argument("--rates", default="1,3,5,20", help="serve: requests per second")
+    parser.add_argument("--seconds", type=float, default=30.0, help="serve: of requests, a rate")
     parser.add_argument(
         "--cache",
         type=Path,
@@ -38,17 +56,26 @@ def main() -> int:
         help="of compiled programs and of what XLA found by trying kernels out",
     )
     arguments = parser.parse_args()
-    if not arguments.dry_run and jax.devices()[0].platform not in ("gpu", "cuda"):
+    phase, dry_run = arguments.phase, arguments.dry_run
+    parts = arguments.parts or PARTS.get(phase, ())
+    if unknown := set(parts) - set(PARTS.get(phase, ())):
+        parser.error(f"--parts: {phase} has no {sorted(unknown)[0]}, only {PARTS.get(phase, ())}")
+    if not dry_run and jax.devices()[0].platform not in ("gpu", "cuda"):
         parser.error("JAX finds no GPU here: use --dry-run")
     use_persistent_cache(arguments.cache)
-    file = arguments.out / f"{arguments.phase}{arguments.label}.json"
-    notes, dry_run = Notes(file, command=sys.argv, dry_run=arguments.dry_run), arguments.dry_run
-    if arguments.phase == "smoke":
+    file = arguments.out / f"{phase}{'-' * bool(arguments.label)}{arguments.label}.json"
+    notes = Notes(file, command=sys.argv, dry_run=dry_run)
+    own = {"dry_run": dry_run, "overrides": arguments.set, "parts": parts}
+    if phase == "smoke":
         first_contact.smoke(notes, arguments.cache, dry_run=dry_run)
-    elif arguments.phase == "kernels":
+    elif phase == "kernels":
         first_contact.kernels(notes, dry_run=dry_run, match=arguments.match)
+    elif phase == "engine":
+        speed.engine(notes, arguments.cache, **own)
     else:
-        first_contact.engine(notes, arguments.cache, dry_run=dry_run, saved=arguments.saved)
+        rates = [float(rate) for rate in arguments.rates.split(",")]
+        load = {"trace": arguments.trace, "rates": rates, "seconds": arguments.seconds}
+        serving.serve(notes, arguments.cache, arguments.config, **own, **load)
     return 0
 
 

@@ -50,17 +50,31 @@ def test_tuning_runs_dry_and_leaves_the_tables_alone():
     assert table.read_text() == before
 
 
-@pytest.mark.parametrize("phase", ["smoke", "engine"])
-def test_first_contact_leaves_what_it_measured(tmp_path, phase):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("phase", ["smoke", "engine", "serve"])
+def test_first_contact_leaves_what_it_measured(tmp_path, cache, phase):
     """Half a minute a phase: what is wrong here would be found on a rented GPU."""
-    script = "scripts/gpu_first_contact.py"
-    run(script, phase, "--dry-run", "--out", str(tmp_path), "--cache", str(tmp_path / "cache"))
+    options = ["--dry-run", "--out", str(tmp_path), "--cache", cache]
+    if phase == "serve":
+        options += ["--rates", "5", "--seconds", "3"]
+    run("scripts/gpu_first_contact.py", phase, *options)
     noted = json.loads((tmp_path / f"{phase}.json").read_text())
     if phase == "smoke":
         assert noted["agree"]["tokens"] and noted["agree"]["adapted"]
         assert noted["tiny engine, kernels=auto"]["status"] == "succeeded"
+        return
+    assert noted["recompiles"] == 0
+    if phase == "serve":
+        assert noted["adapters/4"]["decode_share"] > 0
+        assert noted["load/5"]["measured"]["finetune_tokens_per_s"] > 0
+        assert noted["load/5"]["failures"] == {} and noted["load/5"]["requests"] > 2
+        assert noted["rollouts/1"]["answered_tokens_per_s"] > 0
     else:
-        assert noted["decode/4"]["step_ms"] > 0 and noted["recompiles"] == 0
+        assert noted["decode/4"]["step_ms"] > 0
         assert noted["finetune/alone"]["tokens_per_s"] > 0
         assert noted["decode and finetune"]["finetune_tokens_per_s"] > 0
 
