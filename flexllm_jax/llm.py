@@ -121,10 +121,10 @@ class LLM:
     ) -> list[NewRequest]:
         tokens = tuple(self.encode(prompt))
         arrival = time.monotonic() if arrival is None else arrival
-        matchers = self.engine.matchers.match_all(params.structured_outputs, params.n)
+        constraints = self.engine.constraints.make(params, params.n)
         return [
-            NewRequest(tokens, params, adapter, arrival, seed_offset=i, matcher=matcher)
-            for i, matcher in enumerate(matchers)
+            NewRequest(tokens, params, adapter, arrival, seed_offset=i, constraint=constraint)
+            for i, constraint in enumerate(constraints)
         ]
 
     def _raise_refused(self, futures: Sequence[RequestFuture]) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from llguidance import LLMatcher
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine import profile
 from flexllm_jax.engine.activations import describe_saved
 from flexllm_jax.engine.adapters import ServedAdapters
+from flexllm_jax.engine.constraints import Constraint, Constraints
 from flexllm_jax.engine.first_runs import run_all
 from flexllm_jax.engine.in_flight import (
     BucketUse,
@@ -33,11 +33,10 @@ from flexllm_jax.engine.in_flight import (
 from flexllm_jax.engine.out_of_memory import OutOfMemory, is_intact, room_for
 from flexllm_jax.engine.plan_step import PlannedStep, StepBuilder
 from flexllm_jax.engine.processes import make_runner
-from flexllm_jax.engine.request import RequestState, top_logprobs
+from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.rollouts import Rollouts
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
-from flexllm_jax.engine.structured_outputs import TokenMatchers, failure
 from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
@@ -93,9 +92,9 @@ class Engine:
         model = runner.model
         ends = end_token_ids(tokenizer, model.eos_token_ids)
         self.end_token_ids = tuple(token for token in ends if token < model.vocab_size)
-        self.matchers = TokenMatchers(tokenizer, model.vocab_size, self.end_token_ids)
+        self.constraints = Constraints(tokenizer, model.vocab_size, self.end_token_ids)
         self._requests: dict[str, RequestState] = {}
-        self._matching = 0  # those of them with structured outputs
+        self._reading = 0  # those of them whose next tokens depend on those before
         self._in_flight: deque[StepInFlight] = deque()
         self._unsettled: StepInFlight | None = None  # its tokens are read, its units maybe running
         self._device_free_at = 0.0
@@ -125,14 +124,14 @@ class Engine:
         arrival: float | None = None,
         seed_offset: int = 0,
         slo_class: str = "standard",
-        matcher: LLMatcher | None = None,
+        constraint: Constraint | None = None,
         on_finish: Callable[[RequestState], None] | None = None,
         job: str | None = None,
     ) -> RequestState:
         """Queue one output sequence for a prompt of token ids. `adapter`: by name its newest
-        version, or a version that is held. `matcher`: of its structured output, if another thread
-        has made it beforehand. `on_finish` is called when it has ended, however it did. `job`: in
-        whose share its tokens count.
+        version, or a version that is held. `constraint`: of its output, if another thread has made
+        it beforehand. `on_finish` is called when it has ended, however it did. `job`: in whose
+        share its tokens count.
 
         Raises ValueError, saying why, for what can never be served: an empty prompt, token ids
         outside the vocabulary, a prompt and max_tokens beyond the context, an adapter that is not
@@ -140,6 +139,7 @@ class Engine:
         """
         params.check_banned(self.end_token_ids)
         vocab_size = self.runner.model.vocab_size
+        params.check_tokens(vocab_size)
         outside = [t for t in prompt if not 0 <= t < vocab_size]
         if outside:
             raise ValueError(
@@ -151,20 +151,20 @@ class Engine:
         published = adapter or None
         if isinstance(published, str):
             published = self.adapters.directory.lookup(published)
-        if params.structured_outputs and not matcher:
-            matcher = self.matchers.match(params.structured_outputs)
+        if not constraint:
+            (constraint,) = self.constraints.make(params, 1)
         seed = params.seed
         seed = int(self._seeds.integers(2**31)) if seed is None else seed + seed_offset
         state = RequestState(
             request_id=str(next(self._ids)),
             prompt=tuple(prompt),
             params=params,
-            seed=seed & 0x7FFFFFFF,
+            seed=seed % 2**64,
             arrival=time.monotonic() if arrival is None else arrival,
             stop_ids=params.stop_ids(self.end_token_ids),
             adapter=published,
             slo=self.slos[slo_class],
-            matcher=matcher,
+            constraint=constraint,
             on_finish=on_finish,
         )
         salt = (published.name, published.version) if published else None
@@ -187,7 +187,7 @@ class Engine:
         if published:
             published.users += 1
         self._requests[state.request_id] = state
-        self._matching += matcher is not None
+        self._reading += constraint is not None and constraint.reads_tokens
         return state
 
     def cancel(self, state: RequestState, error: str | None = None) -> None:
@@ -199,7 +199,7 @@ class Engine:
     def _finish(self, state: RequestState, reason: str) -> None:
         state.finish_reason = reason
         self._requests.pop(state.request_id, None)
-        self._matching -= state.matcher is not None
+        self._reading -= state.constraint is not None and state.constraint.reads_tokens
         if state.adapter:
             self.adapters.directory.release(state.adapter)
         if state.on_finish:
@@ -233,7 +233,7 @@ class Engine:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
         started = time.perf_counter()
         self.progressed = []
-        if self._matching:  # tokens will be read amid a step: what else changes jobs comes before
+        if self._reading:  # tokens will be read amid a step: what else changes jobs comes before
             self._settle()
         self.trainer.feed()
         plan, finished = self.scheduler.plan(time.monotonic()), []
@@ -297,8 +297,8 @@ class Engine:
     def _sample(self, step: StepInFlight, planned: PlannedStep, hidden_rows: jax.Array) -> None:
         if planned.sampled:
             allowed = None
-            if planned.matchers:
-                allowed = self.matchers.allowed(planned.matchers, len(planned.rows.row))
+            if planned.constraints:
+                allowed = self.constraints.allowed(planned.constraints, len(planned.rows.row))
             step.sampled = planned.sampled
             step.report = self.runner.sample(
                 hidden_rows,
@@ -306,6 +306,7 @@ class Engine:
                 kind=planned.sampling,
                 logprobs=planned.logprobs,
                 allowed=allowed,
+                wanted=planned.wanted,
             )
             jax.tree.map(lambda x: x.copy_to_host_async(), step.report)
         request_prompt_logprobs(self.runner, step, planned)
@@ -369,18 +370,10 @@ class Engine:
             if state.finished:
                 continue
             if state.params.logprobs is not None:
-                state.logprobs.append(
-                    top_logprobs(
-                        token,
-                        report["logprobs"][i],
-                        report["top_tokens"][i],
-                        report["top_logprobs"][i],
-                        state.params.logprobs,
-                    )
-                )
+                state.take_logprobs(token, report, i)
             if state.append(token, self.detokenizer):
                 stopped.add(state.request_id)
-            elif state.matcher and (reason := failure(state.matcher)):
+            elif state.constraint and (reason := state.constraint.failure()):
                 self.cancel(state, reason)
                 failed.append(state)
         return sampled, stopped, failed

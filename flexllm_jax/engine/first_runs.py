@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from flexllm_jax.engine.runner import Runner
-from flexllm_jax.engine.sampler import SamplingRows
+from flexllm_jax.engine.sampler import SamplingRows, row_biases
 from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
@@ -41,7 +41,7 @@ def _run_steps(runner: Runner) -> None:
         for kind in Sampling:
             runner.sample(sampled, rows, kind=kind, logprobs=True)
     nothing = np.zeros(model.vocab_size, np.int32)
-    runner.write_history(0, nothing, nothing.astype(bool))
+    runner.write_history(0, nothing, nothing.astype(bool), row_biases({}))
 
 
 def empty_dropout(runner: Runner) -> JobDropout | None:

@@ -13,8 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llguidance import LLMatcher
-
+from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
@@ -27,8 +26,8 @@ class NewRequest:
     """A request to queue. `arrival`: time.monotonic, for its latencies.
 
     `seed_offset` is added to the seed, so that several outputs of one prompt differ. `slo_class`:
-    "standard" or one of `scheduler.slo_classes`. `matcher`: of its structured output, which takes
-    time to make.
+    "standard" or one of `scheduler.slo_classes`. `constraint`: of its output, which may take time
+    to make.
     """
 
     prompt: tuple[int, ...]
@@ -37,7 +36,7 @@ class NewRequest:
     arrival: float
     seed_offset: int = 0
     slo_class: str = "standard"
-    matcher: LLMatcher | None = None
+    constraint: Constraint | None = None
 
 
 class EngineStopped(RuntimeError):
@@ -114,7 +113,7 @@ class EngineLoop:
                     arrival=new.arrival,
                     seed_offset=new.seed_offset,
                     slo_class=new.slo_class,
-                    matcher=new.matcher,
+                    constraint=new.constraint,
                 )
             except ValueError as error:
                 _resolve(future, None, error)

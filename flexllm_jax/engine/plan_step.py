@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from llguidance import LLMatcher
 
+from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.runner import Runner
-from flexllm_jax.engine.sampler import BANNED, SamplingRows
+from flexllm_jax.engine.sampler import SamplingRows, row_biases
+from flexllm_jax.engine.sampling_params import BANNED, WANTED
 from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.engine.trainer import MicrobatchInWork
 from flexllm_jax.peft.dropout import JobDropout
@@ -42,8 +43,9 @@ class PlannedStep:
 
     sampling        the kind that does what all its requests need
     logprobs        whether any wants log-probabilities of what is sampled
-    matchers        of structured outputs, with their rows of `rows`
+    constraints     of outputs, with their rows of `rows`
     awaits_tokens   which tokens they allow depends on those of the step before
+    wanted          by row, the tokens whose log-probabilities are asked for; None: of no row
     dropout         of the finetuning tokens; None: of nothing
     """
 
@@ -54,8 +56,9 @@ class PlannedStep:
     sampling: Sampling
     logprobs: bool
     prompt_targets: list[PromptTargets]
-    matchers: list[tuple[LLMatcher, int]] = field(default_factory=list)
+    constraints: list[tuple[Constraint, int]] = field(default_factory=list)
     awaits_tokens: bool = False
+    wanted: np.ndarray | None = None
     dropout: JobDropout | None = None
 
 
@@ -160,12 +163,13 @@ class StepBuilder:
             state.row, state.preemptions, state.copied_pages = row, sequence.preemptions, 0
             if state.started_at is None:
                 state.started_at, state.cached_tokens = time.monotonic(), sequence.cached_tokens
-            if state.params.needs_history:
+            if state.params.has_row_state:
                 vocab_size = self._runner.model.vocab_size
                 counts = np.bincount(np.array(state.output, np.int64), minlength=vocab_size)
                 prompt = np.zeros(vocab_size, np.bool_)
                 prompt[list(state.prompt)] = True
-                self._runner.write_history(row, counts.astype(np.int32), prompt)
+                biases = row_biases(state.params.logit_bias)
+                self._runner.write_history(row, counts.astype(np.int32), prompt, biases)
         new = sequence.pages[state.copied_pages :]
         if new:
             self._tables[row, state.copied_pages : len(sequence.pages)] = new
@@ -188,15 +192,23 @@ class StepBuilder:
         index = len(sequence.output) + sequence.in_flight - 1  # the plan has counted this one
         rows, params = planned.rows, state.params
         rows.row[i], rows.adapter[i] = sequence.row, state.bank_row
-        planned.logprobs |= params.logprobs is not None
+        if params.logprobs is not None:
+            planned.logprobs = True
+            if params.logprobs_at_temperature:
+                rows.scale[i] = params.temperature or 1.0
+            if count := len(params.logprob_token_ids):
+                if planned.wanted is None:
+                    planned.wanted = np.zeros((len(rows.row), WANTED), np.int32)
+                planned.wanted[i, :count] = params.logprob_token_ids
         kind = state.sampling(index)
         if kind == Sampling.GREEDY:
             return
         planned.sampling = max(planned.sampling, kind)
-        if state.matcher:
-            planned.matchers.append((state.matcher, i))
-            planned.awaits_tokens |= sequence.in_flight > 1
-        rows.index[i], rows.seed[i] = index, state.seed
+        if state.constraint:
+            planned.constraints.append((state.constraint, i))
+            planned.awaits_tokens |= state.constraint.reads_tokens and sequence.in_flight > 1
+        rows.index[i], rows.biased[i] = index, bool(params.logit_bias)
+        rows.seed[i], rows.seed_high[i] = state.seed_words
         rows.temperature[i], rows.top_k[i] = params.temperature, params.top_k
         rows.top_p[i], rows.min_p[i] = params.top_p, params.min_p
         rows.repetition[i] = params.repetition_penalty

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from flexllm_jax.compile.buckets import Program
 from flexllm_jax.engine import sampler
 from flexllm_jax.engine.placement import GATHERED
+from flexllm_jax.engine.sampling_params import BIASES, WANTED
 from flexllm_jax.engine.sizes import EngineSizes, ints
 from flexllm_jax.engine.step import forward_step, write_pages
 from flexllm_jax.engine.step_inputs import PAGE_WRITES
@@ -185,13 +186,13 @@ def _sampling_programs(sizes: EngineSizes) -> list[Program]:
             Program(
                 f"logprobs/{rows}",
                 partial(sampler.logprobs, decoder),
-                (*arguments[:3], tokens, tokens),
+                (*arguments[:3], tokens, tokens, _floats(rows), ints(rows, WANTED)),
                 results=_WHOLE,
             )
         )
     counts = ints(sizes.model.vocab_size)
     prompt = jax.ShapeDtypeStruct(counts.shape, jnp.bool_)
-    written = (history, _INT, counts, prompt)
+    written = (history, _INT, counts, prompt, ints(2, BIASES))
     return [*programs, Program("write_history", sampler.write_history, written, (0,), _WHOLE)]
 
 

@@ -10,8 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher
-
+from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
@@ -57,9 +56,9 @@ class Questions:
                 seed=question.seed,
                 structured_outputs=answer,
             )
-            matcher = self._engine.matchers.match(answer)
+            (constraint,) = self._engine.constraints.make(params, 1)
             future: Future[RequestState] = Future()
-            send = partial(self._send, future, tokens, params, question.model, matcher)
+            send = partial(self._send, future, tokens, params, question.model, constraint)
             self._between_steps(send)
             state = future.result()
         except ValueError as error:
@@ -75,7 +74,7 @@ class Questions:
         tokens: tuple[int, ...],
         params: SamplingParams,
         model: str,
-        matcher: LLMatcher,
+        constraint: Constraint | None,
     ) -> None:
         if self._closed:
             future.set_exception(ValueError("the job has ended"))
@@ -89,7 +88,7 @@ class Questions:
                 params,
                 adapter,
                 slo_class=self._slo_class,
-                matcher=matcher,
+                constraint=constraint,
                 on_finish=partial(self._answered, future),
                 job=self._job,
             )

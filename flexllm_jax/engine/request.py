@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from llguidance import LLMatcher
 
+from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.models.detokenizer import Detokenizer, OutputText
 from flexllm_jax.peft.bank import Published
@@ -26,18 +26,18 @@ class RequestState:
     """One output sequence from arrival to finish.
 
     `row`, `preemptions` and `copied_pages` say which part of the scheduler's page list the engine
-    has in its page table. `matcher` has taken in the tokens of `output`.
+    has in its page table. `constraint` has taken in the tokens of `output`.
     """
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-    seed: int
+    seed: int  # of 64 bits
     arrival: float
     stop_ids: frozenset[int]
     adapter: Published | None = None
     slo: Slo | None = None  # None: the engine's default
-    matcher: LLMatcher | None = None  # of a structured output
+    constraint: Constraint | None = None  # what may come
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -72,6 +72,12 @@ class RequestState:
         )
 
     @property
+    def seed_words(self) -> tuple[np.int32, np.int32]:
+        """The lower and the upper half of its seed."""
+        low, high = np.array([self.seed], np.uint64).view(np.int32)
+        return low, high
+
+    @property
     def bank_row(self) -> int:
         """Row of the bank of its adapter, or -1."""
         return self.adapter.bank_slot - 1 if self.adapter else -1
@@ -87,8 +93,16 @@ class RequestState:
         if p.temperature > 0:
             filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
             return Sampling.FILTERED if filtered else Sampling.DRAWN
-        adjusted = p.needs_history or index < p.min_tokens or self.matcher is not None
+        adjusted = p.has_row_state or index < p.min_tokens or self.constraint is not None
         return Sampling.ADJUSTED if adjusted else Sampling.GREEDY
+
+    def take_logprobs(self, token: int, report: dict, row: int) -> None:
+        """Take in what `sampler.logprobs` tells of a sampled token, in a row of its report."""
+        count, own = self.params.logprobs or 0, report["logprobs"][row]
+        tokens, values = report["top_tokens"][row], report["top_logprobs"][row]
+        if wanted := self.params.logprob_token_ids:
+            tokens, values, count = np.array(wanted), report["wanted"][row], len(wanted)
+        self.logprobs.append(top_logprobs(token, own, tokens, values, count))
 
     def append(self, token: int, detokenizer: Detokenizer) -> str | None:
         """Take in a sampled token; returns "stop" when it is the last one.
@@ -100,8 +114,8 @@ class RequestState:
         self.first_token_at = self.first_token_at or now
         self.last_token_at = now
         self.output.append(token)
-        if self.matcher:
-            self.matcher.consume_token(token)
+        if self.constraint:
+            self.constraint.consume(token)
         if self._ended_by_token:
             return "stop"
         if not self.params.stop:
@@ -135,6 +149,6 @@ class RequestState:
 def top_logprobs(
     token: int, logprob: float, tokens: np.ndarray, logprobs: np.ndarray, count: int
 ) -> TokenLogprobs:
-    """The token's log-probability and those of the `count` most likely ones."""
+    """The token's log-probability and those of the first `count` of `tokens`."""
     pairs = zip(tokens[:count].tolist(), logprobs[:count].tolist(), strict=True)
     return dict(pairs) | {token: float(logprob)}

@@ -29,6 +29,7 @@ from flexllm_jax.engine.programs import (
     list_programs,
     sampling_program,
 )
+from flexllm_jax.engine.sampling_params import WANTED
 from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.engine.structured_outputs import mask_words
 from flexllm_jax.finetune.optimizer import checkpointed, optimizer_program
@@ -126,8 +127,8 @@ class Runner:
         self.last_tokens, self.history = requests["last_tokens"], requests["history"]
         self.page_tables = requests["page_tables"]
         words = mask_words(self.model.vocab_size)
-        self._all_allowed = {
-            rows: self.put(np.full((rows, words), -1, np.int32))
+        self._unasked = {  # all are allowed, and no log-probabilities wanted but the likeliest
+            rows: self.put([np.full((rows, n), -1, np.int32) for n in (words, WANTED)])
             for rows in {shape.samples for shape in self.sizes.step_shapes.values()}
         }
 
@@ -190,25 +191,24 @@ class Runner:
         kind: Sampling,
         logprobs: bool = False,
         allowed: Int[np.ndarray, "R W"] | None = None,
+        wanted: Int[np.ndarray, "R K"] | None = None,
     ) -> dict:
-        """Sample; returns {"tokens"} and, when asked for, what `sampler.logprobs` tells of them.
-        `allowed`: the tokens that may be drawn, see `TokenMatchers.allowed`; None: all."""
-        count = sampled.shape[0]
-        head, packed = head_parameters(self.params), rows.packed()
-        arguments = (head, self._head_bank, sampled, self.last_tokens)
+        """Sample; returns {"tokens"} and, when asked for, what `sampler.logprobs` tells of them and
+        of those `wanted`. `allowed`: that may be drawn, see `Constraints.allowed`; None: all."""
+        count, packed = sampled.shape[0], rows.packed()
+        arguments = (head_parameters(self.params), self._head_bank, sampled, self.last_tokens)
         program = self.programs[sampling_program(kind, count)]
         if kind == Sampling.GREEDY:
             tokens, self.last_tokens = program(*arguments, packed)
         else:
-            if allowed is None:
-                allowed = self._all_allowed[count]
-            tokens, self.last_tokens, self.history = program(
-                *arguments, self.history, packed, allowed
-            )
+            bits = self._unasked[count][0] if allowed is None else allowed
+            tokens, self.last_tokens, self.history = program(*arguments, self.history, packed, bits)
         if not logprobs:
             return {"tokens": tokens}
-        report = self.programs[f"logprobs/{count}"](*arguments[:3], tokens, rows.adapter)
-        return {"tokens": tokens, **report}
+        more = (rows.adapter, rows.scale, self._unasked[count][1] if wanted is None else wanted)
+        report = self.programs[f"logprobs/{count}"](*arguments[:3], tokens, *more)
+        read = {n: x for n, x in report.items() if n != "wanted" or wanted is not None}
+        return {"tokens": tokens, **read}
 
     def prompt_logprobs(self, hidden: jax.Array, targets: Int[np.ndarray, "2 T"]) -> dict:
         """Log-probabilities of targets (tokens, and rows of the bank) given a forward's outputs."""
@@ -222,9 +222,9 @@ class Runner:
             return None
         return {name: stacks[-1] for name, stacks in self.bank.items()}
 
-    def write_history(self, row: int, counts: np.ndarray, prompt: np.ndarray) -> None:
-        """Tell the penalties what a row's request has said and was asked."""
-        self.history = self.programs["write_history"](self.history, np.int32(row), counts, prompt)
+    def write_history(self, row: int, *of_row: np.ndarray) -> None:
+        """Tell the sampler of a row's request, see `sampler.write_history`."""
+        self.history = self.programs["write_history"](self.history, np.int32(row), *of_row)
 
     def write_pages(self, places: Int[np.ndarray, "2 W"]) -> None:
         """Put new pages in the page tables, see `step_inputs.page_writes`."""

@@ -1,13 +1,15 @@
 """Sampling on the device, and the log-probabilities that requests ask for.
 
-`sample_greedy` takes the largest logit and nothing else; `sample` applies, in vLLM's order,
-penalties, banned tokens and those that a structured output does not allow, temperature, min-p,
+`sample_greedy` takes the largest logit and nothing else; `sample` applies, in vLLM's order, biases
+and banned tokens, penalties, the tokens that a request's constraints allow, temperature, min-p,
 top-k and top-p, and draws with the request's own key. The host picks the program that does least of
 those that do what the step's requests need (`Sampling`): the rest costs nothing. A draw depends on
 the request's seed and the index of its token alone, so neither batching nor preemption changes it.
-Log-probabilities are those of the raw logits, as in training; a program of their own reports them.
+Log-probabilities are those of the raw logits, as in training, or if asked for of those over the
+temperature; a program of their own reports them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.engine.cutoffs import kept
-from flexllm_jax.engine.sampling_params import BANNED, TOP_LOGPROBS
+from flexllm_jax.engine.sampling_params import BANNED, BIASES, TOP_LOGPROBS
 from flexllm_jax.engine.structured_outputs import BITS
 from flexllm_jax.models.bypass import BypassFunction, no_bypass
 from flexllm_jax.models.decoder import Decoder
@@ -41,7 +43,9 @@ class SamplingRows:
     row: np.ndarray
     adapter: np.ndarray
     index: np.ndarray  # of the token in the request's output
-    seed: np.ndarray
+    seed: np.ndarray  # its lower half
+    seed_high: np.ndarray
+    biased: np.ndarray  # whether its row of the state has biases of its own
     top_k: np.ndarray
     banned: np.ndarray  # [R, BANNED], -1 where empty
     temperature: np.ndarray
@@ -50,13 +54,15 @@ class SamplingRows:
     repetition: np.ndarray
     presence: np.ndarray
     frequency: np.ndarray
+    scale: np.ndarray  # that log-probabilities are told at: a temperature
 
     @classmethod
     def neutral(cls, rows: int, no_row: int) -> "SamplingRows":
         """Greedy sampling in no row."""
-        ints = {"row": no_row, "adapter": -1, "index": 0, "seed": 0, "top_k": 0}
+        ints = {"row": no_row, "adapter": -1, "index": 0, "seed": 0, "seed_high": 0, "top_k": 0}
+        ints["biased"] = 0
         floats = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition": 1.0}
-        floats |= {"presence": 0.0, "frequency": 0.0}
+        floats |= {"presence": 0.0, "frequency": 0.0, "scale": 1.0}
         return cls(
             **{name: np.full(rows, value, np.int32) for name, value in ints.items()},
             banned=np.full((rows, BANNED), -1, np.int32),
@@ -86,7 +92,7 @@ class SamplingRows:
         return cls(**values)
 
 
-_FLOATS = {"temperature", "top_p", "min_p", "repetition", "presence", "frequency"}
+_FLOATS = {"temperature", "top_p", "min_p", "repetition", "presence", "frequency", "scale"}
 PACKED_ROWS = len(fields(SamplingRows)) - 1 + BANNED
 
 
@@ -132,9 +138,10 @@ def sample(
         bank: the output head's {"weights", "scales"} of the adapter bank, or None if it has none.
         hidden: last-layer outputs of the rows.
         last_tokens: newest token of each request row; donated.
-        history: {"counts": [Q, V] int32 output tokens so far, "prompt": [Q, V] bool}; donated.
+        history: {"counts": [Q, V] int32 output tokens so far, "prompt": [Q, V] bool, "biases":
+            [2, Q, BIASES] as of `row_biases`}; donated.
         packed: `SamplingRows`.
-        allowed: the tokens that may be drawn, as the bits of `TokenMatchers.allowed`.
+        allowed: the tokens that may be drawn, as the bits of `Constraints.allowed`.
 
     Returns:
         tokens, last_tokens, history.
@@ -144,13 +151,11 @@ def sample(
     counts = history["counts"].at[rows.row].get(mode="fill", fill_value=0)
     seen = history["prompt"].at[rows.row].get(mode="fill", fill_value=False) | (counts > 0)
 
+    logits = _biased(logits, rows, history["biases"])
     repetition = rows.repetition[:, None]
     penalized = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(seen, penalized, logits)
     logits -= rows.frequency[:, None] * counts + rows.presence[:, None] * (counts > 0)
-    row = jnp.arange(logits.shape[0])[:, None]
-    banned = jnp.where(rows.banned < 0, logits.shape[1], rows.banned)
-    logits = logits.at[row, banned].set(-jnp.inf, mode="drop")
     bits = (allowed[:, :, None] >> jnp.arange(BITS)) & 1
     bits = bits.reshape(allowed.shape[0], -1)[:, : logits.shape[1]]
     logits = jnp.where(bits == 1, logits, -jnp.inf)
@@ -164,17 +169,56 @@ def sample(
     return tokens, last_tokens, history | {"counts": counts}
 
 
+def _biased(
+    logits: Float[Array, "R V"], rows: SamplingRows, biases: Int[Array, "2 Q B"]
+) -> Float[Array, "R V"]:
+    """The logits with what is added to those of some tokens: -inf to those that are banned, and the
+    requests' biases. A GPU adds all of it at once, and waits for no branch; a CPU branches."""
+    row = jnp.arange(logits.shape[0])[:, None]
+
+    def add(logits: jax.Array, tokens: jax.Array, values: jax.Array) -> jax.Array:
+        return logits.at[row, tokens].add(values, mode="drop")
+
+    banned = jnp.where(rows.banned < 0, logits.shape[1], rows.banned)
+    bans = (banned, jnp.full(banned.shape, -jnp.inf, logits.dtype))
+
+    def add_all(logits: jax.Array) -> jax.Array:
+        tokens, values = biases.at[:, rows.row].get(mode="fill", fill_value=0)
+        tokens = jnp.where(rows.biased[:, None] > 0, tokens, logits.shape[1])
+        own = (tokens, lax.bitcast_convert_type(values, jnp.float32))
+        return add(
+            logits, *(jnp.concatenate(both, axis=-1) for both in zip(bans, own, strict=True))
+        )
+
+    def branch(logits: jax.Array) -> jax.Array:
+        return lax.cond(jnp.any(rows.biased > 0), add_all, lambda x: add(x, *bans), logits)
+
+    return lax.platform_dependent(logits, cpu=branch, default=add_all)
+
+
+def row_biases(biases: Mapping[int, float]) -> Int[np.ndarray, "2 B"]:
+    """A request's biases as the device keeps them: tokens, and the bits of what is added to their
+    logits; padding adds nothing to token 0."""
+    packed = np.zeros((2, BIASES), np.int32)
+    packed[0, : len(biases)] = list(biases)
+    packed[1, : len(biases)] = np.array(list(biases.values()), np.float32).view(np.int32)
+    return packed
+
+
 def _perturbed(
     logits: Float[Array, "R V"], rows: SamplingRows, *, filtered: bool
 ) -> Float[Array, "R V"]:
     """Scores of which the largest is a draw from the distribution that temperature and, when
     `filtered`, min-p, top-k and top-p leave."""
     logits = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
+    # What `jax.random.key` makes of 64 bits, which it takes only where all of JAX has them.
+    seeds = jnp.stack([rows.seed_high, rows.seed], axis=-1)
+    seeds = lax.bitcast_convert_type(seeds, jnp.uint32)
     noise = jax.vmap(
         lambda seed, index: jax.random.gumbel(
-            jax.random.fold_in(jax.random.key(seed), index), logits.shape[1:]
+            jax.random.fold_in(jax.random.wrap_key_data(seed), index), logits.shape[1:]
         )
-    )(rows.seed, rows.index)
+    )(seeds, rows.index)
     if not filtered:
         return logits + noise
     filters = (jnp.asarray(x) for x in (rows.top_k, rows.top_p, rows.min_p))
@@ -189,14 +233,19 @@ def logprobs(
     hidden: Float[Array, "R D"],
     tokens: Int[Array, " R"],
     adapter: Int[Array, " R"],
+    scale: Float[Array, " R"] | None = None,
+    wanted: Int[Array, "R K"] | None = None,
 ) -> dict:
-    """{"logprobs" of the tokens, "top_tokens", "top_logprobs"}; adapter: rows of the bank, or
-    -1."""
+    """{"logprobs" of the tokens, "top_tokens", "top_logprobs"}, and "wanted": those of `wanted`.
+    adapter: rows of the bank, or -1. scale: the temperature that they are told at, 1 if None."""
     logits = decoder.logits(params, hidden, _head_bypass(bank, adapter))
+    if scale is not None:
+        logits = logits / scale[:, None]
     every = jax.nn.log_softmax(logits, axis=-1)
+    more = {} if wanted is None else {"wanted": jnp.take_along_axis(every, wanted, axis=-1)}
     own = jnp.take_along_axis(every, tokens[:, None], axis=-1)[:, 0]
     top, top_tokens = _top(every, min(TOP_LOGPROBS, logits.shape[1]))
-    return {"logprobs": own, "top_tokens": top_tokens, "top_logprobs": top}
+    return {"logprobs": own, "top_tokens": top_tokens, "top_logprobs": top, **more}
 
 
 def _top(values: Float[Array, "R V"], count: int) -> tuple[jax.Array, jax.Array]:
@@ -231,10 +280,13 @@ def prompt_logprobs(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], report)
 
 
-def write_history(history: dict, row: jax.Array, counts: jax.Array, prompt: jax.Array) -> dict:
-    """Start a request's row of the history (donated): output counts [V] and prompt tokens [V]
-    bool."""
+def write_history(
+    history: dict, row: jax.Array, counts: jax.Array, prompt: jax.Array, biases: jax.Array
+) -> dict:
+    """Start a request's row of the history (donated): output counts [V], prompt tokens [V] bool and
+    `row_biases`."""
     return {
         "counts": history["counts"].at[row].set(counts),
         "prompt": history["prompt"].at[row].set(prompt),
+        "biases": history["biases"].at[:, row].set(biases),
     }

@@ -6,6 +6,8 @@ from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 
 TOP_LOGPROBS = 20  # most alternatives a request can ask for, as in the OpenAI interface
 BANNED = 16  # most tokens that min_tokens can hold back
+BIASES = 300  # most tokens with a logit_bias, as in the OpenAI interface
+WANTED = 128  # most logprob_token_ids, as in vLLM
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,12 @@ class SamplingParams:
     stop                 strings that end the output, which then ends before them
     stop_token_ids       tokens that end the output; end-of-sequence tokens do unless ignore_eos
     include_stop_str_in_output   leave the stop string or token that ended the output in its text
+    logit_bias           added to the logits of tokens, from -100 to 100
+    allowed_token_ids    the only tokens that may come
+    bad_words            words that do not come, as they stand or after a space
     logprobs             number of alternatives to report per output token; None: no report
+    logprob_token_ids    the alternatives to report, in place of the most likely ones
+    logprobs_at_temperature   report those of the distribution that the temperature makes
     prompt_logprobs      the same for the prompt
     n                    outputs per prompt
     structured_outputs   what the output must match; it then ends with an end-of-sequence token
@@ -44,7 +51,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = field(default=())
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = field(default=())
+    bad_words: tuple[str, ...] = field(default=())
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = field(default=())
+    logprobs_at_temperature: bool = False
     prompt_logprobs: int | None = None
     n: int = 1
     structured_outputs: StructuredOutputsParams | None = None
@@ -52,7 +64,10 @@ class SamplingParams:
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        biases, wanted = self.logit_bias.values(), self.logprob_token_ids
         checks = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "min_tokens": (0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens"),
@@ -65,11 +80,17 @@ class SamplingParams:
             "frequency_penalty": (abs(self.frequency_penalty) <= 2, "between -2 and 2"),
             "stop": (all(self.stop), "strings that are not empty"),
             "n": (self.n >= 1, "at least 1"),
+            "logit_bias": (all(-100 <= bias <= 100 for bias in biases), "of -100 to 100"),
+            "bad_words": (all(word.strip() for word in self.bad_words), "words"),
+            "logprob_token_ids": (not wanted or self.logprobs is not None, "beside logprobs"),
         }
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             allowed = count is None or 0 <= count <= TOP_LOGPROBS
             checks[name] = (allowed, f"between 0 and {TOP_LOGPROBS}")
+        for name, most in (("logit_bias", BIASES), ("logprob_token_ids", WANTED)):
+            if (count := len(getattr(self, name))) > most:
+                raise ValueError(f"{name}: it has {count} tokens, at most {most} can be told of")
         for name, (good, rule) in checks.items():
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
@@ -80,13 +101,30 @@ class SamplingParams:
             )
 
     @property
-    def needs_history(self) -> bool:
-        """Whether sampling depends on the tokens so far."""
+    def has_row_state(self) -> bool:
+        """Whether sampling needs what the device keeps of a request: its tokens so far, its
+        biases."""
         return (
-            self.repetition_penalty != 1.0
+            bool(self.logit_bias)
+            or self.repetition_penalty != 1.0
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether some tokens may not come."""
+        return bool(self.structured_outputs or self.allowed_token_ids or self.bad_words)
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """ValueError for a token that the model does not have."""
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
+            for token in getattr(self, name):
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{name}: token id {token} is outside of the vocabulary of {vocab_size}: "
+                        f"use this model's tokenizer"
+                    )
 
     def stop_ids(self, eos: tuple[int, ...]) -> frozenset[int]:
         """Tokens that end the output."""

@@ -15,6 +15,7 @@ from flexllm_jax.compile.buckets import token_buckets
 from flexllm_jax.config import Config
 from flexllm_jax.engine.cache import page_shapes
 from flexllm_jax.engine.placement import ALL, Placement
+from flexllm_jax.engine.sampling_params import BIASES
 from flexllm_jax.engine.step_inputs import StepShape
 from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shapes
 from flexllm_jax.finetune.optimizer import job_state_shapes, optimizer_program
@@ -222,7 +223,7 @@ class EngineSizes:
     @cached_property
     def request_arrays(self) -> dict:
         """By request row: its newest token, its pages (behind those, of finetuning sequences),
-        and what the penalties know of it."""
+        and what the sampler keeps of it."""
         history = (self.rows, self.model.vocab_size)
         return {
             "last_tokens": ints(self.rows),
@@ -230,6 +231,7 @@ class EngineSizes:
             "history": {
                 "counts": ints(*history),
                 "prompt": jax.ShapeDtypeStruct(history, jnp.bool_),
+                "biases": ints(2, self.rows, BIASES),
             },
         }
 

@@ -14,11 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
-from llguidance.numpy import fill_next_token_bitmask_par
 
 BITS = 32  # tokens in a word of a mask
 _LONGEST_REASON = 300  # characters: reasons repeat what was given
@@ -160,8 +157,6 @@ class TokenMatchers:
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]):
         size = max(vocab_size, len(tokenizer))
         self._given = tokenizer, size, list(eos_token_ids)
-        self._words, self._all_words = mask_words(vocab_size), mask_words(size)
-        self._executor = LLExecutor()
         self._lock = threading.Lock()
         self._made: LLTokenizer | str | None = None
         self._limits = LLParserLimits(**LIMITS)
@@ -199,21 +194,3 @@ class TokenMatchers:
             if len(self._matchers) > _KEPT:
                 self._matchers.popitem(last=False)
         return matcher.deep_copy()
-
-    def match_all(
-        self, params: StructuredOutputsParams | None, count: int
-    ) -> list[LLMatcher] | list[None]:
-        """`match` for `count` outputs of one request; None for each if they are free."""
-        if params is None:
-            return [None] * count
-        matcher = self.match(params)
-        return [matcher, *(matcher.deep_copy() for _ in range(count - 1))]
-
-    def allowed(
-        self, matchers: Sequence[tuple[LLMatcher, int]], rows: int
-    ) -> Int[np.ndarray, "rows W"]:
-        """The tokens that may come next, as bits: token t is bit t % 32 of word t // 32. `matchers`
-        with their rows; in the other rows all tokens may."""
-        bits = np.full((rows, self._all_words), -1, np.int32)
-        fill_next_token_bitmask_par(self._executor, list(matchers), bits)
-        return bits[:, : self._words]

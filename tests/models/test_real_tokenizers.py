@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers
+from flexllm_jax.engine.constraints import Constraints
+from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.finetune.data import load_dataset
 from flexllm_jax.models.detokenizer import Detokenizer, OutputText
 from flexllm_jax.models.tokenizer import encode_text, end_token_ids, token_starts
@@ -118,14 +120,15 @@ def test_outputs_match_over_large_vocabularies(name: str) -> None:
     """Random tokens of those that may follow. Making the trie of all tokens takes seconds."""
     tokenizer, choices = tokenizer_of(name), ("def ghi", "世界 😀", " x")
     end = tokenizer.eos_token_id
-    matchers = TokenMatchers(tokenizer, len(tokenizer) + 100, [end])
+    constraints = Constraints(tokenizer, len(tokenizer) + 100, [end])
     detokenizer, random = Detokenizer(tokenizer), np.random.default_rng(0)
-    for matcher in matchers.match_all(StructuredOutputsParams(choice=choices), 10):
-        assert matcher is not None
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=choices))
+    for constraint in constraints.make(params, 10):
+        assert constraint is not None
         output: list[int] = []
         while output[-1:] != [end]:
-            bits = matchers.allowed([(matcher, 0)], 1)[0].view(np.uint8)
+            bits = constraints.allowed([(constraint, 0)], 1)[0].view(np.uint8)
             allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
             output.append(int(random.choice(allowed)))
-            matcher.consume_token(output[-1])
+            constraint.consume(output[-1])
         assert detokenizer.output_text(tokenizer.encode("the"), output) in choices

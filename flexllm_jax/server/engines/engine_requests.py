@@ -1,6 +1,6 @@
 """Requests in the engine's process, from a message to tokens told.
 
-What takes time is done before the engine's thread is asked: structures are compiled, and adapters
+What takes time is done before the engine's thread is asked: constraints are made, and adapters
 read, in workers.
 """
 
@@ -10,8 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from llguidance import LLMatcher
-
+from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
 from flexllm_jax.engine.request import RequestState
@@ -43,7 +42,7 @@ class EngineRequests:
         self._loads = AdapterLoads(
             *(loop, calls, self._add, self._refuse, load, engine.config.server.adapter_wait_s)
         )
-        self._compiling: set[int] = set()  # requests whose structure is not compiled yet
+        self._compiling: set[int] = set()  # requests whose constraints are not made yet
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Drop requests."""
@@ -56,9 +55,9 @@ class EngineRequests:
 
     def take(self, requests: Sequence[Generate]) -> None:
         """Hand requests to the engine's thread, which has no time for what can be done here; their
-        structure, which this thread has no time for, is compiled in another."""
-        first = requests[0]  # a message is about one adapter and one structure
-        if first.params.structured_outputs is None:
+        constraints, which this thread has no time for, are made in another."""
+        first = requests[0]  # a message is about one adapter and one constraint
+        if not first.params.is_constrained:
             numbered = _number(requests, [None] * len(requests))
             self._loop.post(partial(self._submit, numbered, first.adapter, first.adapter_path))
         else:
@@ -68,15 +67,14 @@ class EngineRequests:
     def _compile(self, requests: Sequence[Generate]) -> None:
         """In a worker: what compiles is queued, or refused; unless it is cancelled by then."""
         first, numbers = requests[0], [r.request_id for r in requests]
-        structure = first.params.structured_outputs
         try:
-            matchers = self._engine.matchers.match_all(structure, len(requests))
+            constraints = self._engine.constraints.make(first.params, len(requests))
         except Exception as error:
             invalid, text = isinstance(error, ValueError), " ".join(str(error).split())
             self._loop.post(partial(self._compiling.difference_update, numbers))
             self._refuse(numbers, text, invalid)
             return
-        numbered = _number(requests, matchers)
+        numbered = _number(requests, constraints)
 
         def submit() -> None:
             if left := {n: r for n, r in numbered.items() if n in self._compiling}:
@@ -144,7 +142,7 @@ class EngineRequests:
                     queued_s=_queued_s(state) if first else None,
                     cached_tokens=state.cached_tokens if first else 0,
                     error=state.error,
-                    invalid=state.error is not None,  # its structure was too much
+                    invalid=state.error is not None,  # its constraint was too much
                 )
             )
             if state.finished:
@@ -155,12 +153,12 @@ class EngineRequests:
             self._loads.go_on()
 
 
-def _number(requests: Sequence[Generate], matchers: Sequence[LLMatcher | None]) -> Numbered:
+def _number(requests: Sequence[Generate], constraints: Sequence[Constraint | None]) -> Numbered:
     return {
         r.request_id: NewRequest(
-            tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class, matcher
+            tuple(r.prompt), r.params, r.adapter, r.arrival, r.seed_offset, r.slo_class, constraint
         )
-        for r, matcher in zip(requests, matchers, strict=True)
+        for r, constraint in zip(requests, constraints, strict=True)
     }
 
 

@@ -127,7 +127,7 @@ class EngineProcess:
             )
         )
         # Before a request needs it; of a tokenizer without one, that request is told.
-        self._compilers.submit(self.engine.matchers.vocabulary)
+        self._compilers.submit(self.engine.constraints.matchers.vocabulary)
         decoder = msgspec.msgpack.Decoder(Command)
         next_stats = 0.0
         sys.setswitchinterval(0.001)  # the engine's thread waits no longer for the others

@@ -41,7 +41,10 @@ class _Chat:
             data = list(self.codec.detokenizer.token_bytes(token, text))
             return {"token": name(token, text), "logprob": value, "bytes": data}
 
-        top = [entry(*item) for item in report.likeliest[: self.body.top_logprobs or 0]]
+        top = [
+            entry(*item)
+            for item in report.likeliest[: self.body.alternatives(self.body.top_logprobs or 0)]
+        ]
         return {**entry(report.token, report.text, report.logprob), "top_logprobs": top}
 
 

@@ -91,7 +91,9 @@ class _Completion:
         self.only_echo = body.max_tokens == 0
         self.n = body.n or 1
         name = id_of_token if body.return_tokens_as_token_ids else text_of_token
-        self.choices = [_Choice(body.logprobs, name) for _ in answer.output_tokens]
+        self.choices = [
+            _Choice(body.alternatives(body.logprobs), name) for _ in answer.output_tokens
+        ]
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",

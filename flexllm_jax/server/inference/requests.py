@@ -6,6 +6,7 @@ Every token of every output becomes one `Delta`, in the order the engine told th
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -312,8 +313,11 @@ class Inference:
             )
         try:
             params = body.sampling_params(max_tokens, logprobs, prompt_logprobs, structure)
+            if self.engines.info is not None:
+                params.check_tokens(self.engines.info.vocab_size)
         except ValueError as error:
-            raise ApiError(400, str(error), param=str(error).partition("=")[0]) from None
+            param = re.split("[=: ]", str(error), maxsplit=1)[0]
+            raise ApiError(400, str(error), param=param) from None
         for prompt in prompts:
             self._check_size(prompt, params)
         n = body.n or 1

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
@@ -25,6 +25,18 @@ Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 _StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Stop = Annotated[list[_StopString], Field(fail_fast=True, max_length=16)]
+
+
+def _token_biases(biases: Any) -> Any:
+    """Biases by token id, which JSON has as text; ValueError that names every key that is none."""
+    if not isinstance(biases, dict):
+        return biases
+    if wrong := [key for key in biases if not str(key).isdecimal()]:
+        raise ValueError(f"{', '.join(map(repr, wrong))} must be token ids")
+    return {int(key): bias for key, bias in biases.items()}
+
+
+LogitBias = Annotated[dict[TokenId, float], BeforeValidator(_token_biases)]
 
 
 class StreamOptions(Body):
@@ -85,6 +97,10 @@ class InferenceRequest(Body):
     include_stop_str_in_output: bool | None = False
     min_tokens: Count | None = 0
     stop_token_ids: Annotated[Tokens, Field(max_length=64)] | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: Tokens | None = None
+    bad_words: Annotated[list[_StopString], Field(fail_fast=True, max_length=256)] | None = None
+    logprob_token_ids: Tokens | None = None
     skip_special_tokens: bool | None = True
     truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -93,6 +109,10 @@ class InferenceRequest(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     # ours
+    logprobs_at_temperature: bool | None = Field(
+        default=False,
+        description="Tell log-probabilities of the distribution that the temperature makes.",
+    )
     slo: str | None = Field(
         default=None, description="Class of service: standard or one of scheduler.slo_classes."
     )
@@ -106,6 +126,11 @@ class InferenceRequest(Body):
     def is_free(self) -> bool:
         """Whether the output may be anything."""
         return self.response_format is None and self.structured_outputs is None
+
+    def alternatives(self, likeliest: int | None) -> int | None:
+        """How many alternatives to a token are told, where it may be so many of the likeliest."""
+        ids = self.logprob_token_ids
+        return likeliest if likeliest is None or not ids else len(ids) + 1
 
     def format(self) -> StructuredOutputsParams | None:
         """What an answer must match. ValueError for what makes no sense."""
@@ -154,7 +179,12 @@ class InferenceRequest(Body):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            logit_bias=self.logit_bias or {},
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
             logprobs=logprobs,
+            logprob_token_ids=tuple(self.logprob_token_ids or ()),
+            logprobs_at_temperature=bool(self.logprobs_at_temperature),
             prompt_logprobs=prompt_logprobs,
             structured_outputs=structure,
         )

@@ -17,7 +17,6 @@ _OPENAI = (
     "audio",
     "function_call",
     "functions",
-    "logit_bias",
     "modalities",
     "reasoning",
     "suffix",
@@ -25,8 +24,6 @@ _OPENAI = (
     "web_search_options",
 )
 _VLLM = (
-    "allowed_token_ids",
-    "bad_words",
     "cache_salt",
     "early_stopping",
     "guided_choice",
@@ -38,7 +35,6 @@ _VLLM = (
     "kv_transfer_params",
     "length_penalty",
     "logits_processors",
-    "logprob_token_ids",
     "media_io_kwargs",
     "mm_processor_kwargs",
     "priority",

@@ -22,7 +22,7 @@ BAD = {
     "slo": ("unheard-of", "slo"),
     "min_tokens": (3, "min_tokens"),
     "best_of": (3, "best_of"),
-    "logit_bias": ({"1": 2.0}, "logit_bias"),
+    "logit_bias": ({"1": 200.0}, "logit_bias"),
     "guided_json": ({"type": "object"}, "guided_json"),
     "suffix": ("after", "suffix"),
     "stop_token_ids": ([-1], "stop_token_ids"),

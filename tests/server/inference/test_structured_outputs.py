@@ -11,6 +11,7 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from flexllm_jax.engine.constraints import Constraint, Constraints
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers, quote
 from flexllm_jax.server.inference.tool_calls import calls_of
 from tests.server.inference.test_tool_calls import parse
@@ -125,7 +126,7 @@ def test_a_vocabulary_is_read_once_and_when_it_is_needed(tokenizer, monkeypatch)
 
     monkeypatch.setattr(hf, "from_tokenizer", counted)
     matchers = TokenMatchers(tokenizer, 272, [tokenizer.eos_token_id])
-    assert matchers.match_all(None, 2) == [None, None] and not made
+    assert not made
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(matchers.match, [StructuredOutputsParams(regex="a+")] * 4))
     assert len(made) == 1
@@ -135,12 +136,13 @@ def test_a_vocabulary_is_read_once_and_when_it_is_needed(tokenizer, monkeypatch)
 def test_what_the_grammar_of_calls_allows_is_what_the_parser_finds(form, tokenizer):
     """Random walks through it, to its end."""
     schemas = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
-    matchers = TokenMatchers(tokenizer, 272, [tokenizer.eos_token_id])
+    constraints = Constraints(tokenizer, 272, [tokenizer.eos_token_id])
     structure, counts = calls_of(form, schemas, quote, parallel=True), set()
     for seed in range(12):
-        random, matcher, tokens = np.random.default_rng(seed), matchers.match(structure), []
+        random, tokens = np.random.default_rng(seed), []
+        matcher = constraints.matchers.match(structure)
         while not tokens or tokens[-1] != tokenizer.eos_token_id:
-            (mask,) = matchers.allowed([(matcher, 0)], 1)
+            (mask,) = constraints.allowed([(Constraint(matcher), 0)], 1)
             bits = (mask[:, None] >> np.arange(32)) & 1
             tokens.append(int(random.choice(np.flatnonzero(bits))))
             assert matcher.consume_token(tokens[-1])

@@ -154,3 +154,59 @@ def test_an_id_of_a_request_is_kept(server):
         assert (
             len(server.post("/detokenize", b'{"tokens": []}', **headers)[1]["x-request-id"]) == 32
         )
+
+
+def test_biases_allowed_tokens_and_bad_words_reach_the_model(client, tokenizer):
+    def drawn(**extra):
+        text = complete(client, extra, temperature=1.0, seed=4, max_tokens=12).choices[0].text
+        return set(text)
+
+    (a,), (b,) = (tokenizer.encode(x, add_special_tokens=False) for x in "ab")
+    assert drawn(allowed_token_ids=[a, b]) == {"a", "b"}
+    assert drawn(allowed_token_ids=[a, b], bad_words=["a"]) == {"b"}
+    assert drawn(allowed_token_ids=[a, b], logit_bias={str(a): 100}) == {"a"}
+    both = {"structured_outputs": {"regex": "[abc]{12}"}, "allowed_token_ids": [a, b, 2]}
+    assert drawn(**both, ignore_eos=False) == {"a", "b"}
+
+
+def test_log_probabilities_of_named_tokens(client, tokenizer):
+    ask = {"logprob_token_ids": [100, 50], "allowed_token_ids": [42]}
+    ask |= {"return_tokens_as_token_ids": True}
+    (first, *_) = chat(client, ask, logprobs=True, top_logprobs=1).choices[0].logprobs.content
+    assert first.token == "token_id:42"
+    assert {e.token for e in first.top_logprobs} == {"token_id:100", "token_id:50", "token_id:42"}
+    told = complete(client, ask, logprobs=0, max_tokens=1).choices[0].logprobs
+    assert set(told.top_logprobs[0]) == {"token_id:100", "token_id:50", "token_id:42"}
+    plain = {"allowed_token_ids": [42], "logprobs_at_temperature": True}
+    cold, warm = (
+        complete(client, plain, logprobs=0, max_tokens=1, temperature=t).choices[0].logprobs
+        for t in (1, 1000)
+    )
+    assert warm.token_logprobs[0] == pytest.approx(-math.log(272), abs=0.05)
+    assert abs(cold.token_logprobs[0] + math.log(272)) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"logit_bias": {"x1": 5, "x2": 2}}, "logit_bias: .*'x1', 'x2' must be token ids"),
+        ({"logit_bias": {"1": "a"}}, "logit_bias.1: got 'a'; must be a valid number"),
+        ({"logit_bias": {"272": 1}}, "logit_bias: token id 272 is outside of the voc.* of 272"),
+        ({"allowed_token_ids": [999]}, "allowed_token_ids: token id 999 is outside"),
+        ({"logprob_token_ids": [3]}, "logprob_token_ids=.* must be beside logprobs"),
+        ({"bad_words": [""]}, "bad_words.0: got ''"),
+    ],
+    ids=str,
+)
+def test_fields_of_tokens_are_checked(client, extra, reason):
+    with pytest.raises(openai.BadRequestError, match=reason) as refused:
+        complete(client, extra)
+    assert refused.value.param == next(iter(extra))
+
+
+def test_seeds_of_64_bits(client):
+    texts = {
+        complete(client, {}, temperature=1.0, seed=seed).choices[0].text
+        for seed in (1, 1 + 2**31, 1 + 2**32, 2**63 - 1)
+    }
+    assert len(texts) == 4
