@@ -20,6 +20,8 @@ from scheduler.pages import PagePool
 from scheduler.progress import Progress
 from scheduler.request import BackwardUnits, FinetuneForward, Microbatch, StepPlan
 
+_CREDIT = 8  # buffers full of tokens that a job may be behind when it comes back
+
 
 @dataclass(frozen=True)
 class FinetuneWork:
@@ -40,7 +42,7 @@ class FinetuneQueue:
         self, config: SchedulerConfig, pool: PagePool, latency: LatencyModel, overlap: bool
     ) -> None:
         self.config, self.pool, self.latency = config, pool, latency
-        self.jobs = JobTable()
+        self.jobs = JobTable(_CREDIT * config.finetune_slots)
         self.in_work: list[Progress] = []
         self._most_in_work = 2 if overlap else 1
         self._candidate: Progress | None = None  # looked at last; kept, as it may be again

@@ -3,8 +3,10 @@
 Every job has a virtual time, the tokens it was given divided by its weight; among the jobs of the
 highest priority that have work, the one with the least goes first (start-time fair queueing, Goyal
 et al., SIGCOMM'96). Over any long span two busy jobs of one priority therefore get tokens in the
-proportion of their weights, whatever their microbatches' sizes. A job that comes, or comes back
-from having no work, starts at the present virtual time: what it did not use is not owed to it.
+proportion of their weights, whatever their microbatches' sizes. A job that comes starts at the
+present virtual time, and one that comes back from having no work at most `credit` tokens before it:
+so a job that has to wait for its graders, or for the results of a step, keeps its share, and what a
+job did not use for long is not owed to it.
 
 Requests of a job (the answers that a reinforcement job learns from) are its work, too: each of
 their tokens counts, and while they run and it is their job's turn, no microbatch of another job
@@ -35,12 +37,13 @@ class Share:
 
 
 class JobTable:
-    """The jobs of an engine and their queued microbatches."""
+    """The jobs of an engine and their queued microbatches. `credit`: see above."""
 
-    def __init__(self) -> None:
+    def __init__(self, credit: int = 0) -> None:
+        self._credit = credit
         self._jobs: dict[str | None, Share] = {}
         self.requests: Counter[str | None] = Counter()  # that hold a row, by job; None: no job's
-        self._now = 0.0  # virtual time: that of the job chosen last, when it was chosen
+        self._now = 0.0  # virtual time: the latest at which a job was chosen
         self._parked: set[int] = set()  # microbatches that had to give up their pages before
 
     def __len__(self) -> int:
@@ -55,7 +58,7 @@ class JobTable:
         positive number."""
         if not 0 < weight < math.inf:
             raise ValueError(f"job {name!r}: weight={weight} must be a number above 0")
-        job = self._jobs.setdefault(name, Share(name))
+        job = self._jobs.setdefault(name, Share(name, virtual_time=self._now))
         job.weight, job.priority = weight, priority
 
     def remove(self, name: str) -> None:
@@ -87,7 +90,8 @@ class JobTable:
     def _comes_back(self, job: Share) -> None:
         """It is about to have work."""
         if not (job.queue or job.in_work or self.requests[job.name]):
-            job.virtual_time = max(job.virtual_time, self._now)
+            earliest = self._now - self._credit / job.weight
+            job.virtual_time = max(job.virtual_time, earliest)
 
     def drop(self, microbatch_id: int) -> bool:
         """Take a microbatch out of its queue; False if it is in none."""
@@ -123,7 +127,7 @@ class JobTable:
         job = self._jobs[microbatch.job]
         job.queue.popleft()
         job.in_work += 1
-        self._now = job.virtual_time
+        self._now = max(self._now, job.virtual_time)
         job.virtual_time += microbatch.tokens / job.weight
 
     def put_back(self, microbatch: Microbatch) -> None:

@@ -22,8 +22,12 @@ def main() -> int:
     parser = make_parser(__doc__)
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--jobs", type=int, default=2, help="finetuning jobs (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="that learn from rows (default: 2)")
     parser.add_argument("--training-file", type=Path, default=Path("runs/demo-world/train.jsonl"))
+    parser.add_argument("--reinforcement-jobs", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--prompts", type=Path, default=Path("runs/demo-world/questions.jsonl"))
+    parser.add_argument("--turn-seconds", type=float, default=0.0, help="jobs pause in every other")
+    parser.add_argument("--slo", default="standard", help="the requests' class of service")
     parser.add_argument("--uploads", type=int, default=1000, help="files sent at once, at first")
     parser.add_argument("--leaving", type=float, default=0.05, help="share that goes amid a stream")
     for name, limits in (("prompt", (8, 96)), ("output", (8, 64))):
@@ -33,7 +37,7 @@ def main() -> int:
     read_config(arguments)
     with needs_extra("load"):
         from flexllm_jax.experiments.load.generator import LoadShape
-        from flexllm_jax.experiments.load.run import run_load
+        from flexllm_jax.experiments.load.run import Jobs, run_load
     shape = LoadShape(
         clients=arguments.clients,
         seconds=arguments.seconds,
@@ -41,6 +45,14 @@ def main() -> int:
         prompt_tokens=tuple(arguments.prompt_tokens),
         output_tokens=tuple(arguments.output_tokens),
         uploads=arguments.uploads,
+        slo=arguments.slo,
+    )
+    jobs = Jobs(
+        arguments.jobs,
+        arguments.training_file,
+        arguments.reinforcement_jobs,
+        arguments.prompts,
+        arguments.turn_seconds,
     )
     report = run_load(
         SERVE,
@@ -48,8 +60,7 @@ def main() -> int:
         arguments.overrides,
         arguments.out,
         shape,
-        arguments.jobs,
-        arguments.training_file,
+        jobs,
     )
     return int(bool(report["problems"]))
 

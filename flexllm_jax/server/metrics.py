@@ -33,6 +33,7 @@ JOB_STATES = (
     "failed",
     "cancelled",
 )
+_PHASES = ("forward", "backward", "answers")  # of finetuning, by which its tokens are counted
 _ENDED_JOBS = 100  # that have labels of their own
 _LISTS = ("running_lora_adapters", "waiting_lora_adapters")
 _COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -138,6 +139,9 @@ class ServerMetrics:
         self.adapter_version = gauge(
             "flexllm:adapter_version", "Version of a served adapter.", "adapter", engine
         )
+        self.free_slots = gauge(
+            "flexllm:adapter_slots_free", "Slots of the bank that hold no adapter.", engine
+        )
         self.engine_jobs = gauge("flexllm:engine_jobs", "Jobs that an engine trains.", engine)
         self.engine_up = gauge("flexllm:engine_up", "1: the engine serves; 0: not now.", engine)
         self.recompiles = counter(
@@ -174,6 +178,7 @@ class ServerMetrics:
         """Nothing runs in an engine that has ended."""
         self.engine_up.labels(engine.name).set(0)
         self.engine_jobs.labels(engine.name).set(0)
+        self.free_slots.labels(engine.name).set(0)
         self._versions.pop(engine.name, None)
         for each in (self.running, self.waiting, self.kv_usage):
             each.labels(self._model, engine.name).set(0)
@@ -190,6 +195,7 @@ class ServerMetrics:
         _add(self.recompiles.labels(name), totals, "recompiles", stats.recompiles)
         for thread, seconds in (("step", stats.step_cpu_s), ("messages", stats.message_cpu_s)):
             _add(self.engine_cpu.labels(thread, name), totals, thread, seconds)
+        self.free_slots.labels(name).set(stats.free_slots)
         self.engine_jobs.labels(name).set(sum(job.status == "running" for job in stats.jobs))
         for step in stats.steps:
             if tokens := step.decode_tokens + step.prefill_tokens:
@@ -200,7 +206,9 @@ class ServerMetrics:
             self.prediction_error.labels(name).observe(error)
         for job in stats.jobs:
             self.jobs.add(job.name)
-            for phase, tokens in (("forward", job.forwarded), ("backward", job.backwarded)):
+            for phase, tokens in zip(
+                _PHASES, (job.forwarded, job.backwarded, job.answered), strict=True
+            ):
                 counter = self.finetune_tokens.labels(job.name, phase)
                 self._tokens[job.name, phase] += _add(counter, totals, (job.name, phase), tokens)
             self._ended.pop(job.name, None)
@@ -224,7 +232,7 @@ class ServerMetrics:
         for job in old[: max(0, len(self._ended) - _ENDED_JOBS)]:
             del self._ended[job]
             self.jobs.discard(job)
-            for phase in ("forward", "backward"):
+            for phase in _PHASES:
                 self.finetune_tokens.labels("", phase).inc(self._tokens.pop((job, phase), 0))
                 self.finetune_tokens.remove(job, phase)
                 for totals in self._totals.values():

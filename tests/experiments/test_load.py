@@ -13,10 +13,10 @@ import pytest
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.experiments.load.client import Completion, complete, open_clients, upload
-from flexllm_jax.experiments.load.generator import Load, LoadShape
+from flexllm_jax.experiments.load.generator import Load, LoadShape, Turn
 from flexllm_jax.experiments.load.outside_clients import OUTPUT, REQUESTS, OutsideClient
 from flexllm_jax.experiments.load.report import make_report
-from flexllm_jax.experiments.load.run import run_load
+from flexllm_jax.experiments.load.run import Jobs, run_load
 from flexllm_jax.experiments.load.server import Sample, ServerProcess
 from flexllm_jax.experiments.load.step_cost import compare, cost_table
 from tests.engines import letter_rows, write_rows
@@ -161,6 +161,7 @@ def test_the_cost_of_a_step_is_a_difference_of_metrics(url: str) -> None:
 def sample(at: float, **changes: float) -> Sample:
     values = {"http_rss": 100e6, "engine_rss": 500e6, "http_fds": 10, "engine_fds": 20}
     values |= {"kv_usage": 0.0, "running": 0, "waiting": 0, "finetune_tokens": 100 * at}
+    values["free_slots"] = 3
     return Sample(at=at, **(values | changes))  # type: ignore[arg-type]
 
 
@@ -181,16 +182,34 @@ def test_the_report_finds_what_leaks_or_fails() -> None:
     load.requests.append(Completion(0.0, "lost", "ReadError: "))
     load.uploads[1] = "500: no room"
     samples = [sample(at, http_rss=(100 + 5 * at) * 2**20, finetune_tokens=0) for at in range(9)]
-    bad = make_report(load, samples, sample(0), sample(9, kv_usage=0.25, engine_fds=30), slo)
+    after = sample(9, kv_usage=0.25, engine_fds=30, free_slots=1)
+    bad = make_report(load, samples, sample(0), after, slo)
     assert bad["problems"] == [
         "1 requests lost",
         "1 of 2 uploads failed",
         "25.0% of the KV pages are still in use",
+        "2 slots for adapters are still in use",
         "http: memory grew from 115 MiB in the second quarter to 135 in the last",
         "engine: 30 file descriptors, 20 before the load",
         "no job trained after the first quarter: raise finetune.floor",
     ]
     assert ("500: no room", 1) in bad["why"]
+
+
+def test_requests_are_compared_with_those_of_turns_without_jobs() -> None:
+    """Those that are sent in one turn and answered in the next belong to neither."""
+    load = Load("", "m", LoadShape(clients=2, seconds=8.0, uploads=0), began=100.0)
+    load.turns = [Turn(0, 2, True), Turn(2, 4, False), Turn(4, 6, True)]
+    tpots = {100.0: 0.005, 101.0: 0.02, 101.9: 0.02, 102.5: 0.009, 103.0: 0.001, 104.5: 0.004}
+    load.requests = [Completion(at, "finished", "", 0.05, tpot, 10) for at, tpot in tpots.items()]
+    samples = [sample(at) for at in range(9)]
+    slo = {"ttft_ms": 100.0, "tpot_ms": 10.0}
+    report = make_report(load, samples, sample(0), sample(9), slo)
+    beside, alone = report["turns"]["with jobs"], report["turns"]["without"]
+    assert (beside["requests"], alone["requests"]) == (3, 2)
+    assert (beside["attainment"], alone["attainment"]) == (pytest.approx(2 / 3), 1.0)
+    assert alone["tpot_ms"]["p50"] == pytest.approx(5.0)
+    assert report["problems"] == ["66.7% of the requests are on time with jobs, 100.0% without"]
 
 
 def test_another_projects_report_must_count_all_requests(
@@ -216,13 +235,22 @@ def test_a_load_on_a_server_beside_a_job(tmp_path: Path, llama: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps(make_config(llama, tmp_path / "out")))  # JSON is YAML
     rows = write_rows(tmp_path / "rows.jsonl", letter_rows(20))
-    shape = LoadShape(8, 3.0, 0.2, (4, 20), (4, 12), uploads=5)
+    questions = [{"prompt": row["prompt"], "answer": row["completion"]} for row in letter_rows(20)]
+    prompts = write_rows(tmp_path / "prompts.jsonl", questions)
+    jobs = Jobs(1, rows, reinforcement=1, prompts=prompts, turn_s=1.0)
+    shape = LoadShape(8, 4.0, 0.2, (4, 20), (4, 12), uploads=5)
     overrides = ["finetune.floor=0.3"]
     out = tmp_path / "load"
-    report = run_load(SCRIPTS / "serve.py", config, overrides, out, shape, 1, rows)
+    report = run_load(SCRIPTS / "serve.py", config, overrides, out, shape, jobs)
     requests = report["requests"]
     assert requests["finished"] > 8 and requests["failed"] == requests["lost"] == 0, report["why"]
     assert requests["sent"] == sum(requests.values()) - requests["sent"]
+    assert report["turns"].keys() == {"with jobs", "without"}
+    assert all(turn["requests"] > 1 for turn in report["turns"].values())
+    trained, learnt = report["tokens_of_jobs"].values()
+    assert trained["forward"] > 0 == trained["answers"] and learnt["answers"] > 0
+    assert report["before"]["free_slots"] == report["after"]["free_slots"] > 0
+    assert report["last_quarter"]["free_slots"] < report["before"]["free_slots"]
     assert report["uploads"]["kept"] == 5 and report["finetune_tokens_per_s"] > 0
     assert report["after"]["kv_usage"] == report["after"]["running"] == 0
     assert json.loads((out / "report.json").read_text())["requests"] == requests

@@ -202,3 +202,29 @@ def test_no_microbatch_starts_in_another_jobs_turn_to_answer():
     scheduler.cancel("answer")
     goes = scheduler.plan(0.0)
     assert goes is not None and goes.forward and goes.forward.microbatch.microbatch_id == 1
+
+
+def test_a_job_that_pauses_for_breath_keeps_its_share():
+    """`waits` has no work after every four microbatches until 150 tokens of the other are through;
+    what it is owed beyond the credit is forgotten."""
+
+    def served(credit: int) -> Counter[str]:
+        table, had, index, rests_until = JobTable(credit), Counter[str](), itertools.count(), 0
+        while had.total() < 20_000:
+            while table.queued("busy") < 2:
+                table.push(Microbatch(next(index), (50,), job="busy"))
+            if not table.queued("waits") and had["busy"] >= rests_until:
+                for _ in range(4):
+                    table.push(Microbatch(next(index), (50,), job="waits"))
+            chosen = table.next(lambda microbatch: True)
+            assert chosen is not None
+            table.start(chosen)
+            table.done(chosen)
+            had[chosen.job] += chosen.tokens
+            if chosen.job == "waits" and not table.queued("waits"):
+                rests_until = had["busy"] + 150
+        return had
+
+    strict, lenient = served(0), served(200)
+    assert strict["busy"] > 1.4 * strict["waits"]
+    assert lenient["busy"] == pytest.approx(lenient["waits"], rel=0.05)

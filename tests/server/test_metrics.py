@@ -22,7 +22,8 @@ def metrics(tmp_path, monkeypatch):
 
 def report(name, status, forward):
     return JobReport(
-        name, "a", status, 1, 2, forward, forward // 2, 0, 0.0, {"loss": 1.5}, None, 0, []
+        *(name, "a", status, 1, 2, forward, forward // 2, 0, 0.0, {"loss": 1.5}, None, 0, []),
+        answered=forward // 10,
     )
 
 
@@ -57,9 +58,10 @@ def test_jobs_that_ended_long_ago_are_one_sum(metrics):
     assert {job for job, phase in series(metrics) if phase == "loss"} == {"job-3", "job-4", "runs"}
     assert metrics.jobs == {"runs", "job-3", "job-4"}
     hidden = series(metrics, sees=lambda name: name == "runs")
-    assert hidden == {("", "forward"): 500, ("", "backward"): 250} | {
+    assert hidden == {("", "forward"): 500, ("", "backward"): 250, ("", "answers"): 50} | {
         ("runs", "forward"): 60,
         ("runs", "backward"): 30,
+        ("runs", "answers"): 6,
         ("runs", "loss"): 1.5,
     }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -26,7 +27,8 @@ _ROWS = b'{"prompt": "a", "completion": "b"}\n' * 100
 
 @dataclass(frozen=True)
 class LoadShape:
-    """How much is asked of the server. leaving: the share of requests whose client goes away."""
+    """How much is asked of the server. leaving: the share of requests whose client goes away.
+    slo: the requests' class of service."""
 
     clients: int = 500
     seconds: float = 120.0
@@ -34,11 +36,25 @@ class LoadShape:
     prompt_tokens: tuple[int, int] = (8, 96)
     output_tokens: tuple[int, int] = (8, 64)
     uploads: int = 1000
+    slo: str = "standard"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A part of the load, seconds of its clock, in which jobs train or are paused."""
+
+    start: float
+    stop: float
+    jobs: bool
+
+    def holds(self, start: float, stop: float) -> bool:
+        """Whether what lasts from `start` to `stop` is all within it."""
+        return self.start <= start and stop <= self.stop
 
 
 @dataclass
 class Load:
-    """The clients, and what became of their requests."""
+    """The clients, and what became of their requests; `turns` if jobs were paused in between."""
 
     url: str
     model: str
@@ -48,6 +64,7 @@ class Load:
     uploads: list[str] = field(default_factory=list)
     uploads_s: float = 0.0
     in_flight: int = 0
+    turns: list[Turn] = field(default_factory=list)
 
     async def run(self) -> None:
         """All clients, until the time is over and their last requests have ended."""
@@ -76,6 +93,7 @@ class Load:
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
+                "slo": shape.slo,
             }
             leaves_after = int(random.integers(wanted)) if random.random() < shape.leaving else None
             while (pause_s := await self._ask(http, body, leaves_after)) is not None:
@@ -102,14 +120,36 @@ class Load:
         self.uploads_s = time.monotonic() - began
 
 
-async def run_and_watch(server: ServerProcess, load: Load) -> list[Sample]:
-    """Run the load; the samples meanwhile."""
+async def run_and_watch(
+    server: ServerProcess, load: Load, jobs: Sequence[str] = (), turn_s: float = 0.0
+) -> list[Sample]:
+    """Run the load; the samples meanwhile. Every second turn of `turn_s` the jobs are paused; 0:
+    never."""
     samples: list[Sample] = []
-    watcher = asyncio.create_task(_watch(server, load, samples))
+    beside = [asyncio.create_task(_watch(server, load, samples))]
+    if turn_s:
+        beside.append(asyncio.create_task(_take_turns(server, load, jobs, turn_s)))
     await load.run()
-    watcher.cancel()
-    await asyncio.gather(watcher, return_exceptions=True)
+    for task in beside:
+        task.cancel()
+    for ended in await asyncio.gather(*beside, return_exceptions=True):
+        if isinstance(ended, Exception):
+            raise ended
     return samples
+
+
+async def _take_turns(
+    server: ServerProcess, load: Load, jobs: Sequence[str], turn_s: float
+) -> None:
+    """Pause the jobs and let them go on, until cancelled."""
+    train = True
+    while True:
+        start = time.monotonic() - load.began
+        await asyncio.sleep(turn_s)
+        load.turns.append(Turn(start, time.monotonic() - load.began, train))
+        train = not train
+        for job in jobs:
+            await asyncio.to_thread(server.resume_job if train else server.pause_job, job)
 
 
 async def _watch(server: ServerProcess, load: Load, samples: list[Sample]) -> None:

@@ -8,7 +8,7 @@ stand still.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from flexllm_jax.experiments.load.generator import OUTCOMES, Load
 from flexllm_jax.experiments.load.server import Sample
 
 _GROWTH = 0.05  # of resident memory from the second to the last quarter; more is a leak
+_LOST_TO_JOBS = 0.01  # of the requests that are on time
 _SPARE_FDS = 4  # a process may open a few on first use: a database connection, a log
 
 
@@ -43,9 +44,14 @@ def quarter(samples: list[Sample], seconds: float, number: int, name: str) -> fl
 
 
 def make_report(
-    load: Load, samples: list[Sample], before: Sample, after: Sample, slo: dict[str, float]
+    load: Load,
+    samples: list[Sample],
+    before: Sample,
+    after: Sample,
+    slo: dict[str, float],
+    tokens: Mapping[str, Mapping[str, float]] = {},
 ) -> dict[str, Any]:
-    """What is written; `problems` is empty when all went well."""
+    """`tokens`: of every job, by phase. What is written; `problems` is empty when all went well."""
     shape = load.shape
     counts = Counter(request.outcome for request in load.requests)
     done = [r for r in load.requests if r.outcome == "finished"]
@@ -68,11 +74,13 @@ def make_report(
         "tpot_ms": percentiles(tpot),
         "slo": slo,
         "attainment": attainment(done, slo),
+        "tokens_of_jobs": tokens,
+        "turns": by_turns(load, done, slo),
         "before": asdict(before),
         "after_warm_up": {name: quarter(samples, shape.seconds, 1, name) for name in names},
         "last_quarter": {name: quarter(samples, shape.seconds, 3, name) for name in names},
         "after": asdict(after),
-        "problems": list(find_problems(load, samples, before, after)),
+        "problems": list(find_problems(load, samples, before, after, slo)),
     }
 
 
@@ -88,8 +96,33 @@ def attainment(done: list[Completion], slo: dict[str, float]) -> dict[str, float
     return {name: float(np.mean(values)) if values else None for name, values in met.items()}
 
 
+def by_turns(
+    load: Load, done: list[Completion], slo: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Attainment and latencies of the requests that were answered while jobs trained, and of those
+    while all were paused; empty where jobs took no turns."""
+    found = {}
+    for name, jobs in (("with jobs", True), ("without", False)):
+        turns = [turn for turn in load.turns if turn.jobs == jobs]
+        own = [r for r in done if any(turn.holds(*_span(load, r)) for turn in turns)]
+        if own:
+            found[name] = {
+                "requests": len(own),
+                "attainment": attainment(own, slo)["both"],
+                "ttft_ms": percentiles([r.ttft_s for r in own if r.ttft_s is not None]),
+                "tpot_ms": percentiles([r.tpot_s for r in own if r.tpot_s is not None]),
+            }
+    return found
+
+
+def _span(load: Load, done: Completion) -> tuple[float, float]:
+    """When a request was sent and answered, on the load's clock."""
+    sent = done.sent - load.began
+    return sent, sent + (done.ttft_s or 0.0) + (done.tpot_s or 0.0) * (done.tokens - 1)
+
+
 def find_problems(
-    load: Load, samples: list[Sample], before: Sample, after: Sample
+    load: Load, samples: list[Sample], before: Sample, after: Sample, slo: dict[str, float]
 ) -> Iterator[str]:
     """What was lost, failed or leaked."""
     seconds = load.shape.seconds
@@ -102,6 +135,13 @@ def find_problems(
         yield f"{load.shape.uploads - kept} of {load.shape.uploads} uploads failed"
     if after.kv_usage > before.kv_usage:
         yield f"{after.kv_usage:.1%} of the KV pages are still in use"
+    if after.free_slots < before.free_slots:
+        yield f"{before.free_slots - after.free_slots:.0f} slots for adapters are still in use"
+    turns = by_turns(load, [r for r in load.requests if r.outcome == "finished"], slo)
+    if len(turns) == 2:
+        beside, alone = (turns[name]["attainment"] for name in ("with jobs", "without"))
+        if beside < alone - _LOST_TO_JOBS:
+            yield f"{beside:.1%} of the requests are on time with jobs, {alone:.1%} without"
     for process in ("http", "engine"):
         was, now = (getattr(s, f"{process}_fds") for s in (before, after))
         if now > was + _SPARE_FDS:
@@ -157,7 +197,8 @@ def draw(load: Load, samples: list[Sample], slo: dict[str, float], file: Path) -
 def show(report: dict[str, Any], console: Console) -> None:
     """The report on the console."""
     table = Table("", "before", "2nd quarter", "last quarter", "after")
-    for name in ("http_rss", "engine_rss", "http_fds", "engine_fds", "kv_usage"):
+    names = ("http_rss", "engine_rss", "http_fds", "engine_fds", "kv_usage", "free_slots")
+    for name in names:
         values = [report[k][name] for k in ("before", "after_warm_up", "last_quarter", "after")]
         shown = [f"{v / 2**20:.0f} MiB" if "rss" in name else f"{v:.4g}" for v in values]
         table.add_row(name, *shown)
@@ -166,8 +207,22 @@ def show(report: dict[str, Any], console: Console) -> None:
         values = report[name] or {}
         parts = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
         console.print(f"{name}: {', '.join(parts)}", highlight=False)
+    for name, own in report["turns"].items():
+        times = (f"{kind} p50/p99 {t['p50']:.1f}/{t['p99']:.1f}" for kind, t in _times(own))
+        console.print(
+            f"{name}: {own['requests']} requests, {own['attainment']:.2%} on time, "
+            + ", ".join(times),
+            highlight=False,
+        )
+    for job, tokens in report["tokens_of_jobs"].items():
+        parts = ", ".join(f"{phase} {count:.0f}" for phase, count in tokens.items())
+        console.print(f"{job}: tokens {parts}", highlight=False)
     for name in ("output_tokens_per_s", "finetune_tokens_per_s"):
         console.print(f"{name}: {report[name]:.0f}", highlight=False)
     for why, count in report["why"]:
         console.print(f"{count} x {why}", highlight=False)
     console.print("problems: " + ("; ".join(report["problems"]) or "none"), highlight=False)
+
+
+def _times(told: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    return [(kind, told[kind]) for kind in ("ttft_ms", "tpot_ms") if told[kind]]

@@ -5,6 +5,7 @@ Memory and open files are those of its two processes, of HTTP and of the engine,
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from flexllm_jax.errors import UserError
 from flexllm_jax.experiments.load.client import metric, open_client, read_metrics
 
 _SETTLED_S = 60.0
+_TOKENS_OF_JOB = r'flexllm:finetune_tokens_total\{job="(?P<job>.+)",phase="(?P<phase>\w+)"\}'
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Sample:
     running: float
     waiting: float
     finetune_tokens: float
+    free_slots: float
 
 
 class ServerProcess:
@@ -94,6 +97,7 @@ class ServerProcess:
             running=metric(metrics, "vllm:num_requests_running"),
             waiting=metric(metrics, "vllm:num_requests_waiting"),
             finetune_tokens=metric(metrics, "flexllm:finetune_tokens_total"),
+            free_slots=metric(metrics, "flexllm:adapter_slots_free"),
         )
 
     def settled(self, began: float, kv_usage: float = 0.0) -> Sample:
@@ -122,6 +126,22 @@ class ServerProcess:
     def cancel_job(self, job: str) -> None:
         """Cancel a finetuning job."""
         self._ask("POST", f"/v1/fine_tuning/jobs/{job}/cancel")
+
+    def pause_job(self, job: str) -> None:
+        """Let a finetuning job wait."""
+        self._ask("POST", f"/v1/fine_tuning/jobs/{job}/pause")
+
+    def resume_job(self, job: str) -> None:
+        """Let it go on."""
+        self._ask("POST", f"/v1/fine_tuning/jobs/{job}/resume")
+
+    def tokens_of_jobs(self) -> dict[str, dict[str, float]]:
+        """Of every job by phase."""
+        found: dict[str, dict[str, float]] = {}
+        for name, value in read_metrics(self.client):
+            if labels := re.fullmatch(_TOKENS_OF_JOB, name):
+                found.setdefault(labels["job"], {})[labels["phase"]] = value
+        return found
 
     def upload(self, file: Path) -> str:
         """Upload finetuning rows; the file's id."""

@@ -69,6 +69,7 @@ class JobFacts:
             eta_s=job.eta_s,
             resumed_from=job.resumed_from,
             facts=facts,
+            answered=job.sampled_tokens,
         )
 
     def _collect(self, status: str) -> None:

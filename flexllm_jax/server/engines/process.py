@@ -244,6 +244,7 @@ class EngineProcess:
             jobs=self._calls.facts.reports(),
             step_cpu_s=self._step_cpu_s,
             message_cpu_s=time.thread_time() + self._sender_cpu_s,
+            free_slots=engine.adapters.directory.num_free,
         )
 
     def _send(self, context: zmq.Context, address: str) -> None:

@@ -177,6 +177,7 @@ class JobReport(msgspec.Struct, frozen=True, array_like=True):
     run                     a name that no other run of the job has
     status                  running, paused, succeeded, failed or cancelled
     forwarded, backwarded   tokens computed in this run, validation's and repeated ones included
+    answered                tokens of its own answers in this run
     tokens                  tokens of all finished optimizer steps, earlier runs' too
     metrics                 of the last optimizer step
     """
@@ -194,6 +195,7 @@ class JobReport(msgspec.Struct, frozen=True, array_like=True):
     eta_s: float | None
     resumed_from: int
     facts: list[Fact]
+    answered: int = 0
 
 
 class Stats(Message, frozen=True):
@@ -201,7 +203,7 @@ class Stats(Message, frozen=True):
     seconds since its last step; `call_waits_s`: how long the oldest call has waited for a worker;
     `steps`: those since the last message. CPU time, seconds since the start: `step_cpu_s` of the
     thread that plans and dispatches steps and tells their tokens, `message_cpu_s` of those that
-    talk to the HTTP process."""
+    talk to the HTTP process. `free_slots`: of the bank of adapters."""
 
     idle: bool
     quiet_s: float
@@ -218,6 +220,7 @@ class Stats(Message, frozen=True):
     jobs: list[JobReport]
     step_cpu_s: float = 0.0
     message_cpu_s: float = 0.0
+    free_slots: int = 0
 
 
 Event = Ready | Outputs | Reply | Stats
