@@ -35,6 +35,8 @@ from flexllm_jax.server.inference import adapters_routes
 from flexllm_jax.server.inference import answers as inference_answers
 from flexllm_jax.server.inference import routes as inference_routes
 from flexllm_jax.server.inference.asking import Asking
+from flexllm_jax.server.inference.messages import answer as messages_answer
+from flexllm_jax.server.inference.messages import routes as messages_routes
 from flexllm_jax.server.inference.requests import Inference
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.metrics import ServerMetrics
@@ -130,6 +132,7 @@ def _make_app(server: Server) -> FastAPI:
 
     app.state.keys = server.keys
     app.include_router(inference_routes.routes(server.inference))
+    app.include_router(messages_routes.routes(server.inference))
     _add_status(app, server)
     app.include_router(files.routes(server.files))
     allowed = server.config.server.adapter_dirs
@@ -139,7 +142,9 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     app.include_router(graders.routes(server.graders))
-    answers = inference_answers.ANSWERS | finetuning_answers.ANSWERS | _ANSWERS
+    answers = (
+        inference_answers.ANSWERS | messages_answer.ANSWERS | finetuning_answers.ANSWERS | _ANSWERS
+    )
     openapi.describe(app, answers, with_keys=server.keys.needed)
     return app
 

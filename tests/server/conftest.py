@@ -67,7 +67,8 @@ def thinking_server(chat_llama, tmp_path_factory):
     shutil.copytree(chat_llama, path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
-    thinks = "{% if not (enable_thinking is defined and not enable_thinking) %}<think>{% endif %}"
+    off = "enable_thinking is defined and not enable_thinking"  # as Qwen3's template has it
+    thinks = f"<think>{{% if {off} %}}</think>{{% endif %}}"
     opened = "<assistant>{% endif %}"
     assert TEMPLATE.endswith(opened)
     tokenizer.chat_template = TEMPLATE.replace(opened, f"<assistant>{thinks}{{% endif %}}")

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -94,6 +94,14 @@ class ApiKeys:
         """Whether one key may shut out another."""
         return len(self._clients) > 1
 
+    def client_of(self, headers: Mapping[str, str]) -> Client:
+        """The client of a request, which has its key in Authorization, or in X-Api-Key as Anthropic
+        has it; ApiError 401."""
+        authorization = headers.get("authorization")
+        if authorization is None and (key := headers.get("x-api-key")) is not None:
+            authorization = f"Bearer {key}"
+        return self.client(authorization)
+
     def client(self, authorization: str | None) -> Client:
         """The client of an Authorization header; ApiError 401."""
         if self._everybody is not None:
@@ -112,7 +120,7 @@ class ApiKeys:
 async def known_client(request: Request) -> Client:
     """The client of a request to an app whose state has `keys`; ApiError 401."""
     keys: ApiKeys = request.app.state.keys
-    client = keys.client(request.headers.get("authorization"))
+    client = keys.client_of(request.headers)
     request.state.client_name = client.name  # for the log
     return client
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -60,7 +61,7 @@ class BodyLimit:
         paced = _paced(receive, LeastRate(self._section))
         too_large = f"the body is larger than {limit} bytes: send less at once"
         try:
-            client = self._keys.client(headers.get(b"authorization", b"").decode("latin-1"))
+            client = self._keys.client_of(Headers(scope=scope))
             if stated.isdigit() and int(stated) > limit:
                 raise ApiError(413, too_large)
         except ApiError as error:

@@ -1,4 +1,5 @@
-"""Errors as the OpenAI interfaces tell them: `{"error": {message, type, param, code}}`."""
+"""Errors as the OpenAI interfaces tell them, `{"error": {message, type, param, code}}`, and beside
+it the `"type": "error"` of Anthropic's."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ class ApiError(Exception):
         """What the client reads."""
         kind = _TYPES.get(self.status, "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        return {"type": "error", "error": error}
 
     def response(self) -> Response:
         """The whole answer."""

@@ -7,7 +7,7 @@ The routes answer with bytes they encode themselves, so each floor declares its 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -64,6 +64,7 @@ class ErrorDetails(BaseModel):
 class Error(BaseModel):
     """The body of every status from 400 on."""
 
+    type: Literal["error"]
     error: ErrorDetails
 
 

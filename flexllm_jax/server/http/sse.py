@@ -23,6 +23,11 @@ def event(data: Any) -> bytes:
     return b"data: " + _encoder.encode(data) + b"\n\n"
 
 
+def typed(data: dict[str, Any]) -> bytes:
+    """One event that is named by the `type` of its data."""
+    return b"event: " + data["type"].encode() + b"\n" + event(data)
+
+
 def json_response(data: Any, status: int = 200) -> Response:
     """A JSON answer."""
     return Response(_encoder.encode(data), status, media_type="application/json")

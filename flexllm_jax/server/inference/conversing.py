@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.reasoning import ReasoningParser, Thinking
@@ -72,7 +74,10 @@ class ConversationAnswer:
         answer: Answer,
         form: Format | None,
         thinking: Thinking | None,
+        *,
+        clipped: bool = False,
     ):
+        self.clipped = clipped  # may have fewer tokens than were asked for
         self._body, self._answer = body, answer
         self.may_call, self.may_think = form is not None, thinking is not None
         self._outputs = [_Output(body, form, thinking) for _ in answer.output_tokens]
@@ -103,6 +108,17 @@ class ConversationAnswer:
             yield said
 
 
+def chat_request(fields: dict[str, Any]) -> ChatCompletionRequest:
+    """The chat request of these fields; ApiError for what it cannot be."""
+    try:
+        return ChatCompletionRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(map(str, first["loc"])) or "body"
+        message = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, f"{at}: {message}", param=at.partition(".")[0]) from None
+
+
 async def converse(
     body: ChatCompletionRequest, client: Client, inference: Inference, *, clip: bool = False
 ) -> ConversationAnswer:
@@ -119,7 +135,7 @@ async def converse(
     structure = await inference.structure(client, body, form, thinking)
     (prompt,) = await inference.encode(body, [text], special=bool(body.add_special_tokens))
     max_tokens = body.max_completion_tokens
-    max_tokens = body.max_tokens if max_tokens is None else max_tokens
+    max_tokens = asked = body.max_tokens if max_tokens is None else max_tokens
     if max_tokens is None or clip:
         room = inference.room(prompt)
         max_tokens = room if max_tokens is None else min(room, max_tokens)
@@ -132,4 +148,5 @@ async def converse(
         structure=structure,
         keep=(*(marks_of(form) if form else ()), *(thinking.marks if thinking else ())),
     )
-    return ConversationAnswer(body, answer, form, thinking)
+    clipped = asked is not None and max_tokens < asked
+    return ConversationAnswer(body, answer, form, thinking, clipped=clipped)

@@ -248,7 +248,8 @@ class Inference:
         options = dict(body.chat_template_kwargs or {})
         if (effort := body.reasoning_effort) is not None:
             asked = self.codec.template.effort(effort)
-            if asked is None and effort != "none":  # none is what it gets
+            # With `none`, one that does not think gets what it asks for.
+            if asked is None and (effort != "none" or self.codec.thinks()):
                 message = "reasoning_effort: this model's chat template does not read it; leave it"
                 raise ApiError(400, f"{message} out", param="reasoning_effort")
             options = (asked or {}) | options

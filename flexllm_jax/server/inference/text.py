@@ -89,6 +89,10 @@ class TextCodec:
         token = self.backend.token_to_id(text)
         return quote(text) if token is None else f"<[{token}]>"
 
+    def thinks(self) -> bool:
+        """Whether answers may begin with thoughts that are told apart."""
+        return find_thinking(self.template.source(), "") is not None
+
     def thinking(self, prompt: str, budget: int | None) -> Thinking | None:
         """How the answer to a rendered prompt may begin; None: with nothing that is told apart."""
         return find_thinking(self.template.source(), prompt, budget)
