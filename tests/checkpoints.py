@@ -14,11 +14,13 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -37,6 +39,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+FACTORS = {"long_factor": 2.0, "short_factor": 1.0}  # of a RoPE of kind longrope, the first
 
 
 def save_tokenizer(path: Path) -> Path:
@@ -72,6 +75,25 @@ def make_mistral(path: Path, **options: Any) -> Path:
     """Write a Mistral checkpoint with a window of 11 in every layer; the options are those of
     `_make`."""
     return _make(MistralConfig, path, **{"sliding_window": 11, **options})
+
+
+def make_phi3(path: Path, **options: Any) -> Path:
+    """Write a Phi-3 checkpoint: fused projections, a RoPE of kind longrope over a half of each
+    head, and a window of 11."""
+    factors = {name: [start + 0.5 * i for i in range(4)] for name, start in FACTORS.items()}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, **factors}
+    fields: dict[str, Any] = {
+        "sliding_window": 11,
+        "original_max_position_embeddings": 12,
+        "rope_parameters": rope,
+        "pad_token_id": 0,
+    }
+    return _make(Phi3Config, path, **(fields | options))
+
+
+def make_glm4(path: Path, **options: Any) -> Path:
+    """Write a GLM-4 checkpoint: gate and up fused, biases, RoPE of neighbours."""
+    return _make(Glm4Config, path, **{"pad_token_id": 0, "rope_parameters": None, **options})
 
 
 def make_smollm3(path: Path, **options: Any) -> Path:

@@ -73,6 +73,11 @@ class Mesh:
                 f"parallel.tp={tp}: this model's norms of queries and keys are over all heads, "
                 "which are not split over devices; use parallel.tp=1"
             )
+        if model.kernel_shapes.keys() & {"qkv", "gate_up"}:
+            raise ParallelError(
+                f"parallel.tp={tp}: this model's fused projections are not split over devices; use "
+                "parallel.tp=1"
+            )
         sizes = {"num_heads": model.num_heads, "d_ff": model.d_ff, "vocab_size": model.vocab_size}
         for name, size in sizes.items():
             if size % tp:

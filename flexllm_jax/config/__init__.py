@@ -7,6 +7,7 @@ section says about another is checked in `tree`, where both are known.
 
 from flexllm_jax.config.fields import (
     ALL_MODULES,
+    FUSED_MODULES,
     AdapterKind,
     ConfigError,
     LoraInit,
@@ -47,6 +48,7 @@ from flexllm_jax.config.workload import ArrivalsConfig, WorkloadSection
 
 __all__ = [
     "ALL_MODULES",
+    "FUSED_MODULES",
     "METHODS",
     "PREFERENCE_METHODS",
     "AdapterKind",

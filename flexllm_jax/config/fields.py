@@ -13,14 +13,28 @@ Float = Annotated[float, Strict()]
 Bool = Annotated[bool, Strict()]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 TargetModule = Literal[
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "lm_head",
+    "qkv_proj",
+    "gate_up_proj",
 ]
+# What some models have as one projection, and its parts.
+FUSED_MODULES: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 # PEFT's init_lora_weights; "default" is its `true`.
 LoraInit = Annotated[
     str, Field(pattern=r"^(default|gaussian|olora|pissa|pissa_niter_[1-9][0-9]?)$")
 ]
 AdapterKind = Literal["lora", "ia3", "bottleneck", "prefix"]
-ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)[:-1]  # "all-linear": no head
+ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)[:7]  # "all-linear": no head
 
 
 class ConfigError(UserError):
@@ -53,3 +67,9 @@ def distinct(names: tuple[str, ...], prefix: str = "") -> tuple[str, ...]:
         if name in names[:index]:
             raise ValueError(f"{prefix}{name!r} is given twice; remove or rename one")
     return names
+
+
+def room_for(module: str, names: tuple[str, ...]) -> bool:
+    """Whether target modules, by their names, have one: itself, or all of its parts."""
+    parts = FUSED_MODULES.get(module, ())
+    return module in names or (bool(parts) and set(parts) <= set(names))

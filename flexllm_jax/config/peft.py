@@ -34,7 +34,7 @@ class PeftConfig(Section):
     target_modules: tuple[TargetModule, ...] = Field(
         default=ALL_MODULES,
         min_length=1,
-        description="Modules that get an adapter, or all-linear: all seven.",
+        description="Modules that get an adapter, or all-linear: all projections of a layer.",
     )
     use_rslora: Bool = Field(
         default=False, description="Scale by alpha/sqrt(r) instead of alpha/r."

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from flexllm_jax.config.fields import ConfigError, Section, ranks_taken
+from flexllm_jax.config.fields import ConfigError, Section, ranks_taken, room_for
 from flexllm_jax.config.finetune import FinetuneSection
 from flexllm_jax.config.graders import GradersSection
 from flexllm_jax.config.memory import AdaptersSection, CacheSection
@@ -97,7 +97,7 @@ class Config(Section):
                         f"{limit}; raise that or lower it"
                     )
             for module in job.peft.target_modules if job.peft.type == "lora" else ():
-                if module not in adapters.target_modules:
+                if not room_for(module, adapters.target_modules):
                     yield (
                         f"{field}.peft.target_modules: {module} is not in adapters.target_modules; "
                         "add it there or drop it here"

@@ -50,7 +50,7 @@ class Runner:
 
     def __init__(self, config: Config, *, progress: bool = True):
         use_persistent_cache(config.compile.cache_dir)
-        self.model = ModelConfig.from_hf(config.model.path)
+        self.model = ModelConfig.from_hf(config.model.path, config.model.max_model_len)
         self.device = jax.local_devices()[0]
         backend = select_backend(config.kernels, self.device)
         available = memory_budget(config, self.device)
@@ -58,7 +58,7 @@ class Runner:
         placement = plan_placement(
             config,
             self.model,
-            bank_shape(config),
+            bank_shape(config, self.model),
             step_buckets(config, platform)[-1],
             engine_dtype(config.model.dtype, config.model.path, platform),
         )

@@ -24,7 +24,7 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft import prefix
-from flexllm_jax.peft.adapter import TARGET_MODULES
+from flexllm_jax.peft.adapter import named_modules
 from flexllm_jax.peft.bank import AdapterRow, BankShape, scale_shapes, weight_shapes
 from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.backend import Backend
@@ -74,16 +74,21 @@ class EngineSizes:
 
         platform: the device's. ValueError for what the model or its placement does not have."""
         dtype = engine_dtype(config.model.dtype, config.model.path, platform)
-        bank = bank_shape(config)
+        bank = bank_shape(config, model)
         if placement and bank.has_head:
             raise ValueError(
                 "adapters.target_modules: lm_head cannot have LoRA with parallel.tp > 1; drop it"
             )
         for spec in model.kinds if "prefix" in bank.kinds else ():
-            if what := prefix.unsupported(spec.attention.options):
+            if what := prefix.unsupported(spec.attention):
                 raise ValueError(
                     f"adapters.kinds: this model has {what}, where prefix is none; drop it"
                 )
+        if "ia3" in bank.kinds and not {"k", "v", "up"} <= model.kernel_shapes.keys():
+            raise ValueError(
+                "adapters.kinds: ia3 scales keys, values and inner activations apart, and this "
+                "model's projections of them are fused; drop it"
+            )
         if placement and "muon" in config.finetune.all_optimizers:
             raise ValueError(
                 "optimizer.type=muon needs parallel.tp=1, as it reads whole factors of LoRA: use "
@@ -268,12 +273,12 @@ def step_buckets(config: Config, platform: str) -> tuple[int, ...]:
     return token_buckets(largest, ratio=ratio)
 
 
-def bank_shape(config: Config) -> BankShape:
+def bank_shape(config: Config, model: ModelConfig) -> BankShape:
     """The size of the adapter bank that the configuration asks for."""
     return BankShape(
         rows=config.adapters.slots - 1,
         rank=config.adapters.max_rank,
-        modules=tuple(TARGET_MODULES[name] for name in config.adapters.target_modules),
+        modules=named_modules(config.adapters.target_modules, model),
         kinds=config.adapters.kinds,
         bottleneck=config.adapters.max_bottleneck,
         prefix=config.adapters.max_prefix,

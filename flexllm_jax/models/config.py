@@ -17,6 +17,7 @@ from typing import Any
 
 from flexllm_jax.models.families import BY_MODEL_TYPE, FAMILIES
 from flexllm_jax.models.fields import Fields, ModelConfigError
+from flexllm_jax.models.names import USUAL, Names
 from flexllm_jax.models.spec import HeadSpec, LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    names: Names = USUAL  # of its modules, in checkpoints
     embed_scale: float = 1.0  # of the embeddings, rounded to their dtype
 
     def __post_init__(self) -> None:
@@ -78,12 +80,12 @@ class ModelConfig:
 
     @property
     def kernel_shapes(self) -> dict[str, tuple[int, int]]:
-        """[d_in, d_out] of a layer's seven projections, by their name in the parameter tree."""
+        """[d_in, d_out] of a layer's projections, by their name in the parameter tree."""
         return self.layers[0].kernel_shapes(self.d_model)
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """[d_in, d_out] of all projections that LoRA can be put on: a layer's seven and the output
+        """[d_in, d_out] of all projections that LoRA can be put on: a layer's and the output
         head."""
         return self.kernel_shapes | {"head": (self.d_model, self.vocab_size)}
 
@@ -92,8 +94,9 @@ class ModelConfig:
         return min(limit or self.max_position_embeddings, self.max_position_embeddings)
 
     @classmethod
-    def from_hf(cls, path: str | Path) -> "ModelConfig":
+    def from_hf(cls, path: str | Path, most_tokens: int | None = None) -> "ModelConfig":
         """Read `config.json` and, if there is one, `generation_config.json` of a checkpoint.
+        most_tokens: the longest text that it is to be used for, where that is less than its own.
 
         As in transformers, the end-of-sequence ids of `generation_config.json` win over those of
         `config.json`. Raises ModelConfigError, in one line, for what is missing or unsupported.
@@ -101,7 +104,7 @@ class ModelConfig:
         directory = Path(path)
         raw = _read_json(directory / "config.json")
         family = FAMILIES[_architecture(raw)]
-        fields = Fields({**family.defaults, **raw})
+        fields = Fields({**family.defaults, **raw}, most_tokens=most_tokens)
         fields.refuse("quantization_config", "use the unquantized checkpoint")
         generation_file = directory / "generation_config.json"
         generation = _read_json(generation_file) if generation_file.is_file() else {}
@@ -118,6 +121,7 @@ class ModelConfig:
                 fields.get("eos_token_id") if eos is None else eos, vocab_size
             ),
             bos_token_id=fields.get("bos_token_id"),
+            names=family.names,
             **family.around(fields),
         )
         fields.refuse_unread(family.architecture, family.harmless)

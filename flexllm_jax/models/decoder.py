@@ -38,7 +38,7 @@ from flexllm_jax.models.spec import LayerSpec, NormSpec
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_passes import gated, rotate
 
-PROJECTED = ("q", "k", "v")  # the projections before attention
+PROJECTED = ("q", "k", "v", "qkv")  # the projections before attention
 Tap = Callable[[str, jax.Array], jax.Array]
 Angles = tuple[jax.Array, jax.Array]
 
@@ -75,17 +75,16 @@ class DecoderLayer(nnx.Module):
         self.post_attn_norm, self.post_mlp_norm = (
             norm(d_model) if post else None for _ in range(2)
         )
-        self.q = Linear(d_model, q_size, dtype, attention.qkv_bias)
-        self.k = Linear(d_model, kv_size, dtype, attention.qkv_bias)
-        self.v = Linear(d_model, kv_size, dtype, attention.qkv_bias)
+        for name, width in attention.projected.items():
+            setattr(self, name, Linear(d_model, width, dtype, attention.qkv_bias))
         self.o = Linear(q_size, d_model, dtype, attention.o_bias, axes)
         if attention.qk_norm:
             sizes = q_size, kv_size
             if attention.qk_norm == "head":
                 sizes = (attention.head_dim,) * 2
             self.q_norm, self.k_norm = map(norm, sizes)
-        self.gate = Linear(d_model, spec.mlp.d_ff, dtype)
-        self.up = Linear(d_model, spec.mlp.d_ff, dtype)
+        for name, width in spec.mlp.projected.items():
+            setattr(self, name, Linear(d_model, width, dtype))
         self.down = Linear(spec.mlp.d_ff, d_model, dtype)
         self.spec, self.axes, self.backend = spec, axes, backend
 
@@ -119,21 +118,38 @@ class DecoderLayer(nnx.Module):
         Float[Array, "T D"],
     ]:
         """`before_attention` without the rotation, of x + y."""
-        x, (*inputs, h) = self._normed(self.pre_attn_norm, x, y, 4)
-        heads = (x.shape[0], -1, self.spec.attention.head_dim)
-        projections = {"q": self.q, "k": self.k, "v": self.v}
-        outputs = bypass(
-            h, {name: p(i) for (name, p), i in zip(projections.items(), inputs, strict=True)}
-        )
-        q, k = tap("query", outputs["q"]), outputs["k"]
-        if self.spec.attention.qk_norm:
+        spec = self.spec.attention
+        x, (*inputs, h) = self._normed(self.pre_attn_norm, x, y, 1 + len(spec.projected))
+        heads, q_size = (x.shape[0], -1, spec.head_dim), spec.heads * spec.head_dim
+        outputs = self._projections(spec.projected, h, inputs, bypass)
+        if spec.fused:
+            (qkv,) = outputs
+            q, k, v = jnp.split(qkv, [q_size, (qkv.shape[1] + q_size) // 2], axis=1)
+        else:
+            q, k, v = outputs
+        q = tap("query", q)
+        if spec.qk_norm:
             k = tap("key", k)
-        if self.spec.attention.qk_norm == "projection":
+        if spec.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.reshape(heads) for x in (q, k, outputs["v"]))
-        if self.spec.attention.qk_norm == "head":
+        q, k, v = (x.reshape(heads) for x in (q, k, v))
+        if spec.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
+        if spec.rope is not None:
+            q, k = (spec.rope.pair(x) for x in (q, k))
         return q, k, v, x
+
+    def _projections(
+        self,
+        names: Collection[str],
+        h: Float[Array, "T D"],
+        inputs: list[Float[Array, "T D"]],
+        bypass: BypassFunction,
+    ) -> list[jax.Array]:
+        """The outputs of projections that read the same, each from an array of its own, with what
+        an adapter that reads `h` adds."""
+        outputs = {name: getattr(self, name)(x) for name, x in zip(names, inputs, strict=True)}
+        return list(bypass(h, outputs).values())
 
     def after_attention(
         self,
@@ -164,14 +180,17 @@ class DecoderLayer(nnx.Module):
         attended = attended.reshape(x.shape[0], -1)
         y = bypass(attended, {"o": self.o(attended)}, join)["o"]
         y = self._branch(self.post_attn_norm, y, "attention_branch", tap)
+        names = self.spec.mlp.projected
+        readers = 1 + len(names)
         if "residual" in recalled:  # then the norm is of what was recalled
-            x, normed = self._normed(self.pre_mlp_norm, tap("residual", x + y), None, 3)
+            x, normed = self._normed(self.pre_mlp_norm, tap("residual", x + y), None, readers)
         else:
-            x, normed = self._normed(self.pre_mlp_norm, x, y, 3)
+            x, normed = self._normed(self.pre_mlp_norm, x, y, readers)
             x = tap("residual", x)
-        gate, up, h = normed
-        outputs = bypass(h, {"gate": self.gate(gate), "up": self.up(up)})
-        gate, up = (tap(name, outputs[name]) for name in ("gate", "up"))
+        *inputs, h = normed
+        outputs = self._projections(names, h, inputs, bypass)
+        gate, up = jnp.split(outputs[0], 2, axis=1) if self.spec.mlp.fused else outputs
+        gate, up = tap("gate", gate), tap("up", up)
         inner, low = gated(gate, up, self.backend, 2, self.spec.mlp.activation)
         y = bypass(low, {"down": self.down(inner)}, join)["down"]
         return x, self._branch(self.post_mlp_norm, y, "mlp_branch", tap)

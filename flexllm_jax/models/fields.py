@@ -42,10 +42,16 @@ _OFF = (None, False, "", [], {})
 
 
 class Fields:
-    """A JSON object of a configuration; `name` is what messages call it."""
+    """A JSON object of a configuration; `name` is what messages call it. most_tokens: the longest
+    text that the model is to be used for, if that is known."""
 
-    def __init__(self, raw: Mapping[str, Any], name: str = "config.json:"):
-        self._raw, self._name = raw, name
+    def __init__(
+        self,
+        raw: Mapping[str, Any],
+        name: str = "config.json:",
+        most_tokens: int | None = None,
+    ):
+        self._raw, self._name, self.most_tokens = raw, name, most_tokens
         self._read: set[str] = set()
 
     def __contains__(self, field: str) -> bool:

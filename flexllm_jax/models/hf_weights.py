@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.dtype import name_dtype
-from flexllm_jax.models.names import EMBED, HEAD, LAYERS
+from flexllm_jax.models.names import HEAD
 from flexllm_jax.models.rope import rotary_frequencies
 from flexllm_jax.models.tensors import Tensor, tensors
 
@@ -143,8 +143,9 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str
     modules = {name.rpartition(".")[0] for name in expected}
     ignored = []
     for name in sorted(files.keys() - expected):
-        layer = name.removeprefix(f"{LAYERS}.").split(".")[0]
-        in_layer = name.startswith(f"{LAYERS}.") and layer.isdigit()
+        layers = f"{config.names.layers}."
+        layer = name.removeprefix(layers).split(".")[0]
+        in_layer = name.startswith(layers) and layer.isdigit()
         with _open(directory / files[name]) as checkpoint:
             if name.endswith("rotary_emb.inv_freq"):
                 copied = _are_frequencies(checkpoint.get_tensor(name), config)
@@ -201,7 +202,7 @@ def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -
     uses for its tensor `name`, rounded to other's dtype; None when it has no such tensor."""
     directory = Path(path)
     if name == _HEAD_WEIGHT and config.head.tied:
-        name = f"{EMBED}.weight"
+        name = f"{config.names.embed}.weight"
     file = checkpoint_files(directory).get(name)
     if file is None:
         return None

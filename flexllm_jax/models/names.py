@@ -1,7 +1,10 @@
 """The names of parameters in checkpoints, and so of the modules that PEFT's adapters are on."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+
+from flexllm_jax.models.spec import NormSpec
 
 # A layer's projections: the name in the parameter tree -> inside of the checkpoint's layer.
 PROJECTIONS: Mapping[str, str] = MappingProxyType(
@@ -13,16 +16,10 @@ PROJECTIONS: Mapping[str, str] = MappingProxyType(
         "gate": "mlp.gate_proj",
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
+        "qkv": "self_attn.qkv_proj",
+        "gate_up": "mlp.gate_up_proj",
     }
 )
-LAYERS, EMBED, FINAL_NORM, HEAD = "model.layers", "model.embed_tokens", "model.norm", "lm_head"
-
-
-def layer_path(layer: int, inside: str) -> str:
-    """A module's path in a checkpoint."""
-    return f"{LAYERS}.{layer}.{inside}"
-
-
 # A layer's norms: the name in the parameter tree -> inside of the checkpoint's layer; by which of
 # `NormSpec.pre` and `NormSpec.post` it has.
 NORMS = {
@@ -42,3 +39,51 @@ NORMS = {
     },
 }
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls its modules.
+
+    root: the decoder. changed: of a layer's modules, those that have another name than the usual
+    one: (in the parameter tree, inside of the checkpoint's layer).
+    """
+
+    root: str = "model"
+    changed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def layers(self) -> str:
+        """The list of layers."""
+        return f"{self.root}.layers"
+
+    @property
+    def embed(self) -> str:
+        """The embeddings."""
+        return f"{self.root}.embed_tokens"
+
+    @property
+    def final_norm(self) -> str:
+        """The norm before the output head."""
+        return f"{self.root}.norm"
+
+    def path(self, layer: int, inside: str) -> str:
+        """A module of a layer, by its name there."""
+        return f"{self.layers}.{layer}.{inside}"
+
+    def norms(self, norm: NormSpec, qk_norm: bool) -> dict[str, str]:
+        """A layer's norms: their names in the parameter tree, and inside of the layer."""
+        usual = NORMS[norm.pre, norm.post] | (QK_NORMS if qk_norm else {})
+        changed = dict(self.changed)
+        return {module: changed.get(module, name) for module, name in usual.items()}
+
+    def module_path(self, layer: int, module: str) -> str:
+        """A projection, e.g. `model.layers.3.self_attn.q_proj` for (3, "q"). The output head,
+        "head", belongs to the layer after the last one."""
+        if module == "head":
+            return HEAD
+        return self.path(layer, dict(self.changed).get(module, PROJECTIONS[module]))
+
+
+USUAL, WRAPPED = ROOTS = Names(), Names("model.language_model")

@@ -80,22 +80,65 @@ class YarnScaling:
         return frequencies * (1.0 - slow) + frequencies / self.factor * slow
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753): every frequency is divided by a factor of its own. There are two
+    lists of them; which is used is decided once, by the engine's context (`ModelConfig.from_hf`),
+    as keys stay in their pages. Cosines and sines are multiplied by `attention_factor`."""
+
+    factors: tuple[float, ...]
+    attention_factor: float
+
+    def scale(self, frequencies: Float[Array, " F"], theta: float) -> Float[Array, " F"]:
+        """The scaled frequencies."""
+        import jax.numpy as jnp
+
+        return frequencies / jnp.asarray(self.factors, jnp.float32)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Base frequency and, for longer contexts, a scaling."""
+    """Base frequency and, for longer contexts, a scaling.
+
+    rotated: how many of a head's elements are rotated, the first ones; None: all. neighbours: pairs
+    are of neighbours, and not one of the first with one of the second half of what is rotated.
+    """
 
     theta: float
     scaling: RopeScaling | None = None
+    rotated: int | None = None
+    neighbours: bool = False
+
+    def reorders(self, head_dim: int) -> bool:
+        """Whether `pair` changes anything."""
+        return self.neighbours or self.rotated not in (None, head_dim)
+
+    def pair(self, x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+        """A head with its elements in the order that `rotary_angles` is for: those of a pair half a
+        head apart, the rotated ones first in both halves. Scores do not depend on the order, as
+        queries and keys have the same."""
+        import jax.numpy as jnp
+
+        if not self.reorders(x.shape[-1]):
+            return x
+        rotated = self.rotated or x.shape[-1]
+        turned, rest = x[..., :rotated], x[..., rotated:]
+        if self.neighbours:
+            halves = turned[..., 0::2], turned[..., 1::2]
+        else:
+            halves = jnp.split(turned, 2, axis=-1)
+        rests = jnp.split(rest, 2, axis=-1)
+        return jnp.concatenate([halves[0], rests[0], halves[1], rests[1]], axis=-1)
 
 
 def rotary_frequencies(rope: RopeSpec, head_dim: int) -> Float[Array, " F"]:
-    """Frequencies of the rotary angles, float32 [head_dim / 2]."""
+    """Frequencies of the rotary angles, float32 [rotated / 2]."""
     import jax.numpy as jnp
 
-    half = head_dim // 2
+    half = (rope.rotated or head_dim) // 2
     frequencies = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     return frequencies if rope.scaling is None else rope.scaling.scale(frequencies, rope.theta)
 
@@ -103,8 +146,9 @@ def rotary_frequencies(rope: RopeSpec, head_dim: int) -> Float[Array, " F"]:
 def rotary_angles(
     rope: RopeSpec | None, head_dim: int, positions: Int[Array, " T"]
 ) -> tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]:
-    """Cosine and sine of the rotary angles, float32, for `rotate`. Both halves of a head have the
-    same angles, and the sine of the first half is negated. Without `rope` they turn nothing."""
+    """Cosine and sine of the rotary angles, float32, for `rotate` of what `RopeSpec.pair` gives.
+    Both halves of a head have the same angles, and the sine of the first half is negated. Without
+    `rope` they turn nothing."""
     import jax.numpy as jnp
 
     if rope is None:
@@ -115,4 +159,7 @@ def rotary_angles(
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if rope.scaling is not None and rope.scaling.attention_factor != 1.0:
         cos, sin = (rope.scaling.attention_factor * x for x in (cos, sin))
+    if still := head_dim // 2 - frequencies.shape[0]:  # what is not rotated
+        widths = ((0, 0), (0, 0), (0, still))
+        cos, sin = jnp.pad(cos, widths, constant_values=1.0), jnp.pad(sin, widths)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)

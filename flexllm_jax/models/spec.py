@@ -23,7 +23,8 @@ class AttentionSpec:
 
     rope: None where queries and keys are not told their positions. options: how scores are made.
     qkv_bias, o_bias: whether q, k, v and o have biases. qk_norm: what of the queries and keys is
-    normalized before they are rotated: each head, or the whole projection.
+    normalized before they are rotated: each head, or the whole projection. fused: q, k and v are
+    one projection, "qkv", and so one site of LoRA.
     """
 
     heads: int  # N
@@ -34,14 +35,27 @@ class AttentionSpec:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None
+    fused: bool = False
+
+    @property
+    def projected(self) -> dict[str, int]:
+        """Widths of the projections before attention, by their name in the parameter tree."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"qkv": queries + 2 * keys} if self.fused else {"q": queries, "k": keys, "v": keys}
 
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """A gated feed-forward network."""
+    """A gated feed-forward network. fused: gate and up are one projection, "gate_up"."""
 
     d_ff: int  # F
     activation: Activation = "silu"
+    fused: bool = False
+
+    @property
+    def projected(self) -> dict[str, int]:
+        """Widths of the projections before the activation."""
+        return {"gate_up": 2 * self.d_ff} if self.fused else {"gate": self.d_ff, "up": self.d_ff}
 
 
 @dataclass(frozen=True)
@@ -71,17 +85,13 @@ class LayerSpec:
     residual_scale: float = 1.0
 
     def kernel_shapes(self, d_model: int) -> dict[str, tuple[int, int]]:
-        """[d_in, d_out] of the seven projections, by their name in the parameter tree."""
-        a, d_ff = self.attention, self.mlp.d_ff
-        queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        """[d_in, d_out] of the projections, by their name in the parameter tree."""
+        a, mlp = self.attention, self.mlp
         return {
-            "q": (d_model, queries),
-            "k": (d_model, keys),
-            "v": (d_model, keys),
-            "o": (queries, d_model),
-            "gate": (d_model, d_ff),
-            "up": (d_model, d_ff),
-            "down": (d_ff, d_model),
+            **{name: (d_model, width) for name, width in a.projected.items()},
+            "o": (a.heads * a.head_dim, d_model),
+            **{name: (d_model, width) for name, width in mlp.projected.items()},
+            "down": (mlp.d_ff, d_model),
         }
 
     def shard(self, devices: int, kv_devices: int) -> LayerSpec:

@@ -5,15 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.names import (
-    EMBED,
-    FINAL_NORM,
-    HEAD,
-    NORMS,
-    PROJECTIONS,
-    QK_NORMS,
-    layer_path,
-)
+from flexllm_jax.models.names import HEAD
 
 
 @dataclass(frozen=True)
@@ -34,30 +26,29 @@ class Tensor:
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every parameter of the model, in the order in which a forward pass reads them."""
     table = (config.vocab_size, config.d_model)
-    yield Tensor(("embed", "weight"), f"{EMBED}.weight", table)
+    yield Tensor(("embed", "weight"), f"{config.names.embed}.weight", table)
     for layer in range(config.num_layers):
         yield from _layer_tensors(config, layer)
-    yield Tensor(("norm", "weight"), f"{FINAL_NORM}.weight", (config.d_model,))
+    yield Tensor(("norm", "weight"), f"{config.names.final_norm}.weight", (config.d_model,))
     if not config.head.tied:
         yield Tensor(("head", "weight"), f"{HEAD}.weight", table)
 
 
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     spec = config.layers[layer].attention
-    biased = {"q", "k", "v"} if spec.qkv_bias else set()
+    biased = set(spec.projected) if spec.qkv_bias else set()
     biased |= {"o"} if spec.o_bias else set()
     norm = config.layers[layer].norm
-    norms = dict(NORMS[norm.pre, norm.post])
+    norms = config.names.norms(norm, spec.qk_norm is not None)
     sizes = dict.fromkeys(norms, config.d_model)
     if spec.qk_norm:
-        norms |= QK_NORMS
         heads = (1, 1) if spec.qk_norm == "head" else (spec.heads, spec.kv_heads)
         sizes |= {"q_norm": heads[0] * spec.head_dim, "k_norm": heads[1] * spec.head_dim}
     for module, name in norms.items():
         path = ("layers", layer, module, "weight")
-        yield Tensor(path, f"{layer_path(layer, name)}.weight", (sizes[module],))
+        yield Tensor(path, f"{config.names.path(layer, name)}.weight", (sizes[module],))
     for module, shape in config.layers[layer].kernel_shapes(config.d_model).items():
-        name = layer_path(layer, PROJECTIONS[module])
+        name = config.names.module_path(layer, module)
         path = ("layers", layer, module)
         yield Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
         if module in biased:

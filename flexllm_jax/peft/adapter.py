@@ -12,7 +12,7 @@ rank] and B [rank, d_out] are in the orientation of the base kernels (PEFT store
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -21,17 +21,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexllm_jax.config import ranks_taken
+from flexllm_jax.config import ALL_MODULES, FUSED_MODULES, ranks_taken
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.names import HEAD, PROJECTIONS, layer_path
+from flexllm_jax.models.names import HEAD, PROJECTIONS, ROOTS
 
 # The names that PEFT's `target_modules` knows -> those in the parameter tree.
 TARGET_MODULES: Mapping[str, str] = MappingProxyType(
     {path.rpartition(".")[2]: module for module, path in PROJECTIONS.items()} | {HEAD: "head"}
 )
-# What PEFT means by "all-linear": not the output head.
-ALL_LINEAR = tuple(name for name in TARGET_MODULES if name != HEAD)
+
+
+def named_modules(names: Collection[str], model: ModelConfig) -> tuple[str, ...]:
+    """The modules of a model that names of `TARGET_MODULES` mean, as the parameter tree calls them.
+    Where some are one projection, that is meant by all of their names together, too: so the usual
+    seven are all of every model. AdapterError for a name that means none."""
+    whole = {name for name, parts in FUSED_MODULES.items() if set(parts) <= set(names)}
+    modules = {n: m for n, m in TARGET_MODULES.items() if m in model.linear_shapes}
+    own = [name for name in modules if name in names or name in whole]
+    meant = {*own, *(part for name in own for part in FUSED_MODULES.get(name, ()))}
+    if unknown := [name for name in names if name not in meant]:
+        raise AdapterError(
+            f"target_modules={unknown!r}: this model has no such module; use one or more of "
+            f"{', '.join(modules)}, or 'all-linear'"
+        )
+    return tuple(modules[name] for name in own)
+
 
 PATH_END = r"(.*\.)?(", ")$"  # around a key of rank_pattern or alpha_pattern
 MOST_RANK, MOST_ALPHA = 65_536, 1e6  # beyond them it is a mistake, or worse
@@ -85,14 +100,6 @@ class Adapter:
         return lora and not any(own["b"].any() for own in self.weights.values())
 
 
-def module_path(layer: int, module: str) -> str:
-    """Hugging Face's name of a projection, e.g. `model.layers.3.self_attn.q_proj` for (3, "q").
-
-    The output head, "head", belongs to the layer after the last one.
-    """
-    return HEAD if module == "head" else layer_path(layer, PROJECTIONS[module])
-
-
 def init_adapter(config: AdapterConfig, model: ModelConfig, seed: int) -> Adapter:
     """An adapter to start training from."""
     return Adapter(config, config.initialize(model, seed))
@@ -102,12 +109,12 @@ def init_adapter(config: AdapterConfig, model: ModelConfig, seed: int) -> Adapte
 class LoraConfig(AdapterConfig):
     """PEFT's LoRA configuration, as far as it decides what an adapter computes.
 
-    `target_modules` is a sequence of the names in TARGET_MODULES, or "all-linear" for all seven.
+    `target_modules` is a sequence of names in TARGET_MODULES, or "all-linear" for the usual seven.
     `rank_pattern` and `alpha_pattern` map regular expressions on module paths to the rank and alpha
     used instead of `r` and `alpha`; the first that matches counts. `layers_to_transform` None: all.
-    `resolved`: rank and alpha by module path, found out already; else the patterns are matched when
-    they are needed, which takes as long as who wrote them wants. `init`: `init_lora_weights` of
-    PEFT, "default" for its true; with "pissa", "pissa_niter_N" and "olora" half of the rank is a
+    `resolved`: rank and alpha by layer and module, found out already; else the patterns are matched
+    when they are needed, which takes as long as who wrote them wants. `init`: `init_lora_weights`
+    of PEFT, "default" for its true; with "pissa", "pissa_niter_N" and "olora" half of the rank is a
     start that is subtracted (`principal`). `lora_dropout`: what a job trains with (`dropout`); it
     means nothing to an adapter that is served.
     """
@@ -121,7 +128,7 @@ class LoraConfig(AdapterConfig):
     layers_to_transform: tuple[int, ...] | None = None
     init: str = "default"
     lora_dropout: float = 0.0
-    resolved: Mapping[str, tuple[int, float]] | None = field(
+    resolved: Mapping[Site, tuple[int, float]] | None = field(
         default=None, compare=False, repr=False
     )
 
@@ -130,7 +137,7 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self):
         names = self.target_modules
         if isinstance(names, str):
-            names = ALL_LINEAR if names == "all-linear" else (names,)
+            names = ALL_MODULES if names == "all-linear" else (names,)
         unknown = [name for name in names if name not in TARGET_MODULES]
         if unknown or not names:
             raise AdapterError(
@@ -169,18 +176,16 @@ class LoraConfig(AdapterConfig):
 
     def rank(self, layer: int, module: str) -> int:
         """Rank of one projection's adapter; `module` is its name in the parameter tree ("q")."""
-        path = module_path(layer, module)
         if self.resolved is not None:
-            return self.resolved[path][0]
-        return _first_match(self.rank_pattern, path, self.r)
+            return self.resolved[layer, module][0]
+        return _first_match(self.rank_pattern, (layer, module), self.r)
 
     def scale(self, layer: int, site: str) -> float:
         """Factor on A @ B: alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA."""
-        path = module_path(layer, site)
         if self.resolved is not None:
-            alpha = self.resolved[path][1]
+            alpha = self.resolved[layer, site][1]
         else:
-            alpha = _first_match(self.alpha_pattern, path, self.alpha)
+            alpha = _first_match(self.alpha_pattern, (layer, site), self.alpha)
         rank = self.rank(layer, site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -204,18 +209,18 @@ class LoraConfig(AdapterConfig):
         """How much of its rank is trained."""
         return self.rank(layer, module) // (2 if self.from_base else 1)
 
-    def targets(self, num_layers: int) -> tuple[tuple[int, str], ...]:
+    def targets(self, model: ModelConfig) -> tuple[tuple[int, str], ...]:
         """The (layer, module) pairs that a new adapter of this configuration has, by layer."""
-        layers = self.layers_to_transform
+        layers, num_layers = self.layers_to_transform, model.num_layers
+        modules = named_modules(self.target_modules, model)
         layers = tuple(range(num_layers)) if layers is None else layers
         outside = [layer for layer in layers if not 0 <= layer < num_layers]
         if outside:
             raise AdapterError(
                 f"layers_to_transform={outside!r}: the base model has layers 0 to {num_layers - 1}"
             )
-        modules = [TARGET_MODULES[name] for name in self.target_modules if name != "lm_head"]
-        targets = tuple((layer, module) for layer in layers for module in modules)
-        if "lm_head" in self.target_modules and self.layers_to_transform is None:
+        targets = tuple((layer, m) for layer in layers for m in modules if m != "head")
+        if "head" in modules and self.layers_to_transform is None:
             targets += ((num_layers, "head"),)
         return targets
 
@@ -228,7 +233,7 @@ class LoraConfig(AdapterConfig):
         """
         weights = {}
         modules = list(TARGET_MODULES.values())
-        for layer, module in self.targets(model.num_layers):
+        for layer, module in self.targets(model):
             d_in, d_out = model.linear_shapes[module]
             rank = self.rank(layer, module)
             random = np.random.default_rng([seed, layer, modules.index(module)])
@@ -242,10 +247,11 @@ class LoraConfig(AdapterConfig):
         return weights
 
 
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, from a dot."""
+def _first_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
+    """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, from a dot; the
+    path is that in a model of text, or in one of more than text."""
     for pattern, value in patterns.items():
-        if re.match(pattern.join(PATH_END), path):
+        if any(re.match(pattern.join(PATH_END), names.module_path(*site)) for names in ROOTS):
             return value
     return default
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft import bottleneck, prefix
-from flexllm_jax.peft.adapter import Adapter, AdapterError, module_path
+from flexllm_jax.peft.adapter import Adapter, AdapterError
 from flexllm_jax.peft.bottleneck import BottleneckConfig
 from flexllm_jax.peft.ia3 import PEFT_SITES, Ia3Config, site_widths
 from flexllm_jax.peft.prefix import PrefixConfig
@@ -43,7 +43,7 @@ def _refuse_others(tensors: Tensors, known: Set[str]) -> None:
 
 def _read_ia3(raw: Mapping[str, Any], tensors: Tensors, model: ModelConfig) -> Adapter:
     paths = {
-        f"{_ROOT}{module_path(layer, module)}.ia3_l": (layer, site)
+        f"{_ROOT}{model.names.module_path(layer, module)}.ia3_l": (layer, site)
         for layer in range(model.num_layers)
         for site, module in _IA3_MODULES.items()
     }
@@ -75,7 +75,7 @@ def _write_ia3(adapter: Adapter, model: ModelConfig) -> tuple[dict[str, Any], Te
     tensors = {}
     for (layer, site), own in adapter.weights.items():
         shape = (1, -1) if site == "ia3_inner" else (-1, 1)
-        name = f"{_ROOT}{module_path(layer, _IA3_MODULES[site])}.ia3_l"
+        name = f"{_ROOT}{model.names.module_path(layer, _IA3_MODULES[site])}.ia3_l"
         tensors[name] = own["scale"].reshape(shape)
     names = [
         name for name, site in PEFT_SITES.items() if any(site == s for _, s in adapter.weights)
@@ -136,7 +136,7 @@ def _bottleneck_names(model: ModelConfig) -> dict[str, tuple[tuple[int, str], st
         "up_bias": "up.bias",
     }
     return {
-        f"{_ROOT}{module_path(layer, module)}.bottleneck_{file}": ((layer, site), name)
+        f"{_ROOT}{model.names.module_path(layer, module)}.bottleneck_{file}": ((layer, site), name)
         for layer in range(model.num_layers)
         for site, module in bottleneck.FOLLOWS.items()
         for name, file in files.items()

@@ -1,7 +1,7 @@
 """LoRA in PEFT's file format: which projections it is on, its tensors, and what is refused.
 
 Which modules are targeted and with which rank and scale follows PEFT's own rules; what PEFT can do
-beyond plain LoRA on the seven projections and the output head is refused by name.
+beyond plain LoRA on the projections and the output head is refused by name.
 """
 
 import logging
@@ -19,11 +19,10 @@ from flexllm_jax.peft.adapter import (
     AdapterError,
     LoraConfig,
     Site,
-    module_path,
 )
 from flexllm_jax.peft.hf_files import CONFIG, ROOT, WEIGHTS, read_tensors
 from flexllm_jax.peft.hf_kinds import FILE_KINDS
-from flexllm_jax.peft.hf_targets import all_paths, target_fields, targeted_sites
+from flexllm_jax.peft.hf_targets import candidates, target_fields, targeted_sites
 from flexllm_jax.peft.patterns import Expression, match_paths
 
 logger = logging.getLogger(__name__)
@@ -102,15 +101,17 @@ def _patterns(raw: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(pattern, Mapping):
             raise AdapterError(f"{name}={pattern!r} must map patterns to numbers")
-    paths = all_paths(model)
-    matches = match_paths([_key(key) for key in {**ranks, **alphas}], paths)
+    paths = candidates(model)
+    matches = match_paths([_key(key) for key in {**ranks, **alphas}], list(paths))
 
     def find(values: Mapping[str, Any], path: str, default: Any) -> Any:
         found = (v for k, v in values.items() if path in matches[_key(k)])
         return next(found, default)
 
     r, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-    resolved = {path: (find(ranks, path, r), find(alphas, path, alpha)) for path in paths}
+    resolved = {
+        site: (find(ranks, path, r), find(alphas, path, alpha)) for path, site in paths.items()
+    }
     return {"rank_pattern": ranks, "alpha_pattern": alphas, "resolved": resolved}
 
 
@@ -159,7 +160,7 @@ def _take_weights(
     for layer, module in targets:
         shapes = _shapes(config, model_config, layer, module)
         factors = []
-        for name, shape in zip(_tensor_names(layer, module), shapes, strict=True):
+        for name, shape in zip(_tensor_names(model_config, layer, module), shapes, strict=True):
             stored = tensors.pop(name, None)
             if stored is None:
                 raise AdapterError(
@@ -194,10 +195,11 @@ def lora_files(
         expected = _shapes(config, model_config, layer, module)
         if (a.shape, b.shape) != expected:
             raise AdapterError(
-                f"{module_path(layer, module)}: A {a.shape} and B {b.shape} should "
-                f"be {expected[0]} and {expected[1]}; the configuration belongs to another adapter"
+                f"{model_config.names.module_path(layer, module)}: A {a.shape} and B {b.shape} "
+                f"should be {expected[0]} and {expected[1]}; the configuration belongs to another "
+                "adapter"
             )
-        name_a, name_b = _tensor_names(layer, module)
+        name_a, name_b = _tensor_names(model_config, layer, module)
         tensors[name_a], tensors[name_b] = a.T, b.T
     fields = {
         "r": config.r,
@@ -218,8 +220,8 @@ def lora_files(
 # -- tensors -------------------------------------------------------------------------------------
 
 
-def _tensor_names(layer: int, module: str) -> tuple[str, str]:
-    prefix = f"{ROOT}{module_path(layer, module)}"
+def _tensor_names(model: ModelConfig, layer: int, module: str) -> tuple[str, str]:
+    prefix = f"{ROOT}{model.names.module_path(layer, module)}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.peft.adapter import TARGET_MODULES, Adapter, AdapterError, Site, module_path
+from flexllm_jax.peft.adapter import TARGET_MODULES, Adapter, AdapterError, Site
 from flexllm_jax.peft.patterns import Expression, Matches, match_paths
 
 logger = logging.getLogger(__name__)
@@ -24,12 +24,12 @@ def targeted_sites(raw: Mapping[str, Any], model: ModelConfig) -> tuple[Site, ..
 
     Raises AdapterError when there is none, or what they select is no projection.
     """
-    candidates = _candidates(model)
+    sites = candidates(model)
     names = raw.get("target_modules")
     if isinstance(names, str) and names.lower() == "all-linear":
-        names = [path for path in candidates if path != "lm_head"]  # PEFT means them in full
-    others = ["model.embed_tokens"]  # what else PEFT's LoRA could be put on
-    paths = [*candidates, *others]
+        names = [path for path in sites if path != "lm_head"]  # PEFT means them in full
+    others = [model.names.embed]  # what else PEFT's LoRA could be put on
+    paths = [*sites, *others]
     try:
         rules = _Rules(raw, names, paths)
         matched = [path for path in paths if rules.select(path)]
@@ -45,14 +45,15 @@ def targeted_sites(raw: Mapping[str, Any], model: ModelConfig) -> tuple[Site, ..
         found = f"matches {unsupported[0]}" if unsupported else "matches no module of this model"
         raise AdapterError(
             f"target_modules={raw.get('target_modules')!r} {found}; supported are "
-            f"{', '.join(TARGET_MODULES)} in {model.num_layers} layers"
+            f"{', '.join(n for n, m in TARGET_MODULES.items() if m in model.linear_shapes)} in "
+            f"{model.num_layers} layers"
         )
     if unused:
         logger.warning(
             "target_modules: %s match no module of this model and change nothing",
             ", ".join(unused[:20]),
         )
-    return tuple(candidates[path] for path in matched)
+    return tuple(sites[path] for path in matched)
 
 
 def target_fields(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
@@ -65,24 +66,18 @@ def target_fields(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
     fields = {"target_modules": names, "layers_to_transform": some}
     if set(targeted_sites(fields, model)) == targets:
         return fields
-    paths = [module_path(layer, module) for layer, module in sorted(targets)]
+    paths = [model.names.module_path(layer, module) for layer, module in sorted(targets)]
     return {"target_modules": paths, "layers_to_transform": None}
 
 
-def _candidates(model: ModelConfig) -> dict[str, Site]:
+def candidates(model: ModelConfig) -> dict[str, Site]:
     """Every projection that LoRA can be put on, by its path."""
     sites = [
         (layer, module)
         for layer in range(model.num_layers)
-        for module in TARGET_MODULES.values()
-        if module != "head"
+        for module in model.layers[layer].kernel_shapes(model.d_model)
     ]
-    return {module_path(*site): site for site in [*sites, (model.num_layers, "head")]}
-
-
-def all_paths(model: ModelConfig) -> list[str]:
-    """The path of every projection that LoRA can be put on."""
-    return list(_candidates(model))
+    return {model.names.module_path(*site): site for site in [*sites, (model.num_layers, "head")]}
 
 
 def _ends(path: str) -> list[str]:

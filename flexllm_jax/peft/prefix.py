@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.spec import AttentionSpec
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
@@ -63,12 +64,14 @@ def shapes(model: ModelConfig, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"k": shape, "v": shape}
 
 
-def unsupported(options: AttentionOptions) -> str | None:
+def unsupported(attention: AttentionSpec) -> str | None:
     """What of a model's attention has no meaning here yet; None: nothing. transformers counts the
     prefix among the keys of a window, and caps its scores too."""
-    if options.window is not None:
+    if attention.options.window is not None:
         return "a sliding window"
-    return None if options.soft_cap is None else "a soft cap of scores"
+    if attention.rope is not None and attention.rope.reorders(attention.head_dim):
+        return "rotary embeddings of some elements or of neighbours"
+    return None if attention.options.soft_cap is None else "a soft cap of scores"
 
 
 def join_prefix(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.peft.adapter import TARGET_MODULES, AdapterError, LoraConfig, Weights, module_path
+from flexllm_jax.peft.adapter import TARGET_MODULES, AdapterError, LoraConfig, Weights
 
 
 def initialize_from_base(
@@ -21,12 +21,12 @@ def initialize_from_base(
     `kernel` gives the base kernels [d_in, d_out] float32."""
     modules = list(TARGET_MODULES.values())
     weights = {}
-    for layer, module in config.targets(model.num_layers):
+    for layer, module in config.targets(model):
         base, rank = kernel(layer, module), config.trained_rank(layer, module)
         if rank > min(base.shape):
             raise AdapterError(
                 f"r={rank}: init={config.init} takes at most rank {min(base.shape)}, that of "
-                f"{module_path(layer, module)}"
+                f"{model.names.module_path(layer, module)}"
             )
         if config.init == "olora":
             a, b = _orthonormal(base, rank)

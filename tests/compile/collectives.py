@@ -54,7 +54,7 @@ def examine(path: str, layers: int, tp: int, saved: str) -> dict[str, dict]:
     model = ModelConfig.from_hf(path)
     model = replace(model, layers=model.layers[:1] * layers)
     dtype = jnp.dtype(config.model.dtype)
-    placement = plan_placement(config, model, bank_shape(config), 8, dtype)
+    placement = plan_placement(config, model, bank_shape(config, model), 8, dtype)
     sizes = EngineSizes.from_config(config, model, "cpu", XLA, placement)
     sizes = choose_saved(config, sizes, math.inf)
     assert set(sizes.bank.modules) == {"q", "k", "v", "o", "gate", "up", "down"}

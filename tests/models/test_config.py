@@ -108,11 +108,68 @@ MISTRAL_7B = {
     "use_cache": True,
     "vocab_size": 32768,
 }
+PHI_4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 199999,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 199999,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "long_factor": [1 + i / 8 for i in range(48)],
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 200064,
+}
+GLM_4_9B = {
+    "architectures": ["Glm4ForCausalLM"],
+    "attention_bias": False,
+    "eos_token_id": [151329, 151336, 151338],
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 13696,
+    "max_position_embeddings": 32768,
+    "model_type": "glm4",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 2,
+    "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151552,
+}
 PUBLISHED = {
     "llama": LLAMA_3_1_8B,
     "qwen2": QWEN_2_5_0_5B,
     "qwen3": QWEN_3_0_6B,
     "mistral": MISTRAL_7B,
+    "phi3": PHI_4_MINI,
+    "glm4": GLM_4_9B,
 }
 
 
@@ -125,7 +182,7 @@ def write(directory, config, generation=None):
 
 def assert_as_transformers_reads_it(directory):
     ours, theirs = ModelConfig.from_hf(directory), AutoConfig.from_pretrained(directory)
-    assert ours.architecture == theirs.architectures[0]
+    assert [ours.architecture] == theirs.architectures
     assert ours.vocab_size == theirs.vocab_size
     assert ours.d_model == theirs.hidden_size
     assert ours.num_layers == theirs.num_hidden_layers
@@ -144,6 +201,8 @@ def assert_as_transformers_reads_it(directory):
         rope = rope.get(kind, rope)
         assert own is not None
         assert own.theta == rope["rope_theta"]
+        rotated = own.rotated or ours.head_dim
+        assert rotated == int(ours.head_dim * rope.get("partial_rotary_factor", 1))
         assert (own.scaling is None) == (rope["rope_type"] == "default")
         for name, value in vars(own.scaling).items() if own.scaling else ():
             assert value == rope.get(name, value)
@@ -209,6 +268,19 @@ def test_scaled_frequencies_are_those_of_transformers(tmp_path, rope):
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, "cpu")
     np.testing.assert_allclose(rotary_frequencies(ours, 128), expected, rtol=1e-5)
     assert ours.scaling.attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(("context", "length"), [(4096, None), (None, 4097), (4097, 131072)])
+def test_longrope_is_chosen_by_the_context(tmp_path, context, length, caplog):
+    caplog.set_level("INFO")
+    ours = ModelConfig.from_hf(write(tmp_path, PHI_4_MINI), context).layers[0].attention.rope
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    expected, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu", seq_len=length)
+    assert ours is not None
+    assert ours.scaling is not None
+    np.testing.assert_allclose(rotary_frequencies(ours, 128), expected, rtol=1e-5)
+    assert ours.scaling.attention_factor == pytest.approx(factor)
+    assert f"{'long' if length else 'short'}_factor for every text" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES))
@@ -296,6 +368,9 @@ def test_generation_config_decides_what_ends_a_sequence(tmp_path):
         ("llama", {"sliding_window": 64}, "sliding_window=64"),
         ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ("llama", {"residual_multiplier": 0.2}, "residual_multiplier=0.2"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5 would rotate 192"),
+        ("phi3", {"partial_rotary_factor": 1.0}, "48 factors, and 64 frequencies"),
+        ("phi3", {"lm_head_bias": True}, "lm_head_bias=True"),
         ("mistral", {"attention_bias": True}, "attention_bias=True"),
         ("mistral", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
         ("qwen3", {"layer_types": ["full_attention"]}, "must name the kinds of 28 layers"),

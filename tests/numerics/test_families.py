@@ -25,15 +25,26 @@ from flexllm_jax.finetune.buffers import saved_columns
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import load_parameters
-from flexllm_jax.peft.adapter import module_path
+from flexllm_jax.peft.adapter import TARGET_MODULES, LoraConfig, named_modules
 from flexllm_jax.peft.bank import BankShape, to_row
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 from kernels_pallas.backend import XLA
 from tests import checkpoints
-from tests.engines import SEVEN, SHORT, load_with_adapter, reference_logits, save_random_adapter
+from tests.engines import SEVEN, load_with_adapter, reference_logits, save_random_adapter
 from tests.packing import pack
 
-FAMILIES = ("mistral", "smollm3", "seed_oss", "granite", "olmo2", "olmo3", "gemma2", "gemma3")
+FAMILIES = (
+    "mistral",
+    "phi3",
+    "glm4",
+    "smollm3",
+    "seed_oss",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "gemma2",
+    "gemma3",
+)
 LENGTHS, STEP, SLOTS, PAGE, PAGES = (29, 14), 16, 80, 8, 8
 TABLES = ([5, 2, 7, 0], [1, 6])
 # The first cuts a sequence, the last has the rest of one and of the other.
@@ -46,13 +57,14 @@ def case(request, tmp_path_factory):
     """A checkpoint of the family, an adapter on all it can be on, and both loaded."""
     folder = tmp_path_factory.mktemp(request.param)
     path = getattr(checkpoints, f"make_{request.param}")(folder / "model")
-    saved = save_random_adapter(
-        path, folder / "adapter", r=3, lora_alpha=5, target_modules=[*SEVEN, "lm_head"]
-    )
     model = ModelConfig.from_hf(path)
+    names = {m: n for n, m in TARGET_MODULES.items() if m in model.linear_shapes}
+    saved = save_random_adapter(
+        path, folder / "adapter", r=3, lora_alpha=5, target_modules=list(names.values())
+    )
     dtype = jnp.dtype(jnp.float32)
     params, adapter = load_parameters(path, model, dtype), load_adapter(saved, model, path)
-    bank = BankShape(rows=1, rank=3, modules=(*SHORT.values(), "head"))
+    bank = BankShape(rows=1, rank=3, modules=tuple(names))
     random = np.random.default_rng(0)
     own = SimpleNamespace(
         path=path,
@@ -175,7 +187,7 @@ def peft_gradients(case):
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             path, factor = name.removeprefix("base_model.model.").split(".lora_")
-            site = next(s for s in case.adapter.weights if module_path(*s) == path)
+            site = next(s for s in case.adapter.weights if case.model.names.module_path(*s) == path)
             gradients[*site, factor[0].lower()] = parameter.grad.T.numpy()
     return total, gradients
 
@@ -207,8 +219,25 @@ def test_exports_load_in_peft_and_transformers(case, tmp_path):
     assert error < 1e-4 * np.abs(expected).max()
 
 
-def test_prefixes_are_refused_beside_windows(tmp_path):
-    path = checkpoints.make_mistral(tmp_path)
-    config = Config.model_validate({"model": {"path": path}, "adapters": {"kinds": ["prefix"]}})
-    with pytest.raises(ValueError, match=r"adapters.kinds: this model has a sliding window.*drop"):
+@pytest.mark.parametrize(
+    ("family", "adapters", "named"),
+    [
+        ("mistral", {"kinds": ["prefix"]}, "adapters.kinds: this model has a sliding window.*drop"),
+        ("glm4", {"kinds": ["prefix"]}, "has rotary embeddings of some elements or of neighbours"),
+        ("phi3", {"kinds": ["ia3"]}, "adapters.kinds: ia3 scales keys.* are fused; drop it"),
+        ("phi3", {"target_modules": ["q_proj"]}, "no such module; use one or more of o_proj, "),
+    ],
+)
+def test_what_has_no_place_in_a_model_is_refused(tmp_path, family, adapters, named):
+    path = getattr(checkpoints, f"make_{family}")(tmp_path)
+    config = Config.model_validate({"model": {"path": path}, "adapters": adapters})
+    with pytest.raises(ValueError, match=named):
         EngineSizes.from_config(config, ModelConfig.from_hf(path), "cpu", XLA)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4"])
+def test_the_usual_seven_are_all_projections_of_every_model(tmp_path, family):
+    model = ModelConfig.from_hf(getattr(checkpoints, f"make_{family}")(tmp_path))
+    assert set(named_modules(SEVEN, model)) == model.kernel_shapes.keys()
+    job = LoraConfig(r=2, alpha=2, target_modules=SEVEN)
+    assert {module for _, module in job.targets(model)} == model.kernel_shapes.keys()

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig, module_path
+from flexllm_jax.models.names import USUAL
+from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig
 from flexllm_jax.peft.hf_targets import target_fields, targeted_sites
 from tests.small_models import small_model
 
@@ -23,7 +24,7 @@ MODEL = small_model(
     d_ff=96,
 )
 PATHS = {
-    module_path(layer, module): (layer, module)
+    USUAL.module_path(layer, module): (layer, module)
     for layer in range(LAYERS)
     for module in ("q", "k", "v", "o", "gate", "up", "down")
 } | {"lm_head": (LAYERS, "head")}

@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 def planned_sizes(config: Config, device: Any) -> EngineSizes:
     """The engine of a configuration on a device, with its plan of what to save chosen."""
-    model = ModelConfig.from_hf(config.model.path)
+    model = ModelConfig.from_hf(config.model.path, config.model.max_model_len)
     backend = select_backend(config.kernels, device)
     sizes = EngineSizes.from_config(config, model, device.platform, backend)
     return choose_saved(config, sizes, memory_budget(config, device))

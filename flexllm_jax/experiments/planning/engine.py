@@ -115,12 +115,15 @@ class PlannedEngine:
 
 def plan_engine(config: Config, chip: str) -> PlannedEngine:
     """The engine of a configuration on a chip of `CHIPS`. UserErrors for what no chip could do."""
-    device, model = AbsentDevice(chip), ModelConfig.from_hf(config.model.path)
+    device, model = (
+        AbsentDevice(chip),
+        ModelConfig.from_hf(config.model.path, config.model.max_model_len),
+    )
     backend = XLA if config.kernels == "xla" else Backend("pallas", chip_name(device.device_kind))
     shared = split(
         config,
         model,
-        bank_shape(config),
+        bank_shape(config, model),
         step_buckets(config, device.platform)[-1],
         engine_dtype(config.model.dtype, config.model.path, device.platform),
     )

@@ -3,12 +3,12 @@
 from flexllm_jax.models.families.dense import GRANITE, OLMO2, OLMO3, SEED_OSS, SMOLLM3
 from flexllm_jax.models.families.family import Family
 from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
-from flexllm_jax.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from flexllm_jax.models.families.llama import GLM4, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        *(LLAMA, QWEN2, QWEN3, MISTRAL),
+        *(LLAMA, QWEN2, QWEN3, MISTRAL, PHI3, GLM4),
         *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
     )
 }

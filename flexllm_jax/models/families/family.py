@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexllm_jax.models.fields import Fields
+from flexllm_jax.models.names import USUAL, Names
 from flexllm_jax.models.spec import HeadSpec, LayerSpec
 
 
@@ -20,7 +21,7 @@ class Family:
     model_type, architecture: transformers' names. layers: all of them, in order. defaults: what
     transformers' config class fills in. harmless: fields that change nothing here, beside those of
     `fields.HARMLESS`; every other one that is not read is refused. around: fields of `ModelConfig`
-    that say what is before the layers. head: what is behind them.
+    that say what is before the layers. head: what is behind them. names: of its modules.
     """
 
     model_type: str
@@ -29,4 +30,5 @@ class Family:
     defaults: Mapping[str, Any]
     harmless: frozenset[str] = frozenset()
     around: Callable[[Fields], dict[str, Any]] = field(default=lambda fields: {})
+    names: Names = USUAL
     head: Callable[[Fields], HeadSpec] = field(default=plain_head)

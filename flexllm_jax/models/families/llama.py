@@ -1,5 +1,5 @@
 """Llama 3.x, and the families that differ from it in biases, norms of queries and keys, or windows:
-Qwen2.5, Qwen3, Mistral."""
+Qwen2.5, Qwen3, Mistral; and in which projections are one: Phi-3 and 4, GLM-4."""
 
 from typing import Any
 
@@ -14,7 +14,9 @@ from flexllm_jax.models.families.parts import (
     norms,
     window,
 )
+from flexllm_jax.models.families.rope import read_rope
 from flexllm_jax.models.fields import Fields
+from flexllm_jax.models.names import Names
 from flexllm_jax.models.spec import LayerSpec
 
 
@@ -43,6 +45,28 @@ def _qwen(fields: Fields, **changes: Any) -> tuple[LayerSpec, ...]:
         )
         for kind in layer_types(fields, kinds, (FULL, SLIDING) if slides else (FULL,))
     )
+
+
+def _phi3(fields: Fields) -> tuple[LayerSpec, ...]:
+    """Fused projections; the same window in every layer, or none."""
+    sliding = SLIDING if "sliding_window" in fields else FULL
+    own = attention(
+        fields,
+        rope=read_rope(fields, partial=True),
+        options=window(fields, sliding),
+        qkv_bias=False,
+        o_bias=False,
+        fused=True,
+    )
+    return alike(fields, LayerSpec(own, gated_mlp(fields, fused=True), norms(fields)))
+
+
+def _glm4(fields: Fields) -> tuple[LayerSpec, ...]:
+    """Norms before and behind; RoPE of neighbours in a part of each head."""
+    rope = read_rope(fields, partial=True, neighbours=True)
+    own = attention(fields, rope=rope, qkv_bias=fields.boolean("attention_bias"), o_bias=False)
+    mlp = gated_mlp(fields, fused=True)
+    return alike(fields, LayerSpec(own, mlp, norms(fields, post=True)))
 
 
 _QWEN = frozenset({"sliding_window", "max_window_layers", "use_sliding_window"})
@@ -78,4 +102,38 @@ QWEN3 = Family(
     layers=lambda fields: _qwen(fields, qk_norm="head"),
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
     harmless=_QWEN,
+)
+PHI3 = Family(
+    "phi3",
+    "Phi3ForCausalLM",
+    layers=_phi3,
+    defaults={
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 32000,
+    },
+    harmless=frozenset({"original_max_position_embeddings", "full_attn_mod", "interpolate_factor"}),
+)
+GLM4 = Family(
+    "glm4",
+    "Glm4ForCausalLM",
+    layers=_glm4,
+    names=Names(
+        changed=(
+            ("post_attn_norm", "post_self_attn_layernorm"),
+            ("pre_mlp_norm", "post_attention_layernorm"),
+            ("post_mlp_norm", "post_mlp_layernorm"),
+        )
+    ),
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 0.00000015625,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+        "eos_token_id": [151329, 151336, 151338],
+    },
 )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from flexllm_jax.models.families.rope import read_rope
+from flexllm_jax.models.families.rope import read_head_dim, read_rope
 from flexllm_jax.models.fields import Fields, ModelConfigError
 from flexllm_jax.models.spec import AttentionSpec, LayerSpec, MlpSpec, NormSpec
 from kernels_pallas.layer_options import AttentionOptions
@@ -14,7 +14,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def attention(fields: Fields, **changes: Any) -> AttentionSpec:
     """Full attention with one RoPE for all layers and `attention_bias` of q, k, v and o alike;
     `changes`: fields of AttentionSpec that are otherwise."""
-    d_model = fields.positive_int("hidden_size")
     heads = fields.positive_int("num_attention_heads")
     kv_heads = fields.positive_int("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -22,10 +21,7 @@ def attention(fields: Fields, **changes: Any) -> AttentionSpec:
             "num_key_value_heads",
             f"does not divide num_attention_heads={heads}; correct the one that is wrong",
         )
-    head_dim = fields.positive_int("head_dim", d_model // heads)
-    if head_dim % 2:
-        reason = "is odd, but RoPE rotates pairs; use an even one"
-        raise fields.error("head_dim", reason)
+    head_dim = read_head_dim(fields)
     if not changes.keys() >= {"rope"}:
         changes["rope"] = read_rope(fields)
     if not changes.keys() >= {"qkv_bias", "o_bias"}:
@@ -34,11 +30,12 @@ def attention(fields: Fields, **changes: Any) -> AttentionSpec:
     return AttentionSpec(heads, kv_heads, head_dim, **changes)
 
 
-def gated_mlp(fields: Fields) -> MlpSpec:
-    """A gated feed-forward network without biases, with silu."""
+def gated_mlp(fields: Fields, **changes: Any) -> MlpSpec:
+    """A gated feed-forward network without biases, with silu; `changes`: fields of MlpSpec that are
+    otherwise."""
     fields.choice("hidden_act", ("silu", "swish"), "silu")
     fields.refuse("mlp_bias", "use a checkpoint whose MLP has no bias")
-    return MlpSpec(fields.positive_int("intermediate_size"))
+    return MlpSpec(fields.positive_int("intermediate_size"), **changes)
 
 
 def norms(fields: Fields, **changes: bool) -> NormSpec:

@@ -1,27 +1,35 @@
 """RoPE as configurations spell it: `rope_parameters` of transformers 5, or `rope_theta` and
 `rope_scaling` of older ones. Each kind is a row of a table."""
 
+import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 from flexllm_jax.models.fields import Fields, ModelConfigError
 from flexllm_jax.models.rope import (
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     RopeSpec,
     YarnScaling,
 )
 
+logger = logging.getLogger(__name__)
+
 _THETA = 10_000.0  # transformers' default
 
 
-def read_rope(fields: Fields, theta: float = _THETA) -> RopeSpec:
-    """The RoPE of all layers, with transformers' rule of which of two spellings wins."""
+def read_rope(
+    fields: Fields, theta: float = _THETA, *, partial: bool = False, neighbours: bool = False
+) -> RopeSpec:
+    """The RoPE of all layers, with transformers' rule of which of two spellings wins. partial:
+    whether a part of each head may be all that is rotated."""
     name, rope = _object(fields)
     if any(isinstance(value, dict) for value in rope.values()):
         raise fields.error(name, "is not supported; one set of RoPE parameters for all layers is")
-    return _rope(fields, name, rope, theta)
+    return replace(_rope(fields, name, rope, theta, partial=partial), neighbours=neighbours)
 
 
 def read_ropes(fields: Fields, thetas: dict[str, float]) -> dict[str, RopeSpec]:
@@ -52,41 +60,73 @@ def _object(fields: Fields) -> tuple[str, dict[str, Any]]:
     return name, rope
 
 
-def _rope(fields: Fields, name: str, rope: Any, theta: float, *, by_kind: bool = False) -> RopeSpec:
+def read_head_dim(fields: Fields) -> int:
+    """H, where it is the same in every layer."""
+    d_model, heads = (fields.positive_int(n) for n in ("hidden_size", "num_attention_heads"))
+    head_dim = fields.positive_int("head_dim", d_model // heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", "is odd, but RoPE rotates pairs; use an even one")
+    return head_dim
+
+
+def _rope(
+    fields: Fields,
+    name: str,
+    rope: Any,
+    theta: float,
+    *,
+    by_kind: bool = False,
+    partial: bool = False,
+) -> RopeSpec:
     if not isinstance(rope, dict):
         raise ModelConfigError(f"config.json: {name}={rope!r} must be an object")
     if by_kind:
         rope = {**rope, "truncate": True}  # transformers does not look for it there
     own = Fields(rope, f"config.json: {name}:")
     theta = own.number("rope_theta", theta if by_kind else fields.number("rope_theta", theta))
-    rotated = own.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
-    if rotated != 1:
+    share = own.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    if share != 1 and not partial:
         raise ModelConfigError(
-            f"config.json: partial_rotary_factor={rotated!r} is not supported; only 1.0 is"
+            f"config.json: partial_rotary_factor={share!r} is not supported; only 1.0 is"
+        )
+    head_dim = read_head_dim(fields)
+    rotated = int(head_dim * share)
+    if rotated % 2 or not 0 < rotated <= head_dim or (head_dim - rotated) % 2:
+        raise ModelConfigError(
+            f"config.json: partial_rotary_factor={share!r} would rotate {rotated} of a head's "
+            f"{head_dim} elements; use one with which they are pairs"
         )
     kind = own.get("rope_type", own.get("type", "default"))
-    own.get("type"), own.get("truncate")
+    kind = _OLDER_NAMES.get(kind, kind)
+    for read in ("type", "truncate"):
+        own.get(read)
     if kind == "default":
         scaling = None
     elif kind in _KINDS:
         # At the top level it wins over the one inside.
         original = "original_max_position_embeddings"
         inner = own.positive_int(original, fields.positive_int("max_position_embeddings"))
-        scaling = _KINDS[kind](own, fields.positive_int(original, inner))
+        original = fields.positive_int(original, inner)
+        scaling = _KINDS[kind](own, original, fields)
     else:
         known = ", ".join(map(repr, ("default", *_KINDS)))
         raise ModelConfigError(
             f"config.json: {name}.rope_type={kind!r} is not supported; {known} are"
         )
+    if isinstance(scaling, LongRopeScaling) and 2 * len(scaling.factors) != rotated:
+        raise ModelConfigError(
+            f"config.json: {name}: a list of {len(scaling.factors)} factors, and "
+            f"{rotated // 2} frequencies; correct the one that is wrong"
+        )
     own.refuse_unread(f"the RoPE of kind {kind!r}", ("mrope_section",))
-    return RopeSpec(theta, scaling)
+    return RopeSpec(theta, scaling, None if rotated == head_dim else rotated)
 
 
-def _linear(own: Fields, original: int) -> RopeScaling:
+def _linear(own: Fields, original: int, fields: Fields) -> RopeScaling:
     return LinearScaling(own.number("factor"))
 
 
-def _llama3(own: Fields, original: int) -> RopeScaling:
+def _llama3(own: Fields, original: int, fields: Fields) -> RopeScaling:
     scaling = Llama3Scaling(
         factor=own.number("factor"),
         low_freq_factor=own.number("low_freq_factor"),
@@ -100,7 +140,7 @@ def _llama3(own: Fields, original: int) -> RopeScaling:
     return scaling
 
 
-def _yarn(own: Fields, original: int) -> RopeScaling:
+def _yarn(own: Fields, original: int, fields: Fields) -> RopeScaling:
     factor = own.number("factor")
 
     def spread(weight: float) -> float:
@@ -118,4 +158,25 @@ def _yarn(own: Fields, original: int) -> RopeScaling:
     )
 
 
-_KINDS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(own: Fields, original: int, fields: Fields) -> RopeScaling:
+    """One of two lists, by the context that the engine is for: as keys stay in their pages, it is
+    the same for short and long texts."""
+    limit = fields.positive_int("max_position_embeddings")
+    factor = own.number("factor", limit / original)
+    spread = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    context = min(fields.most_tokens or limit, limit)
+    chosen = "long_factor" if context > original else "short_factor"
+    for name in ("long_factor", "short_factor"):
+        factors = own.get(name)
+        if not isinstance(factors, list) or not all(isinstance(f, int | float) for f in factors):
+            raise own.error(name, "must be a list of numbers, one for each frequency")
+    logger.info(
+        "RoPE of kind longrope: %s for every text, as the context is %d tokens and the original "
+        "one %d; transformers chooses by each text's length",
+        *(chosen, context, original),
+    )
+    return LongRopeScaling(tuple(own.get(chosen)), own.number("attention_factor", spread))
+
+
+_KINDS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+_OLDER_NAMES = {"su": "longrope"}

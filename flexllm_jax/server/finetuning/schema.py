@@ -16,6 +16,7 @@ from flexllm_jax.config import (
     TargetModule,
     ranks_taken,
 )
+from flexllm_jax.config.fields import room_for
 from flexllm_jax.config.graders import read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Completion, Grader, Question, make_grader
@@ -177,7 +178,8 @@ class CreateJob(Body):
                 f"lora_init: {self.lora_init} subtracts; leave one of them out",
                 param="lora_dropout",
             )
-        outside = set(self.lora_target_modules or ()) - set(bank.target_modules)
+        wanted = self.lora_target_modules or ()
+        outside = {module for module in wanted if not room_for(module, bank.target_modules)}
         if outside:
             raise ApiError(
                 400,

@@ -72,7 +72,7 @@ class FileValidation:
         self._config, self._database, self._files = config, database, files
         self._models = models
         self._tokenizer = tokenizer  # of which only what many threads may use at once is used
-        self._model = ModelConfig.from_hf(config.model.path)
+        self._model = ModelConfig.from_hf(config.model.path, config.model.max_model_len)
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="validation")
         self._stopping: dict[str, threading.Event] = {}  # by job whose files are being read
         self.turns: defaultdict[str | None, asyncio.Lock] = defaultdict(asyncio.Lock)
