@@ -26,6 +26,7 @@ from flexllm_jax.server.finetuning.files import FileStore
 from flexllm_jax.server.finetuning.graders import GraderRuns
 from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.finetuning.loaded_adapters import LoadedAdapters
+from flexllm_jax.server.finetuning.models import FinetunedModels
 from flexllm_jax.server.http import errors, openapi, sse
 from flexllm_jax.server.http.access import Admission, ApiKeys
 from flexllm_jax.server.http.body_limit import BodyLimit, body_limits
@@ -131,7 +132,8 @@ def _make_app(server: Server) -> FastAPI:
     app.add_middleware(AccessLog)
 
     app.state.keys = server.keys
-    app.include_router(inference_routes.routes(server.inference))
+    finetuned = FinetunedModels(server.database, server.models, server.engines)
+    app.include_router(inference_routes.routes(server.inference, finetuned.delete))
     app.include_router(messages_routes.routes(server.inference))
     _add_status(app, server)
     app.include_router(files.routes(server.files))

@@ -100,6 +100,7 @@ class JobRow(Base):
     )  # for a look at its outputs
     created_at: Mapped[int] = mapped_column(default=now)
     finished_at: Mapped[int | None]
+    deleted: Mapped[bool | None]  # its fine_tuned_model is
     owner: Mapped[str | None] = mapped_column(Text)
 
 
@@ -127,6 +128,7 @@ class CheckpointRow(Base):
     path: Mapped[str] = mapped_column(Text)
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[int] = mapped_column(default=now)
+    deleted: Mapped[bool | None]
 
 
 class LoadedAdapter(Base):

@@ -205,6 +205,8 @@ def values_of(session: Session, job_id: str, name: str) -> dict[int, float]:
 def finished_adapters(session: Session) -> Iterator[ServedAdapter]:
     """Every adapter that jobs have made: of those that succeeded, and of checkpoints."""
     for job in session.scalars(select(JobRow).where(JobRow.status == "succeeded")):
+        if job.deleted:
+            continue
         assert job.fine_tuned_model and job.adapter_path
         yield ServedAdapter(
             job.fine_tuned_model,
@@ -214,6 +216,7 @@ def finished_adapters(session: Session) -> Iterator[ServedAdapter]:
             job.owner,
         )
     query = select(CheckpointRow, JobRow.owner).join(JobRow, JobRow.id == CheckpointRow.job_id)
+    query = query.where(CheckpointRow.deleted.is_not(True))
     for row, owner in session.execute(query.order_by(CheckpointRow.number)):
         name = f"{row.job_id}.step-{row.step}"
         yield ServedAdapter(row.name, name, row.path, row.created_at, owner)

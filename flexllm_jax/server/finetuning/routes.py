@@ -150,6 +150,7 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
 
         def read(session: Session) -> list[dict[str, Any]]:
             query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
+            query = query.where(CheckpointRow.deleted.is_not(True))
             query = query.order_by(CheckpointRow.step.desc())
             if after is not None:
                 last = session.get(CheckpointRow, _number(after))

@@ -127,6 +127,14 @@ class Model(BaseModel):
     parent: str | None
 
 
+class DeletedModel(BaseModel):
+    """DELETE of a finetuned model."""
+
+    id: str
+    object: Literal["model"]
+    deleted: bool
+
+
 class ModelList(BaseModel):
     """GET /v1/models."""
 
@@ -165,7 +173,7 @@ ANSWERS: Answers = {
     ("post", "/v1/chat/completions"): ([ChatCompletion, EVENTS], _INFERENCE),
     ("get", "/v1/models"): ([ModelList], ()),
     ("get", "/v1/models/{name}"): ([Model], (404,)),
-    ("delete", "/v1/models/{name}"): ([], (400, 404)),
+    ("delete", "/v1/models/{name}"): ([DeletedModel], (400, 404, 409, *WRITES)),
     ("post", "/tokenize"): ([Tokens], WITH_BODY),
     ("post", "/detokenize"): ([Text], WITH_BODY),
     ("get", "/tokenizer_info"): ([TokenizerInfo], ()),

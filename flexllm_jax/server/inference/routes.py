@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from flexllm_jax.server.http import sse
-from flexllm_jax.server.http.access import Known
+from flexllm_jax.server.http.access import Client, Known
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.chat import chat
 from flexllm_jax.server.inference.completions import complete
@@ -22,8 +24,8 @@ from flexllm_jax.server.inference.text import too_long
 from flexllm_jax.server.inference.unsupported import refuse_unsupported
 
 
-def routes(inference: Inference) -> APIRouter:
-    """The routes of this floor but for adapters'."""
+def routes(inference: Inference, delete: Callable[[str, Client], Awaitable[None]]) -> APIRouter:
+    """The routes of this floor but for adapters'. `delete` forgets a finetuned model."""
     router = APIRouter()
     codec, models, engines = inference.codec, inference.models, inference.engines
 
@@ -47,8 +49,8 @@ def routes(inference: Inference) -> APIRouter:
 
     @router.delete("/v1/models/{name:path}")
     async def delete_model(name: str, client: Known) -> Response:
-        models.describe(name, client)  # 404 for one that there is not
-        raise ApiError(400, "models cannot be deleted here", param="model")
+        await delete(name, client)
+        return sse.json_response({"id": name, "object": "model", "deleted": True})
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, client: Known) -> Response:
