@@ -25,7 +25,8 @@ from flexllm_jax.engine.prompts import read_prompt, read_prompts
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.tracking import JobTracking
-from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.finetune.create import create_job
+from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.games import Environment, Reward
 from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.models.chat_template import ChatTemplate

@@ -98,6 +98,10 @@ class JobWriter:
         save_adapter(adapter, self._model, self._config.model.path, out_dir)
         return out_dir
 
+    def submit(self, write: Callable[[], None]) -> None:
+        """Write something else in its turn."""
+        self._thread.submit(write)
+
     def close(self) -> None:
         """Write what is under way, and nothing after it but what `save_last` is given."""
         self._thread.shutdown(wait=True)

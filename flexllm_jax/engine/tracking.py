@@ -15,9 +15,10 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-from flexllm_jax.config import Config
+from flexllm_jax.config import Config, FinetuneConfig
 from flexllm_jax.engine.loop import EngineLoop, EngineStopped, NewRequest
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.finetune.calls.source import CallSource
 from flexllm_jax.finetune.data.questions import questions
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
 from flexllm_jax.trackers.feed import Feed, Progress
@@ -45,6 +46,7 @@ class JobTracking:
             return
         self._feeds = [(job, feed) for job, feed in self._feeds if not feed.over]
         output = self._config.output_dir
+        assert isinstance(job.config, FinetuneConfig)  # what is trained by calls has none
         config = {"model": str(self._config.model.path), **job.config.model_dump(mode="json")}
         run = Run(_run_id(output / job.name, job), job.name, config, output.absolute())
         answers = _Answers(self._config, self._loop, job)
@@ -120,6 +122,7 @@ class _Answers:
 
     def _ask(self) -> list[Sample]:
         section, engine, source = self._config.trackers, self._loop.engine, self._job.source
+        assert not isinstance(source, CallSource)
         rows = (source.validation or source.dataset).items
         most = engine.runner.sizes.max_model_len - section.sample_tokens
         asked = questions(rows, section.samples, most)

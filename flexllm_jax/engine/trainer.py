@@ -10,15 +10,16 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from flexllm_jax.config import Config
+from flexllm_jax.config import Config, FinetuneConfig
+from flexllm_jax.engine.calls.turns import NoTurns, Turns
 from flexllm_jax.engine.job_needs import check_job
 from flexllm_jax.engine.job_writer import JobWriter
+from flexllm_jax.engine.microbatch_work import MicrobatchInWork, dispatch_units
 from flexllm_jax.engine.out_of_memory import copy_if_room
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob, JobStatus
@@ -33,22 +34,6 @@ from scheduler.request import BackwardUnits, FinetuneForward, Microbatch
 
 log = logging.getLogger(__name__)
 _QUEUED = 3  # microbatches of a job with the scheduler: one backward, one forward, one to come
-
-
-@dataclass(frozen=True)
-class MicrobatchInWork:
-    """A microbatch on the device: whose it is, the first of its finetuning slots, its pages, where
-    each token's key is, its table (`finetune.buffers.MicrobatchTable`), its loss (`Loss.packed`),
-    and its dropout, None where nothing is dropped: in every pass that trains nothing."""
-
-    job: FinetuneJob
-    packed: PackedMicrobatch
-    first_token_slot: int
-    pages: tuple[tuple[int, ...], ...]
-    kv_slot: np.ndarray
-    table: jax.Array
-    loss: jax.Array
-    dropout: JobDropout | None
 
 
 class Trainer:
@@ -71,11 +56,12 @@ class Trainer:
         self.in_work: dict[int, MicrobatchInWork] = {}  # by microbatch_id
         # Reads of results, in the order of what they are results of; for the engine to call.
         self._results: list[Callable[[], None]] = []
+        self.turns: Turns = NoTurns()
 
     @property
     def has_work(self) -> bool:
         """Whether something can be done for some job that has neither ended nor been paused."""
-        return any(
+        return self.turns.due or any(
             job.running and not job.paused and (job.in_order or not job.source.waiting)
             for job in self.jobs.values()
         )
@@ -91,7 +77,8 @@ class Trainer:
             )
         runner = self._runner
         check_job(job, runner.sizes)
-        job.made_with = made_with(job, runner.sizes.bank)
+        if isinstance(job.config, FinetuneConfig):
+            job.made_with = made_with(job, job.config, runner.sizes.bank)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         kept = {"master": values}
         versions = {}
@@ -101,17 +88,27 @@ class Trainer:
             versions = kept.pop("versions", {})
         for number, own in versions.items():
             job.thaw(int(number), own, scales)
-        runner.write_adapter(job.bank_slot, kept["master"], scales)
-        job.trained_ranks = runner.put(trained_ranks(job.peft, runner.model, runner.sizes.bank))
-        job.scales = runner.put(scales)
-        job.state = runner.new_job_state(kept, job.optimizer)
-        self.jobs[job.name] = job
-        self._scheduler.add_job(job.name, job.config.weight, job.config.priority)
+        self.place(job, kept, scales)
+        self.enter(job)
         if job.complete:
             self._complete(job)
 
+    def enter(self, job: FinetuneJob) -> None:
+        """Let a job have its turns."""
+        self.jobs[job.name] = job
+        self._scheduler.add_job(job.name, job.config.weight, job.config.priority)
+
+    def place(self, job: FinetuneJob, kept: dict, scales: list) -> None:
+        """Bring a job's state to the device: what is `kept` on the host, and zeros for the rest."""
+        runner = self._runner
+        job.state = runner.new_job_state(kept, job.optimizer)
+        job.trained_ranks = runner.put(trained_ranks(job.peft, runner.model, runner.sizes.bank))
+        job.scales = runner.put(scales)
+        runner.write_adapter(job.bank_slot, kept["master"], scales)
+
     def feed(self) -> None:
         """Keep a few microbatches of every job queued with the scheduler."""
+        self.turns.take()
         for job in list(self.jobs.values()):
             if job.sampler is not None:
                 job.sampler.poll()
@@ -130,7 +127,7 @@ class Trainer:
             if isinstance(item, PackedMicrobatch):
                 self._queue(job, item)
             else:
-                self._carry_out_steps(job)
+                self._carry_out(job)
         if job.running and job.complete:  # a validation that took no microbatch was the last
             self._complete(job)
 
@@ -184,38 +181,8 @@ class Trainer:
         return in_work
 
     def backward(self, work: BackwardUnits) -> jax.Array:
-        """Dispatch backward units; returns what is ready when they are.
-
-        Units count as the scheduler does (`scheduler.request.BackwardUnits`); those of a layer that
-        a step has the time for go in few programs.
-        """
-        in_work, runner = self.in_work[work.microbatch.microbatch_id], self._runner
-        unit_tokens, first = runner.sizes.unit_tokens, in_work.first_token_slot
-        slices = -(-in_work.packed.tokens // unit_tokens)
-        weights, scales = in_work.job.state["master"], in_work.job.scales
-        table, dropout = in_work.table, in_work.dropout
-        scoring = slices * work.microbatch.scored
-        if not work.units.start:
-            runner.begin_backward()
-        unit = work.units.start
-        while unit < work.units.stop:
-            count = 1
-            if unit < scoring:
-                start = first + unit * unit_tokens
-                done = runner.score_unit(table, weights, scales, start, dropout)
-            elif unit < scoring + slices:
-                start = first + (unit - scoring) * unit_tokens
-                done = runner.loss_unit(table, in_work.loss, weights, scales, start, dropout)
-            else:
-                layers, later_slices = divmod(unit - scoring - slices, slices)
-                start = first + (slices - 1 - later_slices) * unit_tokens
-                layer = runner.model.num_layers - 1 - layers
-                if dropout is None:
-                    most = min(slices - later_slices, work.units.stop - unit)
-                    count = max(n for n in (1, *runner.sizes.units_at_once) if n <= most)
-                done = runner.layer_unit(layer, table, weights, scales, start, dropout, count)
-            unit += count
-        return done
+        """Dispatch backward units; returns what is ready when they are."""
+        return dispatch_units(self._runner, self.in_work[work.microbatch.microbatch_id], work)
 
     def finish_microbatch(self, microbatch: Microbatch) -> None:
         """Account for a microbatch whose last unit was dispatched, and carry out what follows."""
@@ -235,13 +202,17 @@ class Trainer:
             job.has_gradient = True
             job.tokens_pending += packed.tokens
             job.backwarded += packed.tokens
-        self._carry_out_steps(job)
+        self._carry_out(job)
 
-    def _carry_out_steps(self, job: FinetuneJob) -> None:
-        """Dispatch the optimizer steps that no microbatch of the job is before."""
-        while job.in_order and isinstance(step := job.in_order[0], Step):
+    def _carry_out(self, job: FinetuneJob) -> None:
+        """Dispatch the steps, and what else is to be done, that no microbatch of the job is
+        before."""
+        while job.in_order and not isinstance(item := job.in_order[0], PackedMicrobatch):
             job.in_order.popleft()
-            self._step(job, step)
+            if isinstance(item, Step):
+                self._step(job, item)
+            else:
+                self._results.append(item.do(job))
 
     def _step(self, job: FinetuneJob, step: Step) -> None:
         values = step.values if job.has_gradient else without_gradient(step.values)
@@ -250,7 +221,7 @@ class Trainer:
         )
         jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
         job.step_dispatched(step)
-        every = self._config.finetune.checkpoint_every
+        every = job.writes_checkpoints and self._config.finetune.checkpoint_every
         snapshot = None
         if every and job.dispatched % every == 0 and job.dispatched != job.total_steps:
             snapshot = copy_if_room(job, self._snapshot)
@@ -347,6 +318,7 @@ class Trainer:
     def _end(self, job: FinetuneJob, status: JobStatus, reason: str) -> None:
         """A job goes no further: it has ended when what is being written of it is."""
         log.info("job %s ended: %s", job.name, reason)
+        job.reason = reason
         self._release_job(job)
         self.writer.end(job, status, reason)
 
@@ -375,7 +347,7 @@ class Trainer:
         self.writer.close()
         reason = "the engine was stopped; resume goes on from here"
         for job in self.jobs.values():
-            if job.running and job.step > job.resumed_from:
+            if job.running and job.step > job.resumed_from and job.writes_checkpoints:
                 snapshot = self._snapshot(job)
                 self.writer.save_last(job, snapshot, _info(job, job.position, snapshot))
             if job.sampler is not None:

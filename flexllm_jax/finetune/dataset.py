@@ -227,10 +227,10 @@ class DatasetSource:
         for number, row in enumerate(rows):
             self._found[id(row)] = tuple(sums[number * each : (number + 1) * each])
 
-    def stepped(self) -> dict[str, float]:
+    def stepped(self, measured: dict[str, float]) -> dict[str, float]:
         """The metrics of the next step."""
         self._steps += 1
-        return self._scored.popleft().metrics(self.method)
+        return self._scored.popleft().metrics(self.method) | measured
 
     @property
     def finished(self) -> bool:

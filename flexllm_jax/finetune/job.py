@@ -11,52 +11,22 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flexllm_jax.config import (
-    PREFERENCE_METHODS,
-    FinetuneConfig,
-    FinetuneSection,
-    PeftConfig,
-    ReinforcementConfig,
-)
-from flexllm_jax.finetune.data import load_dataset
-from flexllm_jax.finetune.dataset import DatasetSource, Method, Supervised
+from flexllm_jax.config import FinetuneConfig
+from flexllm_jax.finetune.calls.source import CalledConfig, CallSource, ModelGone
+from flexllm_jax.finetune.dataset import DatasetSource
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
-from flexllm_jax.finetune.preference import Preference
 from flexllm_jax.finetune.reinforcement.episodes import Sampler
-from flexllm_jax.finetune.reinforcement.make import Play, reinforcement_source
 from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
-from flexllm_jax.finetune.source import Measured, Step
-from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_kernels import read_kernel
-from flexllm_jax.peft.adapter import (
-    Adapter,
-    AdapterConfig,
-    AdapterError,
-    LoraConfig,
-    Site,
-    init_adapter,
-)
-from flexllm_jax.peft.bottleneck import BottleneckConfig
-from flexllm_jax.peft.hf_peft import load_adapter
-from flexllm_jax.peft.ia3 import Ia3Config
-from flexllm_jax.peft.prefix import PrefixConfig
-from flexllm_jax.peft.principal import initialize_from_base
+from flexllm_jax.finetune.source import Aside, Measured, Step
+from flexllm_jax.peft.adapter import Adapter, AdapterConfig, LoraConfig, Site
 
 log = logging.getLogger(__name__)
-
-# By `method.type`: how rows are trained on.
-_METHODS: dict[str, Callable[[Any], Method]] = {
-    "supervised": lambda _: Supervised(),
-    **dict.fromkeys(PREFERENCE_METHODS, Preference),
-}
 
 
 class JobStatus(enum.Enum):
@@ -66,110 +36,6 @@ class JobStatus(enum.Enum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
-
-
-def create_job(
-    config: FinetuneConfig,
-    model: ModelConfig,
-    model_path: Path,
-    tokenizer: Any,
-    section: FinetuneSection,
-    max_model_len: int,
-    play: Play | None = None,
-) -> "FinetuneJob":
-    """Load a job's data and its first adapter. `section`: the engine's part of the configuration.
-    `play`: who gives the rewards of a reinforcement job.
-
-    Rows that cannot be used are skipped and counted in the job's messages. Raises DatasetError or
-    AdapterError, in one line, when nothing can be done with the data or the adapter.
-    """
-    max_tokens = section.max_tokens
-    longest = min(config.max_seq_len or max_tokens, max_tokens, max_model_len)
-    if config.init_adapter:
-        adapter = load_adapter(config.init_adapter, model, model_path)
-        adapter = _with_dropout(adapter, config.peft.lora_dropout)
-    else:
-        adapter = _fresh_adapter(_adapter_config(config.peft), model, model_path, config.seed)
-    if config.optimizer.b_lr_ratio != 1 and adapter.config.kind != "lora":
-        raise AdapterError(
-            f"optimizer.b_lr_ratio={config.optimizer.b_lr_ratio}: an adapter of kind "
-            f"{adapter.config.kind} has no B with a learning rate of its own; leave it out"
-        )
-    if config.optimizer.type == "muon" and adapter.config.kind != "lora":
-        raise AdapterError(
-            f"optimizer.type=muon: it changes factors of LoRA, and an adapter of kind "
-            f"{adapter.config.kind} has none; use adamw"
-        )
-    unit = section.unit_tokens
-    # Two microbatches shall fit at once, and a unit costs the same however full its slice is.
-    half = max(unit, max_tokens // 2 // unit * unit)
-    prefix = adapter.config.prefix_tokens
-    if isinstance(config.method, ReinforcementConfig):
-        source = reinforcement_source(
-            config, tokenizer, model.vocab_size, longest, play, max_tokens, half, prefix
-        )
-    else:
-        load = partial(
-            load_dataset,
-            tokenizer=tokenizer,
-            format=config.format,
-            max_seq_len=longest,
-            train_on=config.train_on,
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
-            pairs=config.method.pairs,
-            max_pair_tokens=max_tokens,
-        )
-        dataset = load(config.dataset)
-        validation = load(config.validation) if config.validation else None
-        method = _METHODS[config.method.type](config.method)
-        source = DatasetSource(config, method, dataset, validation, max_tokens, half, prefix)
-    job = FinetuneJob(config, adapter.config, adapter, source)
-    told = [
-        data
-        for data in (source.dataset, source.validation)
-        if data and (data.skipped or data.unread)
-    ]
-    job.messages += [data.summary() for data in told]
-    return job
-
-
-def _fresh_adapter(
-    config: AdapterConfig, model: ModelConfig, model_path: Path, seed: int
-) -> Adapter:
-    if not (isinstance(config, LoraConfig) and config.from_base):
-        return init_adapter(config, model, seed)
-    config, kernel = config.difference(), partial(read_kernel, model_path, model)
-    return Adapter(config, initialize_from_base(config, model, seed, kernel))
-
-
-def _with_dropout(adapter: Adapter, lora_dropout: float | None) -> Adapter:
-    """An adapter of a file, which has the dropout that it was trained with until now unless told
-    otherwise."""
-    if lora_dropout is None or not isinstance(adapter.config, LoraConfig):
-        return adapter
-    return replace(adapter, config=replace(adapter.config, lora_dropout=lora_dropout))
-
-
-def _adapter_config(peft: PeftConfig) -> AdapterConfig:
-    """What the adapter of a job is to be."""
-    if peft.type == "ia3":
-        return Ia3Config()
-    if peft.type == "bottleneck":
-        return BottleneckConfig(peft.bottleneck_size)
-    if peft.type == "prefix":
-        return PrefixConfig(peft.num_virtual_tokens)
-    return LoraConfig(
-        r=peft.r,
-        alpha=peft.alpha,
-        target_modules=tuple(peft.target_modules),
-        use_rslora=peft.use_rslora,
-        rank_pattern=peft.rank_pattern,
-        alpha_pattern=peft.alpha_pattern,
-        layers_to_transform=peft.layers_to_transform,
-        init=peft.init,
-        lora_dropout=peft.lora_dropout or 0.0,
-    )
 
 
 @dataclass
@@ -182,10 +48,10 @@ class FinetuneJob:
     `step` counts optimizer steps whose results are known; `dispatched` those under way too.
     """
 
-    config: FinetuneConfig
+    config: FinetuneConfig | CalledConfig
     peft: AdapterConfig
     adapter: Adapter  # the adapter it starts from
-    source: DatasetSource | ReinforcementSource
+    source: DatasetSource | ReinforcementSource | CallSource
     bank_slot: int = 0
     state: dict = field(default_factory=dict, repr=False)  # on the device
     scales: list = field(
@@ -198,9 +64,9 @@ class FinetuneJob:
     step: int = 0
     dispatched: int = 0
     has_gradient: bool = False  # a microbatch is committed since the last step
-    in_order: deque[PackedMicrobatch | Step] = field(default_factory=deque, repr=False)
+    in_order: deque[PackedMicrobatch | Step | Aside] = field(default_factory=deque, repr=False)
     trained_ranks: Any = field(default=None, repr=False)  # `bank.trained_ranks`, on the device
-    weights_version: int = 0  # steps handed over
+    weights_version: int = 0  # steps handed over, and what else changes the adapter
     metrics: list[dict[str, float]] = field(default_factory=list)  # of every step
     step_times: list[float] = field(default_factory=list)  # of this run's steps, time.monotonic
     validations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
@@ -247,6 +113,16 @@ class FinetuneJob:
         return self.config.optimizer.type
 
     @property
+    def method(self) -> str:
+        """How it is trained: `method.type`, or by calls."""
+        return self.config.method.type if isinstance(self.config, FinetuneConfig) else "calls"
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether it goes on from its own checkpoints; else its client saves what it needs."""
+        return isinstance(self.config, FinetuneConfig)
+
+    @property
     def shapes(self) -> dict[Site, dict[str, tuple[int, ...]]]:
         """Shapes of the adapter's weights."""
         return self.adapter.shapes
@@ -258,8 +134,8 @@ class FinetuneJob:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in all."""
-        return self.source.total_steps
+        """Optimizer steps in all; 0: no end is known."""
+        return self.source.total_steps or 0
 
     @property
     def losses(self) -> list[float]:
@@ -289,9 +165,10 @@ class FinetuneJob:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the last step at the pace so far; None before the first step."""
+        """Seconds to the last step at the pace so far; None before the first step, or when there is
+        no last one."""
         done = self.step - self.resumed_from
-        if not done:
+        if not done or not self.total_steps:
             return None
         return (time.monotonic() - self.started_at) / done * (self.total_steps - self.step)
 
@@ -331,13 +208,14 @@ class FinetuneJob:
             "made_with": self.made_with,
         }
 
-    def next(self) -> PackedMicrobatch | Step | None:
+    def next(self) -> PackedMicrobatch | Step | Aside | None:
         """What its source hands over next, noted in `in_order` until it is carried out."""
         while isinstance(item := self.source.next() if self.running else None, Measured):
             self.validations.append((item.step, item.metrics))
         if item is not None:
             self.in_order.append(item)
-            self.weights_version += isinstance(item, Step)
+            aside = isinstance(item, Aside) and item.changes_weights
+            self.weights_version += isinstance(item, Step) or aside
         return item
 
     # -- progress ---------------------------------------------------------------------------------
@@ -353,17 +231,19 @@ class FinetuneJob:
 
         Returns why the job cannot go on when a result is not finite.
         """
-        metrics = self.source.stepped() | measured
+        metrics = self.source.stepped(measured)
+        self.tokens = tokens
+        if metrics is None:  # its client is told
+            return None
         wrong = [f"{name} {v}" for name, v in metrics.items() if not math.isfinite(v)]
         if wrong:
             return (
                 f"job {self.name!r} stopped: {', '.join(wrong)} at step {self.step + 1} is not "
                 f"finite; lower optimizer.lr ({self.config.optimizer.lr}), optimizer.clip or what "
-                f"method {self.config.method.type} is set to, and resume"
+                f"method {self.method} is set to, and resume"
             )
         del metrics["weight_norm"]
         self.step += 1
-        self.tokens = tokens
         self.metrics.append(metrics)
         self.step_times.append(time.monotonic())
         return None
@@ -388,10 +268,12 @@ class FinetuneJob:
         """Hand out nothing more; `finish` follows once all that it leaves behind is written."""
         self.closed = True
         self.in_order.clear()
+        if isinstance(self.source, CallSource):
+            self.source.fail(ModelGone(self.reason or "the engine was stopped"))
 
     def finish(self, status: JobStatus, reason: str | None = None) -> None:
         """The job has ended, and what `status` promises is on disk."""
-        self.close()
         self.status, self.reason = status, reason
+        self.close()
         self.finished_at = time.monotonic()
         self.ended.set()

@@ -12,6 +12,8 @@ import json
 import zlib
 from typing import Any
 
+from flexllm_jax.config import FinetuneConfig
+from flexllm_jax.finetune.calls.source import CallSource
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import BankShape
@@ -19,9 +21,9 @@ from flexllm_jax.peft.bank import BankShape
 _DATA_OPTIONS = ("dataset", "format", "train_on", "max_seq_len")
 
 
-def made_with(job: FinetuneJob, bank: BankShape) -> dict[str, Any]:
+def made_with(job: FinetuneJob, config: FinetuneConfig, bank: BankShape) -> dict[str, Any]:
     """What a job's checkpoints depend on, as JSON data by the field that sets it."""
-    config, peft = job.config, job.peft
+    peft = job.peft
     fields = {f"peft.{f.name}": getattr(peft, f.name) for f in dataclasses.fields(peft)}  # type: ignore[arg-type]
     fields |= {
         "peft.type": peft.kind,
@@ -47,6 +49,7 @@ def refusal(job: FinetuneJob, info: dict[str, Any]) -> str | None:
     """
     before, now = info.get("made_with", {}), job.made_with
     changed = [name for name in now if name in before and before[name] != now[name]]
+    assert not isinstance(job.source, CallSource)  # it writes no checkpoints
     if info["stream"]["fingerprint"] == job.source.dataset.fingerprint:
         changed = [name for name in changed if name not in _DATA_OPTIONS]
     if not changed:

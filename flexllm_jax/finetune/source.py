@@ -5,13 +5,19 @@ data, losses, what a step divides by, the schedule; `engine.trainer` carries out
 and tells it the results in the same order.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
+
+if TYPE_CHECKING:
+    from flexllm_jax.finetune.job import FinetuneJob
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +32,18 @@ class Step:
     values: np.ndarray
     position: dict[str, Any] = field(default_factory=dict)
     versions: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Aside:
+    """Something that is done with a job's state on the device as it is after what comes before.
+
+    do: called in the engine's thread, it dispatches alone; what it returns is called once the
+    results of what comes before are read. changes_weights: whether it changes the adapter.
+    """
+
+    do: Callable[[FinetuneJob], Callable[[], None]]
+    changes_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class Source(Protocol):
         will wake it."""
         ...
 
-    def next(self) -> PackedMicrobatch | Step | Measured | None:
+    def next(self) -> PackedMicrobatch | Step | Aside | Measured | None:
         """What comes next; None while there is nothing. CannotGoOn fails the job."""
         ...
 
@@ -69,8 +87,10 @@ class Source(Protocol):
         (`loss` among them) of a validation that is complete with it."""
         ...
 
-    def stepped(self) -> dict[str, float]:
-        """The next of the steps handed over is done: its metrics, `loss` among them."""
+    def stepped(self, measured: dict[str, float]) -> dict[str, float] | None:
+        """The next of the steps handed over is done, which the device `measured`: its metrics,
+        `loss` among them, of which one that is not finite ends the job. None: nothing is kept of
+        them, whatever they are."""
         ...
 
     def position(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flexllm_jax.config import Config
-from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.finetune.create import create_job
+from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.launch.replay import Replay, ReplayRequest, prepare_requests
 from flexllm_jax.llm import LLM, JobHandle

@@ -265,8 +265,9 @@ class BankDirectory:
     retired: list[Published] = field(default_factory=list)
     training: dict[str, int] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
-    # Names an adapter to unload when all slots are taken, if one may be: it can be loaded again.
-    evict: Callable[[], str | None] | None = None
+    # Slots whose content is not in use and can be brought back; frees one of them, if there is one.
+    num_evictable: Callable[[], int] = lambda: 0
+    evict: Callable[[], bool] = lambda: False
 
     def _used(self) -> set[int]:
         published = {p.bank_slot for p in [*self.current.values(), *self.retired]}
@@ -277,14 +278,17 @@ class BankDirectory:
         """Slots that hold nothing."""
         return self.num_slots - 1 - len(self._used())
 
+    @property
+    def num_to_be_had(self) -> int:
+        """Slots that hold nothing, or nothing that must stay."""
+        return self.num_free + self.num_evictable()
+
     def _free_slot(self, purpose: str) -> int:
         used = self._used()
         for slot in range(1, self.num_slots):
             if slot not in used:
                 return slot
-        name = self.evict() if self.evict else None
-        if name is not None:
-            self.unload(name)
+        if self.evict():
             return self._free_slot(purpose)
         raise NoFreeSlot(
             f"no free slot for {purpose}: all {self.num_slots - 1} of adapters.slots "

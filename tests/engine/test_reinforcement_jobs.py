@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from flexllm_jax import ReinforcementConfig, SamplingParams
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
-from flexllm_jax.finetune.job import create_job
+from flexllm_jax.finetune.create import create_job
 from flexllm_jax.finetune.reinforcement.make import Play
 from tests.engine.test_out_of_memory import failing
 from tests.engines import (

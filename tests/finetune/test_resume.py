@@ -39,7 +39,7 @@ def make_job(peft=None, bank=BANK, data=None, start=None, **fields):
     fields = FinetuneConfig(**fields)
     source = DatasetSource(fields, Supervised(), data or rows(), None, 96, 40)
     job = FinetuneJob(fields, config, adapter, source)
-    job.made_with = made_with(job, bank)
+    job.made_with = made_with(job, job.config, bank)
     return job
 
 

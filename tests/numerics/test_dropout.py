@@ -13,7 +13,7 @@ import torch
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
-from flexllm_jax.finetune.job import create_job
+from flexllm_jax.finetune.create import create_job
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.reinforcement.make import Play

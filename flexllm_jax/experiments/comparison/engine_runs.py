@@ -14,7 +14,7 @@ import numpy as np
 from flexllm_jax.config import Config
 from flexllm_jax.experiments.comparison.experiment import EngineCase
 from flexllm_jax.experiments.simulation.report import figures
-from flexllm_jax.finetune.job import create_job
+from flexllm_jax.finetune.create import create_job
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.launch.replay import ReplayRequest
 from flexllm_jax.launch.report import make_report

@@ -12,12 +12,17 @@ from typing import TypeVar
 Row = TypeVar("Row", bound=Sized)
 
 
-def pack(rows: Sequence[Row], max_tokens: int, target: int | None = None) -> list[list[Row]]:
+def pack(
+    rows: Sequence[Row],
+    max_tokens: int,
+    target: int | None = None,
+    most_rows: int | None = None,
+) -> list[list[Row]]:
     """First fit in the given order: each row, a sequence or a pair, goes to the first microbatch
     with room for it.
 
-    No microbatch has more than `target` tokens (default `max_tokens`), unless a row alone has.
-    ValueError for one that has more than `max_tokens`.
+    No microbatch has more than `target` tokens (default `max_tokens`), unless a row alone has, or
+    more than `most_rows` rows. ValueError for a row that has more than `max_tokens`.
     """
     target = max_tokens if target is None else target
     microbatches: list[list[Row]] = []
@@ -29,7 +34,8 @@ def pack(rows: Sequence[Row], max_tokens: int, target: int | None = None) -> lis
                 f"a row of {tokens} tokens does not fit a microbatch of {max_tokens}; "
                 "lower max_seq_len or raise finetune.max_tokens"
             )
-        index = next((i for i, free in enumerate(room) if free >= tokens), len(room))
+        fits = (i for i, free in enumerate(room) if free >= tokens)
+        index = next((i for i in fits if len(microbatches[i]) != most_rows), len(room))
         if index == len(room):
             microbatches.append([])
             room.append(target)

@@ -294,14 +294,14 @@ class ReinforcementSource:
         """The results of a microbatch; they come in the order of `next`."""
         self._updates[0].add(packed, logprob)
 
-    def stepped(self) -> dict[str, float]:
+    def stepped(self, measured: dict[str, float]) -> dict[str, float]:
         """The metrics of the next step."""
         self._steps += 1
         self._stuck = False
         if self._steps == self._handed and self._training is not None:
             self._release(self._training)
             self._training = None
-        return self._updates.popleft().metrics()
+        return self._updates.popleft().metrics() | measured
 
     @property
     def finished(self) -> bool:

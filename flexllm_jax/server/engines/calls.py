@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from flexllm_jax.config import Config, FinetuneConfig, build_config
+from flexllm_jax.engine.calls.models import TrainingModels
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop
-from flexllm_jax.finetune.job import FinetuneJob, create_job
+from flexllm_jax.finetune.create import create_job
+from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import AdapterRow, NoFreeSlot
@@ -38,7 +40,10 @@ class EngineCalls:
         self._loaded: dict[str, float] = {}  # and loaded
         self.on_unload: Callable[[str], None] = lambda name: None
         self.facts = FactBook(_FORGOTTEN_AFTER_S)
-        engine.adapters.directory.evict = self._least_used
+        self.models = TrainingModels(engine)
+        directory = engine.adapters.directory
+        directory.evict = self._evict
+        directory.num_evictable = lambda: len(self._idle()) + self.models.num_resting
         engine.trainer.writer.on_checkpoint = self._keep_checkpoint
         engine.trainer.writer.keep_trying_s = _RESULT_S
 
@@ -75,7 +80,7 @@ class EngineCalls:
 
     def slots_to_be_had(self) -> int:
         """In the engine's thread: free slots, and those of adapters that can be evicted."""
-        return self._engine.adapters.directory.num_free + len(self._idle())
+        return self._engine.adapters.directory.num_to_be_had
 
     @property
     def num_giving_up(self) -> int:
@@ -98,9 +103,14 @@ class EngineCalls:
         self._used[name] = time.monotonic()
         return name in self._engine.adapters.directory.current
 
-    def _least_used(self) -> str | None:
-        """The idle adapter that was asked for the longest ago, of those that can come back."""
-        return min(self._idle(), key=lambda name: self._used.get(name, 0.0), default=None)
+    def _evict(self) -> bool:
+        """Unload the idle adapter that was asked for the longest ago, of those that can come back,
+        or let a model that is trained by calls wait in the host's memory; False: there is none."""
+        name = min(self._idle(), key=lambda name: self._used.get(name, 0.0), default=None)
+        if name is None:
+            return self.models.park_one()
+        self._engine.adapters.unload(name)
+        return True
 
     def _idle(self) -> list[str]:
         current = self._engine.adapters.directory.current
@@ -116,6 +126,32 @@ class EngineCalls:
             self.on_unload(name)
 
         self._loop.call(unload)
+
+    def can_come_back(self, name: str, path: str) -> None:
+        """In the engine's thread: an adapter that is served already may be loaded from there."""
+        self._paths[name] = path
+        self._used[name] = self._loaded[name] = time.monotonic()
+
+    # -- models that clients train ----------------------------------------------------------------
+
+    def create_training_model(
+        self, model: str, rank: int, seed: int, weight: float = 1.0, **choices: Any
+    ) -> dict[str, Any]:
+        """Make a model that is trained by calls (`training`); returns what it is like. `choices`:
+        alpha, train_mlp, train_attn, train_unembed."""
+        start = self.models.fresh(rank, seed, **choices)
+        return self._loop.call(self.models.create, model, start, weight)
+
+    def create_training_model_from(
+        self, model: str, path: str, optimizer: bool, weight: float = 1.0
+    ) -> dict[str, Any]:
+        """The same from a state that was saved, or without `optimizer` from any PEFT folder."""
+        start = self.models.read(Path(path), optimizer=optimizer)
+        return self._loop.call(self.models.create, model, start, weight)
+
+    def delete_training_model(self, model: str) -> None:
+        """Forget a model; its calls fail."""
+        self._loop.call(self.models.delete, model)
 
     # -- jobs -------------------------------------------------------------------------------------
 

@@ -36,8 +36,10 @@ from flexllm_jax.server.engines.protocol import (
     Stats,
     Stop,
     Submit,
+    Trained,
 )
 from flexllm_jax.server.engines.registry import ServedAdapter
+from flexllm_jax.server.engines.training_client import TrainingClient
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +145,7 @@ class EngineClient:
         self._ended: asyncio.Task[int] | None = None  # of the engine that runs now
         self._generations: dict[int, Generation] = {}
         self._replies: dict[int, asyncio.Future] = {}
+        self.training = TrainingClient(self._send)
         self._next_request_id, self._call_ids = 0, itertools.count()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Event)
@@ -209,6 +212,7 @@ class EngineClient:
             if not future.done():
                 future.set_exception(EngineUnavailable(message))
         self._replies.clear()
+        self.training.fail_all(EngineUnavailable(message))
 
     async def stop(self, timeout_s: float) -> bool:
         """End the engine; whether it ended by itself within `timeout_s`."""
@@ -305,6 +309,8 @@ class EngineClient:
                     future.set_result(result)
                 else:
                     future.set_exception((EngineRefused if invalid else RuntimeError)(error))
+            case Trained():
+                self.training.take(event)
             case Stats():
                 self.stats, self._stats_at = event, time.monotonic()
                 for take in self.on_stats:

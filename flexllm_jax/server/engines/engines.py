@@ -110,6 +110,14 @@ class Engines:
         member = self.members[self._router.choose(request, np.array(load, float))]
         return member.generate(prompts, params, n, adapter, slo_class, arrival)
 
+    def least_trained(self) -> EngineClient:
+        """The engine for a new model that is trained by calls: the one with the fewest.
+        EngineUnavailable when none serves."""
+        usable = self.usable()
+        if not usable:
+            raise EngineUnavailable(f"the engine is {self.state}")
+        return min(usable, key=lambda member: len(member.stats.training) if member.stats else 0)
+
     async def load_adapter(self, name: str, path: str) -> None:
         """Load a folder in every engine, so that none serves an older version of the name.
 

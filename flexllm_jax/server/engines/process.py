@@ -52,7 +52,9 @@ from flexllm_jax.server.engines.protocol import (
     Step,
     Stop,
     Submit,
+    Train,
 )
+from flexllm_jax.server.engines.training import EngineTraining
 from flexllm_jax.server.engines.watchdog import end_within, stand_down
 from flexllm_jax.server.http.logs import use_json
 
@@ -101,6 +103,7 @@ class EngineProcess:
             load=self._work,
             compile=self._compilers.submit,
         )
+        self._training = EngineTraining(self.loop, self._calls, self._events.put, self._work)
         self._last_step = self._last_idle = time.monotonic()
         self._step_cpu_s = 0.0
 
@@ -150,6 +153,7 @@ class EngineProcess:
         self.loop.stop()
         self._workers.shutdown(wait=False, cancel_futures=True)  # some may never return
         self._compilers.shutdown(wait=False, cancel_futures=True)
+        self._training.close()
         if not failed:
             self._events.put(self._stats())
         self._finish_sending()
@@ -171,6 +175,8 @@ class EngineProcess:
                 self._work(self._call, command)
             case Acknowledge(name, run, number):
                 self._calls.facts.acknowledge(name, run, number)
+            case Train():
+                self._training.take(command)
             case Stop():
                 self.stop()
 
@@ -242,6 +248,7 @@ class EngineProcess:
                 for p in list(engine.adapters.directory.current.values())
             ],
             jobs=self._calls.facts.reports(),
+            training=self._training.states(),
             step_cpu_s=self._step_cpu_s,
             message_cpu_s=time.thread_time() + self._sender_cpu_s,
             free_slots=engine.adapters.directory.num_free,

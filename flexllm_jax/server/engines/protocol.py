@@ -13,6 +13,11 @@ from typing import Any, Literal
 import msgspec
 
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.server.engines.training_messages import (
+    TrainingCall,
+    TrainingModelState,
+    TrainingResult,
+)
 
 BAD_INPUT = 2  # an engine's exit status: the configuration, or a file it names, cannot be used
 
@@ -72,7 +77,15 @@ class Stop(Message, frozen=True):
     """End: unfinished requests are dropped, running jobs write a checkpoint."""
 
 
-Command = Submit | Cancel | Call | Acknowledge | Stop
+class Train(Message, frozen=True):
+    """Calls of a model that is trained by calls, numbered by the HTTP process. The calls of a model
+    are carried out in the order they are sent; each is answered by a `Trained`."""
+
+    model: str
+    calls: list[tuple[int, TrainingCall]]
+
+
+Command = Submit | Cancel | Call | Acknowledge | Train | Stop
 
 
 # -- events ---------------------------------------------------------------------------------------
@@ -218,9 +231,20 @@ class Stats(Message, frozen=True):
     steps: list[Step]
     adapters: list[AdapterState]
     jobs: list[JobReport]
+    training: list[TrainingModelState] = []
     step_cpu_s: float = 0.0
     message_cpu_s: float = 0.0
     free_slots: int = 0
 
 
-Event = Ready | Outputs | Reply | Stats
+class Trained(Message, frozen=True):
+    """The answer to a call of a `Train`, or why there is none: one line, and whose fault it is.
+    Those of a model come in the order of its calls, but what is saved may come later."""
+
+    call_id: int
+    result: TrainingResult | None = None
+    error: str | None = None
+    category: Literal["user", "server"] = "server"
+
+
+Event = Ready | Outputs | Reply | Stats | Trained

@@ -61,6 +61,8 @@ def world(llm, llama, tmp_path, monkeypatch):
     writer = llm.engine.trainer.writer
     for holder, name in (  # what EngineCalls sets: given back to the shared engine
         (llm.engine.adapters.directory, "evict"),
+        (llm.engine.adapters.directory, "num_evictable"),
+        (llm.engine.trainer, "turns"),
         (writer, "on_checkpoint"),
         (writer, "keep_trying_s"),
     ):

@@ -1,0 +1,1 @@
+"""Adapters that clients train by calls, on the device."""
