@@ -33,6 +33,9 @@ _LOG2E = math.log2(math.e)
 # Most partial results of the decode kernel, sequences times splits: bounds their memory.
 _MOST_PARTIALS = 1024
 _MOST_SPLITS = 32
+# Blocks beyond those of one long sequence that have programs of the chunk kernel to themselves. Few
+# steps have more, and a program that finds no block still waits for the shared memory of one.
+_SHORT_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,10 @@ def ragged_paged_attention(
     shape = shape_of(tile)
     blocks = _query_blocks(query_starts, num_decode, num_sequences, num_tokens, shape.tokens)
     inputs = (*blocks, *tables, q, k_pages, v_pages, *scales)
+    programs = min(blocks[1].shape[0], num_tokens // shape.tokens + _SHORT_CHUNKS)
     return pl.pallas_call(
         partial(_chunk_kernel, shape=shape),
-        grid=(blocks[0].shape[0], kv_heads),
+        grid=(programs, kv_heads),
         out_shape=results,
         input_output_aliases={len(inputs): 0, len(inputs) + 1: 1},
         compiler_params=_compiler_params(tile),
@@ -142,12 +146,12 @@ def _query_blocks(
     num_sequences: jax.Array,
     num_tokens: int,
     block: int,
-) -> tuple[Int[Array, " X"], Int[Array, " X"]]:
+) -> tuple[Int[Array, "1"], Int[Array, " X"], Int[Array, " X"]]:
     """Cut the queries of every sequence after the decoding ones into blocks of `block` tokens, and
     the padding after the last one as if it were a sequence more.
 
-    Returns each block's sequence (S for padding, -1 for a block that is not needed) and its first
-    token. The same in every layer, so XLA computes it once a step.
+    Returns how many there are, and each block's sequence (S for padding) and first token. The same
+    in every layer, so XLA computes it once a step.
     """
     slots = query_starts.shape[0] - 1
     sequence = jnp.arange(slots)
@@ -162,7 +166,7 @@ def _query_blocks(
     owner = jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
     own = jnp.minimum(owner, slots)
     first = starts[own] + (index - (ends - blocks)[own]) * block
-    return jnp.where(owner > slots, -1, owner), first.astype(jnp.int32)
+    return ends[-1:].astype(jnp.int32), own, first.astype(jnp.int32)
 
 
 def _decode_kernel(
@@ -236,13 +240,27 @@ def _combine_kernel(
 
 
 def _chunk_kernel(
-    owner_ref, first_ref, query_starts_ref, kv_lengths_ref, page_tables_ref, q_ref, k_ref, v_ref,
-    *refs, shape: _Shape,
+    count_ref, owner_ref, first_ref, query_starts_ref, kv_lengths_ref, page_tables_ref, q_ref,
+    k_ref, v_ref, *refs, shape: _Shape,
 ):  # fmt: skip
+    """Every so-many-th block of queries of one kv head: of few steps more than one."""
+    program, programs, kv_head = pl.program_id(0), pl.num_programs(0), pl.program_id(1)
+    tables = (query_starts_ref, kv_lengths_ref, page_tables_ref)
+
+    def attend(i, carry):
+        block = program + i * programs
+        own = (owner_ref[block], first_ref[block], kv_head)
+        _chunk(own, tables, q_ref, k_ref, v_ref, *refs, shape=shape)
+        return carry
+
+    lax.fori_loop(0, pl.cdiv(count_ref[0] - program, programs), attend, 0)
+
+
+def _chunk(block, tables, q_ref, k_ref, v_ref, *refs, shape: _Shape):
     """One block of queries of one sequence and kv head."""
     *scale_refs, _, _, out_ref, lse_ref = refs
-    block, kv_head = pl.program_id(0), pl.program_id(1)
-    sequence, first_token = owner_ref[block], first_ref[block]
+    sequence, first_token, kv_head = block
+    query_starts_ref, kv_lengths_ref, page_tables_ref = tables
     num_sequences = kv_lengths_ref.shape[0]
     row = _iota(shape.rows)
     token = first_token + row // shape.group
@@ -263,7 +281,7 @@ def _chunk_kernel(
             shape,
         )
 
-    @pl.when((sequence >= 0) & (sequence < num_sequences))
+    @pl.when(sequence < num_sequences)
     def _():
         end = query_starts_ref[sequence + 1]
         length = kv_lengths_ref[sequence]
