@@ -3,8 +3,9 @@
 Phases of a minute or two, each with a JSON file in --out that is written after every measurement:
 `smoke` (the device's rates, a tiny engine with XLA's kernels and with ours), `kernels` (a dozen
 calls at the shapes of Llama-3.1-8B), `engine` (the engine at that shape), `serve` (one of --config
-with many adapters, requests of a trace beside a job, rollouts). Weights are random: no checkpoint
-is needed. `--dry-run` goes through the same on a CPU; its times mean nothing.
+with many adapters, requests of a trace beside a job, rollouts), `peers` (transformers and PEFT).
+Weights are random: no checkpoint is needed. `--dry-run` goes through the same on a CPU; its times
+mean nothing.
 """
 
 import argparse
@@ -18,7 +19,7 @@ if "--dry-run" in sys.argv:
 import jax
 
 from flexllm_jax.compile.buckets import use_persistent_cache
-from flexllm_jax.config.cli import run_script
+from flexllm_jax.config.cli import needs_extra, run_script
 from flexllm_jax.experiments.gpu import first_contact, serving, speed
 from flexllm_jax.experiments.gpu.measure import Notes
 
@@ -28,7 +29,7 @@ PARTS = {"engine": speed.PARTS, "serve": serving.PARTS}
 def main() -> int:
     """Run a phase."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("phase", choices=("smoke", "kernels", "engine", "serve"))
+    parser.add_argument("phase", choices=("smoke", "kernels", "engine", "serve", "peers"))
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--out", type=Path, default=Path("runs/first_contact"))
     parser.add_argument("--label", default="", help="added to the file's name")
@@ -72,6 +73,10 @@ def main() -> int:
         first_contact.kernels(notes, dry_run=dry_run, match=arguments.match)
     elif phase == "engine":
         speed.engine(notes, arguments.cache, **own)
+    elif phase == "peers":
+        with needs_extra("test"):
+            from flexllm_jax.experiments.gpu.peers import peers
+        peers(notes, dry_run=dry_run)
     else:
         rates = [float(rate) for rate in arguments.rates.split(",")]
         load = {"trace": arguments.trace, "rates": rates, "seconds": arguments.seconds}

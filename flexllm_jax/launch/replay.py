@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,18 @@ class Replay:
         return NewRequest(
             request.prompt, params, workload.adapter, arrival, slo_class=workload.slo_class
         )
+
+    def stop(self) -> int:
+        """Drop the requests that are being answered, noted with the tokens that they have, and send
+        no more; returns how many were dropped."""
+        self.collect()
+        dropped, self._active = self._active, []
+        self._requests = self._requests[: len(self.timings) + len(dropped)]
+        for future in dropped:
+            timing = future.state.timing
+            self.timings.append(replace(timing, failed=timing.first_token_at is None))
+            future.cancel()
+        return len(dropped)
 
     def collect(self) -> None:
         """Note the requests that are done."""

@@ -55,7 +55,7 @@ def test_what_is_there_is_not_made_again(model) -> None:
 
 
 def test_their_side_trains_and_decodes(model) -> None:
-    theirs = Theirs(model, WORKLOAD)
+    theirs = Theirs.load(model, WORKLOAD)
     tokens = random_tokens(np.random.default_rng(0), 2, WORKLOAD.sequence)
     adapter = {name: p.clone() for name, p in theirs.peft.named_parameters() if p.requires_grad}
     assert theirs.finetune(tokens) > 0

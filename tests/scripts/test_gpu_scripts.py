@@ -55,7 +55,7 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("phase", ["smoke", "engine", "serve"])
+@pytest.mark.parametrize("phase", ["smoke", "engine", "serve", "peers"])
 def test_first_contact_leaves_what_it_measured(tmp_path, cache, phase):
     """Half a minute a phase: what is wrong here would be found on a rented GPU."""
     options = ["--dry-run", "--out", str(tmp_path), "--cache", cache]
@@ -66,6 +66,9 @@ def test_first_contact_leaves_what_it_measured(tmp_path, cache, phase):
     if phase == "smoke":
         assert noted["agree"]["tokens"] and noted["agree"]["adapted"]
         assert noted["tiny engine, kernels=auto"]["status"] == "succeeded"
+        return
+    if phase == "peers":
+        assert noted["finetune"]["tokens_per_s"] > 0 and noted["generate"]["tokens_per_s"] > 0
         return
     assert noted["recompiles"] == 0
     if phase == "serve":

@@ -7,6 +7,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from flexllm_jax.experiments.gpu.engine import (
     tokens_per_s,
 )
 from flexllm_jax.experiments.gpu.measure import Notes
+from flexllm_jax.experiments.gpu.workload import engine_workload
 from flexllm_jax.experiments.planning.make import choose_requests
 from flexllm_jax.experiments.simulation.report import figures
 from flexllm_jax.experiments.simulation.simulate import at_rate
@@ -35,7 +37,7 @@ from flexllm_jax.launch.replay import Replay, ReplayRequest
 from scheduler.slo import summarize
 from scheduler.workload import Arrival
 
-PARTS = ("adapters", "finetuning", "traces", "rollouts")
+PARTS = ("generate", "finetuning", "traces", "adapters", "rollouts")
 _ALONE_STEPS = 12
 
 
@@ -79,7 +81,7 @@ def serve(
                     getattr(serving, part)()
                     continue
                 for rate in rates:
-                    serving.load(rate, requests_at(given, trace, rate, seconds))
+                    serving.load(rate, requests_at(given, trace, rate, seconds), seconds)
             notes.add("recompiles", llm.engine.runner.compilations.count)
             notes.add("memory", jax.devices()[0].memory_stats())
 
@@ -101,15 +103,25 @@ class Serving:
         self.config = engine.llm.config
         self.tokens = self.config.finetune.max_tokens // 2
 
+    def generate(self) -> None:
+        """Output tokens/s of a batch with its prefill, as `peers` has it."""
+        work = engine_workload(dry_run=self.dry_run)
+        prompts = self.engine.prompts(work.prompts, work.prompt)
+        wall_s = self.engine.decode(prompts, work.new_tokens)["wall_s"]
+        shape = {"prompts": work.prompts, "prompt": work.prompt, "new": work.new_tokens}
+        rate = work.prompts * work.new_tokens / wall_s
+        self.notes.add("generate", shape | {"tokens_per_s": rate})
+
     def adapters(self) -> None:
         """Decode and prefill with ever more adapters in a batch, as shares of the base's."""
         slots = self.config.adapters.slots - 1
         counts = [n for n in (1, 4, 16, 64) if n <= slots]
         job = self.engine.job("adapter0", 1, self.tokens).wait()
-        assert job.adapter_dir is not None, job.reason
+        if job.adapter_dir is None:
+            raise RuntimeError(f"the job made no adapter: {job.status}, {job.reason}")
         names = [f"adapter{i}" for i in range(counts[-1])]
-        for name in names[1:]:
-            self.llm.load_adapter(name, job.adapter_dir)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: self.llm.load_adapter(name, job.adapter_dir), names[1:]))
         rows, length, new = (4, 16, 8) if self.dry_run else (64, 1024, 48)
         rows = min(rows, self.config.scheduler.max_sequences)
         base: dict[str, float] = {}
@@ -136,8 +148,9 @@ class Serving:
         for name in ("warm", "alone"):
             self.llm.unload_adapter(name)
 
-    def load(self, rate: float, arrivals: Sequence[Arrival]) -> None:
-        """Requests beside a job that does not end."""
+    def load(self, rate: float, arrivals: Sequence[Arrival], seconds: float) -> None:
+        """Requests beside a job that does not end; whoever still answers after `seconds` is judged
+        by the tokens that there are."""
         most = self.llm.engine.runner.sizes.max_model_len
         arrivals = [a for a in arrivals if a.prompt_tokens + a.output_tokens <= most]
         prompts = (self.engine.prompts(1, a.prompt_tokens)[0] for a in arrivals)
@@ -149,15 +162,17 @@ class Serving:
         job = self.engine.job(f"beside{rate:g}", 100_000, self.tokens)
         begun, trained = time.monotonic(), job.tokens
         replay.start()
-        while not replay.finished:
+        while (wall_s := time.monotonic() - begun) < seconds and not replay.finished:
             time.sleep(min(replay.advance(), 0.02))
-        wall_s, trained = time.monotonic() - begun, job.tokens - trained
+        trained = job.tokens - trained
+        unfinished = replay.stop()
         job.cancel()
         job.wait()
         slo = self.llm.engine.slos["standard"]
         made = {"inference": summarize(replay.timings, slo), "finetune": {}}
         measured = figures(made) | {"finetune_tokens_per_s": trained / wall_s}
-        noted = {"requests": len(arrivals), "wall_s": wall_s, "measured": measured}
+        noted = {"requests": len(arrivals), "unfinished": unfinished, "wall_s": wall_s}
+        noted["measured"] = measured
         noted["failures"] = dict(replay.failures)
         noted["host_ms p50, p99"] = [
             1e3 * float(q)

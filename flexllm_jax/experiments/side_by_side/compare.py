@@ -26,7 +26,7 @@ def compare(workload: Workload, out: Path, rounds: int, steps: int) -> dict[str,
     rng = np.random.default_rng(0)
     rows = random_tokens(rng, steps, workload.sequence)
     dataset = write_rows(out / "rows.jsonl", rows)
-    ours, theirs = Ours(out / "model", out, workload), Theirs(out / "model", workload)
+    ours, theirs = Ours(out / "model", out, workload), Theirs.load(out / "model", workload)
     ours.decode(random_tokens(rng, workload.prompts, workload.prompt))
     theirs.decode(random_tokens(rng, workload.prompts, workload.prompt))
 

@@ -5,7 +5,7 @@ This module and `trainer` alone need torch and peft.
 
 from __future__ import annotations
 
-import json
+import copy
 import time
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,17 @@ def torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def save_random_model(path: Path, hf_config: dict, dtype: str) -> None:
-    """Random weights of a configuration, without a tokenizer."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(hf_config), encoding="utf-8")
+def random_model(hf_config: dict, dtype: str) -> Any:
+    """Random weights of a configuration, on their device."""
     torch.manual_seed(0)
+    config = AutoConfig.for_model(**hf_config)
     with torch.device(torch_device()):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(path), dtype=getattr(torch, dtype)
-        )
-    model.save_pretrained(path)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def save_random_model(path: Path, hf_config: dict, dtype: str) -> None:
+    """`random_model` as a checkpoint, without a tokenizer."""
+    random_model(hf_config, dtype).save_pretrained(path)
 
 
 def lora_config(rank: int) -> LoraConfig:
@@ -56,19 +57,21 @@ def make_model(path: Path, workload: Workload) -> None:
 class Theirs:
     """transformers and PEFT."""
 
-    def __init__(self, model: Path, workload: Workload):
+    def __init__(self, model: Any, workload: Workload):
+        """`model`: of transformers; what decodes and what trains have its weights in common."""
         self.workload = workload
         self.device = torch_device()
-        dtype = getattr(torch, workload.dtype)
-
-        def load() -> Any:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-            return loaded.to(self.device)
-
-        self.base = load().eval()
-        self.peft = get_peft_model(load(), lora_config(workload.rank)).train()
+        self.base = model.to(self.device).eval()
+        trains = copy.deepcopy(self.base, {id(weight): weight for weight in model.parameters()})
+        self.peft = get_peft_model(trains, lora_config(workload.rank)).train()
         trained = [p for p in self.peft.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+
+    @classmethod
+    def load(cls, path: Path, workload: Workload) -> Theirs:
+        """A checkpoint's."""
+        dtype = getattr(torch, workload.dtype)
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype), workload)
 
     def step(self, row: np.ndarray) -> None:
         """One optimizer step on one sequence."""
