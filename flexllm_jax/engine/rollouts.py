@@ -109,11 +109,17 @@ class Rollouts:
         for group in groups:
             if self._game.one_turn:
                 for episode in group.episodes:
-                    episode.hear(group.prompt.tokens)
+                    if not episode.over:
+                        episode.hear(group.prompt.tokens)
                 self._begin(group, version)
             else:
                 begin = partial(self._game.begin, group)
                 self._work(begin, partial(self._begin, group, version), group)
+
+    def text(self, episode: Episode) -> str:
+        """What an episode has said last; one of a checkpoint has no request, and knows it."""
+        request = episode.request
+        return episode.text if request is None else request.text(self._engine.detokenizer)
 
     @property
     def idle(self) -> bool:
@@ -249,7 +255,7 @@ class Rollouts:
 
     def _answer(self, episode: Episode) -> None:
         """In a worker."""
-        episode.text = episode.request.text(self._engine.detokenizer)
+        episode.text = self.text(episode)
         self._game.answer(episode)
 
     def _answered(self, turn: _Turn) -> None:
@@ -266,12 +272,11 @@ class Rollouts:
         """In a worker."""
         if self._game.one_turn:
             for episode in group.episodes:
-                if episode.request is not None:
-                    episode.text = episode.request.text(self._engine.detokenizer)
+                episode.text = self.text(episode)
         self._game.grade(group)
 
     def _graded(self, group: Group) -> None:
-        said = [episode for episode in group.episodes if episode.length]
+        said = [e for e in group.episodes if e.length and e.reference is None]
         if self._method.kl_coef and said:
             self._waiting += [_Turn(group, episode, self._start, scores=True) for episode in said]
         else:

@@ -85,9 +85,12 @@ class Trainer:
         if job.config.resume and (checkpoint := self.writer.restore_latest(job, values)):
             job.restore(checkpoint.step, checkpoint.info)
             kept = dict(checkpoint.arrays)
-            versions = kept.pop("versions", {})
+            versions, answers = kept.pop("versions", {}), kept.pop("answers", None)
+            if job.reinforcement and answers is not None:
+                job.reinforcement.remember(checkpoint.info["answers"], answers)
         for number, own in versions.items():
-            job.thaw(int(number), own, scales)
+            if job.reinforcement and job.sampler:
+                job.reinforcement.thaw(int(number), job.sampler.thaw(own, scales))
         self.place(job, kept, scales)
         self.enter(job)
         if job.complete:
@@ -268,7 +271,7 @@ class Trainer:
         else:
             self.writer.save_samples(job)
             if snapshot is not None:
-                self.writer.save(job, snapshot, _info(job, position, snapshot))
+                self.writer.save(job, *_kept(job, position, snapshot))
         if job.running and job.complete:
             self._complete(job)
 
@@ -283,7 +286,7 @@ class Trainer:
         """All steps are done: serve the adapter, keep the state, write it in PEFT's format."""
         # Without memory for a copy the state itself does: nothing updates it any more.
         snapshot = copy_if_room(job, self._snapshot) or checkpointed(job.state)
-        info = _info(job, job.position, snapshot)
+        snapshot, info = _kept(job, job.position, snapshot)
         if job.sampler is not None:
             job.sampler.close()
         try:
@@ -349,13 +352,18 @@ class Trainer:
         for job in self.jobs.values():
             if job.running and job.step > job.resumed_from and job.writes_checkpoints:
                 snapshot = self._snapshot(job)
-                self.writer.save_last(job, snapshot, _info(job, job.position, snapshot))
+                self.writer.save_last(job, *_kept(job, job.position, snapshot))
             if job.sampler is not None:
                 job.sampler.close()
             if job.running or self.writer.give_up(job):
                 job.finish(JobStatus.CANCELLED, reason)
 
 
-def _info(job: FinetuneJob, position: dict, snapshot: dict) -> dict:
-    """What goes beside a checkpoint's arrays."""
-    return job.checkpoint_info(position | {"versions": list(snapshot.get("versions", ()))})
+def _kept(job: FinetuneJob, position: dict, snapshot: dict) -> tuple[dict, dict]:
+    """A checkpoint's arrays, and what goes beside them."""
+    position = position | {"versions": list(snapshot.get("versions", ()))}
+    if job.reinforcement:
+        told, answers = job.reinforcement.answers(position)
+        if told:
+            snapshot, position = snapshot | {"answers": answers}, position | {"answers": told}
+    return snapshot, job.checkpoint_info(position)

@@ -90,7 +90,7 @@ class FinetuneJob:
     @property
     def samples(self) -> list[dict[str, Any]]:
         """The answers that a reinforcement job was trained on last."""
-        return self.source.samples if isinstance(self.source, ReinforcementSource) else []
+        return self.reinforcement.samples if self.reinforcement else []
 
     @property
     def sampled_tokens(self) -> int:
@@ -100,7 +100,7 @@ class FinetuneJob:
     @property
     def sampler(self) -> Sampler | None:
         """Who plays the episodes of a reinforcement job."""
-        return getattr(self.source, "sampler", None)
+        return self.reinforcement.sampler if self.reinforcement else None
 
     @property
     def name(self) -> str:
@@ -193,10 +193,10 @@ class FinetuneJob:
         self.metrics = list(info["metrics"])
         self.validations = [(int(at), measured) for at, measured in info["validations"]]
 
-    def thaw(self, number: int, values: list, scales: list) -> None:
-        """Give its source a version of the adapter that a checkpoint kept."""
-        if isinstance(self.source, ReinforcementSource) and self.source.sampler is not None:
-            self.source.thaw(number, self.source.sampler.thaw(values, scales))
+    @property
+    def reinforcement(self) -> ReinforcementSource | None:
+        """Its source, if it learns from rewards."""
+        return self.source if isinstance(self.source, ReinforcementSource) else None
 
     def checkpoint_info(self, position: dict[str, Any]) -> dict:
         """What a checkpoint of the steps done so far keeps beside the arrays."""

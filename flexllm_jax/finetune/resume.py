@@ -15,6 +15,7 @@ from typing import Any
 from flexllm_jax.config import FinetuneConfig
 from flexllm_jax.finetune.calls.source import CallSource
 from flexllm_jax.finetune.job import FinetuneJob
+from flexllm_jax.finetune.reinforcement import kept
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import BankShape
 
@@ -63,9 +64,10 @@ def refusal(job: FinetuneJob, info: dict[str, Any]) -> str | None:
 
 def kept_arrays(like: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint with that `info` holds: a job's state like this, and the versions of its
-    adapter that were answering, if any."""
+    adapter and the answers that the work after it needs, if any."""
     versions = dict.fromkeys(info.get("versions", ()), like["master"])
-    return like | ({"versions": versions} if versions else {})
+    like = like | ({"versions": versions} if versions else {})
+    return like | ({"answers": kept.shapes(info["answers"])} if "answers" in info else {})
 
 
 def _ordered(value: Any) -> Any:

@@ -496,6 +496,55 @@ def test_resumed_samples_what_it_would_have(llm, rows, start, method):
     assert (stale < 1e-6) == (not method), "what was to be sampled from earlier weights was not"
 
 
+def test_answers_that_are_complete_are_kept(llm, rows, start):
+    """After step 4 the fifth batch is said, and graded but for one prompt: nothing of it is sampled
+    again after a kill, and only that prompt graded."""
+    fields = {"steps": 6, "init_adapter": start, "optimizer": {"lr": 1e-3}}
+    method = {"steps_ahead": 1}
+    whole, batches = start_watched(llm, reinforcement("kept", rows, method, **fields), uneven)
+    assert whole.wait(60).status == "succeeded", whole.reason
+    fourth, fifth = ([g.prompt.item["prompt"] for g in batches[i]] for i in (3, 4))
+    graded, said, leave = [], threading.Event(), threading.Event()
+
+    def slow(samples):
+        prompt = samples[0].item["prompt"]
+        graded.append(prompt)
+        if set(fifth) <= set(graded):
+            said.set()
+        if prompt == fourth[-1]:
+            assert said.wait(60)
+        elif prompt == fifth[-1]:
+            assert leave.wait(60)
+        return uneven(samples)
+
+    killed, _ = start_watched(llm, reinforcement("kept-killed", rows, method, **fields), slow)
+    checkpoints = JobCheckpoints(Path(llm.config.output_dir) / "kept-killed" / "checkpoints")
+    while not checkpoints.steps():
+        assert killed.status == "running", killed.reason
+        time.sleep(0.01)
+    killed.cancel()
+    leave.set()
+    assert checkpoints.steps() == [4]
+
+    graded.clear()
+    config = reinforcement("kept-killed", rows, method, resume=True, **fields)
+    resumed, again = start_watched(llm, config, slow)
+    assert resumed.wait(60).status == "succeeded", resumed.reason
+    assert not set(fifth[:-1]) & set(graded) and fifth[-1] in graded
+    sixth = [e for group in batches[5] for e in group.episodes]
+    assert resumed._job.sampled_tokens == sum(e.length for e in sixth)
+    for mine, expected in zip(again, batches[4:], strict=True):
+        for own, other in zip(mine, expected, strict=True):
+            assert [e.tokens for e in own.episodes] == [e.tokens for e in other.episodes]
+            assert [e.text for e in own.episodes] == [e.text for e in other.episodes]
+            assert own.rewards == other.rewards
+    ours, theirs = (
+        load_file(j.adapter_dir / "adapter_model.safetensors") for j in (resumed, whole)
+    )
+    for key, value in theirs.items():
+        np.testing.assert_allclose(ours[key], value, atol=1e-4)
+
+
 def test_pause_drops_what_is_under_way_and_resume_samples_the_same(llm, rows, start):
     def go(name, *, pauses):
         fields = {"steps": 3, "init_adapter": start}

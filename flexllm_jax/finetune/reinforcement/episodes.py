@@ -150,11 +150,15 @@ class Sampler(Protocol):
         ...
 
     def play(self, groups: Sequence[Group], version: Any) -> None:
-        """Begin; each group says when it is `done`."""
+        """Begin what is not over; each group says when it is `done`."""
         ...
 
     def release(self, version: Any) -> None:
         """No more groups of a version will come."""
+        ...
+
+    def text(self, episode: Episode) -> str:
+        """What an episode has said last."""
         ...
 
     @property

@@ -140,6 +140,8 @@ class Played:
     def begin(self, group: Group) -> None:
         """Every episode has an environment of its own."""
         for episode in group.episodes:
+            if episode.over:
+                continue
             try:
                 episode.environment = environment = self._make(group.prompt.item)
                 given = environment.reset()

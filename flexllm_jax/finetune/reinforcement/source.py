@@ -24,6 +24,7 @@ from flexllm_jax.finetune.optimizer import hyperparameters
 from flexllm_jax.finetune.reinforcement.advantages import advantages, divisor, token_weight
 from flexllm_jax.finetune.reinforcement.episodes import Game, Group, Sampler
 from flexllm_jax.finetune.reinforcement.games import Asking
+from flexllm_jax.finetune.reinforcement.kept import Kept, Told, keep
 from flexllm_jax.finetune.reinforcement.measures import AnswerMeasures, UpdateMeasures
 from flexllm_jax.finetune.reinforcement.prompts import Prompt, PromptDataset, PromptReader
 from flexllm_jax.finetune.source import CannotGoOn, Measured, Step
@@ -107,6 +108,7 @@ class ReinforcementSource:
         self._version: _Version | None = None  # the weights as they are, once frozen
         self._open: dict[int, _Batch] = {}  # being answered, by number
         self._thawed: dict[int, _Version] = {}  # of a checkpoint, by batches trained
+        self._kept = Kept([], {})  # answers of a checkpoint
         self._validating: _Batch | None = None
         self._validated: set[int] = set()  # steps after which that is done
 
@@ -177,7 +179,10 @@ class ReinforcementSource:
         batch.current = [Group.of(p, count, (*key, i)) for i, p in enumerate(prompts)]
         batch.groups += batch.current
         batch.rounds += 1
-        self.sampler.play(batch.current, batch.version.frozen)
+        for group in batch.current:
+            self._kept.fill(group)
+        unfinished = [group for group in batch.current if not group.done]
+        self.sampler.play(unfinished, batch.version.frozen)
 
     def _settled(self, batch: _Batch) -> bool:
         """Whether a batch is answered; for groups of equal rewards, others may have to be."""
@@ -319,6 +324,20 @@ class ReinforcementSource:
     def thaw(self, batch: int, frozen: Any) -> None:
         """A version that a checkpoint kept: the weights that `batch` batches had trained."""
         self._thawed[batch] = _Version(batch, frozen)
+
+    def answers(self, position: dict[str, Any]) -> tuple[Told, dict[str, np.ndarray]]:
+        """What a checkpoint at `position` keeps of answers, for `remember`."""
+        assert self.sampler is not None
+        batches = [*self._open.values()]
+        if position["update"] and self._training is not None:
+            batches.append(self._training)
+        if self._validating is not None:
+            batches.append(self._validating)
+        return keep([group for batch in batches for group in batch.groups], self.sampler.text)
+
+    def remember(self, told: Told, arrays: dict[str, np.ndarray]) -> None:
+        """Answers that a checkpoint kept: they are not sampled again."""
+        self._kept = Kept(told, arrays)
 
     def restore(self, step: int, position: dict[str, Any]) -> None:
         """Go on after `step`. ValueError, naming the field, when it is past the job's end."""
