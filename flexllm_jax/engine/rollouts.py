@@ -73,7 +73,7 @@ class Rollouts:
             adapters = engine.adapters
             row = adapters.to_row(job.name, job.adapter)
             self._start = self.thaw(row.weights, row.scales)
-        self._said_tokens = 0
+        self._said_tokens = self._prompt_tokens = 0
 
     # -- what the source asks for -----------------------------------------------------------------
 
@@ -81,6 +81,11 @@ class Rollouts:
     def tokens(self) -> int:
         """Said so far."""
         return self._said_tokens
+
+    @property
+    def computed(self) -> int:
+        """Tokens that went through for it: what was said, and of prompts what was not cached."""
+        return self._said_tokens + self._prompt_tokens
 
     def freeze(self) -> Published | None:
         """The adapter as it is now: a copy on the device."""
@@ -228,6 +233,7 @@ class Rollouts:
         if self._running.pop(state.request_id, None) is None:
             return  # dropped
         episode = turn.episode
+        self._prompt_tokens += len(state.prompt) - state.cached_tokens
         if state.finish_reason == "cancelled":  # by the engine: it stops, or has no memory left
             turn.lost += 1
             if turn.lost < _MOST_LOST:  # again, from its beginning, with the same seed

@@ -649,12 +649,13 @@ def test_jobs_share_tokens_and_answers_count(llm, rows, tmp_path):
         jobs.append(llm.finetune(config, reward=uneven))
 
     def given():
-        return np.array([job._job.forwarded + job._job.sampled_tokens for job in jobs])
+        answers = [job._job.sampler.computed if job._job.sampler else 0 for job in jobs]
+        return np.array([job._job.forwarded for job in jobs]) + answers
 
     before = given()
     while (had := given() - before).sum() < 12_000:
         llm.generate(random_prompts([9]), SamplingParams(max_tokens=4))
     assert all(job.status == "running" for job in jobs), [job.reason for job in jobs]
-    assert had.min() > 0.8 * had.max()
+    assert had.min() > 0.85 * had.max()
     for job in jobs:
         job.cancel()

@@ -25,7 +25,10 @@ def episodes(draw):
     episode.logprob, episode.said = each(number), each(st.booleans())
     episode.turns, episode.over = draw(st.integers(0, 3)), draw(st.booleans())
     if episode.over and draw(st.booleans()):
-        episode.reward, episode.text = draw(st.floats(-1, 1)), draw(st.sampled_from(["", "a\n", "größer"]))
+        episode.reward, episode.text = (
+            draw(st.floats(-1, 1)),
+            draw(st.sampled_from(["", "a\n", "größer"])),
+        )
         episode.scores = {"close": episode.reward}
         episode.reference = each(number) if draw(st.booleans()) else None
         episode.error = draw(st.sampled_from([None, "why"]))

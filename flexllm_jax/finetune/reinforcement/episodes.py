@@ -141,6 +141,11 @@ class Sampler(Protocol):
         """Said so far."""
         ...
 
+    @property
+    def computed(self) -> int:
+        """Tokens that went through for it so far: what was said, and prompts."""
+        ...
+
     def freeze(self) -> Any | None:
         """The adapter as it is now, as a version that stays; None while there is no room."""
         ...

@@ -69,7 +69,7 @@ class JobFacts:
             eta_s=job.eta_s,
             resumed_from=job.resumed_from,
             facts=facts,
-            answered=job.sampled_tokens,
+            answered=job.sampler.computed if job.sampler else 0,
         )
 
     def _collect(self, status: str) -> None:

@@ -190,7 +190,7 @@ class JobReport(msgspec.Struct, frozen=True, array_like=True):
     run                     a name that no other run of the job has
     status                  running, paused, succeeded, failed or cancelled
     forwarded, backwarded   tokens computed in this run, validation's and repeated ones included
-    answered                tokens of its own answers in this run
+    answered                tokens computed for its own answers in this run, prompts too
     tokens                  tokens of all finished optimizer steps, earlier runs' too
     metrics                 of the last optimizer step
     """
