@@ -112,7 +112,12 @@ class ServerSection(Section):
     )
     database: str | None = Field(
         default=None,
-        description="SQLAlchemy URL of files and jobs. null: SQLite in output_dir/server.",
+        description="SQLAlchemy URL of files, jobs, responses. null: SQLite in output_dir/server.",
+    )
+    response_ttl_s: Float = Field(
+        default=30 * 86_400.0,
+        gt=0,
+        description="Seconds that responses of /v1/responses are kept in the database.",
     )
     adapter_dirs: tuple[Path, ...] = Field(
         default=(),

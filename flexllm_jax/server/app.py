@@ -39,6 +39,9 @@ from flexllm_jax.server.inference.asking import Asking
 from flexllm_jax.server.inference.messages import answer as messages_answer
 from flexllm_jax.server.inference.messages import routes as messages_routes
 from flexllm_jax.server.inference.requests import Inference
+from flexllm_jax.server.inference.responses import routes as responses_routes
+from flexllm_jax.server.inference.responses.running import Responses
+from flexllm_jax.server.inference.responses.store import ResponseStore
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.metrics import ServerMetrics
 from flexllm_jax.version import __version__
@@ -65,6 +68,8 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         url = config.server.database or f"sqlite:///{folder / 'server.sqlite'}"
         self.database = Database(url)
+        store = ResponseStore(self.database, config.server.response_ttl_s)
+        self.responses = Responses(self.inference, store)
         self.files = FileStore(folder / "files", self.database, config.server, self.keys.several)
         self.jobs = JobManager(
             config,
@@ -135,6 +140,7 @@ def _make_app(server: Server) -> FastAPI:
     finetuned = FinetunedModels(server.database, server.models, server.engines)
     app.include_router(inference_routes.routes(server.inference, finetuned.delete))
     app.include_router(messages_routes.routes(server.inference))
+    app.include_router(responses_routes.routes(server.inference, server.responses))
     _add_status(app, server)
     app.include_router(files.routes(server.files))
     allowed = server.config.server.adapter_dirs
@@ -144,9 +150,8 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     app.include_router(graders.routes(server.graders))
-    answers = (
-        inference_answers.ANSWERS | messages_answer.ANSWERS | finetuning_answers.ANSWERS | _ANSWERS
-    )
+    floors = inference_answers, messages_answer, responses_routes, finetuning_answers
+    answers = {key: value for floor in floors for key, value in floor.ANSWERS.items()} | _ANSWERS
     openapi.describe(app, answers, with_keys=server.keys.needed)
     return app
 

@@ -1,5 +1,5 @@
-"""What outlives the process: files, jobs, their events and checkpoints, loaded adapters, in any
-SQLAlchemy database.
+"""What outlives the process: files, jobs, their events and checkpoints, loaded adapters, and what
+other floors declare (responses), in any SQLAlchemy database.
 
 All access is from one thread, in transactions; the asyncio loop only waits for them. A database
 that refuses (locked, full, gone) is a `DatabaseUnavailable`, which requests are answered with; what

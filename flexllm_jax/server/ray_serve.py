@@ -93,6 +93,7 @@ class Lifetime:
         """The application's lifespan."""
         await self.server.jobs.start()
         self.server.inference.structures.start()
+        await self.server.responses.store.begin()
         running = asyncio.create_task(self.server.engines.run())
         try:
             yield
@@ -100,6 +101,7 @@ class Lifetime:
             await self.stop()
             await running
             await self.server.jobs.close(_FOR_WRITING_S)
+            await self.server.responses.close()
             self.server.inference.structures.close()
             self._lock.close()
 

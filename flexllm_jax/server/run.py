@@ -158,6 +158,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
         signal.signal(number, begin_to_stop)
     await server.jobs.start()
     server.inference.structures.start()
+    await server.responses.store.begin()
     engines = asyncio.create_task(server.engines.run())
     engines.add_done_callback(lambda _: setattr(http, "should_exit", True))
     log_address(*listener.getsockname()[:2])
@@ -167,6 +168,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     clean = await server.engines.stop(max(1.0, left - _FOR_WRITING_S))
     await engines
     await server.jobs.close(_FOR_WRITING_S)
+    await server.responses.close()
     server.inference.structures.close()
     if server.engines.exit_status is not None:
         return server.engines.exit_status

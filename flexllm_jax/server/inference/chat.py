@@ -14,7 +14,7 @@ from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.conversing import ConversationAnswer, Said, converse
-from flexllm_jax.server.inference.logprobs import id_of_token, text_of_token
+from flexllm_jax.server.inference.logprobs import id_of_token, text_of_token, token_entry
 from flexllm_jax.server.inference.requests import Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
@@ -36,16 +36,7 @@ class _Chat:
             return None
 
         name = id_of_token if self.body.return_tokens_as_token_ids else text_of_token
-
-        def entry(token: int, text: str, value: float | None) -> dict[str, Any]:
-            data = list(self.codec.detokenizer.token_bytes(token, text))
-            return {"token": name(token, text), "logprob": value, "bytes": data}
-
-        top = [
-            entry(*item)
-            for item in report.likeliest[: self.body.alternatives(self.body.top_logprobs or 0)]
-        ]
-        return {**entry(report.token, report.text, report.logprob), "top_logprobs": top}
+        return token_entry(report, self.codec.detokenizer, self.body.top_logprobs or 0, name)
 
 
 async def chat(

@@ -6,7 +6,7 @@ last one says it, and texts join to the whole. Offsets count characters of the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,22 @@ def report_token(
     ranked = sorted(logprobs.items(), key=lambda item: -item[1])
     likeliest = [(other, texts[other], value) for other, value in ranked]
     return TokenReport(token, texts[token], offset, logprobs[token], likeliest)
+
+
+def token_entry(
+    report: TokenReport,
+    detokenizer: Detokenizer,
+    count: int,
+    name: Callable[[int, str], str] = text_of_token,
+) -> dict[str, Any]:
+    """A token of a chat, as OpenAI shows it, with the `count` likeliest in its place."""
+
+    def entry(token: int, text: str, value: float | None) -> dict[str, Any]:
+        data = list(detokenizer.token_bytes(token, text))
+        return {"token": name(token, text), "logprob": value, "bytes": data}
+
+    top = [entry(*item) for item in report.likeliest[:count]]
+    return {**entry(report.token, report.text, report.logprob), "top_logprobs": top}
 
 
 def prompt_table(
