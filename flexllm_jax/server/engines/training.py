@@ -35,6 +35,7 @@ from flexllm_jax.server.engines.training_messages import (
     Stepped,
     Tensor,
     TrainingCall,
+    TrainingDatum,
     TrainingModelState,
     TrainingResult,
 )
@@ -101,16 +102,7 @@ class EngineTraining:
         models = self._models
         match given:
             case ForwardBackward(data, loss, settings, forward_only):
-                read = [
-                    GivenDatum(
-                        _array(datum.tokens, "int32", [len(datum.tokens) // 4], "model_input"),
-                        {
-                            name: _array(t.data, t.dtype, t.shape, name)
-                            for name, t in datum.inputs.items()
-                        },
-                    )
-                    for datum in data
-                ]
+                read = [_datum(number, datum) for number, datum in enumerate(data)]
                 call = models.forward_call(read, loss, settings, backward=not forward_only)
                 shapes = [own.inputs["target_tokens"].shape for own in read]
                 return call, partial(_logprobs, shapes)
@@ -160,6 +152,13 @@ class EngineTraining:
             log.error("a call could not be carried out", exc_info=error)
         text = " ".join(str(error).split()) or type(error).__name__
         self._tell(Trained(number, None, text, "user" if user else "server"))
+
+
+def _datum(number: int, datum: TrainingDatum) -> GivenDatum:
+    where, count = f"datum {number}: ", len(datum.tokens) // 4
+    tokens = _array(datum.tokens, "int32", [count], f"{where}model_input")
+    inputs = {n: _array(t.data, t.dtype, t.shape, where + n) for n, t in datum.inputs.items()}
+    return GivenDatum(tokens, inputs)
 
 
 def _array(data: bytes, dtype: str, shape: list[int], name: str) -> np.ndarray:
