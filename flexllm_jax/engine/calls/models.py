@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from flexllm_jax.engine.calls.saved_state import (
     save_weights,
     with_parts,
 )
-from flexllm_jax.engine.calls.turns import Model, ModelTurns
+from flexllm_jax.engine.calls.turns import Model, ModelTurns, Parked
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.engine.sizes import FINETUNE_SEQUENCES
@@ -46,6 +47,17 @@ from flexllm_jax.peft.bank import NoFreeSlot, from_row, to_row
 
 class ModelError(UserError):
     """A model that cannot be made, or a call to one that is not there; one line."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReadyState:
+    """A state in the bank's shapes, but for the adapter, which says what it is like: its weights
+    take no memory."""
+
+    adapter: Adapter
+    kept: dict[str, Any]
+    scales: list
+    step: int
 
 
 class TrainingModels:
@@ -93,7 +105,9 @@ class TrainingModels:
                 "or raise adapters.max_rank in its configuration"
             )
         modules: list[str] = []
-        for choice, names in CHOICES.items():
+        model = self._engine.runner.model
+        for choice, known in CHOICES.items():
+            names = [name for name in known if TARGET_MODULES[name] in model.linear_shapes]
             lacking = [name for name in names if TARGET_MODULES[name] not in bank.modules]
             if choices.get(choice, True) and lacking:
                 raise ModelError(
@@ -105,27 +119,40 @@ class TrainingModels:
         if not modules:
             raise ModelError(f"{', '.join(CHOICES)} are all false: choose at least one")
         config = LoraConfig(rank, alpha, tuple(modules))
-        return SavedState(init_adapter(config, self._engine.runner.model, seed))
+        return SavedState(init_adapter(config, model, seed))
 
     def read(self, folder: Path, *, optimizer: bool) -> SavedState:
         """In any thread: a state that was saved; without `optimizer` the weights of any PEFT folder
         of LoRA. AdapterError."""
         return load_state(folder, self._engine.runner.model, self._base, optimizer=optimizer)
 
-    def create(self, name: str, start: SavedState, weight: float = 1.0) -> dict[str, Any]:
-        """In the engine's thread: make a model; returns what it is like. ValueError when the bank
-        cannot hold it."""
+    def ready(self, start: SavedState) -> ReadyState:
+        """In any thread: a state as the device takes it. AdapterError when the bank cannot hold
+        it."""
+        sizes, config = self._engine.runner.sizes, start.adapter.config
+        to_bank = partial(to_row, config=sizes.model, shape=sizes.bank, name="of the model")
+        values, scales = to_bank(start.adapter)
+        kept: dict[str, Any] = {"master": values}
+        if start.moments is not None:
+            parts = {
+                part: to_bank(Adapter(config, own)).weights for part, own in start.moments.items()
+            }
+            shapes = sizes.job_states["adamw"]["optimizer"]
+            kept["optimizer"] = with_parts(shapes, parts, start.step)
+        return ReadyState(_hollow(start.adapter), kept, scales, start.step)
+
+    def create(self, name: str, start: ReadyState, weight: float = 1.0) -> dict[str, Any]:
+        """In the engine's thread: make a model; returns what it is like."""
         if name in self.models:
             if self.models[name].job.running:
                 raise ModelError(f"model {name!r} is there already")
             self.delete(name)
         config, trainer = start.adapter.config, self._engine.trainer
-        kept, scales = self._on_host(start, name)
         source = CallSource(self._max_tokens, self._pack_tokens, self._most_sequences)
         source.held, source.steps = True, start.step
-        job = FinetuneJob(CalledConfig(name, weight), config, _hollow(start.adapter), source)
+        job = FinetuneJob(CalledConfig(name, weight), config, start.adapter, source)
         trainer.enter(job)
-        self._turns.models[name] = Model(job, source, scales, kept)
+        self._turns.models[name] = Model(job, source, start.scales, Parked(start.kept))
         return {
             **describe(_lora(config)),
             "step": start.step,
@@ -145,22 +172,6 @@ class TrainingModels:
             why = f" any more: {model.job.reason}" if model else ""
             raise ModelError(f"model {name!r} is not there{why}; create one from a saved state")
         return model
-
-    def _on_host(self, state: SavedState, name: str) -> tuple[dict[str, Any], list]:
-        """A job's state as the device takes it, and the scales of its adapter."""
-        sizes = self._engine.runner.sizes
-        to_bank = partial(to_row, config=sizes.model, shape=sizes.bank, name=name)
-        values, scales = to_bank(state.adapter)
-        kept: dict[str, Any] = {"master": values}
-        if state.moments is not None:
-            parts = {
-                part: to_bank(Adapter(state.adapter.config, own)).weights
-                for part, own in state.moments.items()
-            }
-            kept["optimizer"] = with_parts(
-                sizes.job_states["adamw"]["optimizer"], parts, state.step
-            )
-        return kept, scales
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -210,7 +221,7 @@ class TrainingModels:
         model.used = now
         model.source.add(call)
 
-    def loaded(self, name: str, call: AsideCall, state: SavedState | Exception) -> None:
+    def loaded(self, name: str, call: AsideCall, state: ReadyState | Exception) -> None:
         """What a place is held for has been read, or cannot be."""
         call.ready = True
         try:
@@ -223,11 +234,10 @@ class TrainingModels:
                     f"the state is of {describe(config)}, the model of {describe(own)}: create a "
                     "model from the state instead"
                 )
-            kept, _ = self._on_host(state, name)
         except Exception as error:
             call.fail(error)
         else:
-            call.do = partial(self._load, call, model, kept, state.step)
+            call.do = partial(self._load, call, model, state)
 
     # -- in their turn ----------------------------------------------------------------------------
 
@@ -276,19 +286,19 @@ class TrainingModels:
         return SavedState(whole(arrays["master"]), moments, step)
 
     def _load(
-        self, call: AsideCall, model: Model, kept: dict[str, Any], step: int, job: FinetuneJob
+        self, call: AsideCall, model: Model, state: ReadyState, job: FinetuneJob
     ) -> Callable[[], None]:
         try:
             with room_for(f"a state of model {job.name!r}"):
-                self._engine.trainer.place(job, kept, model.scales)
+                self._engine.trainer.place(job, state.kept, state.scales)
         except OutOfMemory as error:
             call.fail(RuntimeError(str(error)))
             return _nothing
         job.has_gradient = False
 
         def read() -> None:
-            model.source.steps = step
-            call.answer(step)
+            model.source.steps = state.step
+            call.answer(state.step)
 
         return read
 

@@ -26,8 +26,8 @@ STATE, MOMENTS = "state.json", "optimizer.safetensors"
 _PARTS = ("mu", "nu")  # of AdamW
 # What a client chooses to train, and PEFT's names of those modules.
 CHOICES = {
-    "train_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "train_mlp": ("gate_proj", "up_proj", "down_proj"),
+    "train_attn": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+    "train_mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
     "train_unembed": ("lm_head",),
 }
 
@@ -44,7 +44,7 @@ class SavedState:
 def describe(config: LoraConfig) -> dict[str, Any]:
     """An adapter as a client chooses it."""
     chosen = {
-        key: all(name in config.target_modules for name in own) for key, own in CHOICES.items()
+        key: any(name in config.target_modules for name in own) for key, own in CHOICES.items()
     }
     return {"rank": config.r, "alpha": config.alpha, **chosen}
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import numpy as np
 
+from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.finetune.calls.source import CallSource
 from flexllm_jax.peft.bank import NoFreeSlot
 
@@ -47,14 +48,25 @@ class NoTurns:
 
 
 @dataclass(eq=False)
+class Parked:
+    """A job's state on the host, or still on its way there."""
+
+    state: dict[str, Any]
+
+    def come_to_host(self) -> None:
+        """In any thread: wait for it; the device's memory is free then."""
+        self.state = jax.tree.map(np.asarray, self.state)
+
+
+@dataclass(eq=False)
 class Model:
-    """A model that is trained by calls: on the device, or `parked`: then its job's state is that,
-    on the host. `scales`: of its adapter, on the host."""
+    """A model that is trained by calls: on the device, or `parked`. `scales`: of its adapter, on
+    the host."""
 
     job: FinetuneJob
     source: CallSource
     scales: list
-    parked: dict[str, Any] | None
+    parked: Parked | None
     since: float = field(default_factory=time.monotonic)  # that it has, or wants, a slot
     used: float = field(default_factory=time.monotonic)  # when it was last called
 
@@ -66,7 +78,7 @@ class Model:
     @property
     def wants_slot(self) -> bool:
         """Whether there is something to do for it, and it has no slot."""
-        return self.parked is not None and self.source.asked
+        return self.parked is not None and self.source.asked and self.job.running
 
 
 class ModelTurns:
@@ -74,7 +86,8 @@ class ModelTurns:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._most = max(1, engine.config.adapters.slots - 2)  # slot 0 is none; one for samplers
+        slots = engine.config.adapters.slots - 2  # slot 0 is none; one is left to samplers
+        self._most = max(1, min(slots, engine.config.server.max_running_jobs))
         self.models: dict[str, Model] = {}
         engine.trainer.turns = self
 
@@ -84,7 +97,7 @@ class ModelTurns:
 
     @property
     def _placed(self) -> list[Model]:
-        return [model for model in self.models.values() if model.parked is None]
+        return [m for m in self.models.values() if m.parked is None and m.job.running]
 
     @property
     def resting(self) -> list[Model]:
@@ -139,11 +152,19 @@ class ModelTurns:
         job, trainer = model.job, self._engine.trainer
         job.bank_slot = self._engine.adapters.directory.start_training(job.name)
         assert model.parked is not None
-        trainer.place(job, model.parked, model.scales)
+        model.parked.come_to_host()
+        try:
+            with room_for(f"model {job.name!r}"):
+                trainer.place(job, model.parked.state, model.scales)
+        except OutOfMemory as error:
+            trainer.fail(job.name, str(error))
+            return
         model.parked, model.source.held, model.since = None, False, time.monotonic()
 
     def _park(self, model: Model) -> None:
         job = model.job
-        model.parked = jax.tree.map(np.asarray, job.state)  # waits for the device
+        jax.tree.map(lambda x: x.copy_to_host_async(), job.state)
+        model.parked = Parked(job.state)
+        self._engine.trainer.writer.submit(model.parked.come_to_host)
         job.state, model.source.held, model.since = {}, True, time.monotonic()
         self._engine.adapters.directory.stop_training(job.name)

@@ -139,14 +139,14 @@ class EngineCalls:
     ) -> dict[str, Any]:
         """Make a model that is trained by calls (`training`); returns what it is like. `choices`:
         alpha, train_mlp, train_attn, train_unembed."""
-        start = self.models.fresh(rank, seed, **choices)
+        start = self.models.ready(self.models.fresh(rank, seed, **choices))
         return self._loop.call(self.models.create, model, start, weight)
 
     def create_training_model_from(
         self, model: str, path: str, optimizer: bool, weight: float = 1.0
     ) -> dict[str, Any]:
         """The same from a state that was saved, or without `optimizer` from any PEFT folder."""
-        start = self.models.read(Path(path), optimizer=optimizer)
+        start = self.models.ready(self.models.read(Path(path), optimizer=optimizer))
         return self._loop.call(self.models.create, model, start, weight)
 
     def delete_training_model(self, model: str) -> None:

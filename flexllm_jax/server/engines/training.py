@@ -131,7 +131,8 @@ class EngineTraining:
 
     def _load(self, model: str, call: AsideCall, given: LoadState) -> None:
         try:
-            state: Any = self._models.read(Path(given.path), optimizer=given.optimizer)
+            read = self._models.read(Path(given.path), optimizer=given.optimizer)
+            state: Any = self._models.ready(read)
         except Exception as error:
             state = error
         self._loop.post(partial(self._models.loaded, model, call, state))

@@ -30,7 +30,7 @@ class Client:
 
     def _create(self, start, name, weight):
         name = name or f"client/{next(_names)}:train:0"
-        self.call(self.models.create, name, start, weight)
+        self.call(self.models.create, name, self.models.ready(start), weight)
         return name
 
     def add(self, name, call):
@@ -52,7 +52,7 @@ class Client:
     def load(self, name, folder, optimizer):
         call = self.models.load_call()
         self.call(self.models.add, name, call)
-        state = self.models.read(Path(folder), optimizer=optimizer)
+        state = self.models.ready(self.models.read(Path(folder), optimizer=optimizer))
         self.call(self.models.loaded, name, call, state)
         return call.future
 

@@ -123,7 +123,12 @@ def test_a_folder_that_cannot_be_written_fails_that_call_alone(client, tmp_path)
 @pytest.fixture(scope="module")
 def narrow(llama, tmp_path_factory):
     """An engine with slots for two models, and one for a sampler."""
-    engine = start_engine(llama, tmp_path_factory.mktemp("narrow"), adapter_bank={"slots": 4})
+    engine = start_engine(
+        llama,
+        tmp_path_factory.mktemp("narrow"),
+        adapter_bank={"slots": 4},
+        server={"max_running_jobs": 2},
+    )
     yield Client(engine)
     engine.close()
 

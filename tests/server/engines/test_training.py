@@ -5,7 +5,9 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +90,11 @@ async def create(client, name, **fields):
     return await client.call("create_training_model", 60, model=name, **fields)
 
 
+def train(client: EngineClient, name: str, calls: Sequence[Any]) -> list[Any]:
+    """Futures of answers."""
+    return list(client.training.train(name, calls))
+
+
 async def told(futures):
     """Losses and norms."""
     results = await asyncio.gather(*futures)
@@ -109,7 +116,8 @@ def test_what_a_client_is_answered(config, tmp_path):
                 "step": 0,
                 "max_datum_tokens": 96,
             }
-            good, *bad, sampler, step, late = client.training.train(
+            good, *bad, sampler, step, late = train(
+                client,
                 "s:train:0",
                 [
                     ForwardBackward(data(0), "cross_entropy"),
@@ -138,7 +146,7 @@ def test_what_a_client_is_answered(config, tmp_path):
             assert stepped.step == 1 and stepped.metrics["grad_norm"] > 0
             assert (await sampler).size_bytes > 1000 and (await late).size_bytes > 1000
             with pytest.raises(TrainingFailed, match="no-such") as failed:
-                await client.training.train("no-such", [OptimStep()])[0]
+                await train(client, "no-such", [OptimStep()])[0]
             assert failed.value.category == "user"
 
             # The sampler is the adapter before the step: B is zero, so it says what the base says.
@@ -151,7 +159,9 @@ def test_what_a_client_is_answered(config, tmp_path):
                 )
                 said[adapter] = [o.token_ids async for _, _, o in outputs]
             assert said[served] == said[None]
-            while not (client.stats and client.stats.training):
+            end = time.monotonic() + 10
+            while not (client.stats and [m.waiting for m in client.stats.training] == [0]):
+                assert time.monotonic() < end, client.stats
                 await asyncio.sleep(0.05)
             (state,) = client.stats.training
             assert (state.name, state.waiting, state.parked) == ("s:train:0", 0, False)
@@ -167,16 +177,14 @@ def test_an_engine_that_is_killed_ends_with_the_same_numbers(config, tmp_path):
     async def run():
         async with engine(config) as client:
             await create(client, "undisturbed")
-            expected = await told(client.training.train("undisturbed", pairs(0, STEPS)))
+            expected = await told(train(client, "undisturbed", pairs(0, STEPS)))
             await create(client, "killed")
             snapshot = str(tmp_path / "snapshot")
-            futures = client.training.train(
-                "killed", [*pairs(0, 4), SaveState(snapshot), *pairs(4, STEPS)]
-            )
+            futures = train(client, "killed", [*pairs(0, 4), SaveState(snapshot), *pairs(4, STEPS)])
             await futures[8]
             first = await told(futures[:8])
-            assert client._host._process is not None
-            os.kill(client._host._process.pid, signal.SIGKILL)
+            assert client.info is not None
+            os.kill(client.info.pid, signal.SIGKILL)
             outcomes = await asyncio.gather(*futures, return_exceptions=True)
             assert isinstance(outcomes[-1], EngineUnavailable), "it was killed too late"
             assert first == expected[:8]
@@ -185,7 +193,7 @@ def test_an_engine_that_is_killed_ends_with_the_same_numbers(config, tmp_path):
                 "create_training_model_from", 60, model="killed", path=snapshot, optimizer=True
             )
             assert made["step"] == 4
-            again = client.training.train("killed", pairs(4, STEPS))
+            again = train(client, "killed", pairs(4, STEPS))
             assert await told(again) == expected[8:]
 
     asyncio.run(run())
