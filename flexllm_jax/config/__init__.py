@@ -37,6 +37,7 @@ from flexllm_jax.config.model import ModelSection, ParallelSection
 from flexllm_jax.config.peft import PeftConfig
 from flexllm_jax.config.scheduler import CompileSection, SchedulerSection, SloSection
 from flexllm_jax.config.server import ApiKey, LogSection, RaySection, ServerSection
+from flexllm_jax.config.tinker import TinkerSection
 from flexllm_jax.config.trackers import (
     MlflowSection,
     TensorboardSection,
@@ -83,6 +84,7 @@ __all__ = [
     "SupervisedConfig",
     "TargetModule",
     "TensorboardSection",
+    "TinkerSection",
     "TrackersSection",
     "WandbSection",
     "WorkloadSection",

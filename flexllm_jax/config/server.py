@@ -8,10 +8,12 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from flexllm_jax.config.fields import Bool, Float, Int, Name, Section, distinct
+from flexllm_jax.config.tinker import TinkerSection
 
 
 class ApiKey(Section):
-    """A key that clients send as `Authorization: Bearer`, and what its owner may use."""
+    """A key that clients send as `Authorization: Bearer` or `X-API-Key`, and what its owner may
+    use."""
 
     name: Name = Field(description="Whose key it is, as logs and limits call it.")
     key: str = Field(min_length=8, description="The key itself.")
@@ -148,6 +150,8 @@ class ServerSection(Section):
         description="Seconds after SIGTERM in which requests finish and jobs write checkpoints; "
         "what hangs then is ended.",
     )
+
+    tinker: TinkerSection = Field(default_factory=TinkerSection, description="The Tinker API.")
 
     @field_validator("api_keys")
     @classmethod

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Literal
 
 from fastapi import FastAPI, Request
@@ -11,7 +14,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from sqlalchemy import select
 
-from flexllm_jax.config import Config
+from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.server.dashboard import dashboard
 from flexllm_jax.server.dashboard.dashboard import Dashboard
@@ -67,6 +70,7 @@ class Server:
         folder = config.output_dir.absolute() / "server"
         folder.mkdir(parents=True, exist_ok=True)
         url = config.server.database or f"sqlite:///{folder / 'server.sqlite'}"
+        tinker = _tinker_parts() if config.server.tinker.enabled else None  # its tables, too
         self.database = Database(url)
         store = ResponseStore(self.database, config.server.response_ttl_s)
         self.responses = Responses(self.inference, store)
@@ -83,8 +87,25 @@ class Server:
         self.graders = GraderRuns(
             config, self.models, self.keys.several, lambda client: Asking(self.inference, client)
         )
+        self.tinker = tinker and tinker.TinkerService(
+            config,
+            self.database,
+            self.engines,
+            self.models,
+            self.keys,
+            self.admission,
+            self.inference,
+        )
+        if tinker is not None:
+            self.metrics.registry.register(tinker.TinkerMetrics(self.tinker))
         self.dashboard = Dashboard(
-            config, self.engines, self.models, self.metrics, self.database, self.jobs
+            config,
+            self.engines,
+            self.models,
+            self.metrics,
+            self.database,
+            self.jobs,
+            tinker and partial(tinker.shown, self.tinker),
         )
         self._owners: dict[str, str | None] = {}  # of jobs that are in the metrics
         self.app = _make_app(self)
@@ -115,6 +136,17 @@ class Server:
         assert engine.info is not None
         self.models.max_model_len = engine.info.max_model_len
         self.metrics.engine_started(engine)
+
+
+def _tinker_parts() -> ModuleType:
+    """The Tinker API, whose libraries are an extra's; ConfigError without them."""
+    try:
+        return import_module("flexllm_jax.server.tinker.parts")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"server.tinker.enabled: {error.name} is not installed: "
+            f"pip install 'flexllm_jax[tinker]', or set it to false"
+        ) from None
 
 
 def _make_app(server: Server) -> FastAPI:
@@ -150,6 +182,9 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     app.include_router(graders.routes(server.graders))
+    if server.tinker is not None:
+        for router in _tinker_parts().routers(server.tinker):
+            app.include_router(router)
     floors = inference_answers, messages_answer, responses_routes, finetuning_answers
     answers = {key: value for floor in floors for key, value in floor.ANSWERS.items()} | _ANSWERS
     openapi.describe(app, answers, with_keys=server.keys.needed)

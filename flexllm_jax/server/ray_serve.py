@@ -92,6 +92,8 @@ class Lifetime:
     async def __call__(self, app: FastAPI) -> AsyncIterator[None]:
         """The application's lifespan."""
         await self.server.jobs.start()
+        if self.server.tinker is not None:
+            await self.server.tinker.start()
         self.server.inference.structures.start()
         await self.server.responses.store.begin()
         running = asyncio.create_task(self.server.engines.run())
@@ -120,6 +122,9 @@ class Lifetime:
                 break
             await asyncio.sleep(0.05)
         left = self._grace_s - (time.monotonic() - began)
+        if self.server.tinker is not None:
+            await self.server.tinker.close(left / 2)
+            left = self._grace_s - (time.monotonic() - began)
         return await self.server.engines.stop(max(1.0, left - 0.5))
 
 

@@ -157,6 +157,8 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, begin_to_stop)
     await server.jobs.start()
+    if server.tinker is not None:
+        await server.tinker.start()
     server.inference.structures.start()
     await server.responses.store.begin()
     engines = asyncio.create_task(server.engines.run())
@@ -165,6 +167,8 @@ async def _serve(server: Server, listener: socket.socket) -> int:
     await http.serve(sockets=[listener])
     left = section.grace_s if stop_by is None else stop_by - time.monotonic()
     end_within(left + _HANGS_S)  # it holds for the end of Python, too, which waits for threads
+    if server.tinker is not None:
+        await server.tinker.close(left / 2)
     clean = await server.engines.stop(max(1.0, left - _FOR_WRITING_S))
     await engines
     await server.jobs.close(_FOR_WRITING_S)

@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from importlib.resources import files as package_files
 from typing import Any
 
@@ -50,7 +50,7 @@ _KINDS = {
 
 
 class Dashboard:
-    """What the page shows."""
+    """What the page shows. `tinker`: what a client sees of the Tinker API, where it is on."""
 
     def __init__(
         self,
@@ -60,7 +60,9 @@ class Dashboard:
         metrics: ServerMetrics,
         database: Database,
         jobs: JobManager,
+        tinker: Callable[[Client], dict[str, Any]] | None = None,
     ):
+        self._tinker = tinker
         self._config, self._engines, self._models = config, engines, models
         self._metrics, self._database, self.jobs = metrics, database, jobs
         self._steps: deque[tuple[float, Step]] = deque()
@@ -138,6 +140,7 @@ class Dashboard:
             "waiting": sum(each.num_waiting for each in stats),
             "jobs": jobs,
             "adapters": adapters,
+            "tinker": None if self._tinker is None else self._tinker(client),
         }
 
     async def snapshots(self, client: Client) -> AsyncGenerator[bytes]:

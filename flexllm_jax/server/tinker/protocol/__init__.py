@@ -1,0 +1,1 @@
+"""The Tinker API as it is on the wire: bodies and paths."""
