@@ -23,6 +23,7 @@ _SHELVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Inference", ("/v1/completions", "/v1/chat/completions", "/v1/models")),
     ("Tokens", ("/tokenize", "/detokenize", "/tokenizer_info")),
     ("Files", ("/v1/files",)),
+    ("Batches", ("/v1/batches",)),
     ("Finetuning", ("/v1/fine_tuning",)),
     ("Adapters", ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")),
     ("Operation", ("/health", "/version", "/metrics", "/dashboard")),

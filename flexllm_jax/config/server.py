@@ -112,6 +112,12 @@ class ServerSection(Section):
     max_queued_jobs: Int = Field(
         default=100, ge=1, description="Jobs that are not done; beyond it, status 429."
     )
+    batch_requests: Int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests of batches that are asked at once. null: half as many as "
+        "scheduler.max_sequences.",
+    )
     database: str | None = Field(
         default=None,
         description="SQLAlchemy URL of files, jobs, responses. null: SQLite in output_dir/server.",

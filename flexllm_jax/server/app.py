@@ -16,6 +16,9 @@ from sqlalchemy import select
 
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.server.batches import answers as batches_answers
+from flexllm_jax.server.batches import routes as batches_routes
+from flexllm_jax.server.batches.runner import BatchRunner
 from flexllm_jax.server.dashboard import dashboard
 from flexllm_jax.server.dashboard.dashboard import Dashboard
 from flexllm_jax.server.database import Database, JobRow
@@ -107,6 +110,7 @@ class Server:
             self.jobs,
             tinker and partial(tinker.shown, self.tinker),
         )
+        self.batches = BatchRunner(config, self.database, self.files, self.keys)
         self._owners: dict[str, str | None] = {}  # of jobs that are in the metrics
         self.app = _make_app(self)
 
@@ -128,9 +132,19 @@ class Server:
             owners[adapter.name] = owners[adapter.engine_name] = adapter.owner
         return lambda name: name in owners and client.may_see(owners[name])
 
+    async def start(self) -> None:
+        """Go on with what an earlier process left."""
+        await self.jobs.start()
+        if self.tinker is not None:
+            await self.tinker.start()
+        await self.batches.start(self.app)
+        self.inference.structures.start()
+        await self.responses.store.begin()
+
     def begin_drain(self) -> None:
         """Admit nothing more."""
         self.admission.draining = self.jobs.closing = True
+        self.batches.stop()
 
     def _engine_started(self, engine: EngineClient) -> None:
         assert engine.info is not None
@@ -182,10 +196,12 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(dashboard.routes(server.dashboard))
     app.include_router(jobs_routes.routes(server.config, server.database, server.jobs))
     app.include_router(graders.routes(server.graders))
+    app.include_router(batches_routes.routes(server.database, server.files, server.batches))
     if server.tinker is not None:
         for router in _tinker_parts().routers(server.tinker):
             app.include_router(router)
     floors = inference_answers, messages_answer, responses_routes, finetuning_answers
+    floors += (batches_answers,)
     answers = {key: value for floor in floors for key, value in floor.ANSWERS.items()} | _ANSWERS
     openapi.describe(app, answers, with_keys=server.keys.needed)
     return app

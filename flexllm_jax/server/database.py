@@ -63,6 +63,7 @@ class File(Base):
     purpose: Mapped[str] = mapped_column(String(32))
     bytes: Mapped[int]
     created_at: Mapped[int] = mapped_column(default=now)
+    expires_at: Mapped[int | None]
     owner: Mapped[str | None] = mapped_column(Text)  # name of the key that made it; None: nobody
 
 
@@ -129,6 +130,30 @@ class CheckpointRow(Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(JSON)
     created_at: Mapped[int] = mapped_column(default=now)
     deleted: Mapped[bool | None]
+
+
+class BatchRow(Base):
+    """A file of requests, and how far they are answered. `times`: by status, since when."""
+
+    __tablename__ = "batches"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    status: Mapped[str] = mapped_column(String(32), index=True)
+    endpoint: Mapped[str] = mapped_column(Text)
+    input_file_id: Mapped[str] = mapped_column(String(64))
+    completion_window: Mapped[str] = mapped_column(String(16))
+    output_file_id: Mapped[str | None] = mapped_column(String(64))
+    error_file_id: Mapped[str | None] = mapped_column(String(64))
+    output_expires_after: Mapped[int | None]
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON)
+    labels: Mapped[dict[str, str] | None] = mapped_column(JSON)  # its `metadata`
+    times: Mapped[dict[str, int]] = mapped_column(JSON, default=dict)
+    total: Mapped[int] = mapped_column(default=0)
+    completed: Mapped[int] = mapped_column(default=0)
+    failed: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[int] = mapped_column(default=now)
+    expires_at: Mapped[int]
+    owner: Mapped[str | None] = mapped_column(Text)
 
 
 class LoadedAdapter(Base):

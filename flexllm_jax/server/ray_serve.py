@@ -91,11 +91,7 @@ class Lifetime:
     @contextlib.asynccontextmanager
     async def __call__(self, app: FastAPI) -> AsyncIterator[None]:
         """The application's lifespan."""
-        await self.server.jobs.start()
-        if self.server.tinker is not None:
-            await self.server.tinker.start()
-        self.server.inference.structures.start()
-        await self.server.responses.store.begin()
+        await self.server.start()
         running = asyncio.create_task(self.server.engines.run())
         try:
             yield

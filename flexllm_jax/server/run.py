@@ -156,11 +156,7 @@ async def _serve(server: Server, listener: socket.socket) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, begin_to_stop)
-    await server.jobs.start()
-    if server.tinker is not None:
-        await server.tinker.start()
-    server.inference.structures.start()
-    await server.responses.store.begin()
+    await server.start()
     engines = asyncio.create_task(server.engines.run())
     engines.add_done_callback(lambda _: setattr(http, "should_exit", True))
     log_address(*listener.getsockname()[:2])

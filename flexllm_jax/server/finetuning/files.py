@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -14,25 +15,36 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
+from pydantic import Field, ValidationError
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from flexllm_jax.config import ServerSection
-from flexllm_jax.server.database import Database, File, JobRow
+from flexllm_jax.server.database import BatchRow, Database, File, JobRow, now
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
+from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.body_limit import FORM_BYTES
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.http.shares import Shares
 
 log = logging.getLogger(__name__)
 
-PURPOSES = ("fine-tune",)
+PURPOSES = ("fine-tune", "batch")
 UNFINISHED = ("validating_files", "queued", "running", "paused")
+UNFINISHED_BATCHES = ("validating", "in_progress", "finalizing", "cancelling")
+_EXPIRED_EVERY_S = 30.0
 _PIECE = 1 << 20
 _COPIES_AT_ONCE = 4
+
+
+class ExpiresAfter(Body):
+    """When a file is deleted: so long after it was made, an hour to 30 days."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
 class _Form(MultiPartParser):
@@ -92,11 +104,14 @@ class FileStore:
     async def find(self, file_id: str, client: Client, param: str | None = None) -> File:
         """A file by its id; ApiError 404 where it is not the client's, too."""
         file = await self.database.run(lambda s: s.get(File, file_id))
-        if file is None or not client.may_see(file.owner):
+        expired = file is not None and file.expires_at is not None and file.expires_at <= now()
+        if file is None or expired or not client.may_see(file.owner):
             raise ApiError(404 if param is None else 400, f"no such file: {file_id!r}", param=param)
         return file
 
-    async def save(self, upload: UploadFile, purpose: str, owner: str | None) -> File:
+    async def save(
+        self, upload: UploadFile, purpose: str, owner: str | None, lifetime_s: int | None = None
+    ) -> File:
         """Keep an upload, for which room is reserved; ApiError 413 when it is too large."""
         limit = self.section.max_upload_bytes
         file_id = new_file_id()
@@ -126,8 +141,39 @@ class FileStore:
             part.unlink(missing_ok=True)
         name = (upload.filename or "upload").encode("utf-8", "replace").decode()
         file = File(id=file_id, filename=name, purpose=purpose, bytes=size, owner=owner)
+        file.expires_at = None if lifetime_s is None else now() + lifetime_s
         await self.database.run(lambda s: s.add(file))
         return file
+
+    async def delete(self, file: File) -> None:
+        """Forget a file; ApiError 409 while something needs it."""
+
+        def forget(session: Session) -> bool:
+            used = (JobRow.training_file == file.id) | (JobRow.validation_file == file.id)
+            jobs = select(JobRow.id).where(used, JobRow.status.in_(UNFINISHED))
+            batches = select(BatchRow.id).where(BatchRow.input_file_id == file.id)
+            batches = batches.where(BatchRow.status.in_(UNFINISHED_BATCHES))
+            for kind, query in (("job", jobs), ("batch", batches)):
+                if (user := session.scalars(query).first()) is not None:
+                    raise ApiError(409, f"{kind} {user} still needs the file: cancel it first")
+            row = session.get(File, file.id)  # another request may have deleted it meanwhile
+            if row is not None:
+                session.delete(row)
+            return row is not None
+
+        if await self.database.run(forget) and file.purpose in PURPOSES:
+            self.storage.add(file.owner, -file.bytes)
+        self.path(file.id).unlink(missing_ok=True)
+
+    async def run(self) -> None:
+        """Tidy up: now what a killed process left, and from time to time what has expired."""
+        await self.remove_leftovers()
+        while True:
+            query = select(File).where(File.expires_at <= now())
+            for file in await self.database.until_written(lambda s, q=query: list(s.scalars(q))):
+                with contextlib.suppress(ApiError):  # something still needs it
+                    await self.delete(file)
+            await asyncio.sleep(_EXPIRED_EVERY_S)
 
 
 def new_file_id() -> str:
@@ -142,7 +188,7 @@ def describe(file: File) -> dict[str, Any]:
         "object": "file",
         "bytes": file.bytes,
         "created_at": file.created_at,
-        "expires_at": None,
+        "expires_at": file.expires_at,
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",
@@ -160,6 +206,25 @@ def page(rows: list[Any], limit: int) -> dict[str, Any]:
         "first_id": shown[0]["id"] if shown else None,
         "last_id": shown[-1]["id"] if shown else None,
     }
+
+
+def _lifetime(form: FormData) -> int | None:
+    """Seconds after which a file expires, as a form says it; ApiError 400."""
+    told: dict[str, Any] = {
+        key[len("expires_after[") : -1]: value
+        for key, value in form.items()
+        if key.startswith("expires_after[")
+    }
+    if not told:
+        return None
+    seconds = told.get("seconds")
+    if isinstance(seconds, str) and seconds.isdecimal():
+        told["seconds"] = int(seconds)
+    try:
+        return ExpiresAfter.model_validate(told).seconds
+    except ValidationError:
+        message = "must be anchor=created_at and seconds from 3600 to 2592000"
+        raise ApiError(400, f"expires_after: {message}", param="expires_after") from None
 
 
 Limit = Annotated[int, Query(ge=1, le=10_000)]
@@ -203,7 +268,8 @@ def routes(store: FileStore) -> APIRouter:
                 if purpose not in PURPOSES:
                     message = f"purpose: got {purpose!r}; must be one of {PURPOSES}"
                     raise ApiError(400, message, param="purpose")
-                saved = await store.save(file, str(purpose), client.owner)
+                lifetime_s = _lifetime(form)
+                saved = await store.save(file, str(purpose), client.owner, lifetime_s)
                 kept = saved.bytes
             finally:
                 await form.close()
@@ -249,20 +315,7 @@ def routes(store: FileStore) -> APIRouter:
     @router.delete("/v1/files/{file_id}")
     async def delete(file_id: str, client: Known) -> Response:
         file = await store.find(file_id, client)
-
-        def forget(session: Session) -> bool:
-            used = (JobRow.training_file == file_id) | (JobRow.validation_file == file_id)
-            query = select(JobRow.id).where(used, JobRow.status.in_(UNFINISHED))
-            if (user := session.scalars(query).first()) is not None:
-                raise ApiError(409, f"job {user} still needs the file: cancel it first")
-            row = session.get(File, file_id)  # another request may have deleted it meanwhile
-            if row is not None:
-                session.delete(row)
-            return row is not None
-
-        if await store.database.run(forget) and file.purpose in PURPOSES:
-            store.storage.add(file.owner, -file.bytes)
-        store.path(file.id).unlink(missing_ok=True)
+        await store.delete(file)
         return sse.json_response({"id": file.id, "object": "file", "deleted": True})
 
     return router

@@ -99,7 +99,7 @@ class JobManager:
 
         for adapter in await self._database.until_written(find):
             self._models.adapters[adapter.name] = adapter
-        await self._files.remove_leftovers()
+        await self._files.run()
 
     async def close(self, timeout_s: float) -> None:
         """After the engine's end: write down the last it said, if the database takes it within

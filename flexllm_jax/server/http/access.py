@@ -24,6 +24,8 @@ from sqlalchemy.orm import InstrumentedAttribute
 from flexllm_jax.config import ApiKey, ConfigError, ServerSection, build_config
 from flexllm_jax.server.http.errors import ApiError
 
+OWN_CLIENT = "flexllm_jax.client"  # in a scope that the server makes: whose request it is
+
 
 @dataclass
 class Client:
@@ -116,11 +118,18 @@ class ApiKeys:
             raise ApiError(401, message, code="invalid_api_key")
         return found
 
+    def of_owner(self, owner: str | None) -> Client:
+        """The client whose things are `owner`'s; one without rights to others' if it has no key any
+        more."""
+        known = (client for _, client in self._clients if client.owner == owner)
+        nobody = self._everybody or Client(owner or "nobody", owner=owner, sees_all=False)
+        return next(known, nobody)
+
 
 async def known_client(request: Request) -> Client:
     """The client of a request to an app whose state has `keys`; ApiError 401."""
     keys: ApiKeys = request.app.state.keys
-    client = keys.client_of(request.headers)
+    client = request.scope.get(OWN_CLIENT) or keys.client_of(request.headers)
     request.state.client_name = client.name  # for the log
     return client
 

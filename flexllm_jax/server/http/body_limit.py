@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexllm_jax.config import Config, ServerSection
-from flexllm_jax.server.http.access import ApiKeys
+from flexllm_jax.server.http.access import OWN_CLIENT, ApiKeys
 from flexllm_jax.server.http.connections import LeastRate
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.http.shares import Shares
@@ -61,7 +61,7 @@ class BodyLimit:
         paced = _paced(receive, LeastRate(self._section))
         too_large = f"the body is larger than {limit} bytes: send less at once"
         try:
-            client = self._keys.client_of(Headers(scope=scope))
+            client = scope.get(OWN_CLIENT) or self._keys.client_of(Headers(scope=scope))
             if stated.isdigit() and int(stated) > limit:
                 raise ApiError(413, too_large)
         except ApiError as error:

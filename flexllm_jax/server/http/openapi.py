@@ -47,7 +47,9 @@ _UPLOAD = {
     "required": ["file", "purpose"],
     "properties": {
         "file": BYTES,
-        "purpose": {"type": "string", "enum": ["fine-tune"]},
+        "purpose": {"type": "string", "enum": ["fine-tune", "batch"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
     },
 }
 

@@ -66,9 +66,7 @@ def test_killed_processes_change_no_number(chat_llama, tmp_path):
         losses = train(model, kill_engine)
         assert killed.is_set()
         np.testing.assert_allclose(losses, expected, rtol=1e-6)
-        np.testing.assert_allclose(
-            speaker.logprobs(before, [1, 5, 20, 33], 1), scored, atol=1e-6
-        )
+        np.testing.assert_allclose(speaker.logprobs(before, [1, 5, 20, 33], 1), scored, atol=1e-6)
 
         promise = speaker.post(
             "asample",
