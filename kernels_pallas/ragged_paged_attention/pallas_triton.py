@@ -33,9 +33,10 @@ _LOG2E = math.log2(math.e)
 # Most partial results of the decode kernel, sequences times splits: bounds their memory.
 _MOST_PARTIALS = 1024
 _MOST_SPLITS = 32
-# Blocks beyond those of one long sequence that have programs of the chunk kernel to themselves. Few
-# steps have more, and a program that finds no block still waits for the shared memory of one.
-_SHORT_CHUNKS = 8
+# Up to so many tokens the chunk kernel has programs for the blocks of one sequence and a few more,
+# which take what else there is in turns: in steps that decode, hundreds would find no block, and
+# wait for the shared memory of one. The loop costs registers, and a tenth of a long chunk's time.
+_FEW_TOKENS, _SHORT_CHUNKS = 512, 8
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,11 @@ def ragged_paged_attention(
     shape = shape_of(tile)
     blocks = _query_blocks(query_starts, num_decode, num_sequences, num_tokens, shape.tokens)
     inputs = (*blocks, *tables, q, k_pages, v_pages, *scales)
-    programs = min(blocks[1].shape[0], num_tokens // shape.tokens + _SHORT_CHUNKS)
+    programs, loops = blocks[1].shape[0], num_tokens <= _FEW_TOKENS
+    if loops:
+        programs = min(programs, num_tokens // shape.tokens + _SHORT_CHUNKS)
     return pl.pallas_call(
-        partial(_chunk_kernel, shape=shape),
+        partial(_chunk_kernel, shape=shape, loops=loops),
         grid=(programs, kv_heads),
         out_shape=results,
         input_output_aliases={len(inputs): 0, len(inputs) + 1: 1},
@@ -241,23 +244,27 @@ def _combine_kernel(
 
 def _chunk_kernel(
     count_ref, owner_ref, first_ref, query_starts_ref, kv_lengths_ref, page_tables_ref, q_ref,
-    k_ref, v_ref, *refs, shape: _Shape,
+    k_ref, v_ref, *refs, shape: _Shape, loops: bool,
 ):  # fmt: skip
-    """Every so-many-th block of queries of one kv head: of few steps more than one."""
+    """A program's block of queries of one kv head, or (`loops`) every so-many-th."""
     program, programs, kv_head = pl.program_id(0), pl.num_programs(0), pl.program_id(1)
     tables = (query_starts_ref, kv_lengths_ref, page_tables_ref)
 
     def attend(i, carry):
         block = program + i * programs
-        own = (owner_ref[block], first_ref[block], kv_head)
+        sequence = jnp.where(block < count_ref[0], owner_ref[block], -1)
+        own = (sequence, first_ref[block], kv_head)
         _chunk(own, tables, q_ref, k_ref, v_ref, *refs, shape=shape)
         return carry
 
-    lax.fori_loop(0, pl.cdiv(count_ref[0] - program, programs), attend, 0)
+    if loops:
+        lax.fori_loop(0, pl.cdiv(count_ref[0] - program, programs), attend, 0)
+    else:
+        attend(0, 0)
 
 
 def _chunk(block, tables, q_ref, k_ref, v_ref, *refs, shape: _Shape):
-    """One block of queries of one sequence and kv head."""
+    """One block of queries of one sequence and kv head; -1: of none."""
     *scale_refs, _, _, out_ref, lse_ref = refs
     sequence, first_token, kv_head = block
     query_starts_ref, kv_lengths_ref, page_tables_ref = tables
@@ -281,7 +288,7 @@ def _chunk(block, tables, q_ref, k_ref, v_ref, *refs, shape: _Shape):
             shape,
         )
 
-    @pl.when(sequence < num_sequences)
+    @pl.when((sequence >= 0) & (sequence < num_sequences))
     def _():
         end = query_starts_ref[sequence + 1]
         length = kv_lengths_ref[sequence]

@@ -10,7 +10,7 @@ import pytest
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
-from kernels_pallas.ragged_paged_attention import ragged_paged_attention
+from kernels_pallas.ragged_paged_attention import pallas_triton, ragged_paged_attention
 from tests.kernels.paged import PagePool, round_to
 
 BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
@@ -181,6 +181,19 @@ def test_random_batches(attend, shape):
     for seed in range(8):
         batches = Batches(shape, seed)
         check(attend, batches, *batches.random())
+
+
+def test_a_program_for_every_block(monkeypatch):
+    """As large batches have them: without the loop over blocks that small ones have."""
+    monkeypatch.setattr(pallas_triton, "_FEW_TOKENS", 0)
+    attend = jax.jit(partial(ragged_paged_attention, backend=BACKENDS["pallas"]))
+
+    def run(arguments):
+        return [np.asarray(x, np.float32) for x in attend(*arguments)]
+
+    for seed in range(3):
+        batches = Batches(SHAPES[0], seed)
+        check(run, batches, *batches.random())
 
 
 @pytest.mark.parametrize(
