@@ -5,6 +5,7 @@ which would hide a norm or bias that is dropped, swapped or applied twice. Matri
 that activations and logits stay of order one.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,27 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
+    PixtralVisionConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SeedOssConfig,
+    SiglipVisionConfig,
     SmolLM3Config,
 )
 
@@ -40,6 +48,13 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 FACTORS = {"long_factor": 2.0, "short_factor": 1.0}  # of a RoPE of kind longrope, the first
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 
 def save_tokenizer(path: Path) -> Path:
@@ -75,6 +90,40 @@ def make_mistral(path: Path, **options: Any) -> Path:
     """Write a Mistral checkpoint with a window of 11 in every layer; the options are those of
     `_make`."""
     return _make(MistralConfig, path, **{"sliding_window": 11, **options})
+
+
+def make_ministral(path: Path, **options: Any) -> Path:
+    """Write a Ministral checkpoint with a window of 9 in one of two layers."""
+    kinds = ["sliding_attention", "full_attention"]
+    return _make(MinistralConfig, path, **{"sliding_window": 9, "layer_types": kinds, **options})
+
+
+def make_ministral3(path: Path, **options: Any) -> Path:
+    """Write a Ministral 3 checkpoint: YaRN, and queries that grow with their position."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}
+    rope = {**yarn, "rope_theta": 1e4, "llama_4_scaling_beta": 0.4}
+    return _make(Ministral3Config, path, **{"rope_parameters": rope, "pad_token_id": 0, **options})
+
+
+def make_mistral3(path: Path, **options: Any) -> Path:
+    """Write a checkpoint of Ministral 3 with a vision tower."""
+    vision = PixtralVisionConfig(**VISION, num_attention_heads=2)
+
+    def wrap(text: Any, tie: bool) -> PreTrainedConfig:
+        return Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tie)
+
+    return make_ministral3(path, wrap=wrap, **options)
+
+
+def make_gemma3_with_vision(path: Path, **options: Any) -> Path:
+    """Write a Gemma 3 checkpoint with a vision tower."""
+    vision = SiglipVisionConfig(**VISION, num_attention_heads=2)
+
+    def wrap(text: Any, tie: bool) -> PreTrainedConfig:
+        own = {"mm_tokens_per_image": 4, "tie_word_embeddings": tie}
+        return Gemma3Config(text_config=text, vision_config=vision, **own)
+
+    return make_gemma3(path, wrap=wrap, **options)
 
 
 def make_phi3(path: Path, **options: Any) -> Path:
@@ -174,11 +223,13 @@ def _make(
     vocab: int = 128,
     seed: int = 0,
     dtype: str = "float32",
+    wrap: Callable[[PreTrainedConfig, bool], PreTrainedConfig] | None = None,
     **config_fields: Any,
 ) -> Path:
     """Write a checkpoint to `path` and return it.
 
     `rope_scaling` is "llama3" or None; `sharded` cuts the weights into several files;
+    `wrap` makes the configuration of a model of more than text of that of its text and of `tie`.
     `config_fields` override fields of the Hugging Face config (say, num_hidden_layers).
     """
     rope = {"rope_theta": 10_000.0, **(LLAMA3_ROPE if rope_scaling == "llama3" else {})}
@@ -197,7 +248,8 @@ def _make(
         "eos_token_id": 2,
     }
     config = config_class(**(fields | config_fields))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = AutoModelForImageTextToText if wrap else AutoModelForCausalLM
+    model = kind.from_config(wrap(config, tie) if wrap else config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     norm = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's weights are 1 + these
     with torch.no_grad():

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig
 
 from flexllm_jax import LLM, FinetuneConfig
 from flexllm_jax.engine.loop import RequestFuture
@@ -135,11 +136,17 @@ def job_config(name: str, dataset: Path, **fields: Any) -> FinetuneConfig:
 # -- what others say ---------------------------------------------------------------------------
 
 
+def load_base(path: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """A checkpoint in the class that its configuration names."""
+    names = AutoConfig.from_pretrained(path).architectures or [""]
+    return getattr(transformers, names[0]).from_pretrained(path, dtype=dtype, **options)
+
+
 def save_random_adapter(base: Path, path: Path, seed: int = 0, **options: Any) -> Path:
     """A PEFT adapter with random A and B, written by peft."""
     torch.manual_seed(seed)
     options = {"target_modules": list(SEVEN), "r": 4, "lora_alpha": 8} | options
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_base(base, torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -150,7 +157,7 @@ def save_random_adapter(base: Path, path: Path, seed: int = 0, **options: Any) -
 
 def load_with_adapter(base: Path, adapter: Path, dtype: torch.dtype = torch.float32, **options):
     """The base model with an adapter, in peft."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = load_base(base, dtype)
     return peft.PeftModel.from_pretrained(model, str(adapter), **options).to(dtype).eval()
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from flexllm_jax.models.bypass import BypassFunction
 from flexllm_jax.models.decoder import DecoderLayer, Tap
+from flexllm_jax.models.rope import Angles
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward
 from kernels_pallas.backend import XLA, Backend
@@ -117,7 +118,7 @@ causal_attention.defvjp(_forward, _backward)
 def whole_layer(
     layer: DecoderLayer,
     x: Float[Array, "T D"],
-    angles: tuple[jax.Array, jax.Array],
+    angles: Angles,
     adapter: Any,
     bypass: MakeBypass,
     tap: Tap,

@@ -79,6 +79,7 @@ def forward_step(
         # A function of its own, so that it is traced and lowered once for layers that are alike:
         # that would take most of a start. XLA inlines the calls.
         layer, options = decoder.layer(layer_params, spec), spec.attention.options
+        own = angles[spec.attention.rope]
         adapters = None
         if adapter_stack is not None:
             weights, scales, index = adapter_stack
@@ -88,10 +89,10 @@ def forward_step(
             adapters = Bypass(weights, scales, inputs.adapter, backend, dropped, layer=index)
         bypass = adapters or no_bypass
         activations = {}
-        q, k, v, x = layer.project(x, bypass, activations.setdefault, y)
+        q, k, v, x = layer.project(x, bypass, activations.setdefault, y, own.query_factor)
         activations["x"] = x
         q, *written = rotate_and_write(
-            *(q, k, v, angles[spec.attention.rope], inputs.kv_slot),
+            *(q, k, v, own.rotation, inputs.kv_slot),
             *(layer_pages["k"], layer_pages["v"]),
             backend=passes,
         )

@@ -143,9 +143,10 @@ def layer_unit(
     angles = decoder.angles(slice_of(whole.position), spec)
     x = kept["x"]
     (q, _, _, x), pull_inputs = jax.vjp(
-        lambda x, *own: layer.project(x, bypass(*own), tap), x, own, first
+        lambda x, *own: layer.project(x, bypass(*own), tap, None, angles.query_factor),
+        *(x, own, first),
     )
-    q = rotate(q, angles)
+    q = rotate(q, angles.rotation)
     keys_and_values = (pages["k"], pages["v"], whole.kv_slot, sequence_start, start)
     if "attended" in kept:
         attended, lse = kept["attended"].reshape(q.shape), slice_of(saved["lse"])
@@ -172,7 +173,9 @@ def layer_unit(
         backend=backend,
     )
     dq, d_own_attention = bypass(own, {}).attend_backward(dq, q, attended, lse, d_attended, options)
-    *d_projected, dk, dv = rotate_back_and_clear(dq, dk, dv, angles, start, backend=backend)
+    *d_projected, dk, dv = rotate_back_and_clear(
+        dq, dk, dv, angles.rotation, start, backend=backend
+    )
     d_input, d_own_inputs, first = pull_inputs((*d_projected, d_residual))
     flow = flow | {"stream": with_slice(flow["stream"], d_input), "dk": dk, "dv": dv}
 

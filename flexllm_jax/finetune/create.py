@@ -19,7 +19,7 @@ from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.preference import Preference
 from flexllm_jax.finetune.reinforcement.make import Play, reinforcement_source
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_kernels import read_kernel
+from flexllm_jax.models.hf_tensors import read_kernel
 from flexllm_jax.peft.adapter import (
     Adapter,
     AdapterConfig,

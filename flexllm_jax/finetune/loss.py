@@ -261,11 +261,11 @@ class _Head(NamedTuple):
             ),
         )
         maximum, total, expected = join_softmax(maximum, total, expected, self.decoder.axes)
-        target_logit = sum(
+        first, *others = (
             jnp.sum(x.astype(jnp.float32) * target, axis=-1)
             for x, target in zip(self.inputs, self.targets, strict=True)
         )
-        target_logit = self.decoder.config.head.cap(target_logit)
+        target_logit = self.decoder.config.head.cap(sum(others, first))
         normalizer = maximum + jnp.log(total)
         logprob = jnp.where(self.counts, target_logit - maximum - jnp.log(total), 0.0)
         return logprob, _Softmax(

@@ -10,14 +10,15 @@ refused by name.
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flexllm_jax.models.families import BY_MODEL_TYPE, FAMILIES
+from flexllm_jax.models.families import FAMILIES, WRAPPERS
+from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.fields import Fields, ModelConfigError
-from flexllm_jax.models.names import USUAL, Names
+from flexllm_jax.models.names import USUAL, WRAPPED, Names
 from flexllm_jax.models.spec import HeadSpec, LayerSpec
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,12 @@ class ModelConfig:
         """
         directory = Path(path)
         raw = _read_json(directory / "config.json")
-        family = FAMILIES[_architecture(raw)]
-        fields = Fields({**family.defaults, **raw}, most_tokens=most_tokens)
+        name, names = "config.json:", {}
+        if wrapper := WRAPPERS.get(_architecture(raw, FAMILIES | WRAPPERS)):
+            raw, name = _text_part(raw, wrapper), "config.json: text_config:"
+            names = {"root": WRAPPED.root}
+        family = FAMILIES[_architecture(raw, FAMILIES)]
+        fields = Fields({**family.defaults, **raw}, name, most_tokens)
         fields.refuse("quantization_config", "use the unquantized checkpoint")
         generation_file = directory / "generation_config.json"
         generation = _read_json(generation_file) if generation_file.is_file() else {}
@@ -121,7 +126,7 @@ class ModelConfig:
                 fields.get("eos_token_id") if eos is None else eos, vocab_size
             ),
             bos_token_id=fields.get("bos_token_id"),
-            names=family.names,
+            names=replace(family.names, **names),
             **family.around(fields),
         )
         fields.refuse_unread(family.architecture, family.harmless)
@@ -142,15 +147,28 @@ def _read_json(file: Path) -> dict[str, Any]:
     return raw
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
+def _architecture(raw: Mapping[str, Any], known: Mapping[str, Family | Wrapper]) -> str:
     listed = raw.get("architectures") or []
-    name = listed[0] if listed else BY_MODEL_TYPE.get(str(raw.get("model_type")))
-    if name not in FAMILIES:
+    by_type = {row.model_type: name for name, row in known.items()}
+    name = str(listed[0] if listed else by_type.get(str(raw.get("model_type"))))
+    if name not in known:
         raise ModelConfigError(
             f"config.json: architectures={listed!r} with model_type={raw.get('model_type')!r} is "
-            f"not supported; supported are {', '.join(FAMILIES)}"
+            f"not supported; supported are {', '.join(known)}"
         )
     return name
+
+
+def _text_part(raw: Mapping[str, Any], wrapper: Wrapper) -> dict[str, Any]:
+    """The configuration of the text's part; what is said of the whole counts for it, too."""
+    fields = Fields(raw)
+    text = fields.get("text_config", {})
+    if not isinstance(text, dict):
+        raise fields.error("text_config", "must be an object")
+    of_whole = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config")
+    given = {name: raw[name] for name in of_whole if fields.get(name) is not None}
+    fields.refuse_unread(wrapper.architecture, wrapper.harmless)
+    return {"model_type": wrapper.text, **text, **given, "architectures": None}
 
 
 def _end_tokens(value: Any, vocab_size: int) -> tuple[int, ...]:

@@ -33,14 +33,13 @@ from flexllm_jax.models.collectives import (
 )
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.layers import Linear, RMSNorm
-from flexllm_jax.models.rope import rotary_angles
+from flexllm_jax.models.rope import Angles, rotary_angles
 from flexllm_jax.models.spec import LayerSpec, NormSpec
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_passes import gated, rotate
 
 PROJECTED = ("q", "k", "v", "qkv")  # the projections before attention
 Tap = Callable[[str, jax.Array], jax.Array]
-Angles = tuple[jax.Array, jax.Array]
 
 
 def no_tap(name: str, value: jax.Array) -> jax.Array:
@@ -102,8 +101,8 @@ class DecoderLayer(nnx.Module):
     ]:
         """Queries, keys and values of the layer's input, rotated; and the input as
         `after_attention` takes it: through here go all of its gradients."""
-        q, k, v, x = self.project(x, bypass, tap)
-        return rotate(q, angles), rotate(k, angles), v, x
+        q, k, v, x = self.project(x, bypass, tap, query_factor=angles.query_factor)
+        return rotate(q, angles.rotation), rotate(k, angles.rotation), v, x
 
     def project(
         self,
@@ -111,6 +110,7 @@ class DecoderLayer(nnx.Module):
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
         y: Float[Array, "T D"] | None = None,
+        query_factor: Float[Array, "T 1 1"] | None = None,
     ) -> tuple[
         Float[Array, "T N H"],
         Float[Array, "T K H"],
@@ -137,6 +137,8 @@ class DecoderLayer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rope is not None:
             q, k = (spec.rope.pair(x) for x in (q, k))
+        if query_factor is not None:
+            q = q * query_factor.astype(q.dtype)
         return q, k, v, x
 
     def _projections(

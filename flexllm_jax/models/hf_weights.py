@@ -14,27 +14,32 @@ import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.dtype import name_dtype
-from flexllm_jax.models.names import HEAD
+from flexllm_jax.models.hf_tensors import (
+    INDEX,
+    SINGLE,
+    Stored,
+    WeightsError,
+    checkpoint_files,
+    open_file,
+    read_stored,
+)
+from flexllm_jax.models.names import HEAD, WRAPPED
 from flexllm_jax.models.rope import rotary_frequencies
 from flexllm_jax.models.tensors import Tensor, tensors
 
 logger = logging.getLogger(__name__)
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 # Next to the weights, what transformers and tokenizers need to use them (chat templates may lie in
 # a subfolder, `additional_chat_templates`), and the licence.
 _SIDE_FILES = (
@@ -43,10 +48,6 @@ _SIDE_FILES = (
 )
 _HEAD_WEIGHT = f"{HEAD}.weight"
 _ROWS_COMPARED = 4096  # of two tensors, at a time
-
-
-class WeightsError(UserError):
-    """A checkpoint that is incomplete or does not fit its `config.json`; one line."""
 
 
 def _tree(config: ModelConfig, leaves: dict[tuple[str | int, ...], Any]) -> Any:
@@ -93,8 +94,9 @@ def load_parameters(
 
     leaves: dict[tuple[str | int, ...], Any] = {}
     # File by file: a network file system is then read in order.
-    for tensor in sorted(expected.values(), key=lambda tensor: files[tensor.name]):
-        leaf = _load(directory / files[tensor.name], tensor, dtype, _target(device, tensor.path))
+    for tensor in sorted(expected.values(), key=lambda tensor: files[tensor.name].file):
+        stored, where = files[tensor.name], _target(device, tensor.path)
+        leaf = _load(directory, stored, tensor, dtype, where)
         leaves[tensor.path] = leaf
         # JAX lets go of a transferred numpy array in a garbage collector callback; without this,
         # one tensor would still be in host memory while the next is read. Takes microseconds.
@@ -102,38 +104,7 @@ def load_parameters(
     return _tree(config, leaves)
 
 
-def checkpoint_files(directory: Path) -> dict[str, str]:
-    """Which file holds each tensor of the checkpoint, by the index if there is one."""
-    index, single = directory / _INDEX, directory / _SINGLE
-    if single.is_file():
-        with _open(single) as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
-    if not index.is_file():
-        raise WeightsError(
-            f"{directory} has neither {_SINGLE} nor {_INDEX}; give a checkpoint in safetensors "
-            "format (transformers' save_pretrained writes it)"
-        )
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{index} has no readable weight_map: {error!r}") from None
-    for name in sorted(set(files.values())):
-        if not (directory / name).is_file():
-            raise WeightsError(
-                f"{directory / name} is missing, but {_INDEX} lists it; download it again"
-            )
-    return files
-
-
-def _open(file: Path) -> Any:
-    # Its numpy framework gives bfloat16 arrays because jax registers ml_dtypes with numpy.
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str]) -> None:
+def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, Stored]) -> None:
     """Refuse tensors that would change what the model computes; say which others are left out.
 
     A head beside tied embeddings and rotary frequencies are copies of what is used, and refused
@@ -146,12 +117,13 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str
         layers = f"{config.names.layers}."
         layer = name.removeprefix(layers).split(".")[0]
         in_layer = name.startswith(layers) and layer.isdigit()
-        with _open(directory / files[name]) as checkpoint:
+        file, stored = files[name]
+        with open_file(directory / file) as checkpoint:
             if name.endswith("rotary_emb.inv_freq"):
-                copied = _are_frequencies(checkpoint.get_tensor(name), config)
+                copied = _are_frequencies(checkpoint.get_tensor(stored), config)
                 source = "what rope_theta and rope_scaling of config.json give"
             elif name == _HEAD_WEIGHT:
-                copied = holds_tensor(directory, config, name, checkpoint.get_slice(name))
+                copied = holds_tensor(directory, config, name, checkpoint.get_slice(stored))
                 source = (
                     "the embeddings, as tie_word_embeddings in config.json says: set it to false"
                 )
@@ -171,13 +143,18 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, str
                 "tensor from the checkpoint"
             )
     if ignored:
+        text = ", as this engine serves the text's part of the model" if _is_wrapped(config) else ""
         logger.warning(
-            "%s: %d tensors are not used: %s%s",
-            directory,
-            len(ignored),
+            "%s: %d tensors are not used%s: %s%s",
+            *(directory, len(ignored), text),
             ", ".join(ignored[:5]),
             ", ..." if len(ignored) > 5 else "",
         )
+
+
+def _is_wrapped(config: ModelConfig) -> bool:
+    """Whether the checkpoint holds a model of more than text."""
+    return config.names.root == WRAPPED.root
 
 
 def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
@@ -203,11 +180,11 @@ def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -
     directory = Path(path)
     if name == _HEAD_WEIGHT and config.head.tied:
         name = f"{config.names.embed}.weight"
-    file = checkpoint_files(directory).get(name)
-    if file is None:
+    stored = checkpoint_files(directory).get(name)
+    if stored is None:
         return None
-    with _open(directory / file) as checkpoint:
-        own = checkpoint.get_slice(name)
+    with open_file(directory / stored.file) as checkpoint:
+        own = checkpoint.get_slice(stored.name)
         shape = own.get_shape()
         if shape != other.get_shape():
             return False
@@ -219,7 +196,9 @@ def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -
     return True
 
 
-def _load(file: Path, tensor: Tensor, dtype: DTypeLike, sharding: Sharding | None) -> jax.Array:
+def _load(
+    directory: Path, stored: Stored, tensor: Tensor, dtype: DTypeLike, sharding: Sharding | None
+) -> jax.Array:
     """Read a stored tensor and put it on its devices as the tree has it: transposed and cast."""
     source = sharding
     if tensor.transposed and isinstance(sharding, NamedSharding):
@@ -227,36 +206,12 @@ def _load(file: Path, tensor: Tensor, dtype: DTypeLike, sharding: Sharding | Non
         source = NamedSharding(sharding.mesh, PartitionSpec(*spec[::-1]))
     if isinstance(source, NamedSharding):  # every device its part, one after the other
         array = jax.make_array_from_callback(
-            tensor.stored_shape, source, lambda part: read_stored(file, tensor, part)
+            tensor.stored_shape, source, lambda part: read_stored(directory, stored, tensor, part)
         )
     else:
-        array = jax.device_put(read_stored(file, tensor), source)
+        array = jax.device_put(read_stored(directory, stored, tensor), source)
     # Waiting leaves no second transfer in flight, whose source would stay in host memory.
     return _convert(tensor.transposed, jnp.dtype(dtype), sharding)(array).block_until_ready()
-
-
-def read_stored(file: Path, tensor: Tensor, part: Any = None) -> np.ndarray:
-    """A stored tensor, or the part of it that a tuple of slices names."""
-    # Opened for each tensor anew: a mapping kept open keeps the pages read in this process.
-    with _open(file) as checkpoint:
-        try:
-            found = tuple(checkpoint.get_slice(tensor.name).get_shape())
-            kind = checkpoint.get_slice(tensor.name).get_dtype()
-            if found != tensor.stored_shape:
-                raise WeightsError(
-                    f"{file}: tensor {tensor.name} has shape {list(found)}, but config.json asks "
-                    f"for {list(tensor.stored_shape)}"
-                )
-            if kind not in ("BF16", "F16", "F32", "F64"):
-                raise WeightsError(
-                    f"{file}: tensor {tensor.name} has dtype {kind}; use an unquantized checkpoint "
-                    "(BF16, F16, F32)"
-                )
-            if part is not None:
-                return checkpoint.get_slice(tensor.name)[part]
-            return checkpoint.get_tensor(tensor.name)
-        except SafetensorError as error:
-            raise WeightsError(f"{file}: tensor {tensor.name} cannot be read: {error}") from None
 
 
 def _target(device: Any, path: tuple[str | int, ...]) -> Sharding | None:
@@ -294,7 +249,8 @@ def save_parameters(
 
     `edit_kernel(layer, module, kernel [in, out])` is applied to each projection on the host, just
     before it is written: an edited model is never in memory as a whole, and no device memory is
-    used. `read` brings an array to the host. Weights become `dtype`, or stay what they are.
+    used. `read` brings an array to the host. Weights become `dtype`, or stay what they are. Names
+    are those of `source_dir`'s files; of a model of more than text, the other parts are copied.
     `out_dir` appears only once it is complete; it must not exist or be empty, else WeightsError.
     """
     source, out = Path(source_dir), Path(out_dir)
@@ -311,38 +267,70 @@ def save_parameters(
                 target = partial / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
-    dtype = jnp.dtype(dtype or params["embed"]["weight"].dtype)
-    name_dtype(partial / "config.json", dtype.name)
+    kept = jnp.dtype(dtype or params["embed"]["weight"].dtype)
+    name_dtype(partial / "config.json", kept.name)
 
-    shards = _shards(params, config, max_shard_bytes)
+    own = [
+        _Output(
+            tensor.name,
+            math.prod(tensor.shape) * kept.itemsize,
+            lambda tensor=tensor: _stored(
+                read(_leaf(params, tensor.path)), tensor, edit_kernel, kept
+            ),
+        )
+        for tensor in tensors(config)
+    ]
+    shards = _shards(_as_in(source, own, config), max_shard_bytes)
     count = len(shards)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    names = [_SINGLE] if count == 1 else names
+    names = [SINGLE] if count == 1 else names
     for file, shard in zip(names, shards, strict=True):
-        arrays = {
-            tensor.name: _stored(read(_leaf(params, tensor.path)), tensor, edit_kernel, dtype)
-            for tensor in shard
-        }
+        arrays = {output.name: output.read() for output in shard}
         save_file(arrays, partial / file, metadata={"format": "pt"})
     if count > 1:
-        total = sum(math.prod(t.shape) for shard in shards for t in shard) * dtype.itemsize
-        files = {t.name: file for file, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(output.nbytes for shard in shards for output in shard)
+        files = {o.name: file for file, shard in zip(names, shards, strict=True) for o in shard}
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        (partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     partial.replace(out)
 
 
-def _shards(params: Any, config: ModelConfig, max_bytes: int) -> list[list[Tensor]]:
+class _Output(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    nbytes: int
+    read: Callable[[], np.ndarray]
+
+
+def _as_in(source: Path, own: list[_Output], config: ModelConfig) -> list[_Output]:
+    """The tensors by the names that the checkpoint at `source` has for them, and what else it has
+    if it is of more than text."""
+    if not _is_wrapped(config):
+        return own
+    files = checkpoint_files(source)
+    named = [output._replace(name=files[output.name].name) for output in own]
+    for name in sorted(files.keys() - {output.name for output in own}):
+        file, stored = files[name]
+
+        def copied(file: str = file, stored: str = stored) -> np.ndarray:
+            with open_file(source / file) as checkpoint:
+                return checkpoint.get_tensor(stored)
+
+        named.append(_Output(stored, copied().nbytes, copied))
+    return named
+
+
+def _shards(outputs: list[_Output], max_bytes: int) -> list[list[_Output]]:
     """Cut the tensors, in order, into files of at most `max_bytes` (or one larger tensor)."""
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[_Output]] = [[]]
     size = 0
-    for tensor in tensors(config):
-        nbytes = _leaf(params, tensor.path).nbytes
-        if shards[-1] and size + nbytes > max_bytes:
+    for output in outputs:
+        if shards[-1] and size + output.nbytes > max_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(tensor)
-        size += nbytes
+        shards[-1].append(output)
+        size += output.nbytes
     return shards
 
 

@@ -87,3 +87,16 @@ class Names:
 
 
 USUAL, WRAPPED = ROOTS = Names(), Names("model.language_model")
+# In files, models of more than text have other names than in memory, or the same.
+_IN_FILES = {
+    "language_model.model.": f"{WRAPPED.root}.",
+    f"language_model.{HEAD}.": f"{HEAD}.",
+}
+
+
+def name_in_memory(stored: str) -> str:
+    """What transformers calls a parameter that has this name in a file."""
+    for prefix, own in _IN_FILES.items():
+        if stored.startswith(prefix):
+            return own + stored.removeprefix(prefix)
+    return stored

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # who reads a config.json alone needs no JAX: functions that compute import it
     from jaxtyping import Array, Float, Int
@@ -105,12 +105,14 @@ class RopeSpec:
 
     rotated: how many of a head's elements are rotated, the first ones; None: all. neighbours: pairs
     are of neighbours, and not one of the first with one of the second half of what is rotated.
+    growth: (b, n): queries at position p are multiplied by 1 + b ln(1 + floor(p / n)).
     """
 
     theta: float
     scaling: RopeScaling | None = None
     rotated: int | None = None
     neighbours: bool = False
+    growth: tuple[float, int] | None = None
 
     def reorders(self, head_dim: int) -> bool:
         """Whether `pair` changes anything."""
@@ -143,9 +145,21 @@ def rotary_frequencies(rope: RopeSpec, head_dim: int) -> Float[Array, " F"]:
     return frequencies if rope.scaling is None else rope.scaling.scale(frequencies, rope.theta)
 
 
-def rotary_angles(
-    rope: RopeSpec | None, head_dim: int, positions: Int[Array, " T"]
-) -> tuple[Float[Array, "T 1 H"], Float[Array, "T 1 H"]]:
+class Angles(NamedTuple):
+    """What the positions of tokens do to queries and keys: cosines and sines of rotary angles
+    [T, 1, H] float32; and what queries are multiplied by [T, 1, 1], None for nothing."""
+
+    cos: Array
+    sin: Array
+    query_factor: Array | None = None
+
+    @property
+    def rotation(self) -> tuple[Array, Array]:
+        """As the kernels take them."""
+        return self.cos, self.sin
+
+
+def rotary_angles(rope: RopeSpec | None, head_dim: int, positions: Int[Array, " T"]) -> Angles:
     """Cosine and sine of the rotary angles, float32, for `rotate` of what `RopeSpec.pair` gives.
     Both halves of a head have the same angles, and the sine of the first half is negated. Without
     `rope` they turn nothing."""
@@ -153,7 +167,7 @@ def rotary_angles(
 
     if rope is None:
         shape = (positions.shape[0], 1, head_dim)
-        return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
+        return Angles(jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
     frequencies = rotary_frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[:, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -162,4 +176,9 @@ def rotary_angles(
     if still := head_dim // 2 - frequencies.shape[0]:  # what is not rotated
         widths = ((0, 0), (0, 0), (0, still))
         cos, sin = jnp.pad(cos, widths, constant_values=1.0), jnp.pad(sin, widths)
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    factor = None
+    if rope.growth is not None:
+        beta, original = rope.growth
+        factor = 1.0 + beta * jnp.log1p((positions // original).astype(jnp.float32))[:, None, None]
+    cos, sin = (jnp.concatenate(halves, axis=-1) for halves in ([cos, cos], [-sin, sin]))
+    return Angles(cos, sin, factor)

@@ -4,6 +4,7 @@
 import json
 import logging
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.hf_weights import holds_tensor, tensor_names
+from flexllm_jax.models.names import ROOTS
 from flexllm_jax.peft.adapter import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,17 @@ def open_weights(directory: Path) -> Any:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def with_root(directory: Path, model: ModelConfig) -> ModelConfig:
+    """The model by the names that an adapter has for its modules: what was trained through the
+    class of a model's text alone, or of all of it, is served in either."""
+    with open_weights(directory) as checkpoint:
+        names = list(checkpoint.keys())
+    for root in ROOTS:
+        if any(name.startswith(f"{ROOT}{root.layers}.") for name in names):
+            return replace(model, names=replace(model.names, root=root.root))
+    return model
 
 
 def read_tensors(

@@ -28,7 +28,7 @@ from flexllm_jax.peft.adapter import (
     check_mergeable,
     merge_kernel,
 )
-from flexllm_jax.peft.hf_files import CONFIG, WEIGHTS, read_config, read_tensors
+from flexllm_jax.peft.hf_files import CONFIG, WEIGHTS, read_config, read_tensors, with_root
 from flexllm_jax.peft.hf_kinds import FILE_KINDS
 from flexllm_jax.peft.hf_lora import UNSUPPORTED, load_lora, lora_files
 
@@ -64,6 +64,7 @@ def _load(
     directory: Path, model_config: ModelConfig, base_model_path: str | Path | None
 ) -> Adapter:
     raw = read_config(directory / CONFIG)
+    model_config = with_root(directory, model_config)
     named = raw.get("base_model_name_or_path")
     if not isinstance(named, str | None):
         raise AdapterError(

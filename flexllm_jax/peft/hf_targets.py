@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.names import USUAL
 from flexllm_jax.peft.adapter import TARGET_MODULES, Adapter, AdapterError, Site
 from flexllm_jax.peft.patterns import Expression, Matches, match_paths
 
@@ -64,7 +65,8 @@ def target_fields(adapter: Adapter, model: ModelConfig) -> dict[str, Any]:
     names = [name for name, module in TARGET_MODULES.items() if module in {m for _, m in targets}]
     some = None if layers in ([], list(range(model.num_layers))) else layers
     fields = {"target_modules": names, "layers_to_transform": some}
-    if set(targeted_sites(fields, model)) == targets:
+    # In a model of more than text, other parts have modules of the same names.
+    if model.names.root == USUAL.root and set(targeted_sites(fields, model)) == targets:
         return fields
     paths = [model.names.module_path(layer, module) for layer, module in sorted(targets)]
     return {"target_modules": paths, "layers_to_transform": None}

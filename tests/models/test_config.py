@@ -236,6 +236,60 @@ def test_absent_optional_fields_take_transformers_defaults(tmp_path, model):
     assert_as_transformers_reads_it(write(tmp_path, config | {"num_attention_heads": 32}))
 
 
+GEMMA_3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+}
+MISTRAL_SMALL_3_1 = {
+    "architectures": ["Mistral3ForConditionalGeneration"],
+    "image_token_index": 10,
+    "model_type": "mistral3",
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "text_config": {k: v for k, v in MISTRAL_7B.items() if k != "architectures"},
+    "vision_config": {"model_type": "pixtral"},
+    "vision_feature_layer": -1,
+}
+
+
+@pytest.mark.parametrize(
+    ("whole", "text"),
+    [(GEMMA_3_4B, "Gemma3ForCausalLM"), (MISTRAL_SMALL_3_1, "MistralForCausalLM")],
+)
+def test_the_text_of_a_model_of_more_is_that_of_its_family(tmp_path, whole, text):
+    for folder in ("whole", "text"):
+        (tmp_path / folder).mkdir()
+    ours = ModelConfig.from_hf(write(tmp_path / "whole", whole))
+    alone = whole["text_config"] | {"architectures": [text]}
+    theirs = assert_as_transformers_reads_it(write(tmp_path / "text", alone))
+    assert ours.layers == theirs.layers
+    assert (ours.d_model, ours.vocab_size) == (theirs.d_model, theirs.vocab_size)
+    assert ours.head == theirs.head
+    assert ours.names.root == "model.language_model"
+    with pytest.raises(ModelConfigError, match=r"json: audio_config=.* is not known to"):
+        ModelConfig.from_hf(write(tmp_path / "whole", whole | {"audio_config": {"layers": 2}}))
+    broken = whole | {"text_config": whole["text_config"] | {"hidden_size": -1}}
+    with pytest.raises(ModelConfigError, match=r"text_config: hidden_size=-1 must be"):
+        ModelConfig.from_hf(write(tmp_path / "whole", broken))
+
+
 def test_windows_by_layer(tmp_path):
     """Of Mistral in all layers; of Qwen from one layer on, if it is switched on."""
     assert_as_transformers_reads_it(write(tmp_path, MISTRAL_7B | {"sliding_window": 4096}))

@@ -5,9 +5,10 @@ The engine's own programs run on two packed sequences that are longer than the w
 original contexts, in steps that cut them. `test_gradients` has whole engines for some families.
 """
 
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.numpy import load_file, save_file
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine.programs import layer_program, list_programs
@@ -30,20 +31,12 @@ from flexllm_jax.peft.bank import BankShape, to_row
 from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 from kernels_pallas.backend import XLA
 from tests import checkpoints
-from tests.engines import SEVEN, load_with_adapter, reference_logits, save_random_adapter
+from tests.engines import SEVEN, load_base, load_with_adapter, reference_logits, save_random_adapter
 from tests.packing import pack
 
 FAMILIES = (
-    "mistral",
-    "phi3",
-    "glm4",
-    "smollm3",
-    "seed_oss",
-    "granite",
-    "olmo2",
-    "olmo3",
-    "gemma2",
-    "gemma3",
+    *("mistral", "ministral", "ministral3", "mistral3", "phi3", "glm4", "smollm3", "seed_oss"),
+    *("granite", "olmo2", "olmo3", "gemma2", "gemma3", "gemma3_with_vision"),
 )
 LENGTHS, STEP, SLOTS, PAGE, PAGES = (29, 14), 16, 80, 8, 8
 TABLES = ([5, 2, 7, 0], [1, 6])
@@ -59,9 +52,10 @@ def case(request, tmp_path_factory):
     path = getattr(checkpoints, f"make_{request.param}")(folder / "model")
     model = ModelConfig.from_hf(path)
     names = {m: n for n, m in TARGET_MODULES.items() if m in model.linear_shapes}
-    saved = save_random_adapter(
-        path, folder / "adapter", r=3, lora_alpha=5, target_modules=list(names.values())
-    )
+    targets = list(names.values())
+    if model.names.root != "model":  # other parts have modules of these names, too
+        targets = rf".*language_model\..*\.({'|'.join(targets)})|lm_head"
+    saved = save_random_adapter(path, folder / "adapter", r=3, lora_alpha=5, target_modules=targets)
     dtype = jnp.dtype(jnp.float32)
     params, adapter = load_parameters(path, model, dtype), load_adapter(saved, model, path)
     bank = BankShape(rows=1, rank=3, modules=tuple(names))
@@ -202,7 +196,7 @@ def test_exports_load_in_peft_and_transformers(case, tmp_path):
     tokens = case.tokens[0]
     expected = reference_logits(load_with_adapter(case.path, case.saved), tokens)
     save_adapter(case.adapter, case.model, case.path, tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(case.path, dtype=torch.float32)
+    base = load_base(case.path, torch.float32)
     returned = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     np.testing.assert_allclose(reference_logits(returned, tokens), expected, atol=1e-5)
     of_layers = {s: w for s, w in case.adapter.weights.items() if s[1] != "head"}
@@ -210,9 +204,7 @@ def test_exports_load_in_peft_and_transformers(case, tmp_path):
     save_merged(case.params, own, case.model, case.path, tmp_path / "merged")
     returned.get_submodule("base_model.model.lm_head.lora_B").requires_grad_(False).apply(clear)
     expected = reference_logits(returned, tokens)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "merged", dtype=torch.float32, output_loading_info=True
-    )
+    loaded = load_base(tmp_path / "merged", torch.float32, output_loading_info=True)
     merged, report = loaded
     assert not any(report.values()), report
     error = np.abs(reference_logits(merged.eval(), tokens) - expected).max()
@@ -241,3 +233,22 @@ def test_the_usual_seven_are_all_projections_of_every_model(tmp_path, family):
     assert set(named_modules(SEVEN, model)) == model.kernel_shapes.keys()
     job = LoraConfig(r=2, alpha=2, target_modules=SEVEN)
     assert {module for _, module in job.targets(model)} == model.kernel_shapes.keys()
+
+
+def test_an_adapter_of_the_text_alone_is_one_of_the_whole_model(case, tmp_path):
+    """PEFT names modules as the class does that it was trained through; here either is read."""
+    for file in case.saved.iterdir():
+        shutil.copy(file, tmp_path)
+    root, other = case.model.names.root, {"model": "model.language_model"}
+    other = other.get(root, "model")
+    file = tmp_path / "adapter_model.safetensors"
+    renamed = {
+        n.replace(f"base_model.model.{root}.", f"base_model.model.{other}."): t
+        for n, t in load_file(file).items()
+    }
+    save_file(renamed, file)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    names = [n for n, m in TARGET_MODULES.items() if m in case.model.linear_shapes]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": names}))
+    read = load_adapter(tmp_path, case.model, case.path)
+    jax.tree.map(np.testing.assert_array_equal, dict(read.weights), dict(case.adapter.weights))

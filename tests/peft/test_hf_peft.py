@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_kernels import read_kernel
+from flexllm_jax.models.hf_tensors import read_kernel
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.adapter import (
     Adapter,

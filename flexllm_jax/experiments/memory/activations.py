@@ -41,6 +41,7 @@ from flexllm_jax.finetune.backward import job_bypass
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, no_tap
 from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.models.rope import Angles
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import KINDS, BankShape
 from flexllm_jax.peft.stacks import shapes_of_one
@@ -212,7 +213,7 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     x = jax.ShapeDtypeStruct((tokens, model.d_model), sizes.dtype)
     # In the model's dtype: all layers share them, and no layer keeps a cast of its own.
     angle = jax.ShapeDtypeStruct((tokens, 1, model.head_dim), sizes.dtype)
-    angles = (angle, angle)
+    angles = Angles(angle, angle)
     others = (params["layers"][0], weights, scales, angles, x)
 
     def bypass(adapter):

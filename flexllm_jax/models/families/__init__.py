@@ -1,15 +1,31 @@
 """The families of models: a row for each, and no other place that knows one by its name."""
 
 from flexllm_jax.models.families.dense import GRANITE, OLMO2, OLMO3, SEED_OSS, SMOLLM3
-from flexllm_jax.models.families.family import Family
+from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
-from flexllm_jax.models.families.llama import GLM4, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from flexllm_jax.models.families.llama import (
+    GLM4,
+    LLAMA,
+    MINISTRAL,
+    MINISTRAL3,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+)
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        *(LLAMA, QWEN2, QWEN3, MISTRAL, PHI3, GLM4),
+        *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
         *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
     )
 }
-BY_MODEL_TYPE = {family.model_type: name for name, family in FAMILIES.items()}
+# Models of more than text, of which the text's part is served.
+WRAPPERS: dict[str, Wrapper] = {
+    wrapper.architecture: wrapper
+    for wrapper in (
+        Wrapper("gemma3", "Gemma3ForConditionalGeneration", text="gemma3_text"),
+        Wrapper("mistral3", "Mistral3ForConditionalGeneration", text="mistral"),
+    )
+}

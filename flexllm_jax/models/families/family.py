@@ -32,3 +32,25 @@ class Family:
     around: Callable[[Fields], dict[str, Any]] = field(default=lambda fields: {})
     names: Names = USUAL
     head: Callable[[Fields], HeadSpec] = field(default=plain_head)
+
+
+# Fields of a wrapper that say what its other parts are.
+_OTHER_PARTS = frozenset(
+    {
+        *("vision_config", "image_token_index", "image_token_id", "boi_token_index"),
+        *("eoi_token_index", "boi_token_id", "eoi_token_id", "mm_tokens_per_image"),
+        *("projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size"),
+        *("vision_feature_layer", "vision_feature_select_strategy"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of more than text: its `config.json` has that of a family under `text_config`, and
+    its other parts are left out. text: that family's model_type, where the file does not say."""
+
+    model_type: str
+    architecture: str
+    text: str
+    harmless: frozenset[str] = _OTHER_PARTS

@@ -91,5 +91,6 @@ GEMMA3 = Family(
     layers=_gemma3,
     around=_around,
     head=_head,
-    defaults=_DEFAULTS | {"max_position_embeddings": 131072},
+    defaults=_DEFAULTS
+    | {"max_position_embeddings": 131072, "vocab_size": 262208, "num_attention_heads": 8},
 )

@@ -24,11 +24,26 @@ def _llama(fields: Fields) -> tuple[LayerSpec, ...]:
     return alike(fields, LayerSpec(attention(fields), gated_mlp(fields), norms(fields)))
 
 
-def _mistral(fields: Fields) -> tuple[LayerSpec, ...]:
-    """The same window in every layer, or none."""
+def _mistral(fields: Fields, *, growing: bool = False) -> tuple[LayerSpec, ...]:
+    """The same window in every layer, or none. growing: as of `read_rope`."""
     sliding = SLIDING if "sliding_window" in fields else FULL
-    own = attention(fields, options=window(fields, sliding), qkv_bias=False, o_bias=False)
+    rope, options = read_rope(fields, growing=growing), window(fields, sliding)
+    own = attention(fields, rope=rope, options=options, qkv_bias=False, o_bias=False)
     return alike(fields, LayerSpec(own, gated_mlp(fields), norms(fields)))
+
+
+def _ministral(fields: Fields) -> tuple[LayerSpec, ...]:
+    """Windows in the layers that say so; in all, where none does."""
+    count = fields.positive_int("num_hidden_layers")
+    kinds = [SLIDING if "sliding_window" in fields else FULL] * count
+    return tuple(
+        LayerSpec(
+            attention(fields, options=window(fields, kind), qkv_bias=False, o_bias=False),
+            gated_mlp(fields),
+            norms(fields),
+        )
+        for kind in layer_types(fields, kinds, (FULL, SLIDING))
+    )
 
 
 def _qwen(fields: Fields, **changes: Any) -> tuple[LayerSpec, ...]:
@@ -87,6 +102,40 @@ MISTRAL = Family(
         "sliding_window": 4096,
         "bos_token_id": 1,
         "eos_token_id": 2,
+    },
+)
+MINISTRAL = Family(
+    "ministral",
+    "MinistralForCausalLM",
+    layers=_ministral,
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+)
+MINISTRAL3 = Family(
+    "ministral3",
+    "Ministral3ForCausalLM",
+    layers=lambda fields: _mistral(fields, growing=True),
+    defaults={
+        "max_position_embeddings": 262144,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 16384,
+            "mscale_all_dim": 1.0,
+            "mscale": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
     },
 )
 QWEN2 = Family(

@@ -22,14 +22,22 @@ _THETA = 10_000.0  # transformers' default
 
 
 def read_rope(
-    fields: Fields, theta: float = _THETA, *, partial: bool = False, neighbours: bool = False
+    fields: Fields,
+    theta: float = _THETA,
+    *,
+    partial: bool = False,
+    neighbours: bool = False,
+    growing: bool = False,
 ) -> RopeSpec:
     """The RoPE of all layers, with transformers' rule of which of two spellings wins. partial:
-    whether a part of each head may be all that is rotated."""
+    whether a part of each head may be all that is rotated. growing: whether queries are multiplied
+    by a factor of their position."""
     name, rope = _object(fields)
     if any(isinstance(value, dict) for value in rope.values()):
         raise fields.error(name, "is not supported; one set of RoPE parameters for all layers is")
-    return replace(_rope(fields, name, rope, theta, partial=partial), neighbours=neighbours)
+    return replace(
+        _rope(fields, name, rope, theta, partial=partial, growing=growing), neighbours=neighbours
+    )
 
 
 def read_ropes(fields: Fields, thetas: dict[str, float]) -> dict[str, RopeSpec]:
@@ -77,6 +85,7 @@ def _rope(
     *,
     by_kind: bool = False,
     partial: bool = False,
+    growing: bool = False,
 ) -> RopeSpec:
     if not isinstance(rope, dict):
         raise ModelConfigError(f"config.json: {name}={rope!r} must be an object")
@@ -118,8 +127,20 @@ def _rope(
             f"config.json: {name}: a list of {len(scaling.factors)} factors, and "
             f"{rotated // 2} frequencies; correct the one that is wrong"
         )
+    growth = None
+    if growing:
+        own.get("max_position_embeddings")
+        growth = (
+            own.number("llama_4_scaling_beta"),
+            own.positive_int("original_max_position_embeddings"),
+        )
     own.refuse_unread(f"the RoPE of kind {kind!r}", ("mrope_section",))
-    return RopeSpec(theta, scaling, None if rotated == head_dim else rotated)
+    return RopeSpec(
+        theta,
+        scaling,
+        None if rotated == head_dim else rotated,
+        growth=growth,
+    )
 
 
 def _linear(own: Fields, original: int, fields: Fields) -> RopeScaling:

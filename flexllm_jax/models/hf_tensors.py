@@ -1,0 +1,103 @@
+"""Where a checkpoint's tensors are stored, and one of them read, on the host."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flexllm_jax.errors import UserError
+from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.names import name_in_memory
+from flexllm_jax.models.tensors import Tensor, tensors
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class WeightsError(UserError):
+    """A checkpoint that is incomplete or does not fit its `config.json`; one line."""
+
+
+class Stored(NamedTuple):
+    """Where a tensor is: in which file, and by which name."""
+
+    file: str
+    name: str
+
+
+def checkpoint_files(directory: Path) -> dict[str, Stored]:
+    """Where each tensor of the checkpoint is stored, by the name that transformers has for it; from
+    the index if there is one."""
+    files = _files(directory)
+    return {name_in_memory(name): Stored(file, name) for name, file in files.items()}
+
+
+def _files(directory: Path) -> dict[str, str]:
+    index, single = directory / INDEX, directory / SINGLE
+    if single.is_file():
+        with open_file(single) as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    if not index.is_file():
+        raise WeightsError(
+            f"{directory} has neither {SINGLE} nor {INDEX}; give a checkpoint in safetensors "
+            "format (transformers' save_pretrained writes it)"
+        )
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{index} has no readable weight_map: {error!r}") from None
+    for name in sorted(set(files.values())):
+        if not (directory / name).is_file():
+            raise WeightsError(
+                f"{directory / name} is missing, but {INDEX} lists it; download it again"
+            )
+    return files
+
+
+def open_file(file: Path) -> Any:
+    """A file of tensors, to be read one by one."""
+    # Its numpy framework gives bfloat16 arrays because jax registers ml_dtypes with numpy.
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def read_stored(directory: Path, stored: Stored, tensor: Tensor, part: Any = None) -> np.ndarray:
+    """A stored tensor, or the part of it that a tuple of slices names."""
+    # Opened for each tensor anew: a mapping kept open keeps the pages read in this process.
+    file = directory / stored.file
+    with open_file(file) as checkpoint:
+        try:
+            own = checkpoint.get_slice(stored.name)
+            found, kind = tuple(own.get_shape()), own.get_dtype()
+            if found != tensor.stored_shape:
+                raise WeightsError(
+                    f"{file}: tensor {tensor.name} has shape {list(found)}, but config.json asks "
+                    f"for {list(tensor.stored_shape)}"
+                )
+            if kind not in ("BF16", "F16", "F32", "F64"):
+                raise WeightsError(
+                    f"{file}: tensor {tensor.name} has dtype {kind}; use an unquantized checkpoint "
+                    "(BF16, F16, F32)"
+                )
+            if part is not None:
+                return own[part]
+            return checkpoint.get_tensor(stored.name)
+        except SafetensorError as error:
+            raise WeightsError(f"{file}: tensor {tensor.name} cannot be read: {error}") from None
+
+
+def read_kernel(path: str | Path, config: ModelConfig, layer: int, module: str) -> np.ndarray:
+    """A projection's kernel, or the output head's, [d_in, d_out] float32. WeightsError if it is not
+    there."""
+    table = "embed" if config.head.tied else "head"
+    where = (table, "weight") if module == "head" else ("layers", layer, module, "kernel")
+    tensor = next(tensor for tensor in tensors(config) if tensor.path == where)
+    directory = Path(path)
+    stored = checkpoint_files(directory).get(tensor.name)
+    if stored is None:
+        raise WeightsError(f"{directory}: tensor {tensor.name} is missing")
+    return read_stored(directory, stored, tensor).astype(np.float32).T
