@@ -18,7 +18,7 @@ from flexllm_jax.server.inference.logprobs import id_of_token, text_of_token, to
 from flexllm_jax.server.inference.requests import Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest
 from flexllm_jax.server.inference.text import TextCodec
-from flexllm_jax.server.inference.tool_calls import CallDelta, join_calls
+from flexllm_jax.server.inference.tools.parser import CallDelta, join_calls
 
 
 class _Chat:

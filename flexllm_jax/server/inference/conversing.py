@@ -17,13 +17,8 @@ from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.reasoning import ReasoningParser, Thinking
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
-from flexllm_jax.server.inference.tool_calls import (
-    CallDelta,
-    Format,
-    Parsed,
-    ToolCallParser,
-    marks_of,
-)
+from flexllm_jax.server.inference.tools.formats import Format
+from flexllm_jax.server.inference.tools.parser import CallDelta, Parsed, ToolCallParser
 from flexllm_jax.server.inference.unsupported import refuse_unsupported
 
 
@@ -42,9 +37,9 @@ class _Output:
     """One output, of whose text the parts are told apart."""
 
     def __init__(self, body: ChatCompletionRequest, form: Format | None, thinking: Thinking | None):
-        names = [tool.function.name for tool in body.tools or ()]
+        functions = {tool.function.name: tool.function.parameters for tool in body.tools or ()}
         parallel = body.parallel_tool_calls is not False
-        self._calls = ToolCallParser(form, names, parallel=parallel) if form else None
+        self._calls = ToolCallParser(form, functions, parallel=parallel) if form else None
         self._thoughts = ReasoningParser(thinking) if thinking else None
         self._tells_thoughts = body.include_reasoning is not False
 
@@ -146,7 +141,7 @@ async def converse(
         max_tokens,
         (body.top_logprobs or 0) if body.logprobs else None,
         structure=structure,
-        keep=(*(marks_of(form) if form else ()), *(thinking.marks if thinking else ())),
+        keep=(*(form.marks if form else ()), *(thinking.marks if thinking else ())),
     )
     clipped = asked is not None and max_tokens < asked
     return ConversationAnswer(body, answer, form, thinking, clipped=clipped)

@@ -38,7 +38,7 @@ from flexllm_jax.server.inference.schema import (
 )
 from flexllm_jax.server.inference.structures import StructureChecks
 from flexllm_jax.server.inference.text import TextCodec, too_long
-from flexllm_jax.server.inference.tool_calls import Format
+from flexllm_jax.server.inference.tools.formats import Format
 from flexllm_jax.server.metrics import RequestMetrics, ServerMetrics
 
 

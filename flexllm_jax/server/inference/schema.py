@@ -16,7 +16,8 @@ from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference.tool_calls import Format, calls_of
+from flexllm_jax.server.inference.tools.formats import Format
+from flexllm_jax.server.inference.tools.grammar import calls_of
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -298,7 +299,7 @@ class ChatCompletionRequest(InferenceRequest):
         return tools
 
     def structure(
-        self, form: Format | None = "hermes", literal: Callable[[str], str] = quote
+        self, form: Format | None = None, literal: Callable[[str], str] = quote
     ) -> StructuredOutputsParams | None:
         """What the output must match. A response format binds an answer, and no calls, as OpenAI
         has it; `structured_outputs` binds the whole output, as vLLM has it. `form`: how the model

@@ -20,7 +20,7 @@ from flexllm_jax.models.messages import ConversationError, read_conversation
 from flexllm_jax.models.tokenizer import encode_texts, token_starts
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.reasoning import Thinking, find_thinking
-from flexllm_jax.server.inference.tool_calls import Format, find_format
+from flexllm_jax.server.inference.tools.formats import Format, find_format
 
 _LONG_TEXT = 4000  # characters; tokenizing them takes about a millisecond
 _VERY_LONG_TEXT = 200_000

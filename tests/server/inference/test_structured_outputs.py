@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flexllm_jax.engine.constraints import Constraint, Constraints
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers, quote
-from flexllm_jax.server.inference.tool_calls import calls_of
-from tests.server.inference.test_tool_calls import parse
+from flexllm_jax.server.inference.tools.grammar import calls_of
+from tests.server.inference.test_tool_calls import BY_NAME, parse
 
 ASK = {"model": "tiny", "messages": [{"role": "user", "content": "Who?"}], "temperature": 0}
 
@@ -132,12 +132,12 @@ def test_a_vocabulary_is_read_once_and_when_it_is_needed(tokenizer, monkeypatch)
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("form", ["hermes", "llama"])
+@pytest.mark.parametrize("form", BY_NAME)
 def test_what_the_grammar_of_calls_allows_is_what_the_parser_finds(form, tokenizer):
     """Random walks through it, to its end."""
     schemas = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
     constraints = Constraints(tokenizer, 272, [tokenizer.eos_token_id])
-    structure, counts = calls_of(form, schemas, quote, parallel=True), set()
+    structure, counts = calls_of(BY_NAME[form], schemas, quote, parallel=True), set()
     for seed in range(12):
         random, tokens = np.random.default_rng(seed), []
         matcher = constraints.matchers.match(structure)
@@ -146,12 +146,12 @@ def test_what_the_grammar_of_calls_allows_is_what_the_parser_finds(form, tokeniz
             bits = (mask[:, None] >> np.arange(32)) & 1
             tokens.append(int(random.choice(np.flatnonzero(bits))))
             assert matcher.consume_token(tokens[-1])
-        text, calls = parse(form, list(tokenizer.decode(tokens[:-1])))
+        text, calls = parse(form, list(tokenizer.decode(tokens[:-1])), functions=schemas)
         assert calls and not text.strip()
         counts.add(len(calls))
         for name, arguments in calls:
             jsonschema.validate(json.loads(arguments), schemas[name])
-    assert (max(counts) > 1) == (form == "hermes")
+    assert (max(counts) > 1) == (form != "llama")
 
 
 ANSWERS = {
@@ -169,8 +169,8 @@ def test_an_answer_with_a_structure_or_calls(form, kind, tokenizer):
     matchers = TokenMatchers(tokenizer, 272, [tokenizer.eos_token_id])
     schemas = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
     answer = StructuredOutputsParams(**ANSWERS[kind])
-    whole = calls_of(form, schemas, quote, parallel=True, answer=answer)
-    call = calls_of(form, schemas, quote, parallel=True)
+    whole = calls_of(BY_NAME[form], schemas, quote, parallel=True, answer=answer)
+    call = calls_of(BY_NAME[form], schemas, quote, parallel=True)
 
     def allows(structure, text):
         matcher = matchers.match(structure)

@@ -8,13 +8,20 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
+from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
+from flexllm_jax.engine.structured_outputs import quote
 from flexllm_jax.models.messages import read_messages
-from flexllm_jax.server.inference.tool_calls import ToolCallParser, find_format, join_calls
+from flexllm_jax.server.inference.tools.formats import FORMATS, find_format
+from flexllm_jax.server.inference.tools.grammar import calls_of
+from flexllm_jax.server.inference.tools.parser import ToolCallParser, join_calls
 from tests.engines import write_rows
+from tests.small_tokenizers import byte_level_tokenizer
 
 NAMES = ["get_weather", "add"]
+BY_NAME = {form.name: form for form in FORMATS}
 TEXT = st.text(max_size=8)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | TEXT,
@@ -26,9 +33,9 @@ CALLS = st.lists(st.tuples(st.sampled_from(NAMES), ARGUMENTS), min_size=1, max_s
 PLACES = st.lists(st.integers(0, 10_000), max_size=20)
 
 
-def parse(form, pieces, **options):
+def parse(form, pieces, *, functions=None, **options):
     """Text and calls, from a text in pieces."""
-    parser = ToolCallParser(form, NAMES, **options)
+    parser = ToolCallParser(BY_NAME[form], functions or dict.fromkeys(NAMES), **options)
     parsed = [parser.push(piece, final=i == len(pieces) - 1) for i, piece in enumerate(pieces)]
     calls = join_calls([call for part in parsed for call in part.calls])
     ids = [call["id"] for call in calls]
@@ -72,7 +79,87 @@ def test_llama_calls_are_found_however_the_text_is_cut(calls, places, name_first
         assert loaded(found) == calls
 
 
-@pytest.mark.parametrize("form", ["hermes", "llama"])
+def written(form, calls):
+    """Calls as models of a format write them."""
+    if form in ("granite", "mistral"):
+        items = [{"name": n, "arguments": a, "id": "abcdef123"} for n, a in calls]
+        return BY_NAME[form].start + BY_NAME[form].opening + json.dumps(items)[1:]
+    if form == "mistral_named":
+        return "".join(f"[TOOL_CALLS]{n}[ARGS]{json.dumps(a)}" for n, a in calls)
+    start, end = BY_NAME[form].start, BY_NAME[form].end
+    if form == "glm":
+        pair = "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n"
+        inner = ["".join(pair.format(k, as_text(v)) for k, v in a.items()) for _, a in calls]
+        names = [f"{n}\n" for n, _ in calls]
+    else:
+        pair = "<parameter={}>\n{}\n</parameter>\n"
+        inner = ["".join(pair.format(k, as_text(v)) for k, v in a.items()) for _, a in calls]
+        inner = [f"{text}</function>\n" for text in inner]
+        names = [f"\n<function={n}>\n" for n, _ in calls]
+    return "\n".join(f"{start}{n}{i}{end}" for n, i in zip(names, inner, strict=True))
+
+
+def as_text(value):
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+MARKED = [name for name in BY_NAME if name not in ("hermes", "llama")]
+# What is no string in the schemas of those that are written as text: else a text is a value.
+PLAIN = st.text(st.characters(exclude_characters="<>", codec="utf-8"), max_size=8)
+PROPERTIES = {"s": PLAIN, "n": st.integers(), "o": st.lists(st.booleans(), max_size=3)}
+PROPERTY_CALLS = st.lists(
+    st.tuples(st.sampled_from(NAMES), st.fixed_dictionaries({}, optional=PROPERTIES)),
+    min_size=1,
+    max_size=3,
+)
+SCHEMA = {"properties": {"s": {"type": "string"}, "n": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize("form", MARKED)
+@settings(max_examples=40, deadline=None)
+@given(PROPERTY_CALLS, PLACES, st.sampled_from(["", "I look: ", "a < b <tool [TOOL"]))
+def test_calls_are_found_in_every_format(form, calls, places, before):
+    text = before + written(form, calls)
+    for pieces in (cut(text, places), list(text)):
+        said, found = parse(form, pieces, functions=dict.fromkeys(NAMES, SCHEMA))
+        assert said == before
+        assert loaded(found) == calls
+
+
+@pytest.mark.parametrize("form", ["glm", "qwen3_coder", "seed"])
+@pytest.mark.parametrize("marks_are_tokens", [True, False])
+def test_a_call_that_has_to_be_made_may_have_any_text(form, marks_are_tokens):
+    """Where arguments are no JSON; the others are of their schema."""
+    given = BY_NAME[form]
+    marks = given.marks if marks_are_tokens else ()
+    tokenizer = byte_level_tokenizer(("<unk>", "<s>", "</s>", *marks))
+    vocabulary = from_tokenizer(tokenizer)
+
+    def literal(text):
+        return f"<[{tokenizer.convert_tokens_to_ids(text)}]>" if text in marks else quote(text)
+
+    structure = calls_of(given, {"add": {**SCHEMA, "required": ["s"]}}, literal, parallel=True)
+
+    def matches(*calls):
+        matcher = LLMatcher(vocabulary, structure.to_grammar(), log_level=0)
+        tokens = tokenizer.encode(written(form, calls), add_special_tokens=False)
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    one = ("add", {"s": 'any "text"\n<b>', "n": 3})
+    assert matches(one) and matches(one, ("add", {"s": ""}))
+    assert not matches(("add", {"s": "a", "n": "b"}))
+    assert not matches(("add", {"n": 3})) and not matches(("mul", {"s": "a"}))
+
+
+def test_text_after_calls():
+    listed = '[TOOL_CALLS] [{"name": "add", "arguments": {}}] so'
+    assert parse("mistral", list(listed)) == ("so", [("add", "{}")])
+    other_order = '<|tool_call|>[{"arguments": {"a": 1}, "name": "add"}, {"name": "add"}]'
+    calls = [("add", '{"a": 1}'), ("add", "{}")]
+    assert parse("granite", list(other_order)) == ("", calls)
+
+
+@pytest.mark.parametrize("form", BY_NAME)
 @settings(max_examples=40, deadline=None)
 @given(st.text(), PLACES)
 def test_text_without_calls_stays_as_it_is(form, text, places):
@@ -83,6 +170,14 @@ def test_text_without_calls_stays_as_it_is(form, text, places):
     ("form", "text"),
     [
         ("hermes", "<tool_call>\nno JSON\n</tool_call>"),
+        ("mistral", "[TOOL_CALLS] [1, 2]"),
+        ("mistral", "[TOOL_CALLS] so [TOOL_CALLS] it is"),
+        ("mistral", '[TOOL_CALLS] [{"name": "ad'),
+        ("mistral_named", "[TOOL_CALLS]a b[ARGS]{}"),
+        ("mistral_named", "[TOOL_CALLS]add"),
+        ("qwen3_coder", "<tool_call>\n<function=add>\n<parameter=a>\n1"),
+        ("qwen3_coder", '<tool_call>{"name": "add"}</tool_call>'),
+        ("glm", "<tool_call>two words</tool_call>"),
         ("hermes", "<tool_call>"),
         ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call> so'),
         ("hermes", '<tool_call>{"arguments": {}, "na'),
@@ -113,12 +208,19 @@ def test_one_call_alone_where_several_are_not_wanted():
         # As the templates of Qwen2.5 and Qwen3, Llama 3.1, and Qwen3-Coder say it.
         (r"<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}", "hermes"),
         ('{"name": function name, "parameters": dictionary of argument name', "llama"),
-        (r"<tool_call>\n<function=example_function_name>\n<parameter=", None),
+        (r"<tool_call>\n<function=example_function_name>\n<parameter=", "qwen3_coder"),
+        (r"<seed:tool_call>\n<function=example_function_name>\n<parameter=", "seed"),
+        (r"<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>", "glm"),
+        ("respond only with <|tool_call|> followed by a JSON list of tools used", "granite"),
+        ("{{- '[TOOL_CALLS] [' }}", "mistral"),
+        ("{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}", "mistral_named"),
+        ("<function_calls></function_calls>", None),  # OLMo 3's Python
         ("{{ message['content'] }}", None),
     ],
 )
 def test_templates_tell_their_format(says, form):
-    assert find_format(says) == form
+    found = find_format(says)
+    assert (found and found.name) == form
 
 
 def test_arguments_reach_the_template_as_objects():

@@ -1,0 +1,127 @@
+"""Calls that have to be made, as a grammar: of a format, with the schemas of the tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
+from flexllm_jax.server.inference.tools.formats import Format
+from flexllm_jax.server.inference.tools.values import choices_of, is_text, properties_of
+
+# White space is as templates write it, which models are trained on.
+_SPACED = {
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+}
+
+
+def calls_of(
+    form: Format,
+    functions: Mapping[str, dict[str, Any] | None],
+    literal: Callable[[str], str],
+    *,
+    parallel: bool,
+    answer: StructuredOutputsParams | None = None,
+) -> StructuredOutputsParams:
+    """Outputs that call one of `functions`, which are given with the schemas of their arguments;
+    with `parallel` more than one, if the format can. Or, instead, what matches `answer`. `literal`
+    writes a mark in a grammar."""
+    rules = [f"body: {' | '.join(f'function{i}' for i in range(len(functions)))}"]
+    for i, (name, schema) in enumerate(functions.items()):
+        rules += _WRITERS[form.body](form, i, name, schema, literal)
+    start, end = literal(form.start), literal(form.end)
+    if form.body == "list":
+        more = '(", " body)*' if parallel else ""
+        rules.append(f'calls: {start} {quote(form.opening)} body {more} "]"')
+    elif not form.start:
+        rules.append("calls: body")
+    else:
+        lines = '"\\n"?' if form.body == "object" else ""
+        rules.append(f"call: {start} {lines} body {lines} {end if form.end else ''}")
+        between = '"\\n"?' if form.end else ""
+        rules.append(f"calls: call ({between} call)*" if parallel else "calls: call")
+    rules.append("start: calls" if answer is None else "start: calls | answer")
+    if answer is not None:
+        rules.append(f"answer: {answer.as_lark()}")
+    return StructuredOutputsParams(grammar="\n".join(rules))
+
+
+def _object(
+    form: Format, i: int, name: str, schema: Mapping[str, Any] | None, literal: Any
+) -> list[str]:
+    # In the pieces of JSON, so that an answer in JSON can begin with the same ones.
+    pieces = ("{", '"name"', ": ", json.dumps(name), ", ", json.dumps(form.key), ": ")
+    head = " ".join(map(quote, pieces))
+    return [f'function{i}: {head} arguments{i} "}}"', _arguments(i, schema)]
+
+
+def _named(
+    form: Format, i: int, name: str, schema: Mapping[str, Any] | None, literal: Any
+) -> list[str]:
+    return [f"function{i}: {quote(name)} {literal('[ARGS]')} arguments{i}", _arguments(i, schema)]
+
+
+def _arguments(i: int, schema: Mapping[str, Any] | None) -> str:
+    return f"arguments{i}: %json {json.dumps({'type': 'object'} | dict(schema or {}) | _SPACED)}"
+
+
+def _parameters(
+    form: Format, i: int, name: str, schema: Mapping[str, Any] | None, literal: Any
+) -> list[str]:
+    def opening(key: str) -> str:
+        return quote(f"<parameter={key}>\n")
+
+    body, rules = _values(i, schema, opening, quote("\n</parameter>\n"))
+    head = quote(f"\n<function={name}>\n")
+    return [f'function{i}: {head} {body} "</function>\\n"', *rules]
+
+
+def _pairs(
+    form: Format, i: int, name: str, schema: Mapping[str, Any] | None, literal: Any
+) -> list[str]:
+    def opening(key: str) -> str:
+        marks = [literal(mark) for mark in ("<arg_key>", "</arg_key>", "<arg_value>")]
+        return f'{marks[0]} {quote(key)} {marks[1]} "\\n" {marks[2]}'
+
+    close = literal("</arg_value>")
+    close = f'{close} "\\n"' if close.startswith("<[") else quote("</arg_value>\n")
+    body, rules = _values(i, schema, opening, close)
+    head = quote(f"{name}\n")
+    return [f"function{i}: {head} {body}", *rules]
+
+
+def _values(
+    i: int,
+    schema: Mapping[str, Any] | None,
+    opening: Callable[[str], str],
+    close: str,
+) -> tuple[str, list[str]]:
+    """The arguments of a function in the order of its schema, each between what `opening` and
+    `close` match: a part of a rule, and more rules."""
+    required = (schema or {}).get("required") or []
+    parts, rules = [], []
+    for j, (key, given) in enumerate(properties_of(schema).items()):
+        rule = f"value{i}_{j}"
+        choices, until = choices_of(given), close
+        if choices is not None:
+            rules.append(f"{rule}: {' | '.join(map(quote, choices))}")
+        elif not is_text(given):
+            rules.append(f"{rule}: %json {json.dumps(dict(given) | _SPACED)}")
+        elif close.startswith("<["):  # a token, which no text has
+            rules.append(f"{rule}: /(?s:.*)/")
+        else:
+            until = ""
+            rules.append(f"{rule}[suffix={close}]: /(?s:.*)/")
+        part = f"{opening(key)} {rule} {until}"
+        parts.append(part if key in required else f"({part})?")
+    return " ".join(parts), rules
+
+
+_WRITERS: dict[str, Callable[..., list[str]]] = {
+    "object": _object,
+    "list": _object,
+    "named": _named,
+    "parameters": _parameters,
+    "pairs": _pairs,
+}
