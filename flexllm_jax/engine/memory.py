@@ -80,9 +80,16 @@ def memory_budget(config: Config, device: Any) -> int:
 
 def planned_jobs(config: Config) -> int:
     """Jobs whose state is on the device at once: those that are configured, or as many as a server
-    runs; each trains in a slot of the bank."""
+    runs, and models that clients train; each trains in a slot of the bank."""
     most = max(len(config.finetune.jobs), config.server.max_running_jobs)
-    return min(most, config.adapters.slots - 1)
+    return min(most + models_at_once(config), config.adapters.slots - 1)
+
+
+def models_at_once(config: Config) -> int:
+    """Models that clients train which are on the device at once. Of the bank's slots, one is left
+    to their samplers, and the first is no adapter."""
+    tinker = config.server.tinker
+    return max(1, min(tinker.models_at_once, config.adapters.slots - 2)) if tinker.enabled else 0
 
 
 def fixed_parts(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import numpy as np
 
+from flexllm_jax.engine.memory import models_at_once
 from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.finetune.calls.source import CallSource
 from flexllm_jax.peft.bank import NoFreeSlot
@@ -86,8 +87,7 @@ class ModelTurns:
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        slots = engine.config.adapters.slots - 2  # slot 0 is none; one is left to samplers
-        self._most = max(1, min(slots, engine.config.server.max_running_jobs))
+        self._most = max(1, models_at_once(engine.config))
         self.models: dict[str, Model] = {}
         engine.trainer.turns = self
 

@@ -127,7 +127,7 @@ def narrow(llama, tmp_path_factory):
         llama,
         tmp_path_factory.mktemp("narrow"),
         adapter_bank={"slots": 4},
-        server={"max_running_jobs": 2},
+        server={"tinker": {"enabled": True}},
     )
     yield Client(engine)
     engine.close()
@@ -181,7 +181,8 @@ def test_models_that_are_always_busy_take_turns(narrow, monkeypatch):
         narrow.delete(name)
 
 
-def test_two_models_get_tokens_by_their_weights_beside_requests(client, llm):
+def test_two_models_get_tokens_by_their_weights_beside_requests(narrow):
+    client, llm = narrow, narrow.llm
     one, two = client.create(weight=1.0), client.create(weight=3.0, seed=2)
     prompts = random_prompts([9, 14])
     futures = [f for p in prompts for f in llm.submit(p, SamplingParams(max_tokens=40))]
