@@ -94,7 +94,7 @@ MEASURED = Efficiency(
     unit_s=2e-5,
     attention=0.29,
     adapter_passes=21.0,
-    unit_passes=42.0,
+    unit_passes=25.0,
 )
 
 A100 = DeviceSpec("NVIDIA A100-SXM4-80GB", 312e12, 2.039e12, 300e9, 80e9)

@@ -38,7 +38,8 @@ from scheduler.slo import summarize
 from scheduler.workload import Arrival
 
 PARTS = ("generate", "finetuning", "traces", "adapters", "rollouts")
-_ALONE_STEPS = 12
+_BATCH = 4  # sequences of an optimizer step: one goes forward while another goes backward
+_ALONE_STEPS = 4
 
 
 def serve(
@@ -141,10 +142,12 @@ class Serving:
 
     def finetuning(self) -> None:
         """A job alone."""
-        self.engine.job("warm", 2, self.tokens).wait()
-        job = self.engine.job("alone", _ALONE_STEPS, self.tokens).wait()
-        rate = tokens_per_s(job.step_times, self.tokens)
-        self.notes.add("finetuning alone", {"sequence": self.tokens, "tokens_per_s": rate})
+        batch = _BATCH * self.tokens
+        self.engine.job("warm", 1, self.tokens, batch_tokens=batch).wait()
+        job = self.engine.job("alone", _ALONE_STEPS, self.tokens, batch_tokens=batch).wait()
+        noted = {"sequence": self.tokens, "batch": _BATCH}
+        noted["tokens_per_s"] = tokens_per_s(job.step_times, batch)
+        self.notes.add("finetuning alone", noted)
         for name in ("warm", "alone"):
             self.llm.unload_adapter(name)
 
@@ -159,7 +162,8 @@ class Serving:
             for a, prompt in zip(arrivals, prompts, strict=True)
         ]
         replay = Replay(self.llm, requests, self.workload)
-        job = self.engine.job(f"beside{rate:g}", 100_000, self.tokens)
+        batch = _BATCH * self.tokens
+        job = self.engine.job(f"beside{rate:g}", 100_000, self.tokens, batch_tokens=batch)
         begun, trained = time.monotonic(), job.tokens
         replay.start()
         while (wall_s := time.monotonic() - begun) < seconds and not replay.finished:

@@ -25,21 +25,25 @@ _MOST_ENGINES = 256
 
 @dataclass(frozen=True)
 class Job:
-    """The job that never ends: mean length of its sequences, and its coefficient of variation."""
+    """The job that never ends: mean length of its sequences, its coefficient of variation, and how
+    many an optimizer step is of."""
 
     mean_tokens: float = 1000.0
     cv: float = 0.6
+    batch: int = 8
 
 
-def step_times(planned: PlannedEngine, context: int) -> dict[str, float]:
+def step_times(
+    planned: PlannedEngine, context: int, rows: Sequence[int] | None = None
+) -> dict[str, float]:
     """Predicted milliseconds of decode steps by rows, each with `context` keys, and prefill
-    tokens/s in the largest step."""
+    tokens/s in the largest step. rows: how many; None: one, an eighth of all, and all."""
     sizes, latency = planned.sizes, planned.latency
     times = {}
-    for rows in sorted({1, max(1, sizes.rows // 8), sizes.rows}):
-        bucket = next(bucket for bucket in sizes.buckets if bucket >= rows)
-        step = StepFeatures(bucket, decode_tokens=rows, decode_kv=rows * context)
-        times[f"decode_{rows}_row{'s' * (rows > 1)}_ms"] = 1e3 * latency.predict(step)
+    for count in rows or sorted({1, max(1, sizes.rows // 8), sizes.rows}):
+        bucket = next(bucket for bucket in sizes.buckets if bucket >= count)
+        step = StepFeatures(bucket, decode_tokens=count, decode_kv=count * context)
+        times[f"decode_{count}_row{'s' * (count > 1)}_ms"] = 1e3 * latency.predict(step)
     largest = sizes.buckets[-1]
     chunk = StepFeatures(
         largest,
@@ -69,24 +73,32 @@ def split_arrivals(
 
 
 def simulate_load(
-    planned: PlannedEngine, arrivals: Sequence[Arrival], engines: int, job: Job | None
+    planned: PlannedEngine,
+    arrivals: Sequence[Arrival],
+    engines: int,
+    job: Job | None,
+    until: float | None = None,
 ) -> dict[str, Any]:
     """What `engines` such engines make of the requests, each beside a job of its own; finetuning
-    tokens/s are those of all."""
+    tokens/s are those of all, `until` a moment or else until the last answer."""
     slo = slo_classes(planned.config)["standard"]
     fleet = Fleet(lambda index: _engine(planned, job, index), engines, LeastLoaded())
     for index, arrival in enumerate(arrivals):
         fleet.submit(request_of(arrival, str(index), slo))
-    last = arrivals[-1].arrival_s
+    last, trained = arrivals[-1].arrival_s, None
+    if until is not None:
+        fleet.advance(until)
+        trained = sum(engine.finetune_tokens for engine in fleet.engines) / until
     fleet.finish(deadline=last + _PATIENCE_S)
     ends = (t.last_token_at or 0.0 for engine in fleet.engines for t in engine.timings)
     span_s = max(last, *ends, 0.0)
     fleet.advance(span_s)
     made = report(fleet.engines, slo, span_s)
+    counted = {} if trained is None else {"finetune_tokens_per_s": trained}
     return {
         "engines": engines,
         "devices": engines * planned.sizes.devices,
-        **figures(made),
+        **(figures(made) | counted),
         "unfinished": made["inference"]["failed"],
         "busy": made["engine"]["busy"],
         "preemptions": made["engine"]["preemptions"],
@@ -144,4 +156,4 @@ def _supply(slots: int, unit_tokens: int, job: Job, index: int) -> FinetuneSuppl
     half = max(unit_tokens, slots // 2 // unit_tokens * unit_tokens)  # as `finetune.job` packs
     lengths = Lengths(min(job.mean_tokens, slots), job.cv, slots)
     drawn = lengths.draw(np.random.default_rng([index, 7]), 2000)
-    return FinetuneSupply(drawn.tolist(), half)
+    return FinetuneSupply(drawn.tolist(), half, job.batch)
