@@ -26,7 +26,7 @@ _SHELVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Batches", ("/v1/batches",)),
     ("Finetuning", ("/v1/fine_tuning",)),
     ("Adapters", ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")),
-    ("Operation", ("/health", "/version", "/metrics", "/dashboard")),
+    ("Operation", ("/health", "/ping", "/load", "/version", "/metrics", "/dashboard")),
 )
 
 _MODEL = {

@@ -216,6 +216,15 @@ def _add_status(app: FastAPI, server: Server) -> None:
             raise ApiError(503, problem, retry_after_s=5)
         return sse.json_response({"status": "ok"})
 
+    @app.get("/ping")
+    @app.post("/ping")
+    async def ping() -> Response:
+        return await health()
+
+    @app.get("/load")
+    async def load() -> Response:
+        return sse.json_response({"server_load": server.admission.in_flight})
+
     @app.get("/version")
     async def show_version() -> Response:
         return sse.json_response({"version": __version__})
@@ -232,6 +241,12 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
+class Load(BaseModel):
+    """GET /load: outputs that are being generated, or wait."""
+
+    server_load: int
+
+
 class Version(BaseModel):
     """GET /version."""
 
@@ -240,6 +255,9 @@ class Version(BaseModel):
 
 _ANSWERS: openapi.Answers = {
     ("get", "/health"): ([Health], (503,)),
+    ("get", "/ping"): ([Health], (503,)),
+    ("post", "/ping"): ([Health], (503,)),
+    ("get", "/load"): ([Load], ()),
     ("get", "/version"): ([Version], ()),
     ("get", "/metrics"): ([openapi.TEXT], (401,)),
 }

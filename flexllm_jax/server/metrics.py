@@ -20,9 +20,8 @@ from flexllm_jax.config import Config
 from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.protocol import Stats, Step
 from flexllm_jax.server.http.access import Admitted
+from flexllm_jax.server.request_metrics import COUNTS, FAST, RequestHistograms
 
-_FAST = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
-_SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _ATTAINMENT_WINDOW = 1000
 JOB_STATES = (
     "validating_files",
@@ -36,7 +35,6 @@ JOB_STATES = (
 _PHASES = ("forward", "backward", "answers")  # of finetuning, by which its tokens are counted
 _ENDED_JOBS = 100  # that have labels of their own
 _LISTS = ("running_lora_adapters", "waiting_lora_adapters")
-_COUNTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Latencies(NamedTuple):
@@ -78,32 +76,19 @@ class ServerMetrics:
         self.prefix_hits = counter(
             "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", *own
         )
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens processed.", model)
-        self.output_tokens = counter("vllm:generation_tokens", "Tokens generated.", model)
+        self.requests = RequestHistograms(registry, model_name)
+        self.cache_config = gauge(
+            "vllm:cache_config_info",
+            "The KV cache; the value is 1.",
+            *("block_size", "num_gpu_blocks", "enable_prefix_caching", engine),
+        )
+        self._prefix_caching = str(config.cache.prefix_caching)
         self.success = counter(
             "vllm:request_success", "Requests that ended.", model, "finished_reason"
         )
         self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages.", *own)
         self.step_tokens = histogram(
-            "vllm:iteration_tokens_total", "Inference tokens of a step.", _COUNTS, *own
-        )
-        self.ttft = histogram(
-            "vllm:time_to_first_token_seconds", "Arrival to first token.", _SLOW, model
-        )
-        self.itl = histogram(
-            "vllm:inter_token_latency_seconds", "Between two tokens.", _FAST, model
-        )
-        self.tpot = histogram(
-            "vllm:request_time_per_output_token_seconds",
-            "A request's time after its first token, by token.",
-            _FAST,
-            model,
-        )
-        self.e2e = histogram(
-            "vllm:e2e_request_latency_seconds", "Arrival to last token.", _SLOW, model
-        )
-        self.queue = histogram(
-            "vllm:request_queue_time_seconds", "Arrival to first computation.", _SLOW, model
+            "vllm:iteration_tokens_total", "Inference tokens of a step.", COUNTS, *own
         )
         self.lora_info = gauge(
             "vllm:lora_requests_info",
@@ -122,7 +107,7 @@ class ServerMetrics:
             "slo",
         )
         self.step_seconds = histogram(
-            "flexllm:step_seconds", "A step on the device, by what it held.", _FAST, "kind", engine
+            "flexllm:step_seconds", "A step on the device, by what it held.", FAST, "kind", engine
         )
         self.prediction_error = histogram(
             "flexllm:step_prediction_error_ratio",
@@ -158,8 +143,10 @@ class ServerMetrics:
         for reason in ("stop", "length", "abort", "error"):
             self.success.labels(model_name, reason)
 
-    def batch(self, admitted: Admitted, outputs: int) -> Batch:
-        """For the `RequestMetrics` of one HTTP request."""
+    def batch(self, admitted: Admitted, outputs: int, n: int, max_tokens: int) -> Batch:
+        """For the `RequestMetrics` of one HTTP request with such parameters."""
+        self.requests.params_n.observe(n)
+        self.requests.params_max_tokens.observe(max_tokens)
         return Batch(self, admitted, outputs)
 
     def render(self, sees: Callable[[str], bool] | None = None) -> bytes:
@@ -173,6 +160,9 @@ class ServerMetrics:
         """The engine's own counts start from 0."""
         self._totals[engine.name] = {}
         self.engine_up.labels(engine.name).set(1)
+        if engine.info is not None:
+            pages = str(engine.info.page_size), str(engine.info.num_pages)
+            self.cache_config.labels(*pages, self._prefix_caching, engine.name).set(1)
 
     def engine_lost(self, engine: EngineClient) -> None:
         """Nothing runs in an engine that has ended."""
@@ -276,13 +266,15 @@ class Batch:
 
     def __init__(self, metrics: ServerMetrics, admitted: Admitted, outputs: int):
         self.metrics, self.admitted = metrics, admitted
-        self._left, self._tokens = outputs, 0
+        self._left, self._tokens, self._longest = outputs, 0, 0
 
     def end(self, tokens: int) -> None:
         """One output has ended, with so many tokens."""
         self._left -= 1
         self._tokens += tokens
+        self._longest = max(self._longest, tokens)
         if not self._left:
+            self.metrics.requests.longest.observe(self._longest)
             self.admitted.close(self._tokens)
 
 
@@ -298,24 +290,28 @@ class RequestMetrics:
         self._adapter, self._slo = adapter, slo
         self._tokens = 0
         self._first_at = self._last_at = 0.0
+        self._queued_s: float | None = None
         self._ended = False
         self._metrics.move_adapter(adapter, None, "waiting")
 
-    def token(self, now: float, queued_s: float | None) -> None:
-        """A token came at `now`; the first one says how long the request was queued."""
-        metrics = self._metrics
-        model = metrics._model
+    def token(self, now: float, queued_s: float | None, cached_tokens: int = 0) -> None:
+        """A token came at `now`; the first one says how long the request was queued, and how much
+        of its prompt was in the prefix cache."""
+        metrics, told = self._metrics, self._metrics.requests
         if not self._tokens:
-            self._first_at = now
-            metrics.ttft.labels(model).observe(now - self._arrival)
-            metrics.prompt_tokens.labels(model).inc(self._prompt_tokens)
+            self._first_at, self._queued_s = now, queued_s
+            told.ttft.observe(now - self._arrival)
+            told.prompt_tokens.inc(self._prompt_tokens)
+            told.cached_tokens.inc(cached_tokens)
+            told.computed.observe(self._prompt_tokens - cached_tokens)
             if queued_s is not None:
-                metrics.queue.labels(model).observe(queued_s)
+                told.queue.observe(queued_s)
+                told.prefill.observe(max(0.0, now - self._arrival - queued_s))
             metrics.move_adapter(self._adapter, "waiting", "running")
             self._batch.admitted.started(self._prompt_tokens)
         else:
-            metrics.itl.labels(model).observe(now - self._last_at)
-        metrics.output_tokens.labels(model).inc()
+            told.itl.observe(now - self._last_at)
+        told.output_tokens.inc()
         self._tokens += 1
         self._last_at = now
 
@@ -329,11 +325,17 @@ class RequestMetrics:
         metrics.move_adapter(self._adapter, "running" if self._tokens else "waiting", None)
         metrics.success.labels(model, reason).inc()
         if reason in ("stop", "length"):
-            metrics.e2e.labels(model).observe(self._last_at - self._arrival)
+            told, taken_s = metrics.requests, self._last_at - self._arrival
+            told.e2e.observe(taken_s)
+            told.decode.observe(self._last_at - self._first_at)
+            told.prompt_size.observe(self._prompt_tokens)
+            told.output_size.observe(self._tokens)
+            if self._queued_s is not None:
+                told.inference.observe(max(0.0, taken_s - self._queued_s))
             tpot = None
             if self._tokens > 1:
                 tpot = (self._last_at - self._first_at) / (self._tokens - 1)
-                metrics.tpot.labels(model).observe(tpot)
+                told.tpot.observe(tpot)
             ttft = self._first_at - self._arrival
             metrics.note_slo(self._slo, metrics.meets(self._slo, ttft, tpot), ttft, tpot)
         elif reason == "error":

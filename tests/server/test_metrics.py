@@ -1,5 +1,6 @@
 """What /metrics says of jobs, of engines that tell of them one after the other."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,9 @@ from flexllm_jax.config import build_config
 from flexllm_jax.server import metrics as metrics_module
 from flexllm_jax.server.engines.protocol import JobReport, Stats
 from flexllm_jax.server.metrics import ServerMetrics
-from tests.server.running import make_config
+from tests.server.running import KEY, make_config
 
-ENGINE = SimpleNamespace(name="0")
+ENGINE = SimpleNamespace(name="0", info=None)
 
 
 @pytest.fixture
@@ -74,3 +75,66 @@ def test_a_job_that_goes_on_has_labels_again(metrics):
     take(metrics, report("failed", "running", 40))
     assert series(metrics)["failed", "forward"] == 40
     assert series(metrics)["", "forward"] == 200
+
+
+# What the dashboards in vLLM's examples draw of requests.
+DRAWN = (
+    "generation_tokens_total",
+    "inter_token_latency_seconds_bucket",
+    "iteration_tokens_total_count",
+    "kv_cache_usage_perc",
+    "num_requests_running",
+    "num_requests_waiting",
+    "prompt_tokens_total",
+    "request_decode_time_seconds_sum",
+    "request_generation_tokens_bucket",
+    "request_max_num_generation_tokens_sum",
+    "request_prefill_time_seconds_sum",
+    "request_prompt_tokens_bucket",
+    "request_queue_time_seconds_sum",
+    "request_success_total",
+    "request_time_per_output_token_seconds_bucket",
+    "time_to_first_token_seconds_bucket",
+    "cache_config_info",
+    "request_params_n_sum",
+    "request_params_max_tokens_sum",
+    "request_inference_time_seconds_sum",
+)
+
+
+def test_requests_are_told_as_vllm_tells_them(server, client):
+    """Of two outputs of a prompt: sizes, what was asked for, and where the time went."""
+
+    def values():
+        return {name: server.metric(f"vllm:{name}", KEY) for name in (*DRAWN, *SUMS)}
+
+    before = values()
+    ask = {"model": "tiny", "prompt": list(range(3, 33)), "max_tokens": 7, "n": 2}
+    client.completions.create(**ask, extra_body={"ignore_eos": True})
+    server.wait(lambda: server.metric("vllm:num_requests_running", KEY) == 0)
+    after = values()
+    new = {name: after[name] - before[name] for name in after}
+    assert (new["request_params_n_sum"], new["request_params_max_tokens_sum"]) == (2, 7)
+    assert (new["generation_tokens_total"], new["prompt_tokens_total"]) == (14, 60)
+    assert (new["request_generation_tokens_sum"], new["request_prompt_tokens_sum"]) == (14, 60)
+    assert new["request_max_num_generation_tokens_sum"] == 7
+    computed = new["request_prefill_kv_computed_tokens_sum"]
+    assert computed + new["prompt_tokens_cached_total"] == 60
+    parts = ("queue", "prefill", "decode")
+    whole = sum(new[f"request_{part}_time_seconds_sum"] for part in parts)
+    assert whole == pytest.approx(new["e2e_request_latency_seconds_sum"], rel=1e-6) and whole > 0
+    text = server.get("/metrics", KEY)[1]
+    assert [name for name in DRAWN if f"vllm:{name}" not in text] == []
+    config = 'vllm:cache_config_info{block_size="8",enable_prefix_caching="True",engine="0"'
+    assert f'{config},num_gpu_blocks="48"}} 1.0' in text
+    assert json.loads(server.get("/load")[1]) == {"server_load": 0}
+    assert server.get("/ping")[0] == 200 and server.post("/ping", b"")[0] == 200
+
+
+SUMS = (
+    "request_generation_tokens_sum",
+    "request_prompt_tokens_sum",
+    "request_prefill_kv_computed_tokens_sum",
+    "prompt_tokens_cached_total",
+    "e2e_request_latency_seconds_sum",
+)

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
-_QUIET = ("/health", "/metrics")  # asked all the time by machines
+_QUIET = ("/health", "/ping", "/load", "/metrics")  # asked all the time by machines
 _ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "taskName", "asctime"}
 

@@ -41,7 +41,7 @@ _EVENT = {  # what the body is made of; OpenAPI 3.1 has no word for that
     "properties": {"data": {"type": "string", "description": "JSON; of the last one, [DONE]."}},
 }
 EVENTS = {"text/event-stream": _EVENT}
-_OPEN = ("/health", "/version", "/metrics")  # no key is asked for
+_OPEN = ("/health", "/ping", "/load", "/version", "/metrics")  # no key is asked for
 _UPLOAD = {
     "type": "object",
     "required": ["file", "purpose"],

@@ -124,7 +124,7 @@ class Answer:
         logprobs = output.logprobs[position] if output.logprobs else None
         self.output_tokens[index] += 1
         self._cached_tokens[index] = max(self._cached_tokens[index], output.cached_tokens)
-        self._metrics[index].token(at, output.queued_s)
+        self._metrics[index].token(at, output.queued_s, output.cached_tokens)
         last = position == len(output.token_ids) - 1
         reason = output.finish_reason if last else None
         told = {other: text.would_add(other) for other in logprobs or {}}
@@ -333,7 +333,7 @@ class Inference:
         except BaseException:
             admitted.close(0)
             raise
-        batch = self._metrics.batch(admitted, outputs)
+        batch = self._metrics.batch(admitted, outputs, n, max_tokens)
         name = adapter.name if adapter else None
         return Answer(
             prompts,
