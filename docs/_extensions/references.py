@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from config_reference import configuration_markdown
+from families_reference import families_markdown
 from http_reference import api_markdown, openapi_document
 from sphinx.application import Sphinx
 
@@ -18,6 +19,7 @@ def write_references(app: Sphinx, config: Any) -> None:
     (folder / "openapi.json").write_text(text, encoding="utf-8")
     (folder / "http_api.md").write_text(api_markdown(document), encoding="utf-8")
     (folder / "configuration.md").write_text(configuration_markdown(), encoding="utf-8")
+    (folder / "families.md").write_text(families_markdown(), encoding="utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -19,12 +19,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.programs import layer_program, list_programs
+from flexllm_jax.engine.programs import head_parameters, layer_program, list_programs
 from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.finetune import loss
 from flexllm_jax.finetune.buffers import saved_columns
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.families import FAMILIES as TABLE
 from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES, LoraConfig, named_modules
 from flexllm_jax.peft.bank import BankShape, to_row
@@ -68,23 +69,38 @@ def case(request, tmp_path_factory):
         adapter=adapter,
         row=jax.tree.map(jnp.asarray, to_row(adapter, model, bank, "own")),
         tokens=[random.integers(3, model.vocab_size, n) for n in LENGTHS],
-        sizes=EngineSizes(
-            model=model,
-            dtype=dtype,
-            backend=XLA,
-            max_model_len=SLOTS,
-            page_size=PAGE,
-            rows=2,
-            finetune_slots=SLOTS,
-            unit_tokens=16,
-            buckets=(STEP,),
-            bank=bank,
-            columns=saved_columns(Decoder(model, dtype), ("attended", "query", "residual")),
+        sizes=small_sizes(
+            model,
+            dtype,
+            bank,
+            saved_columns(Decoder(model, dtype), ("attended", "query", "residual")),
         ),
     )
     own.packed = pack(own.sizes, PAGES, own.tokens, TABLES, STEPS)
     own.forward, own.expected = forward(own), peft_gradients(own)
     return own
+
+
+def small_sizes(model, dtype, bank, columns):
+    return EngineSizes(
+        model=model,
+        dtype=dtype,
+        backend=XLA,
+        max_model_len=SLOTS,
+        page_size=PAGE,
+        rows=2,
+        finetune_slots=SLOTS,
+        unit_tokens=16,
+        buckets=(STEP,),
+        bank=bank,
+        columns=columns,
+    )
+
+
+def test_every_family_is_compared():
+    """Here, or by whole engines in test_gradients."""
+    table = {family.model_type.removesuffix("_text") for family in TABLE.values()}
+    assert table - set(FAMILIES) == {"llama", "qwen2", "qwen3"}
 
 
 def zeros(shapes):
@@ -106,7 +122,7 @@ def forward(case):
 
 
 def heads(case):
-    return {name: case.params[name] for name in ("embed", "norm", "head") if name in case.params}
+    return head_parameters(case.params)
 
 
 def test_logits_are_those_of_transformers_with_peft(case):
@@ -123,6 +139,33 @@ def test_logits_are_those_of_transformers_with_peft(case):
     theirs = load_with_adapter(case.path, case.saved, attn_implementation="eager")
     expected = np.concatenate([reference_logits(theirs, t) for t in case.tokens])
     assert np.abs(np.asarray(ours) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", ["granite", "olmo3", "gemma2", "phi3"])
+def test_bfloat16_is_as_near_to_the_truth_as_transformers(family, tmp_path):
+    """Both round, and not at the same places: what each is measured by is float64."""
+    path = getattr(checkpoints, f"make_{family}")(tmp_path, dtype="bfloat16")
+    model, dtype = ModelConfig.from_hf(path), jnp.dtype(jnp.bfloat16)
+    decoder = Decoder(model, dtype)
+    sizes = small_sizes(model, dtype, BankShape(1, 1, ()), saved_columns(decoder, ("attended",)))
+    random = np.random.default_rng(0)
+    tokens = [random.integers(3, model.vocab_size, n) for n in LENGTHS]
+    packed, params = pack(sizes, PAGES, tokens, TABLES, STEPS), load_parameters(path, model, dtype)
+    programs = {p.name: p.function for p in list_programs(sizes, PAGES)}
+    run, pages, outputs = jax.jit(programs[f"forward/base/{STEP}"]), zeros(sizes.pages(PAGES)), []
+    for vector, pieces in zip(packed.vectors, STEPS, strict=True):
+        last = jnp.zeros(sizes.rows, jnp.int32)
+        pages, _, x, _ = run(params, None, pages, None, last, packed.page_tables, vector)
+        outputs.append(x[: sum(end - start for _, start, end in pieces)])
+    ours = np.asarray(decoder.logits(head_parameters(params), jnp.concatenate(outputs)))
+
+    def theirs(dtype):
+        reference = load_base(path, dtype, attn_implementation="eager")
+        return np.concatenate([reference_logits(reference, own) for own in tokens])
+
+    truth = theirs(torch.float64)
+    own, other = (np.linalg.norm(x - truth) for x in (ours, theirs(torch.bfloat16)))
+    assert own < 1.1 * other
 
 
 @pytest.mark.parametrize("unit", UNITS)

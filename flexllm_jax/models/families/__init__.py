@@ -25,7 +25,14 @@ FAMILIES: dict[str, Family] = {
 WRAPPERS: dict[str, Wrapper] = {
     wrapper.architecture: wrapper
     for wrapper in (
-        Wrapper("gemma3", "Gemma3ForConditionalGeneration", text="gemma3_text"),
-        Wrapper("mistral3", "Mistral3ForConditionalGeneration", text="mistral"),
+        Wrapper(
+            "Gemma 3 with vision", "gemma3", "Gemma3ForConditionalGeneration", text="gemma3_text"
+        ),
+        Wrapper(
+            "Mistral Small 3, Ministral 3 with vision",
+            "mistral3",
+            "Mistral3ForConditionalGeneration",
+            text="mistral",
+        ),
     )
 }

@@ -96,6 +96,7 @@ def _olmo_norms(fields: Fields) -> Any:
 
 
 SMOLLM3 = Family(
+    "SmolLM3",
     "smollm3",
     "SmolLM3ForCausalLM",
     layers=_smollm3,
@@ -109,6 +110,7 @@ SMOLLM3 = Family(
     harmless=frozenset({"sliding_window", "layer_types", "max_window_layers"}),
 )
 SEED_OSS = Family(
+    "Seed-OSS",
     "seed_oss",
     "SeedOssForCausalLM",
     layers=_seed_oss,
@@ -122,6 +124,7 @@ SEED_OSS = Family(
     },
 )
 GRANITE = Family(
+    "Granite, dense",
     "granite",
     "GraniteForCausalLM",
     layers=_granite,
@@ -130,7 +133,7 @@ GRANITE = Family(
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
 )
 _OLMO = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
-OLMO2 = Family("olmo2", "Olmo2ForCausalLM", layers=_olmo2, defaults=_OLMO)
+OLMO2 = Family("OLMo 2", "olmo2", "Olmo2ForCausalLM", layers=_olmo2, defaults=_OLMO)
 OLMO3 = Family(
-    "olmo3", "Olmo3ForCausalLM", layers=_olmo3, defaults=_OLMO | {"sliding_window": 4096}
+    "OLMo 3", "olmo3", "Olmo3ForCausalLM", layers=_olmo3, defaults=_OLMO | {"sliding_window": 4096}
 )

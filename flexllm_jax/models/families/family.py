@@ -18,12 +18,14 @@ def plain_head(fields: Fields) -> HeadSpec:
 class Family:
     """A row of the table.
 
-    model_type, architecture: transformers' names. layers: all of them, in order. defaults: what
-    transformers' config class fills in. harmless: fields that change nothing here, beside those of
-    `fields.HARMLESS`; every other one that is not read is refused. around: fields of `ModelConfig`
-    that say what is before the layers. head: what is behind them. names: of its modules.
+    title: what people call it. model_type, architecture: transformers' names. layers: all of them,
+    in order. defaults: what transformers' config class fills in. harmless: fields that change
+    nothing here, beside those of `fields.HARMLESS`; every other one that is not read is refused.
+    around: fields of `ModelConfig` that say what is before the layers. head: what is behind them.
+    names: of its modules.
     """
 
+    title: str
     model_type: str
     architecture: str
     layers: Callable[[Fields], tuple[LayerSpec, ...]]
@@ -50,6 +52,7 @@ class Wrapper:
     """A model of more than text: its `config.json` has that of a family under `text_config`, and
     its other parts are left out. text: that family's model_type, where the file does not say."""
 
+    title: str
     model_type: str
     architecture: str
     text: str

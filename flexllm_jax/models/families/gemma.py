@@ -73,6 +73,7 @@ _DEFAULTS = {
     "eos_token_id": 1,
 }
 GEMMA2 = Family(
+    "Gemma 2",
     "gemma2",
     "Gemma2ForCausalLM",
     layers=_gemma2,
@@ -86,6 +87,7 @@ GEMMA2 = Family(
     },
 )
 GEMMA3 = Family(
+    "Gemma 3",
     "gemma3_text",
     "Gemma3ForCausalLM",
     layers=_gemma3,

@@ -87,12 +87,14 @@ def _glm4(fields: Fields) -> tuple[LayerSpec, ...]:
 _QWEN = frozenset({"sliding_window", "max_window_layers", "use_sliding_window"})
 
 LLAMA = Family(
+    "Llama 3",
     "llama",
     "LlamaForCausalLM",
     layers=_llama,
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
 )
 MISTRAL = Family(
+    "Mistral",
     "mistral",
     "MistralForCausalLM",
     layers=_mistral,
@@ -105,6 +107,7 @@ MISTRAL = Family(
     },
 )
 MINISTRAL = Family(
+    "Ministral",
     "ministral",
     "MinistralForCausalLM",
     layers=_ministral,
@@ -117,6 +120,7 @@ MINISTRAL = Family(
     },
 )
 MINISTRAL3 = Family(
+    "Ministral 3",
     "ministral3",
     "Ministral3ForCausalLM",
     layers=lambda fields: _mistral(fields, growing=True),
@@ -139,6 +143,7 @@ MINISTRAL3 = Family(
     },
 )
 QWEN2 = Family(
+    "Qwen2.5",
     "qwen2",
     "Qwen2ForCausalLM",
     layers=lambda fields: _qwen(fields, qkv_bias=True, o_bias=False),
@@ -146,6 +151,7 @@ QWEN2 = Family(
     harmless=_QWEN,
 )
 QWEN3 = Family(
+    "Qwen3, dense",
     "qwen3",
     "Qwen3ForCausalLM",
     layers=lambda fields: _qwen(fields, qk_norm="head"),
@@ -153,6 +159,7 @@ QWEN3 = Family(
     harmless=_QWEN,
 )
 PHI3 = Family(
+    "Phi-3, Phi-3.5, Phi-4",
     "phi3",
     "Phi3ForCausalLM",
     layers=_phi3,
@@ -166,6 +173,7 @@ PHI3 = Family(
     harmless=frozenset({"original_max_position_embeddings", "full_attn_mod", "interpolate_factor"}),
 )
 GLM4 = Family(
+    "GLM-4 (0414)",
     "glm4",
     "Glm4ForCausalLM",
     layers=_glm4,

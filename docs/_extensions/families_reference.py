@@ -1,0 +1,103 @@
+"""The table of model families, made from the families' own rows: what each one's fields say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from flexllm_jax.models.families import FAMILIES, WRAPPERS
+from flexllm_jax.models.families.family import Family
+from flexllm_jax.models.fields import Fields
+from flexllm_jax.models.names import HEAD, PROJECTIONS
+from flexllm_jax.models.spec import HeadSpec, LayerSpec
+
+# What a configuration without defaults must say; twelve layers hold every pattern of kinds.
+_SIZES: dict[str, Any] = {
+    **{"vocab_size": 128, "hidden_size": 256, "intermediate_size": 96, "num_hidden_layers": 12},
+    **{"num_attention_heads": 32, "num_key_value_heads": 32},
+}
+
+
+def families_markdown() -> str:
+    """Markdown of the table."""
+    rows = [_row(family) for family in FAMILIES.values()]
+    rows += [
+        (
+            wrapper.title,
+            f"`{wrapper.architecture}`",
+            f"the text's part, under `text_config`; `{wrapper.text}` where that does not say",
+            "of that part",
+            "of that part",
+        )
+        for wrapper in WRAPPERS.values()
+    ]
+    head = ("family", "`architectures`", "differs from Llama in", "sites of LoRA", "`parallel.tp`")
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _row(family: Family) -> tuple[str, ...]:
+    fields = Fields(_SIZES | family.defaults)
+    layers, head = family.layers(fields), family.head(fields)
+    around = family.around(fields)
+    names = dict(PROJECTIONS) | dict(family.names.changed)
+    sites = [names[site].rpartition(".")[2] for site in layers[0].kernel_shapes(1)]
+    usual = [PROJECTIONS[s].rpartition(".")[2] for s in ("q", "k", "v", "o", "gate", "up", "down")]
+    what = "the usual seven" if sites == usual else ", ".join(f"`{site}`" for site in sites)
+    attention = layers[0].attention
+    alone = attention.fused or layers[0].mlp.fused or attention.qk_norm == "projection"
+    return (
+        family.title,
+        f"`{family.architecture}`",
+        "; ".join([*_differences(layers), *_ends(around, head)]) or "nothing",
+        f"{what}, `{HEAD}`",
+        "1" if alone else "any",
+    )
+
+
+def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
+    """Of the layers, as they are without a configuration that says otherwise."""
+    first = layers[0]
+    attention, norm = first.attention, first.norm
+    windows = sum(layer.attention.options.window is not None for layer in layers)
+    if windows:
+        which = "every layer" if windows == len(layers) else f"{windows} of 12 layers"
+        yield f"a window in {which}"
+    if still := sum(layer.attention.rope is None for layer in layers):
+        yield f"no RoPE in {still} of 12 layers"
+    ropes = {layer.attention.rope for layer in layers} - {None}
+    if len(ropes) > 1:
+        yield "a RoPE for each kind of layer"
+    for rope in list(ropes)[:1]:
+        if rope is not None and rope.rotated:
+            yield f"RoPE of {rope.rotated} of a head's {attention.head_dim} elements"
+        if rope is not None and rope.neighbours:
+            yield "RoPE of neighbours"
+        if rope is not None and rope.growth:
+            yield "queries that grow with their position"
+    if attention.qkv_bias:
+        yield "biases of q, k and v" + (" and of o" if attention.o_bias else "")
+    if attention.qk_norm:
+        over = {"head": "each head", "projection": "all heads together"}[attention.qk_norm]
+        yield f"norms of queries and keys over {over}"
+    if attention.options.soft_cap:
+        yield "a soft cap of scores"
+    if attention.options.scale is not None:
+        yield "a scale of scores of its own"
+    if fused := [
+        name for name, part in (("q, k, v", attention), ("gate, up", first.mlp)) if part.fused
+    ]:
+        yield f"{' and '.join(fused)} in one projection"
+    if norm.post:
+        yield "norms before and behind" if norm.pre else "norms behind alone"
+    if norm.offset:
+        yield "norms' weights are 1 + what is stored"
+    if first.mlp.activation != "silu":
+        yield f"activation {first.mlp.activation}"
+
+
+def _ends(around: dict[str, Any], head: HeadSpec) -> Iterator[str]:
+    if "embed_scale" in around:
+        yield "scaled embeddings"
+    if head.soft_cap:
+        yield "a soft cap of logits"
