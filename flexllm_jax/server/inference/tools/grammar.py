@@ -99,7 +99,8 @@ def _values(
 ) -> tuple[str, list[str]]:
     """The arguments of a function in the order of its schema, each between what `opening` and
     `close` match: a part of a rule, and more rules."""
-    required = (schema or {}).get("required") or []
+    given_required = (schema or {}).get("required")
+    required = given_required if isinstance(given_required, list) else []
     parts, rules = [], []
     for j, (key, given) in enumerate(properties_of(schema).items()):
         rule = f"value{i}_{j}"
