@@ -54,6 +54,7 @@ class _Style:
     arguments: Literal["values", "text", "objects"]  # of calls: as they are, as JSON, in an object
     empty: Literal["text", "none", "absent"]  # what no content beside calls is
     texts: bool  # contents are texts, else lists of parts
+    short_ids: bool  # ids of calls have nine letters and digits, as Mistral's templates want them
 
     def write(self, messages: Sequence[Message]) -> list[Message]:
         """The messages in this style."""
@@ -67,6 +68,8 @@ class _Style:
 
     def _write(self, message: Message) -> Message:
         message = dict(message)
+        if self.short_ids and isinstance(call_id := message.get("tool_call_id"), str):
+            message["tool_call_id"] = _short_id(call_id)
         if message["role"] == "developer" and not self.keep_developer:
             message["role"] = "system"
         if calls := message.get("tool_calls"):
@@ -84,7 +87,17 @@ class _Style:
             arguments = json.dumps(arguments, ensure_ascii=False)
         if self.arguments == "objects" and not isinstance(arguments, Mapping):
             arguments = {"arguments": arguments}
-        return {**call, "function": {**function, "arguments": arguments}}
+        call = {**call, "function": {**function, "arguments": arguments}}
+        if self.short_ids and isinstance(call.get("id"), str):
+            call["id"] = _short_id(call["id"])
+        return call
+
+
+def _short_id(call_id: str) -> str:
+    """The same of the same, wherever it is."""
+    if len(call_id) == 9 and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.blake2b(call_id.encode(errors="replace"), digest_size=5).hexdigest()[:9]
 
 
 def _in_parts(message: Message) -> Message:
@@ -237,8 +250,9 @@ def _styles(shape: Shape, source: str) -> Iterator[_Style]:
     late = any(form.role in SYSTEM_ROLES for form in shape[1:])
     knows_developer = "developer" in source and any(form.role == "developer" for form in shape)
     yield from (
-        _Style(developer, places, arguments, empty, texts)
-        for texts, arguments, empty, places, developer in product(
+        _Style(developer, places, arguments, empty, texts, short_ids)
+        for short_ids, texts, arguments, empty, places, developer in product(
+            (False, True) if has_calls else (False,),
             (True, False),
             ("values", "text", "objects")[: 1 + has_calls + has_odd],
             ("text", "none", "absent") if has_empty else ("text",),
@@ -269,7 +283,7 @@ def _sample(shape: Shape) -> list[Message]:
         content = word if form.has_content or not form.calls else ""
         message: Message = {"role": form.role, "content": content}
         if form.calls:
-            call_id = f"{i:09d}"[-9:]  # as long as Mistral's are
+            call_id = f"call_{i:024d}"  # of OpenAI's form
             function = {"name": word, "arguments": {"a": word} if form.has_objects else [word]}
             message["tool_calls"] = [
                 {"id": call_id, "type": "function", "function": function} for _ in range(form.calls)

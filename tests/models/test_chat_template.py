@@ -54,6 +54,15 @@ OBJECTS = (
     "{% for key, value in c.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}"
     "{% endfor %}{% endif %}{{ '\\n' }}{% endfor %}" + END
 )
+# As Mistral's: ids of nine letters and digits, in a call and its result.
+NINE = (
+    "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"
+    "<call>{{ c.function | tojson }} {{ c.id }}{% endfor %}{% elif m.role == 'tool' %}"
+    "{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}"
+    "<tool>{{ m.content }} {{ m.tool_call_id }}{% else %}<{{ m.role }}>{{ m.content }}{% endif %}"
+    "{{ '\\n' }}{% endfor %}" + END
+)
 PARTS = (
     "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}"
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}"
@@ -159,6 +168,19 @@ def test_calls_reach_the_model(template, call):
         {"role": "function", "name": "add", "content": "7"},
     ]
     assert render(template, messages) == f"<user>3+4?\n{call}\n<tool>7\n<assistant>"
+
+
+def test_ids_of_calls_are_as_long_as_the_template_wants_them():
+    def conversation(call_id):
+        call = {"id": call_id, "type": "function", "function": {"name": "add", "arguments": "{}"}}
+        asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+        return [USER, asked, {"role": "tool", "tool_call_id": call_id, "content": "7"}]
+
+    lines = render(NINE, conversation("call_0123456789abcdef01234567")).split("\n")
+    own = lines[1].split()[-1]
+    assert len(own) == 9 and own.isalnum() and lines[2] == f"<tool>7 {own}"
+    assert own not in render(NINE, conversation("call_other"))
+    assert "abcDEF123" in render(NINE, conversation("abcDEF123"))  # it is one
 
 
 def test_contents_as_parts():
