@@ -137,7 +137,7 @@ def test_an_engine_under_load_is_predicted(tmp_path):
         ttft = name.endswith("ttft_mean_ms")  # of few requests, some of them long
         assert predicted == pytest.approx(found, rel=0.35 if ttft else 0.08), name
     assert len(rows) == 3 + 4 * 4
-    plot(rows, tmp_path / "serving.png")
+    plot(rows, [], tmp_path / "serving.png")
     assert (tmp_path / "serving.png").stat().st_size > 10_000
 
 

@@ -79,8 +79,9 @@ def table(rows: Sequence[Row]) -> Table:
     return made
 
 
-def plot(rows: Sequence[Row], file: Path) -> None:
-    """Finetuning tokens/s and TPOT by request rate."""
+def plot(rows: Sequence[Row], paper: Sequence[dict[str, Any]], file: Path) -> None:
+    """Finetuning tokens/s and TPOT by request rate. `paper`: the paper's rows for the same model,
+    as `docs/results/paper_rows` has them."""
     matplotlib.use("agg")
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     by_figure: dict[str, list[tuple[float, float, float]]] = {}
@@ -96,12 +97,15 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         rates, predicted, measured = zip(*by_figure[what], strict=True)
         axis.plot(rates, measured, "o-", color="#2f6fb0", label="measured")
         axis.plot(rates, predicted, "s--", color="#9aa5b1", label="predicted")
+        rates, published = [row["rate"] for row in paper], [row[f"paper_{what}"] for row in paper]
+        axis.plot(rates, published, "^:", color="#7a6a58", label="the paper, one A100")
         axis.set(xlabel="requests per second", ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     alone = next((row for row in rows if row[0].startswith("finetuning alone")), None)
     if alone:
-        axes[0].axhline(alone[2], color="#d9822b", linewidth=1, label="measured, no requests")
+        axes[0].axhline(alone[2], color="#d9822b", linewidth=1)
+        axes[0].annotate("measured, no requests", (6, alone[2]), va="bottom", color="#d9822b")
     for axis in axes:
         axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=150)
