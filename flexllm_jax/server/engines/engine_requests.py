@@ -1,7 +1,8 @@
 """Requests in the engine's process, from a message to tokens told.
 
 What takes time is done before the engine's thread is asked: constraints are made, and adapters
-read, in workers.
+read, in workers. Of several outputs of one prompt the first goes ahead: the others
+find the prompt in the prefix cache.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class EngineRequests:
             *(loop, calls, self._add, self._refuse, load, engine.config.server.adapter_wait_s)
         )
         self._compiling: set[int] = set()  # requests whose constraints are not made yet
+        self._behind: dict[int, Numbered] = {}  # by the number of the one that goes ahead of them
+        self._paths: dict[int, str | None] = {}  # of their adapter, likewise
+        caching = engine.config.cache.prefix_caching
+        # Prompts that are worth it have a whole page.
+        self._shared = engine.runner.sizes.page_size if caching else None
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Drop requests."""
@@ -59,7 +65,8 @@ class EngineRequests:
         first = requests[0]  # a message is about one adapter and one constraint
         if not first.params.is_constrained:
             numbered = _number(requests, [None] * len(requests))
-            self._loop.post(partial(self._submit, numbered, first.adapter, first.adapter_path))
+            behind = _followers(numbered, self._shared)
+            self._loop.post(partial(self._lead, numbered, behind, first))
         else:
             self._loop.post(partial(self._compiling.update, [r.request_id for r in requests]))
             self._compile_in_worker(self._compile, requests)
@@ -85,6 +92,19 @@ class EngineRequests:
 
     # -- in the engine's thread --------------------------------------------------------------------
 
+    def _lead(self, requests: Numbered, behind: dict[int, list[int]], first: Generate) -> None:
+        """Queue those that go ahead of others with their prompt, and those without any."""
+        for leader, others in behind.items():
+            self._behind[leader] = {number: requests.pop(number) for number in others}
+            self._paths[leader] = first.adapter_path
+        self._submit(requests, first.adapter, first.adapter_path)
+
+    def _follow(self, leader: int) -> None:
+        """What waits for a request's prompt goes on: that is there, or will not be."""
+        path = self._paths.pop(leader, None)
+        if others := self._behind.pop(leader, None):
+            self._submit(others, next(iter(others.values())).adapter, path)
+
     def _submit(self, requests: Numbered, adapter: str | None, path: str | None) -> None:
         if adapter and path and not self._calls.is_loaded(adapter):
             self._loads.want(adapter, path, requests)
@@ -98,6 +118,9 @@ class EngineRequests:
             Output(number, [], error=error, invalid=invalid, busy=busy) for number in request_ids
         ]
         self._tell(Outputs(outputs))
+        for number in list(request_ids):
+            if number in self._behind:
+                self._loop.post(partial(self._follow, number))
 
     def _add(self, requests: Numbered) -> None:
         try:
@@ -117,7 +140,11 @@ class EngineRequests:
     def _cancel(self, request_ids: Sequence[int]) -> None:
         self._compiling.difference_update(request_ids)
         self._loads.cancel(request_ids)
+        for others in self._behind.values():
+            for request_id in request_ids:
+                others.pop(request_id, None)
         for request_id in request_ids:
+            self._follow(request_id)
             future = self._futures.pop(request_id, None)
             if future is not None:
                 self._active.pop(future.state.request_id, None)
@@ -125,13 +152,15 @@ class EngineRequests:
 
     def tell_tokens(self) -> None:
         """In the engine's thread, after a step: the tokens that it brought."""
-        outputs = []
+        outputs, ahead = [], []
         for state in self._engine.progressed:
             active = self._active.get(state.request_id)
             if active is None:
                 continue
             request_id = active[0]
             first = len(state.output) == 1
+            if request_id in self._behind:
+                ahead.append(request_id)
             outputs.append(
                 Output(
                     request_id,
@@ -149,6 +178,8 @@ class EngineRequests:
                 del self._active[state.request_id], self._futures[request_id]
         if outputs:
             self._tell(Outputs(outputs))
+        for request_id in ahead:
+            self._follow(request_id)
         if self._loads.waiting:
             self._loads.go_on()
 
@@ -160,6 +191,21 @@ def _number(requests: Sequence[Generate], constraints: Sequence[Constraint | Non
         )
         for r, constraint in zip(requests, constraints, strict=True)
     }
+
+
+def _followers(requests: Numbered, shared: int | None) -> dict[int, list[int]]:
+    """Of requests with one adapter, those whose prompt another one computes before, by that one;
+    `shared`: a prompt has to have more tokens, or nothing is shared."""
+    found: dict[int, list[int]] = {}
+    leaders: dict[tuple[int, ...], int] = {}
+    for number, request in requests.items():
+        if shared is None or len(requests) == 1:
+            break
+        if len(request.prompt) > shared and request.params.prompt_logprobs is None:
+            leader = leaders.setdefault(request.prompt, number)
+            if leader != number:
+                found.setdefault(leader, []).append(number)
+    return found
 
 
 def _queued_s(state: RequestState) -> float | None:

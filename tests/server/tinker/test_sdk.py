@@ -176,7 +176,7 @@ def test_custom_losses_and_several_targets(service, chat_llama, tmp_path):
     data = [datum(text) for text in texts(6)]
 
     def squared(data, found):
-        loss = sum((own**2).sum() for own in found)
+        loss = torch.stack([(own**2).sum() for own in found]).sum()
         return loss, {"squares": loss.item()}
 
     told = model.forward_backward_custom(data, squared).result()
