@@ -1,6 +1,6 @@
 """Their side: transformers and PEFT on torch, which also makes the random model of both.
 
-This module and `trainer` alone need torch and peft.
+This module, `trainer` and `trl` alone need torch and peft.
 """
 
 from __future__ import annotations

@@ -104,3 +104,31 @@ def plot_epoch(result: dict[str, Any], file: Path) -> None:
     axis.set_title("tokens in the loss per second")
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=150)
+
+
+_RATIOS = ("tokens_per_s", "time_to_reward", "cpu_time")
+
+
+def show_answers(result: dict[str, Any], console: Console) -> None:
+    """Print a comparison of learning from rewards as a table, medians of the rounds."""
+    table = Table(title="learning from rewards, medians of the rounds")
+    reward = result["reward"]
+    for column in ("", "tokens/s", "seconds", f"seconds to {reward}", "last reward", "tokens/s ÷"):
+        table.add_column(column)
+    for column in (f"time to {reward} ÷", "CPU time ÷"):
+        table.add_column(column)
+    for name, side in result["sides"].items():
+        reached = [seconds for seconds in side["seconds_to_reward"] if seconds is not None]
+        ratio = result["ratio"].get(name, {})
+        last = [sum(rewards[-3:]) / len(rewards[-3:]) for rewards in side["rewards"]]
+        table.add_row(
+            name,
+            f"{median(side['tokens_per_s']):.0f}",
+            f"{median(side['seconds']):.1f}",
+            f"{median(reached):.1f}" if len(reached) == len(last) else "not all",
+            f"{median(last):.2f}",
+            *(f"{ratio[name]:.2f}" if ratio.get(name) else "" for name in _RATIOS),
+        )
+    console.print(table)
+    gaps = ", ".join(f"{name} {value:.1e}" for name, value in result["first_step"].items())
+    console.print(f"TRL's first step, computed here, differs by: {gaps}", highlight=False)
