@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import partial
@@ -54,7 +54,7 @@ class AnswerTask:
         return self.batch_size * self.generations
 
 
-def reward_of(text: str, facts: dict[str, str]) -> float:
+def reward_of(text: str, facts: Mapping[str, Any]) -> float:
     """A third each for being close to the answer, for being it, and for the facts in it."""
     close = SequenceMatcher(None, text, facts["answer"]).ratio()
     found = sum(facts[name] in text for name in FACTS[1:]) / 3
@@ -181,8 +181,8 @@ def differences(llm: LLM, batch: ScoredBatch) -> dict[str, float]:
     for text, length, gain, output, theirs in zip(
         texts, lengths, own, scored, batch.logprobs, strict=True
     ):
-        known = zip(text[-length:], output.prompt_logprobs[-length:], strict=True)
-        logprob = [entry[token] for token, entry in known]
+        known = zip(text[-length:], (output.prompt_logprobs or [])[-length:], strict=True)
+        logprob = [(entry or {})[token] for token, entry in known]
         logprob_gap = max(logprob_gap, float(np.abs(logprob - theirs).max()))
         episode = Episode(0)
         episode.hear(text[:-length])

@@ -1,4 +1,10 @@
-"""Their side of learning from rewards: TRL's GRPOTrainer with PEFT, transformers' generation."""
+"""Their side of learning from rewards: TRL's GRPOTrainer with PEFT, transformers' generation.
+
+TRL is no dependency of anything else: its extra is `trl`.
+"""
+
+# pyright: reportMissingImports=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
