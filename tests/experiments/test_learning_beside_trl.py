@@ -1,4 +1,4 @@
-"""Learning from rewards beside TRL: what of a batch is computed again, and how runs are compared."""
+"""Learning from rewards beside TRL: what is computed again of a batch, how runs are compared."""
 
 import json
 
