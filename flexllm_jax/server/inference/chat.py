@@ -79,8 +79,8 @@ async def _whole(conversation: _Chat) -> Response:
             "logprobs": {"content": reported[i]} if body.logprobs else None,
             "finish_reason": reasons[i],
             "stop_reason": stops[i],
+            "token_ids": tokens[i] if body.return_token_ids else None,
         }
-        | ({"token_ids": tokens[i]} if body.return_token_ids else {})
         for i in range(count)
     ]
     head = {**conversation.head, "object": "chat.completion", **of_prompt}

@@ -145,6 +145,8 @@ class _Completion:
         }
         if self.body.return_token_ids:
             shown["token_ids"] = choice.token_ids
+        elif not self.body.stream:
+            shown["token_ids"] = None
         choice.of_prompt, choice.token_ids = {}, []
         return shown
 
@@ -189,8 +191,7 @@ async def _encode(body: CompletionRequest, inference: Inference) -> list[_Prompt
     special, limit = body.add_special_tokens is not False, inference.max_model_len()
     codec, texts = inference.codec, [prompt for prompt in given if isinstance(prompt, str)]
     if not texts:
-        kept = body.truncate_prompt_tokens or 0
-        return [_Prompt(prompt[-kept:], None, []) for prompt in given]
+        return [_Prompt(body.cut(prompt), None, []) for prompt in given]
     encoded = await inference.encode(body, texts, special=special)
     if body.truncate_prompt_tokens is not None:  # an echo is of what is left
         return [_Prompt(tokens, None, []) for tokens in encoded]

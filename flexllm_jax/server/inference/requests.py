@@ -86,13 +86,11 @@ class Answer:
         self, body: InferenceRequest, index: int, logprobs: list[Logprobs | None] | None
     ) -> dict[str, Any]:
         """What vLLM's fields ask for of an output's prompt: its tokens, and what was likely."""
-        prompt, told = self.prompts[index * len(self.prompts) // len(self.output_tokens)], {}
-        if body.return_token_ids:
-            told["prompt_token_ids"] = prompt
+        prompt, table = self.prompts[index * len(self.prompts) // len(self.output_tokens)], None
         if body.prompt_logprobs is not None:
             table = prompt_table(self._detokenizer, prompt, logprobs or [], body.prompt_logprobs)
-            told["prompt_logprobs"] = table
-        return told
+        tokens = prompt if body.return_token_ids else None
+        return {"prompt_token_ids": tokens, "prompt_logprobs": table}
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -275,13 +273,13 @@ class Inference:
     async def encode(
         self, body: InferenceRequest | TokenizeRequest, texts: Sequence[str], *, special: bool
     ) -> list[list[int]]:
-        """Tokens of prompts; of a prompt that is to be cut, the last ones."""
-        limit, kept = self.max_model_len(), body.truncate_prompt_tokens
-        if kept is None:
+        """Tokens of prompts; of a prompt that is to be cut, those that are left."""
+        limit = self.max_model_len()
+        if body.truncate_prompt_tokens is None:
             return await self.codec.encode(texts, limit, add_special_tokens=special)
         longest = max(map(len, texts), default=0)
         encoded = await self.codec.encode(texts, longest, add_special_tokens=special)
-        return [tokens[-kept:] for tokens in encoded]
+        return [body.cut(tokens) for tokens in encoded]
 
     def open(
         self,

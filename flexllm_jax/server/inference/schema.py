@@ -74,7 +74,21 @@ class ResponseFormat(Body):
         return self
 
 
-class InferenceRequest(Body):
+class CutPrompt(Body):
+    """How a prompt is cut that has too many tokens."""
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """What is left of a prompt: its end, unless its right side is to be cut."""
+        kept = self.truncate_prompt_tokens
+        if kept is None:
+            return tokens
+        return tokens[:kept] if self.truncation_side == "right" else tokens[-kept:]
+
+
+class InferenceRequest(CutPrompt):
     """What completions and chat completions have in common. Extra fields are kept, to be refused if
     they mean something."""
 
@@ -103,7 +117,6 @@ class InferenceRequest(Body):
     bad_words: Annotated[list[_StopString], Field(fail_fast=True, max_length=256)] | None = None
     logprob_token_ids: Tokens | None = None
     skip_special_tokens: bool | None = True
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
@@ -343,7 +356,7 @@ CONVERSATION_FIELDS = {
 }
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(CutPrompt):
     """POST /tokenize: a prompt, or messages through the chat template."""
 
     model_config = ConfigDict(extra="allow")
@@ -360,7 +373,6 @@ class TokenizeRequest(Body):
     continue_final_message: bool | None = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     return_token_strs: bool | None = False
 
 

@@ -36,7 +36,8 @@ def test_completions_tell_ids_of_tokens(client, llama_reference):
     chunks = [c.choices[0] for c in complete(client, {"return_token_ids": True}, stream=True)]
     assert [token for chunk in chunks for token in chunk.token_ids] == expected
     assert [getattr(chunk, "prompt_token_ids", None) for chunk in chunks] == [PROMPT] + [None] * 5
-    assert not hasattr(complete(client, {}).choices[0], "token_ids")
+    unasked = complete(client, {}).choices[0]
+    assert unasked.token_ids is unasked.prompt_token_ids is unasked.prompt_logprobs is None
 
 
 def test_chats_tell_ids_of_tokens(client, server, llama_reference):
@@ -92,6 +93,8 @@ def test_of_a_prompt_that_is_cut_the_end_is_kept(client, tokenizer, llama_refere
     extra = {"truncate_prompt_tokens": 5, "return_token_ids": True}
     choice = complete(client, extra).choices[0]
     assert choice.prompt_token_ids == PROMPT[-5:]
+    cut = complete(client, extra | {"truncation_side": "right"}).choices[0]
+    assert cut.prompt_token_ids == PROMPT[:5]
     assert choice.token_ids == reference_greedy(llama_reference, PROMPT[-5:], 6)
     text = "words " * 400  # more than fit
     with pytest.raises(openai.BadRequestError, match="max_model_len"):
