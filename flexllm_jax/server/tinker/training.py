@@ -48,7 +48,6 @@ class Training:
         self._waiting = waiting
         self._several = several
         self.runs: dict[str, Run] = {}
-        self._owners: dict[str, tuple[str | None, str]] = {}  # of models: key and session
         self._opening: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     # -- requests ---------------------------------------------------------------------------------
@@ -114,7 +113,8 @@ class Training:
         async with self._opening[row.id]:
             if await self._open(row.id, client) is not None:
                 return promise  # it was asked for before
-            self._check_count(client)
+            if row.corrupted is None:
+                self._check_count(client)
             now = time.time()
             request = RequestRow(
                 model_id=row.id, seq_id=0, kind=kind, body=raw, created_at=now, failed=False
@@ -125,7 +125,6 @@ class Training:
                 session.add(request)
 
             await self._journal.write(write)
-            self._owners[row.id] = (row.owner, row.session_id)
             run = self.runs[row.id] = Run(self._around, row, {})
             self._waiting.add(row.owner, len(raw))
             run.add(Pending(0, kind, raw, already_written()))
@@ -134,9 +133,9 @@ class Training:
     def _check_count(self, client: Client) -> None:
         """ApiError 429 when there may be no more models."""
         shares = Shares(self._section.max_models, self._several)
-        for owner, session_id in self._owners.values():
-            if self._sessions.is_active(session_id):
-                shares.add(owner, 1)
+        for row in [run.row for run in self.runs.values()]:
+            if self._sessions.is_active(row.session_id) and row.corrupted is None:
+                shares.add(row.owner, 1)
         if not shares.take(client, 1):
             raise ApiError(
                 429,
@@ -256,7 +255,6 @@ class Training:
         return run if client.may_see(run.row.owner) else None
 
     def _restore(self, row: ModelRow, done: dict[int, bool], left: list[RequestRow]) -> Run:
-        self._owners[row.id] = (row.owner, row.session_id)
         run = self.runs[row.id] = Run(self._around, row, done)
         for request in left:
             body = request.body or b""
@@ -285,13 +283,13 @@ class Training:
     async def sweep(self) -> None:
         """Models whose clients are silent leave the engines; results are forgotten."""
         for model_id, run in list(self.runs.items()):
-            if not self._sessions.is_active(run.row.session_id) and run.idle:
+            silent = not self._sessions.is_active(run.row.session_id)
+            if (silent or run.row.corrupted is not None) and run.idle:
                 async with self._opening[model_id]:
                     await run.close()
                     self.runs.pop(model_id, None)
-        for model_id in [m for m in self._owners if m not in self.runs]:
-            del self._owners[model_id]
-            if not self._opening[model_id].locked():
+        for model_id, lock in list(self._opening.items()):
+            if model_id not in self.runs and not lock.locked():
                 del self._opening[model_id]
         now = time.time()
         old = or_(
