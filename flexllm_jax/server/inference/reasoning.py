@@ -23,7 +23,7 @@ class ReasoningFormat:
 
 
 FORMATS = (
-    # Qwen3, SmolLM3, GLM-4.5 and later, OLMo 3, Phi-4-reasoning, Granite 3.3, DeepSeek-R1's pupils
+    # Qwen3, SmolLM3, GLM-4.5 and later, OLMo 3, Phi-4-reasoning, DeepSeek-R1 and its pupils
     ReasoningFormat("<think>", "</think>"),
     ReasoningFormat("<seed:think>", "</seed:think>"),  # Seed-OSS
     ReasoningFormat("[THINK]", "[/THINK]"),  # Magistral and Ministral

@@ -113,6 +113,10 @@ def test_a_request_means_a_chat_request():
     [
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image'"),
         ({"messages": [{"role": "user", "content": 3}]}, "content is 3"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": 3}]}]},
+            "parts that are not text",
+        ),
         ({"tools": [WEATHER | {"name": "a b"}]}, "tools.0.function.name"),
         ({"mcp_servers": [{}]}, "mcp_servers: is not supported"),
     ],

@@ -271,6 +271,12 @@ def test_a_response_in_the_background_is_cancelled(client):
         client.responses.create(**ASK, background=True, store=False)
 
 
+def test_what_cannot_be_told_again_is_refused(server):
+    body = json.dumps(ASK | {"metadata": {"a": "\ud800"}}).encode()
+    status, _, answer = server.post("/v1/responses", body)
+    assert status == 400 and "surrogate" in answer, answer
+
+
 class Failing:
     """An answer whose engine fails after some text."""
 

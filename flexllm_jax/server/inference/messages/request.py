@@ -181,7 +181,9 @@ def _result(block: Mapping[str, Any]) -> Any:
     content = block.get("content") or ""
     if isinstance(content, str):
         return content
-    if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in content):
+    if not isinstance(content, list) or any(
+        not isinstance(part, Mapping) or part.get("type") != "text" for part in content
+    ):
         raise _wrong("a tool_result has parts that are not text")
     return "\n".join(str(part.get("text")) for part in content)
 

@@ -102,7 +102,10 @@ def routes(inference: Inference, responses: Responses) -> APIRouter:
 
     @router.get(_ONE)
     async def retrieve(
-        response_id: str, client: Known, stream: bool = False, starting_after: int = -1
+        response_id: str,
+        client: Known,
+        stream: bool = False,
+        starting_after: Annotated[int, Query(ge=-1)] = -1,
     ) -> Response:
         if not stream:
             return sse.json_response(await responses.get(client, response_id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -66,6 +67,11 @@ class Responses:
         if body.background and body.store is False:
             message = "background: a response that is not stored cannot be read later; store it"
             raise ApiError(400, message, param="background")
+        try:
+            json.dumps(body.model_dump(), ensure_ascii=False).encode()  # as it is told again
+        except (UnicodeEncodeError, RecursionError):
+            message = "the body has half a surrogate pair, which is no character, or is too deep"
+            raise ApiError(400, message) from None
         before = await self.store.conversation(client, body.previous_response_id)
         return await converse(body.to_chat(before), client, self._inference, clip=True)
 
