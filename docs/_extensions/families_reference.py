@@ -37,7 +37,7 @@ def families_markdown() -> str:
 
 
 def _row(family: Family) -> tuple[str, ...]:
-    fields = Fields(_SIZES | family.defaults)
+    fields = Fields({**_SIZES, **family.defaults})
     layers, head = family.layers(fields), family.head(fields)
     around = family.around(fields)
     names = dict(PROJECTIONS) | dict(family.names.changed)

@@ -1,5 +1,6 @@
 """The table of model families in the docs, which the build makes from the families' rows."""
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -15,9 +16,8 @@ from tests import checkpoints
 def rows():
     """Cells by architecture."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs" / "_extensions"))
-    from families_reference import families_markdown
-
-    lines = families_markdown().splitlines()[2:]
+    made = importlib.import_module("families_reference").families_markdown()
+    lines = made.splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[1].strip("`"): row for row in cells}
 

@@ -161,7 +161,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_transformers(family, tmp_path):
 
     def theirs(dtype):
         reference = load_base(path, dtype, attn_implementation="eager")
-        return np.concatenate([reference_logits(reference, own) for own in tokens])
+        return np.concatenate([reference_logits(reference, own.tolist()) for own in tokens])
 
     truth = theirs(torch.float64)
     own, other = (np.linalg.norm(x - truth) for x in (ours, theirs(torch.bfloat16)))
