@@ -3,14 +3,14 @@
 Inference's part of the step is given and takes its time whether or not finetuning comes along.
 What is chosen is the bucket: it is filled with forward tokens, as padding costs as much, and what
 is left of the time budget is filled with units, as more work then shares the fixed cost of the
-step. With one microbatch forward and one backward, steps take their whole budget, and neither
-microbatch shall wait for the other in the end: the best bucket is that of the largest
+step. Beside requests, with one microbatch forward and one backward, steps take their whole budget,
+and neither microbatch shall wait for the other in the end: the best bucket is that of the largest
 
     min(tokens / tokens left, units / units left)
 
 which spreads the forward evenly over the steps of the backward: a few tokens in every step are
-nearly free as long as reading weights bounds it, and many in one are not. With one lane alone it is
-that of the most progress per second,
+nearly free as long as reading weights bounds it, and many in one are not. With one lane alone, or
+no requests whose step reads the weights anyway, it is that of the most progress per second,
 
     (tokens x what a token costs in a full step + seconds of units) / seconds of the step
 
@@ -83,6 +83,7 @@ def choose(
     limit_s = max(inference_s, min(allowance.forward_s, budget_s))
     token_s = _token_s(latency, config)
     spent_s = backward.cost(backward.units_done) if backward else 0.0
+    beside = features.token_bucket > 0  # requests
     best_tokens, best_units, best_features = 0, 0, features
     best_merit = (0.0, 0.0, 0, 0)
     for tokens, candidate in _forwards(features, forward, allowance, config):
@@ -94,7 +95,7 @@ def choose(
             units = int(min(lane.affordable((budget_s - forward_s) / correction), allowance.units))
             unit_s = (lane.cost(lane.units_done + units) - spent_s) * correction
         value, step_s = tokens * token_s + unit_s, forward_s + unit_s
-        if forward and backward:
+        if forward and backward and beside:
             left = backward.total_units - backward.units_done
             progress = min(tokens / forward.left_after(0), units / left)
         else:
@@ -103,7 +104,7 @@ def choose(
         if merit > best_merit:
             best_merit = merit
             best_tokens, best_units, best_features = tokens, units, candidate
-        elif backward and progress < best_merit[0]:
+        elif backward and beside and progress < best_merit[0]:
             break  # tokens grow and units shrink with the bucket: it is past its best
     if not best_tokens and not best_units:
         return _smallest(features, forward, backward, config) if allowance.least else _NO_CHOICE

@@ -69,7 +69,7 @@ def test_it_is_what_brute_force_finds(data):
     def merit(tokens, units, seconds, unit_s):
         if not tokens and not units:
             return 0.0
-        if backward:
+        if backward and decode:
             left = backward.total_units - backward.units_done
             return min(tokens / forward.left_after(0), units / left)
         return (tokens * token_s + unit_s) / seconds
