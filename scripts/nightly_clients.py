@@ -6,6 +6,10 @@ Their requirements exclude one another, so install each in an environment of its
 install` does. One that is missing is told and left out. The exit status is 1 when a client failed a
 request or counted other tokens than it asked for.
 
+`--vllm-sources` is an unpacked source distribution of vLLM, whose tests of its server are then run
+against this one (with pytest-asyncio, httpx, requests and pybase64); what passed is printed, and
+the log says what did not.
+
     python scripts/nightly_clients.py --config configs/serve.yaml --out runs/nightly
 """
 
@@ -24,6 +28,7 @@ def main() -> int:
     """Run; returns the exit status."""
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/nightly"))
+    parser.add_argument("--vllm-sources", type=Path, help="a folder; none: without its tests")
     parser.add_argument("--no-load", action="store_true", help="leave our own load out")
     arguments = parser.parse_args()
     config = read_config(arguments)
@@ -33,6 +38,7 @@ def main() -> int:
         from flexllm_jax.experiments.load.outside_clients import outside_clients
         from flexllm_jax.experiments.load.run import run_load
         from flexllm_jax.experiments.load.server import ServerProcess
+        from flexllm_jax.experiments.load.vllm_suite import run as run_vllms_tests
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     console, failed = get_console(), False
@@ -43,6 +49,10 @@ def main() -> int:
             told = client.run(out)
             failed |= told.startswith("FAILED")
             console.print(f"{client.name}: {told}", soft_wrap=True, highlight=False)
+        if arguments.vllm_sources:
+            sources, checkpoint = arguments.vllm_sources.absolute(), config.model.path.absolute()
+            counted, log = run_vllms_tests(sources, server.url, model, checkpoint, out)
+            console.print(f"vLLM's tests: {counted}; see {log}", soft_wrap=True, highlight=False)
         if not server.healthy():
             failed = True
             console.print("FAILED: the server is not healthy after that")

@@ -1,0 +1,188 @@
+"""vLLM's own tests of its HTTP server, against ours: a plugin of pytest, and how it is run.
+
+The tests come from vLLM's source distribution, and are not changed but for the name of the model.
+They import vllm, whose place is taken by modules that know what the tests ask of it: a tokenizer, a
+vocabulary's size; and they start a server, whose place is taken by the one that runs. Tests that
+ask no server are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+_FOLDER = Path("tests/entrypoints/openai")
+# Those about text; the others need images, audio, embeddings of prompts, tools of MCP or gpt-oss.
+FILES = (
+    *(
+        f"chat_completion/test_{name}.py"
+        for name in (
+            "batched_chat_completions",
+            "chat",
+            "chat_completion",
+            "chat_echo",
+            "chat_logit_bias_validation",
+            "completion_with_function_calling",
+            "enable_force_include_usage",
+            "include_reasoning",
+            "logprob_token_ids",
+            "root_path",
+            "thinking_token_budget",
+        )
+    ),
+    "completion/test_completion.py",
+    "completion/test_prompt_validation.py",
+    "completion/test_token_in_token_out.py",
+    "models/test_models.py",
+    "responses/test_simple.py",
+    "test_chunked_prompt.py",
+    "test_return_token_ids.py",
+    "test_return_tokens_as_ids.py",
+)
+_NAMES = re.compile(r'^(MODEL_NAME|MODEL|MODEL_PATH) = .*|"HuggingFaceH4/zephyr-7b-beta"', re.M)
+
+
+def run(sources: Path, url: str, model: str, checkpoint: Path, out: Path) -> tuple[str, str]:
+    """Run the tests of an unpacked source distribution, with a copy and a log in `out`; the last
+    line that pytest prints, and where the log is."""
+    copy = out / "vllm-tests"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(sources / _FOLDER, copy / _FOLDER)
+    shutil.copy(sources / _FOLDER.parent / "conftest.py", copy / _FOLDER.parent)
+    for package in ("tests", "tests/entrypoints"):
+        (copy / package / "__init__.py").touch()
+    for path in copy.rglob("*.py"):
+        named = _NAMES.sub(
+            lambda m: f'{m[1]} = "{model}"' if m[1] else f'"{model}"', path.read_text("utf-8")
+        )
+        path.write_text(named, "utf-8")
+    log = out / "vllm-tests.log"
+    options = ["-q", "--tb=line", "--continue-on-collection-errors", "-c", os.devnull]
+    options += ["--rootdir", str(copy), "-p", __name__, "--asyncio-mode=auto"]
+    environment = os.environ | {"SUITE_URL": url, "SUITE_CHECKPOINT": str(checkpoint)}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path[1:]])
+    with log.open("w", encoding="utf-8") as output:
+        command = [sys.executable, "-m", "pytest", *options, *(str(_FOLDER / f) for f in FILES)]
+        subprocess.run(command, cwd=copy, env=environment, stdout=output, stderr=output)
+    (*_, last) = log.read_text("utf-8").splitlines() or [""]
+    return last, str(log)
+
+
+# -- the plugin -----------------------------------------------------------------------------------
+
+
+class _Vllm(MetaPathFinder, Loader):
+    """Finds `vllm` and all in it."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if _is_vllms(fullname) else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = ModuleType(spec.name)
+        module.__dict__["__getattr__"] = _named
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def _is_vllms(name: str) -> bool:
+    return name.partition(".")[0] == "vllm"
+
+
+def _checkpoint() -> Path:
+    return Path(os.environ["SUITE_CHECKPOINT"])
+
+
+class _ModelConfig:
+    def __init__(self, **_: Any):
+        pass
+
+    def get_vocab_size(self) -> int:
+        from flexllm_jax.models.config import ModelConfig
+
+        return ModelConfig.from_hf(_checkpoint()).vocab_size
+
+
+def _tokenizer(*_: Any, **__: Any) -> Any:
+    from flexllm_jax.models.tokenizer import load_tokenizer
+
+    return load_tokenizer(_checkpoint())
+
+
+_KNOWN = {
+    "ModelConfig": _ModelConfig,
+    "get_tokenizer": _tokenizer,
+    "VLLMValidationError": ValueError,
+}
+
+
+def _named(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _KNOWN.get(name) or MagicMock(name=name)
+
+
+class RemoteOpenAIServer:
+    """What the tests take for a server that they have started."""
+
+    DUMMY_API_KEY = "none"
+
+    def __init__(self, *_: Any, **__: Any):
+        self.url_root = os.environ["SUITE_URL"]
+
+    def __enter__(self) -> RemoteOpenAIServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def url_for(self, *parts: str) -> str:
+        """A path of the server."""
+        return "/".join((self.url_root, *parts))
+
+    def get_client(self, **options: Any) -> Any:
+        """The SDK's client."""
+        import openai
+
+        return openai.OpenAI(**self._options(options))
+
+    def get_async_client(self, **options: Any) -> Any:
+        """The SDK's client for asyncio."""
+        import openai
+
+        return openai.AsyncOpenAI(**self._options(options))
+
+    def _options(self, given: dict[str, Any]) -> dict[str, Any]:
+        own = {"base_url": f"{self.url_root}/v1", "api_key": "none", "max_retries": 0}
+        return {"timeout": 60.0} | given | own
+
+
+def _take_places() -> None:
+    """Those of vllm and of the tests' own helpers."""
+    helpers = ModuleType("tests.utils")
+    helpers.__dict__["RemoteOpenAIServer"] = RemoteOpenAIServer
+    helpers.__dict__["ROCM_EXTRA_ARGS"] = []
+    for name in ("multi_gpu_only", "requires_fp8", "create_new_process_for_each_test"):
+        helpers.__dict__[name] = lambda function: function
+    helpers.__dict__["__getattr__"] = _named
+    sys.meta_path.insert(0, _Vllm())
+    sys.modules["tests.utils"] = helpers
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Leave out what asks no server."""
+    items[:] = [item for item in items if {"server", "client"} & set(item.fixturenames)]
+
+
+if "SUITE_URL" in os.environ:  # in pytest, and before it reads any conftest.py
+    _take_places()
