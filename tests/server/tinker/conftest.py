@@ -25,9 +25,9 @@ def tinker_config(model, output_dir, **changes):
     return make_config(model, output_dir, adapters=adapters, server=server, **changes)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tinker_server(chat_llama, tmp_path_factory):
-    """One for a file."""
+    """One that most tests use."""
     config = tinker_config(chat_llama, tmp_path_factory.mktemp("tinker"))
     with RunningServer(config) as running:
         yield running.wait_ready()
