@@ -181,6 +181,17 @@ def test_models_that_are_always_busy_take_turns(narrow, monkeypatch):
         narrow.delete(name)
 
 
+def test_a_model_that_need_not_make_room_any_more_goes_on(narrow):
+    name = narrow.create()
+    told(train(narrow, name, 1))
+    model = narrow.models.models[name]
+    assert model.parked is None
+    narrow.call(setattr, model.source, "held", True)  # for one that has got another slot meanwhile
+    for answer in train(narrow, name, 1):
+        answer.result(20)
+    narrow.delete(name)
+
+
 def test_two_models_get_tokens_by_their_weights_beside_requests(narrow):
     client, llm = narrow, narrow.llm
     one, two = client.create(weight=1.0), client.create(weight=3.0, seed=2)
