@@ -28,7 +28,13 @@ KINDS = {
     "bottleneck": {"type": "bottleneck", "bottleneck_size": 4},
     "prefix": {"type": "prefix", "num_virtual_tokens": 3},
 }
+REWARDED = {"type": "reinforcement", "batch_size": 2, "num_generations": 3, "max_tokens": 8}
 PREFERENCE = {"type": "dpo", "beta": 0.3}
+
+
+def lengths(samples: list) -> list[float]:
+    """Rewards that differ between answers."""
+    return [len(set(sample.text)) / 8 for sample in samples]
 
 
 def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
@@ -181,6 +187,11 @@ def run(model: Path, adapter: Path, rows: Path, out: Path, parallel: dict) -> No
     preferred = llm.finetune(job_config("preferred", pairs, **fields)).wait(300)
     assert preferred.status == "succeeded", preferred.reason
     said["preferred"] = preferred.metrics
+    fields = {"method": REWARDED, "init_adapter": adapter, "steps": 2}
+    learnt = llm.finetune(job_config("learnt", rows, **fields), reward=lengths).wait(300)
+    assert learnt.status == "succeeded", learnt.reason
+    said["learnt"], said["answers"] = learnt.metrics, [s["text"] for s in learnt.samples]
+    llm.unload_adapter("learnt")
     said["trained"] = [o.token_ids for o in llm.generate(prompts, greedy, adapter="mine")]
     said["recompiles"] = llm.engine.runner.compilations.count
     llm.export_adapter("mine", out / f"adapter{name}")

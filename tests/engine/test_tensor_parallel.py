@@ -119,6 +119,15 @@ def test_same_losses(runs, tp):
     assert np.ptp([m["loss"] for m in expected]) > 0.01, "nothing is learnt of preferences"
 
 
+def test_the_same_is_learnt_from_rewards(runs, tp):
+    assert runs.said[tp]["answers"] == runs.said["1"]["answers"]
+    for own, expected in zip(runs.said[tp]["learnt"], runs.said["1"]["learnt"], strict=True):
+        assert abs(own["kl_sampler"]) < 1e-6
+        for name in ("loss", "reward", "length", "gradient_norm"):
+            assert own[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
+        assert expected["gradient_norm"] > 0
+
+
 def test_nothing_compiles_or_moves_after_the_start(runs, tp):
     assert runs.said[tp]["recompiles"] == 0
     assert runs.said[tp]["moved"] == 0

@@ -100,6 +100,23 @@ def test_tensorboard(llama, rows, tmp_path):
     assert samples[0].startswith(f"| {first['prompt']} | {first['completion']}</s> | ")
 
 
+def test_what_is_learnt_from_rewards_is_tracked(llama, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is in the extra test")
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "abc"[:n]} for n in (1, 2, 3)])
+    method = {"type": "reinforcement", "batch_size": 2, "num_generations": 3, "max_tokens": 4}
+    fields = {"method": method | {"kl_coef": 0.1}, "validation": rows, "validation_every": 2}
+    with tracked_llm(llama, tmp_path, tensorboard={}) as llm:
+        config = job_config("learnt", rows, steps=3, **fields)
+        job = llm.finetune(config, reward=lambda samples: [len(s.text) / 9 for s in samples])
+        assert job.wait(60).status == "succeeded", job.reason
+    (run,) = (tmp_path / "tensorboard").iterdir()
+    scalars, _ = read_tensorboard(run)
+    assert_same(scalars, expected(job))
+    measured = {"reward", "kl", "kl_sampler", "length", "clipped", "grader_errors"}
+    assert {f"train/{name}" for name in (*measured, "dropped_groups")} <= scalars.keys()
+    assert {f"validation/{name}" for name in ("reward", "length")} <= scalars.keys()
+
+
 def test_wandb_offline(llama, rows, tmp_path):
     pytest.importorskip("wandb", reason="wandb is in the extra test-clients")
     section = {"project": "letters", "tags": ["mine"], "mode": "offline"}
