@@ -353,6 +353,43 @@ def test_what_an_environment_says_is_not_trained(llm, tmp_path):
             assert (datum.weight[trained] == 1).all() and datum.weight.sum() == len(trained)
 
 
+class Calculator:
+    """The documentation's, filled in: what is asked for first is calculated, and then answered."""
+
+    def __init__(self, item):
+        self.item, self.asked = item, None
+
+    def reset(self):
+        return self.item["question"]
+
+    def step(self, text):
+        if self.asked is None:
+            self.asked = text
+            return f" = {sum(map(ord, text)) % 10}", 0.0, False
+        return "", float(text.startswith(self.item["answer"])), True
+
+
+def test_a_tool_answers_between_two_turns(llm, tmp_path):
+    """The tool's output follows what asked for it, and no token of it is trained; rewards are those
+    of the last turn."""
+    questions = [{"question": row["prompt"], "answer": "a"} for row in prompt_rows(8)]
+    rows = write_rows(tmp_path / "questions.jsonl", questions)
+    config = reinforcement("calculator", rows, {"max_tokens": 6}, steps=1, max_seq_len=90)
+    job, batches = start_watched(llm, config, Play(environment=Calculator))
+    assert job.wait(60).status == "succeeded", job.reason
+    for group in batches[0]:
+        for episode in group.episodes:
+            asked = episode.environment.asked
+            result = llm.encode(f" = {sum(map(ord, asked)) % 10}")[-4:]
+            heard = [t for t, said in zip(episode.tokens, episode.said, strict=True) if not said]
+            assert episode.turns == 2 and heard[-4:] == result
+            datum = episode.datum(1.0)
+            trained = [int(label) for label in datum.label if label >= 0]
+            spoken = [t for t, said in zip(episode.tokens, episode.said, strict=True) if said]
+            assert trained == spoken and datum.weight.sum() == len(spoken)
+            assert episode.reward == float(episode.text.startswith("a"))
+
+
 def test_an_environment_that_raises_costs_its_episode(llm, tmp_path):
     class Moody(Echo):
         def step(self, text):
