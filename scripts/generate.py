@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 import rich
 
@@ -40,16 +41,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write; else stdout")
     parser.add_argument("--format", choices=("text", "jsonl"), default="text", help="of the output")
     sampling = parser.add_argument_group("sampling")
-    for name, field in SamplingParams.__dataclass_fields__.items():
-        if name in ("stop", "stop_token_ids", "prompt_logprobs"):
-            continue
+    kinds = {bool: bool, int: int, float: float, int | None: int}
+    for name, kind in get_type_hints(SamplingParams).items():
+        if kind not in kinds or name == "prompt_logprobs":
+            continue  # what a line of the terminal cannot say, or answers do not show
         flag = "--" + name.replace("_", "-")
-        if name == "ignore_eos":
+        if kind is bool:
             sampling.add_argument(flag, action="store_true")
         else:
-            kind = float if isinstance(field.default, float) else int
-            default = 64 if name == "max_tokens" else field.default
-            sampling.add_argument(flag, type=kind, default=default, help=f"default {default}")
+            default = 64 if name == "max_tokens" else getattr(SamplingParams, name)
+            sampling.add_argument(
+                flag, type=kinds[kind], default=default, help=f"default {default}"
+            )
     sampling.add_argument("--stop", action="append", default=[], help="ends an answer; repeatable")
     return parser.parse_args(arguments)
 
