@@ -55,7 +55,7 @@ class ApiError(Exception):
         """What the client reads."""
         kind = _TYPES.get(self.status, "server_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"type": "error", "error": error}
+        return {"error": error, "type": "error"}
 
     def response(self) -> Response:
         """The whole answer."""
