@@ -20,7 +20,10 @@ from flexllm_jax.server.app import Server
 
 # Paths by what one wants to do; a path that is on no shelf is an error of the build.
 _SHELVES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Inference", ("/v1/completions", "/v1/chat/completions", "/v1/models")),
+    (
+        "Inference",
+        ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/models"),
+    ),
     ("Tokens", ("/tokenize", "/detokenize", "/tokenizer_info")),
     ("Files", ("/v1/files",)),
     ("Batches", ("/v1/batches",)),
