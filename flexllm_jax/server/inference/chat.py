@@ -34,9 +34,9 @@ class _Chat:
         report = delta.report
         if report is None:
             return None
-
         name = id_of_token if self.body.return_tokens_as_token_ids else text_of_token
-        return token_entry(report, self.codec.detokenizer, self.body.top_logprobs or 0, name)
+        told = self.body.alternatives(self.body.top_logprobs or 0) or 0
+        return token_entry(report, self.codec.detokenizer, told, name)
 
 
 async def chat(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling_params import BIASES, SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
@@ -32,8 +32,11 @@ def _token_biases(biases: Any) -> Any:
     """Biases by token id, which JSON has as text; ValueError that names every key that is none."""
     if not isinstance(biases, dict):
         return biases
+    if len(biases) > BIASES:
+        raise ValueError(f"{len(biases):,} biases; there may be {BIASES} at most")
     if wrong := [key for key in biases if not str(key).isdecimal()]:
-        raise ValueError(f"{', '.join(map(repr, wrong))} must be token ids")
+        told = ", ".join(map(repr, wrong[:4]))
+        raise ValueError(f"{told}{', ...' * (len(wrong) > 4)} must be token ids")
     return {int(key): bias for key, bias in biases.items()}
 
 

@@ -319,6 +319,8 @@ class Samplers:
         for future in list(self.futures.values()):
             if future.id.startswith(session_id + ":") and future.task is not None:
                 future.task.cancel()
+        for sampler_id in [i for i in self._rows if i.startswith(session_id + ":")]:
+            self._counts[self._rows.pop(sampler_id).owner] -= 1  # its row goes with the next sweep
 
     async def sweep(self) -> None:
         """Forget results, and samplers of sessions that have ended."""

@@ -30,6 +30,7 @@ def make_job(resumed_from=0):
         eta_s=None,
         resumed_from=resumed_from,
         finished_at=None,
+        sampler=None,
     )
 
 

@@ -150,7 +150,9 @@ def test_a_database_from_before_owners_is_everybodys(tmp_path):
     with sqlite3.connect(path) as old:
         for table in ("files", "jobs"):
             old.execute(f"ALTER TABLE {table} DROP COLUMN owner")
-        old.execute("INSERT INTO files VALUES ('file-old', 'rows.jsonl', 'fine-tune', 3, 1)")
+        columns = "id, filename, purpose, bytes, created_at"
+        values = "'file-old', 'rows.jsonl', 'fine-tune', 3, 1"
+        old.execute(f"INSERT INTO files ({columns}) VALUES ({values})")
     old.close()
     database = Database(url)
     keys = [{"name": name, "key": f"key-of-{name}"} for name in ("a", "b")]
