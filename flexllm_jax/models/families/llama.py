@@ -84,6 +84,13 @@ def _glm4(fields: Fields) -> tuple[LayerSpec, ...]:
     return alike(fields, LayerSpec(own, mlp, norms(fields, post=True)))
 
 
+_OF_MISTRAL = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _QWEN = frozenset({"sliding_window", "max_window_layers", "use_sliding_window"})
 
 LLAMA = Family(
@@ -98,26 +105,14 @@ MISTRAL = Family(
     "mistral",
     "MistralForCausalLM",
     layers=_mistral,
-    defaults={
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    defaults=_OF_MISTRAL,
 )
 MINISTRAL = Family(
     "Ministral",
     "ministral",
     "MinistralForCausalLM",
     layers=_ministral,
-    defaults={
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    defaults=_OF_MISTRAL,
 )
 MINISTRAL3 = Family(
     "Ministral 3",

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from flexllm_jax.server.batches.records import ENDED, describe
 from flexllm_jax.server.batches.runner import BatchRunner
 from flexllm_jax.server.database import BatchRow, Database, now
-from flexllm_jax.server.finetuning.files import After, ExpiresAfter, FileStore, page
+from flexllm_jax.server.finetuning.files import After, ExpiresAfter, FileStore, newest, page
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
 from flexllm_jax.server.http.body import Body
@@ -85,12 +85,7 @@ def routes(database: Database, files: FileStore, runner: BatchRunner) -> APIRout
     @router.get("/v1/batches")
     async def list_batches(client: Known, after: After = None, limit: _Limit = 20) -> Response:
         def read(session: Session) -> list[dict[str, Any]]:
-            query = select(BatchRow).where(client.visible(BatchRow.owner))
-            query = query.order_by(BatchRow.number.desc())
-            if after is not None:
-                first = select(BatchRow.number).where(BatchRow.id == after).scalar_subquery()
-                query = query.where(BatchRow.number < first)
-            return [describe(row) for row in session.scalars(query.limit(limit + 1))]
+            return [describe(r) for r in session.scalars(newest(BatchRow, client, after, limit))]
 
         return sse.json_response(page(await database.run(read), limit))
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
 from pydantic import Field, ValidationError
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -194,6 +194,19 @@ def describe(file: File) -> dict[str, Any]:
         "status": "processed",
         "status_details": None,
     }
+
+
+def newest(
+    row: type[JobRow] | type[BatchRow], client: Client, after: str | None, limit: int
+) -> Select[Any]:
+    """Rows that a client may see, the newest first: those behind the one `after`, and one more than
+    `limit`, for `page`."""
+    query = select(row).where(client.visible(row.owner)).order_by(row.number.desc())
+    if after is not None:
+        query = query.where(
+            row.number < select(row.number).where(row.id == after).scalar_subquery()
+        )
+    return query.limit(limit + 1)
 
 
 def page(rows: list[Any], limit: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
 from flexllm_jax.server.database import CheckpointRow, Database, EventRow, JobRow
-from flexllm_jax.server.finetuning.files import After, page
+from flexllm_jax.server.finetuning.files import After, newest, page
 from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.finetuning.schema import CreateJob
 from flexllm_jax.server.finetuning.transitions import ENDED
@@ -97,12 +97,8 @@ def routes(config: Config, database: Database, jobs: JobManager) -> APIRouter:
     @router.get("/v1/fine_tuning/jobs")
     async def list_jobs(client: Known, after: After = None, limit: _Limit = 20) -> Response:
         def read(session: Session) -> list[dict[str, Any]]:
-            query = select(JobRow).where(client.visible(JobRow.owner))
-            query = query.order_by(JobRow.number.desc())
-            if after is not None:
-                first = select(JobRow.number).where(JobRow.id == after).scalar_subquery()
-                query = query.where(JobRow.number < first)
-            return [describe_job(j, organization) for j in session.scalars(query.limit(limit + 1))]
+            listed = session.scalars(newest(JobRow, client, after, limit))
+            return [describe_job(job, organization) for job in listed]
 
         return sse.json_response(page(await database.run(read), limit))
 

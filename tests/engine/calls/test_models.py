@@ -10,27 +10,16 @@ import torch
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.calls.source import ModelGone, NotFinite
 from flexllm_jax.peft.hf_peft import load_adapter
-from tests.engine.calls.client import Client, datum, distance, random_data
+from tests.engine.calls.client import datum, distance, random_data
 from tests.engines import (
     job_config,
     load_with_adapter,
     random_prompts,
     reference_logprobs,
-    save_random_adapter,
     write_rows,
 )
 
 LENGTHS = (20, 33, 7, 11, 40, 25)
-
-
-@pytest.fixture(scope="module")
-def client(llm):
-    return Client(llm)
-
-
-@pytest.fixture(scope="module")
-def start(llama, tmp_path_factory):
-    return save_random_adapter(llama, tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture(scope="module")

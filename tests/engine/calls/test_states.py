@@ -9,19 +9,9 @@ import pytest
 
 from flexllm_jax import SamplingParams
 from tests.engine.calls.client import Client, distance, random_data
-from tests.engines import random_prompts, save_random_adapter, start_engine
+from tests.engines import random_prompts, start_engine
 
 LENGTHS = (20, 33, 7)
-
-
-@pytest.fixture(scope="module")
-def client(llm):
-    return Client(llm)
-
-
-@pytest.fixture(scope="module")
-def start(llama, tmp_path_factory):
-    return save_random_adapter(llama, tmp_path_factory.mktemp("start"))
 
 
 def train(client, name, steps, first=0):

@@ -136,16 +136,19 @@ class Speaker:
 
     def sample(self, sampler: str, prompt: list[int], seq_id: int = 0, **asked: Any) -> Any:
         """A SampleResponse; `params` are the sampling parameters."""
-        promise = self.post(
+        promise = self.ask_sample(sampler, prompt, seq_id, **{"num_samples": 1} | asked)
+        return pb.SampleResponse.FromString(self.result(promise))
+
+    def ask_sample(self, sampler: str, prompt: list[int], seq_id: int, **asked: Any) -> Any:
+        """The promise of it."""
+        return self.post(
             "asample",
             sampling_session_id=sampler,
             seq_id=seq_id,
-            num_samples=asked.pop("num_samples", 1),
             prompt={"chunks": [{"type": "encoded_text", "tokens": prompt}]},
             sampling_params=asked.pop("params", {"max_tokens": 4}),
             **asked,
         )
-        return pb.SampleResponse.FromString(self.result(promise))
 
     def logprobs(self, sampler: str, tokens: list[int], seq_id: int) -> np.ndarray:
         """Of a text's tokens, the first one NaN."""

@@ -129,13 +129,7 @@ def test_folders_that_nobody_names_are_removed(small, one):
 
 def test_results_are_forgotten_some_time_after_they_were_fetched(small, one):
     sampler = one.sampler()
-    future = one.post(
-        "asample",
-        sampling_session_id=sampler,
-        seq_id=1,
-        prompt={"chunks": [{"type": "encoded_text", "tokens": TEXT}]},
-        sampling_params={"max_tokens": 1},
-    )
+    future = one.ask_sample(sampler, TEXT, 1, params={"max_tokens": 1})
     one.result(future)
     one.result(future)  # a connection that broke fetches it again
 

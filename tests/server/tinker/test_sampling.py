@@ -219,14 +219,8 @@ def test_many_at_once_are_all_answered(one):
 
 def test_a_cancelled_sample_fails_and_frees_its_place(one):
     sampler = one.sampler()
-    promise = one.post(
-        "asample",
-        sampling_session_id=sampler,
-        seq_id=0,
-        num_samples=6,
-        prompt={"chunks": [{"type": "encoded_text", "tokens": PROMPT}]},
-        sampling_params={"max_tokens": 150, "stop": []},
-    )
+    params = {"max_tokens": 150, "stop": []}
+    promise = one.ask_sample(sampler, PROMPT, 0, num_samples=6, params=params)
     one.post("cancel_future", request_id=promise["request_id"])
     with pytest.raises(Failed, match="cancelled"):
         one.result(promise)
@@ -234,13 +228,7 @@ def test_a_cancelled_sample_fails_and_frees_its_place(one):
 
 def test_another_key_sees_nothing(one, two, tinker_server):
     sampler = one.sampler()
-    promise = one.post(
-        "asample",
-        sampling_session_id=sampler,
-        seq_id=0,
-        prompt={"chunks": [{"type": "encoded_text", "tokens": PROMPT}]},
-        sampling_params={"max_tokens": 2},
-    )
+    promise = one.ask_sample(sampler, PROMPT, 0, params={"max_tokens": 2})
     for ask in (
         lambda: two.sample(sampler, PROMPT),
         lambda: two.result(promise),
