@@ -6,6 +6,7 @@ The scheduler knows tokens and pages; this knows sampling, stop conditions and l
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class RequestState:
             slo=self.slo,
         )
 
-    @property
+    @cached_property  # read in every step
     def seed_words(self) -> tuple[np.int32, np.int32]:
         """The lower and the upper half of its seed."""
         low, high = np.array([self.seed], np.uint64).view(np.int32)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,12 @@ def serve(
             notes.add(
                 "start", {"seconds": llm.engine.start_seconds | {"all": llm.engine.startup_s}}
             )
-            serving = Serving(notes, MeasuredEngine(llm, folder), given.workload, dry_run)
+            loads = {rate: requests_at(given, trace, rate, seconds) for rate in rates}
+            sent = Sent(given.workload, loads, seconds)
+            serving = Serving(notes, MeasuredEngine(llm, folder), sent, dry_run)
             for part in PARTS:
-                if part not in parts:
-                    continue
-                if part != "traces":
+                if part in parts:
                     getattr(serving, part)()
-                    continue
-                for rate in rates:
-                    serving.load(rate, requests_at(given, trace, rate, seconds), seconds)
             notes.add("recompiles", llm.engine.runner.compilations.count)
             notes.add("memory", jax.devices()[0].memory_stats())
 
@@ -93,14 +91,21 @@ def requests_at(config: Config, trace: Path | None, rate: float, seconds: float)
     return at_rate([a for a in arrivals if a.arrival_s < seconds], rate)
 
 
+@dataclass(frozen=True)
+class Sent:
+    """Requests by their rate, for so many seconds each, and how they are sampled."""
+
+    workload: WorkloadSection
+    loads: dict[float, list[Arrival]]
+    seconds: float
+
+
 class Serving:
     """The measurements of one engine."""
 
-    def __init__(
-        self, notes: Notes, engine: MeasuredEngine, workload: WorkloadSection, dry_run: bool
-    ):
+    def __init__(self, notes: Notes, engine: MeasuredEngine, sent: Sent, dry_run: bool):
         self.notes, self.engine, self.llm, self.dry_run = notes, engine, engine.llm, dry_run
-        self.workload = workload
+        self.sent = sent
         self.config = engine.llm.config
         self.tokens = self.config.finetune.max_tokens // 2
 
@@ -118,11 +123,11 @@ class Serving:
         slots = self.config.adapters.slots - 1
         counts = [n for n in (1, 4, 16, 64) if n <= slots]
         job = self.engine.job("adapter0", 1, self.tokens).wait()
-        if job.adapter_dir is None:
+        if (folder := job.adapter_dir) is None:
             raise RuntimeError(f"the job made no adapter: {job.status}, {job.reason}")
         names = [f"adapter{i}" for i in range(counts[-1])]
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda name: self.llm.load_adapter(name, job.adapter_dir), names[1:]))
+            list(pool.map(lambda name: self.llm.load_adapter(name, folder), names[1:]))
         rows, length, new = (4, 16, 8) if self.dry_run else (64, 1024, 48)
         rows = min(rows, self.config.scheduler.max_sequences)
         base: dict[str, float] = {}
@@ -146,14 +151,19 @@ class Serving:
         self.engine.job("warm", 1, self.tokens, batch_tokens=batch).wait()
         job = self.engine.job("alone", _ALONE_STEPS, self.tokens, batch_tokens=batch).wait()
         noted = {"sequence": self.tokens, "batch": _BATCH}
-        noted["tokens_per_s"] = tokens_per_s(job.step_times, batch)
-        self.notes.add("finetuning alone", noted)
+        rate = tokens_per_s(job.step_times, batch)
+        self.notes.add("finetuning alone", noted | {"tokens_per_s": rate})
         for name in ("warm", "alone"):
             self.llm.unload_adapter(name)
 
-    def load(self, rate: float, arrivals: Sequence[Arrival], seconds: float) -> None:
-        """Requests beside a job that does not end; whoever still answers after `seconds` is judged
-        by the tokens that there are."""
+    def traces(self) -> None:
+        """Requests beside a job that does not end, at every rate."""
+        for rate, arrivals in self.sent.loads.items():
+            self._load(rate, arrivals)
+
+    def _load(self, rate: float, arrivals: Sequence[Arrival]) -> None:
+        """At a rate; whoever still answers when the time is over is judged by the tokens that there
+        are."""
         most = self.llm.engine.runner.sizes.max_model_len
         arrivals = [a for a in arrivals if a.prompt_tokens + a.output_tokens <= most]
         prompts = (self.engine.prompts(1, a.prompt_tokens)[0] for a in arrivals)
@@ -161,22 +171,21 @@ class Serving:
             ReplayRequest(a.arrival_s, tuple(prompt), a.output_tokens)
             for a, prompt in zip(arrivals, prompts, strict=True)
         ]
-        replay = Replay(self.llm, requests, self.workload)
+        replay = Replay(self.llm, requests, self.sent.workload)
         batch = _BATCH * self.tokens
         job = self.engine.job(f"beside{rate:g}", 100_000, self.tokens, batch_tokens=batch)
-        begun, trained = time.monotonic(), job.tokens
+        begun, before = time.monotonic(), job.tokens
         replay.start()
-        while (wall_s := time.monotonic() - begun) < seconds and not replay.finished:
+        while (wall_s := time.monotonic() - begun) < self.sent.seconds and not replay.finished:
             time.sleep(min(replay.advance(), 0.02))
-        trained = job.tokens - trained
+        trained = {"beside": {"tokens_per_s": (job.tokens - before) / wall_s}}
         unfinished = replay.stop()
         job.cancel()
         job.wait()
         slo = self.llm.engine.slos["standard"]
-        made = {"inference": summarize(replay.timings, slo), "finetune": {}}
-        measured = figures(made) | {"finetune_tokens_per_s": trained / wall_s}
+        made = {"inference": summarize(replay.timings, slo), "finetune": trained}
         noted = {"requests": len(arrivals), "unfinished": unfinished, "wall_s": wall_s}
-        noted["measured"] = measured
+        noted["measured"] = figures(made)
         noted["failures"] = dict(replay.failures)
         noted["host_ms p50, p99"] = [
             1e3 * float(q)

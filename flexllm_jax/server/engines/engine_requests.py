@@ -44,8 +44,8 @@ class EngineRequests:
             *(loop, calls, self._add, self._refuse, load, engine.config.server.adapter_wait_s)
         )
         self._compiling: set[int] = set()  # requests whose constraints are not made yet
-        self._behind: dict[int, Numbered] = {}  # by the number of the one that goes ahead of them
-        self._paths: dict[int, str | None] = {}  # of their adapter, likewise
+        # By the number of the one that goes ahead of them, with their adapter's path.
+        self._behind: dict[int, tuple[Numbered, str | None]] = {}
         caching = engine.config.cache.prefix_caching
         # Prompts that are worth it have a whole page.
         self._shared = engine.runner.sizes.page_size if caching else None
@@ -95,14 +95,14 @@ class EngineRequests:
     def _lead(self, requests: Numbered, behind: dict[int, list[int]], first: Generate) -> None:
         """Queue those that go ahead of others with their prompt, and those without any."""
         for leader, others in behind.items():
-            self._behind[leader] = {number: requests.pop(number) for number in others}
-            self._paths[leader] = first.adapter_path
+            waiting = {number: requests.pop(number) for number in others}
+            self._behind[leader] = waiting, first.adapter_path
         self._submit(requests, first.adapter, first.adapter_path)
 
     def _follow(self, leader: int) -> None:
         """What waits for a request's prompt goes on: that is there, or will not be."""
-        path = self._paths.pop(leader, None)
-        if others := self._behind.pop(leader, None):
+        others, path = self._behind.pop(leader, ({}, None))
+        if others:
             self._submit(others, next(iter(others.values())).adapter, path)
 
     def _submit(self, requests: Numbered, adapter: str | None, path: str | None) -> None:
@@ -140,7 +140,7 @@ class EngineRequests:
     def _cancel(self, request_ids: Sequence[int]) -> None:
         self._compiling.difference_update(request_ids)
         self._loads.cancel(request_ids)
-        for others in self._behind.values():
+        for others, _ in self._behind.values():
             for request_id in request_ids:
                 others.pop(request_id, None)
         for request_id in request_ids:
