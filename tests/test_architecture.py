@@ -38,7 +38,7 @@ SERVER_FLOORS: tuple[tuple[str, ...], ...] = (
     (f"{SERVER}.run",),
     (f"{SERVER}.app",),
     (f"{SERVER}.dashboard",),
-    (f"{SERVER}.tinker", f"{SERVER}.batches"),
+    (f"{SERVER}.tinker", f"{SERVER}.batches", f"{SERVER}.uploads"),
     (f"{SERVER}.inference", f"{SERVER}.finetuning"),
     (f"{SERVER}.database",),
     (f"{SERVER}.metrics",),

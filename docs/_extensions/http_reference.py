@@ -25,7 +25,7 @@ _SHELVES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/models"),
     ),
     ("Tokens", ("/tokenize", "/detokenize", "/tokenizer_info")),
-    ("Files", ("/v1/files",)),
+    ("Files", ("/v1/files", "/v1/uploads")),
     ("Batches", ("/v1/batches",)),
     ("Finetuning", ("/v1/fine_tuning",)),
     ("Adapters", ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")),

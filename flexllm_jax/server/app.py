@@ -50,6 +50,8 @@ from flexllm_jax.server.inference.responses.running import Responses
 from flexllm_jax.server.inference.responses.store import ResponseStore
 from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.metrics import ServerMetrics
+from flexllm_jax.server.uploads import routes as uploads_routes
+from flexllm_jax.server.uploads.store import UploadStore
 from flexllm_jax.version import __version__
 
 
@@ -78,6 +80,7 @@ class Server:
         store = ResponseStore(self.database, config.server.response_ttl_s)
         self.responses = Responses(self.inference, store)
         self.files = FileStore(folder / "files", self.database, config.server, self.keys.several)
+        self.uploads = UploadStore(folder / "uploads", self.files, several=self.keys.several)
         self.jobs = JobManager(
             config,
             self.database,
@@ -189,6 +192,7 @@ def _make_app(server: Server) -> FastAPI:
     app.include_router(responses_routes.routes(server.inference, server.responses))
     _add_status(app, server)
     app.include_router(files.routes(server.files))
+    app.include_router(uploads_routes.routes(server.uploads))
     allowed = server.config.server.adapter_dirs
     loaded = LoadedAdapters(server.database, server.models, allowed)
     loaded.restore()
@@ -201,7 +205,7 @@ def _make_app(server: Server) -> FastAPI:
         for router in _tinker_parts().routers(server.tinker):
             app.include_router(router)
     floors = inference_answers, messages_answer, responses_routes, finetuning_answers
-    floors += (batches_answers,)
+    floors += batches_answers, uploads_routes
     answers = {key: value for floor in floors for key, value in floor.ANSWERS.items()} | _ANSWERS
     openapi.describe(app, answers, with_keys=server.keys.needed)
     return app

@@ -22,11 +22,13 @@ def declared(server):
 
 @pytest.fixture(scope="module")
 def known(client, tmp_path_factory):
-    """A file and a job, for the requests that name one; no job is left running."""
+    """A file, a job and an upload, for requests that name one; no job is left running."""
     rows = write_rows(tmp_path_factory.mktemp("fuzz") / "rows.jsonl", letter_rows(4))
     file = client.files.create(file=rows, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
-    yield {"file_id": [file.id, "file-0"], "job_id": [job.id, "ftjob-0"]}
+    upload = {"bytes": 5, "filename": "a", "mime_type": "text/plain", "purpose": "batch"}
+    uploads = [client.uploads.create(**upload).id, "upload_0"]
+    yield {"file_id": [file.id, "file-0"], "job_id": [job.id, "ftjob-0"], "upload_id": uploads}
     for job in client.fine_tuning.jobs.list():
         if job.status not in ("succeeded", "failed", "cancelled"):
             client.fine_tuning.jobs.cancel(job.id)

@@ -8,10 +8,10 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, Response
@@ -19,15 +19,14 @@ from pydantic import Field, ValidationError
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 from flexllm_jax.config import ServerSection
 from flexllm_jax.server.database import BatchRow, Database, File, JobRow, now
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
 from flexllm_jax.server.http.body import Body
-from flexllm_jax.server.http.body_limit import FORM_BYTES
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.http.forms import form_with_file
 from flexllm_jax.server.http.shares import Shares
 
 log = logging.getLogger(__name__)
@@ -47,12 +46,6 @@ class ExpiresAfter(Body):
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
-class _Form(MultiPartParser):
-    """What is in memory of a form: a start of its file, and few, short fields."""
-
-    spool_max_size = 1 << 16
-
-
 class FileStore:
     """The bytes in `folder`, the rest in the database."""
 
@@ -60,6 +53,7 @@ class FileStore:
         self.folder, self.database, self.section = folder, database, section
         folder.mkdir(parents=True, exist_ok=True)
         self._started = time.time()
+        self.also_tidied: list[Callable[[], Awaitable[None]]] = []  # as often as files
         # Of what is kept, and of what is under way.
         self.storage = Shares(section.max_storage_bytes, several)
         query = select(File.owner, func.sum(File.bytes)).where(File.purpose.in_(PURPOSES))
@@ -67,17 +61,6 @@ class FileStore:
         for owner, size in database.run_now(lambda s: list(s.execute(query))):
             self.storage.add(owner, size)
         self._copying = ThreadPoolExecutor(_COPIES_AT_ONCE, thread_name_prefix="upload")
-
-    def reserve(self, client: Client, size: int) -> None:
-        """Hold room for bytes of an upload before they are written; ApiError 413."""
-        if not self.storage.take(client, size, client.storage_bytes):
-            raise self.full(client)
-
-    def full(self, client: Client) -> ApiError:
-        """There is no room for an upload."""
-        room = self.storage.room(client, client.storage_bytes)
-        message = f"the file is larger than the {room} bytes left for it: send a smaller one, or "
-        return ApiError(413, f"{message}delete files", param="file")
 
     async def remove_leftovers(self) -> None:
         """Remove what uploads left that a killed process had not finished: parts, and files that
@@ -109,18 +92,15 @@ class FileStore:
             raise ApiError(404 if param is None else 400, f"no such file: {file_id!r}", param=param)
         return file
 
-    async def save(
-        self, upload: UploadFile, purpose: str, owner: str | None, lifetime_s: int | None = None
-    ) -> File:
-        """Keep an upload, for which room is reserved; ApiError 413 when it is too large."""
-        limit = self.section.max_upload_bytes
-        file_id = new_file_id()
-        part = self.folder / f"{file_id}.part"
+    async def write(self, path: Path, pieces: Iterable[bytes], param: str) -> int:
+        """Write a file that is there as a whole or not at all; its bytes. ApiError 413 when it is
+        too large, 400 when it is empty; `param` is the field it came in."""
+        limit, part = self.section.max_upload_bytes, path.with_suffix(".part")
 
         def copy() -> int:
             size = 0
             with part.open("wb") as out:
-                while piece := upload.file.read(_PIECE):
+                for piece in pieces:
                     size += len(piece)
                     if size > limit:
                         return size
@@ -133,16 +113,41 @@ class FileStore:
             size = await asyncio.get_running_loop().run_in_executor(self._copying, copy)
             if size > limit:
                 message = f"the file is larger than {limit} bytes: send a smaller one"
-                raise ApiError(413, message, param="file")
+                raise ApiError(413, message, param=param)
             if not size:
-                raise ApiError(400, "the file is empty", param="file")
-            part.rename(self.path(file_id))
+                raise ApiError(400, "the file is empty", param=param)
+            part.rename(path)
         finally:
             part.unlink(missing_ok=True)
-        name = (upload.filename or "upload").encode("utf-8", "replace").decode()
+        return size
+
+    async def save(
+        self,
+        pieces: Iterable[bytes],
+        name: str | None,
+        purpose: str,
+        owner: str | None,
+        lifetime_s: int | None = None,
+        beside: Callable[[Session, File], None] | None = None,
+    ) -> File:
+        """Keep a file, for which room is held; what `beside` writes is written with it or, when it
+        raises, neither is."""
+        file_id = new_file_id()
+        size = await self.write(self.path(file_id), pieces, "file")
+        name = (name or "upload").encode("utf-8", "replace").decode()
         file = File(id=file_id, filename=name, purpose=purpose, bytes=size, owner=owner)
         file.expires_at = None if lifetime_s is None else now() + lifetime_s
-        await self.database.run(lambda s: s.add(file))
+
+        def insert(session: Session) -> None:
+            if beside is not None:
+                beside(session, file)
+            session.add(file)
+
+        try:
+            await self.database.run(insert)
+        except ApiError:
+            self.path(file_id).unlink(missing_ok=True)
+            raise
         return file
 
     async def delete(self, file: File) -> None:
@@ -173,7 +178,15 @@ class FileStore:
             for file in await self.database.until_written(lambda s, q=query: list(s.scalars(q))):
                 with contextlib.suppress(ApiError):  # something still needs it
                     await self.delete(file)
+            for tidy in self.also_tidied:
+                await tidy()
             await asyncio.sleep(_EXPIRED_EVERY_S)
+
+
+def pieces(file: BinaryIO) -> Iterator[bytes]:
+    """What a file holds, little by little."""
+    while piece := file.read(_PIECE):
+        yield piece
 
 
 def new_file_id() -> str:
@@ -250,44 +263,16 @@ def routes(store: FileStore) -> APIRouter:
 
     @router.post("/v1/files")
     async def upload(request: Request, client: Known) -> Response:
-        stated = request.headers.get("content-length", "")
-        if (
-            stated.isdigit()
-            and int(stated) > store.storage.room(client, client.storage_bytes) + FORM_BYTES
-        ):
-            raise store.full(client)
-        reserved, kept = 0, 0
-
-        async def reserving() -> AsyncGenerator[bytes]:
-            nonlocal reserved
-            async for piece in request.stream():
-                store.reserve(client, len(piece))
-                reserved += len(piece)
-                yield piece
-
-        try:
-            try:
-                parser = _Form(
-                    request.headers, reserving(), max_files=1, max_fields=8, max_part_size=1 << 16
-                )
-                form = await parser.parse()
-            except (MultiPartException, KeyError) as error:
-                reason = getattr(error, "message", "no boundary")
-                raise ApiError(400, f"the body is not a multipart form: {reason}") from None
-            try:
-                file, purpose = form.get("file"), form.get("purpose")
-                if not isinstance(file, UploadFile):
-                    raise ApiError(400, "file: is missing; send it as a form field", param="file")
-                if purpose not in PURPOSES:
-                    message = f"purpose: got {purpose!r}; must be one of {PURPOSES}"
-                    raise ApiError(400, message, param="purpose")
-                lifetime_s = _lifetime(form)
-                saved = await store.save(file, str(purpose), client.owner, lifetime_s)
-                kept = saved.bytes
-            finally:
-                await form.close()
-        finally:
-            store.storage.give_back(client, reserved - kept)
+        async with form_with_file(request, client, store.storage) as (form, keep):
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile):
+                raise ApiError(400, "file: is missing; send it as a form field", param="file")
+            if purpose not in PURPOSES:
+                message = f"purpose: got {purpose!r}; must be one of {PURPOSES}"
+                raise ApiError(400, message, param="purpose")
+            told = pieces(file.file), file.filename, str(purpose), client.owner
+            saved = await store.save(*told, _lifetime(form))
+            keep(saved.bytes)
         return sse.json_response(describe(saved))
 
     @router.get("/v1/files")

@@ -8,6 +8,7 @@ those of one never take more than what is left for the others.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,7 +23,7 @@ from flexllm_jax.server.http.connections import LeastRate
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.http.shares import Shares
 
-UPLOADS = "/v1/files"
+_UPLOADS = re.compile(r"/v1/(files|uploads/[^/]+/parts)")  # whose bodies go to disk
 FORM_BYTES = 65536  # by which a form may be larger than the file in it
 
 _DISCARDED_BYTES = 64 * 2**20  # of a body that is too large, so that its sender reads the answer
@@ -33,8 +34,8 @@ def body_limits(config: Config) -> Callable[[Scope], int]:
     section = config.server
 
     def limit_of(scope: Scope) -> int:
-        is_upload = scope["path"] == UPLOADS
-        return section.max_upload_bytes + FORM_BYTES if is_upload else section.max_body_bytes
+        uploads = _UPLOADS.fullmatch(scope["path"])
+        return section.max_upload_bytes + FORM_BYTES if uploads else section.max_body_bytes
 
     return limit_of
 
@@ -77,7 +78,7 @@ class BodyLimit:
             part = await paced()
             size, ended = len(part.get("body", b"")), not part.get("more_body")
             seen += size
-            fits, in_memory = seen <= limit, scope["path"] != UPLOADS
+            fits, in_memory = seen <= limit, not _UPLOADS.fullmatch(scope["path"])
             if fits and in_memory:
                 fits = self._held.take(client, size)
                 held += size if fits else 0

@@ -42,14 +42,21 @@ _EVENT = {  # what the body is made of; OpenAPI 3.1 has no word for that
 }
 EVENTS = {"text/event-stream": _EVENT}
 _OPEN = ("/health", "/ping", "/load", "/version", "/metrics")  # no key is asked for
-_UPLOAD = {
-    "type": "object",
-    "required": ["file", "purpose"],
-    "properties": {
-        "file": BYTES,
-        "purpose": {"type": "string", "enum": ["fine-tune", "batch"]},
-        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+_FORMS = {
+    "/v1/files": {
+        "type": "object",
+        "required": ["file", "purpose"],
+        "properties": {
+            "file": BYTES,
+            "purpose": {"type": "string", "enum": ["fine-tune", "batch"]},
+            "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+            "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+        },
+    },
+    "/v1/uploads/{upload_id}/parts": {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": BYTES},
     },
 }
 
@@ -116,9 +123,9 @@ def _complete(schema: dict[str, Any], answers: Answers, with_keys: bool) -> None
             operation["responses"] = success | {
                 str(status): _error(status, reference[Error]) for status in sorted(set(statuses))
             }
-    upload = schema["paths"]["/v1/files"]["post"]
-    content = {"multipart/form-data": {"schema": _UPLOAD}}
-    upload["requestBody"] = {"required": True, "content": content}
+    for path, form in _FORMS.items():
+        content = {"multipart/form-data": {"schema": form}}
+        schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
 
 
 def _error(status: int, form: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Files that come in parts, each of which is kept whatever is killed."""
