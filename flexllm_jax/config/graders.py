@@ -8,7 +8,7 @@ where they are used, in `flexllm_jax.graders`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
@@ -134,6 +134,20 @@ GraderConfig = Annotated[
     | MultiConfig,
     Field(discriminator="type"),
 ]
+
+
+def asked_models(
+    grader: dict[str, Any], field: str = "grader"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The parts of a grader, as it is told, that ask a model, each with its field: it has the
+    model's name as `model`."""
+    if isinstance(grader.get("model"), str):
+        yield f"{field}.model", grader
+    parts = grader.get("graders")
+    named = parts.items() if isinstance(parts, dict) else enumerate(parts or ())
+    for name, part in named:
+        if isinstance(part, dict):
+            yield from asked_models(part, f"{field}.graders.{name}")
 
 
 class GradersSection(Section):

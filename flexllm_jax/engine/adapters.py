@@ -6,7 +6,8 @@ from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.engine.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.bank import AdapterRow, BankDirectory, Published, from_row, to_row
+from flexllm_jax.peft.bank import AdapterRow, from_row, to_row
+from flexllm_jax.peft.directory import BankDirectory, Published
 from flexllm_jax.peft.hf_peft import load_adapter
 
 
@@ -49,19 +50,6 @@ class ServedAdapters:
         published = self.directory.publish(job.name, job.peft, job.shapes)
         self._runner.copy_adapter(job.bank_slot, published.bank_slot)
         return published
-
-    def snapshot_job(self, job: FinetuneJob) -> Published:
-        """What a job has learnt so far, for its own requests: a copy of its slot, held until it is
-        released. NoFreeSlot when there is none."""
-        own = self.directory.snapshot(f"{job.name}/rollouts", job.peft, job.shapes)
-        self._runner.copy_adapter(job.bank_slot, own.bank_slot)
-        return own
-
-    def snapshot_row(self, job: FinetuneJob, values: list, scales: list) -> Published:
-        """An earlier version of a job's adapter, likewise held."""
-        own = self.directory.snapshot(f"{job.name}/rollouts", job.peft, job.shapes)
-        self._runner.write_adapter(own.bank_slot, values, scales)
-        return own
 
     def unload(self, name: str) -> None:
         """Forget an adapter; requests that use it finish."""

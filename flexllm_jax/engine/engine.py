@@ -33,8 +33,9 @@ from flexllm_jax.engine.in_flight import (
 from flexllm_jax.engine.out_of_memory import OutOfMemory, is_intact, room_for
 from flexllm_jax.engine.plan_step import PlannedStep, StepBuilder
 from flexllm_jax.engine.processes import make_runner
+from flexllm_jax.engine.reinforcement.rollouts import Rollouts
+from flexllm_jax.engine.reinforcement.versions import Versions
 from flexllm_jax.engine.request import RequestState
-from flexllm_jax.engine.rollouts import Rollouts
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
 from flexllm_jax.engine.trainer import Trainer
@@ -43,7 +44,7 @@ from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
 from flexllm_jax.models.detokenizer import Detokenizer
 from flexllm_jax.models.dtype import describe_dtype
 from flexllm_jax.models.tokenizer import end_token_ids
-from flexllm_jax.peft.bank import Published
+from flexllm_jax.peft.directory import Published
 from scheduler.request import BackwardUnits, Request
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class Engine:
             config, runner.sizes, runner.num_pages, self.slos["standard"], latency
         )
         self.adapters = ServedAdapters(runner, config.adapters.slots, config.model.path)
+        self.versions = Versions(runner, self.adapters.directory)
         self.trainer = Trainer(
             config,
             runner,
@@ -209,16 +211,18 @@ class Engine:
 
     def add_job(self, job: FinetuneJob) -> None:
         """Start a finetuning job beside whatever runs."""
-        job.bank_slot = self.adapters.directory.start_training(job.name)
+        answers, directory = job.reinforcement is not None, self.adapters.directory
+        job.bank_slot = directory.start_training(job.name, answers)
         try:
             with room_for(f"job {job.name!r}"):
                 if isinstance(job.source, ReinforcementSource):
-                    job.source.sampler = Rollouts(self, job, job.source)
+                    job.source.sampler = rollouts = Rollouts(self, job, job.source)
+                    rollouts.begin()
                 self.trainer.start(job)
         except Exception:
             if job.sampler is not None:
                 job.sampler.close()
-            self.adapters.directory.stop_training(job.name)
+            directory.stop_training(job.name)
             raise
 
     # -- the loop ---------------------------------------------------------------------------------

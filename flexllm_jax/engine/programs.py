@@ -31,11 +31,7 @@ from flexllm_jax.finetune.optimizer import (
     optimizer_program,
     optimizer_step,
 )
-from flexllm_jax.peft.bank import (
-    copy_row,
-    read_row,
-    write_row,
-)
+from flexllm_jax.peft.bank import copy_row, read_row, write_row
 from flexllm_jax.peft.dropout import JobDropout
 from scheduler.latency import Sampling
 

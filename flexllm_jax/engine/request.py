@@ -13,7 +13,7 @@ import numpy as np
 from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.models.detokenizer import Detokenizer, OutputText
-from flexllm_jax.peft.bank import Published
+from flexllm_jax.peft.directory import Published
 from scheduler.latency import Sampling
 from scheduler.request import Slo
 from scheduler.slo import RequestTiming

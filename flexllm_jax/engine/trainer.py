@@ -234,11 +234,9 @@ class Trainer:
     def _snapshot(self, job: FinetuneJob) -> dict:
         """A copy of what a checkpoint keeps of a job after the last step dispatched."""
         snapshot = self._runner.copy_state(job.state, job.optimizer)
-        if job.versions:
-            read = self._runner.read_adapter  # one after the other: room for one is planned
-            snapshot["versions"] = {
-                str(number): read(version.bank_slot) for number, version in job.versions.items()
-            }
+        if job.versions and job.sampler:
+            read = job.sampler.read  # one after the other: room for one is planned
+            snapshot["versions"] = {str(n): read(version) for n, version in job.versions.items()}
         return snapshot
 
     # -- results ----------------------------------------------------------------------------------

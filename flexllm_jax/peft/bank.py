@@ -4,12 +4,11 @@ Per site the bank stacks the weights of all layers and rows, padded to the large
 may have (for LoRA A [L, rows, d_in, R] and B [L, rows, R, d_out]), and a number [L, rows]. Layers
 of one shape share a stack (`stacks`). What a row's adapter does not have is zero. Slot 0 means "no
 adapter" and has no row; slot s lives in row s - 1.
-A published adapter is a slot and a version. Publishing again takes a new slot, so requests to the
-old version finish on it; its slot is free when the last of them is done.
+Who has which slot is told by `directory`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -238,116 +237,3 @@ def _check_fits(adapter: Adapter, shape: BankShape, name: str) -> None:
             )
     if not all(np.isfinite(w).all() for own in adapter.weights.values() for w in own.values()):
         raise AdapterError(f"adapter {name!r} has weights that are not finite: train it again")
-
-
-@dataclass
-class Published:
-    """One version of a named adapter and the slot it is served from."""
-
-    name: str
-    version: int
-    bank_slot: int
-    config: AdapterConfig
-    shapes: Shapes
-    users: int = 0
-
-
-class NoFreeSlot(AdapterError):
-    """All slots are in use at this moment."""
-
-
-@dataclass
-class BankDirectory:
-    """Which slot holds what (host side). Slots 1..num_slots-1 can hold an adapter."""
-
-    num_slots: int
-    current: dict[str, Published] = field(default_factory=dict)
-    retired: list[Published] = field(default_factory=list)
-    training: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, int] = field(default_factory=dict)
-    # Slots whose content is not in use and can be brought back; frees one of them, if there is one.
-    num_evictable: Callable[[], int] = lambda: 0
-    evict: Callable[[], bool] = lambda: False
-
-    def _used(self) -> set[int]:
-        published = {p.bank_slot for p in [*self.current.values(), *self.retired]}
-        return published | set(self.training.values())
-
-    @property
-    def num_free(self) -> int:
-        """Slots that hold nothing."""
-        return self.num_slots - 1 - len(self._used())
-
-    @property
-    def num_to_be_had(self) -> int:
-        """Slots that hold nothing, or nothing that must stay."""
-        return self.num_free + self.num_evictable()
-
-    def _free_slot(self, purpose: str) -> int:
-        used = self._used()
-        for slot in range(1, self.num_slots):
-            if slot not in used:
-                return slot
-        if self.evict():
-            return self._free_slot(purpose)
-        raise NoFreeSlot(
-            f"no free slot for {purpose}: all {self.num_slots - 1} of adapters.slots "
-            f"({self.num_slots}, slot 0 is no adapter) are taken; raise adapters.slots or "
-            f"unload an adapter"
-        )
-
-    def publish(self, name: str, config: AdapterConfig, shapes: Shapes) -> Published:
-        """A new version of `name` in a free slot, current from now on."""
-        slot = self._free_slot(f"adapter {name!r}")
-        self.versions[name] = self.versions.get(name, 0) + 1
-        self._retire(name)
-        self.current[name] = Published(name, self.versions[name], slot, config, shapes)
-        return self.current[name]
-
-    def snapshot(self, name: str, config: AdapterConfig, shapes: Shapes) -> Published:
-        """A version in a free slot that nobody can ask for by `name`, held until `release`."""
-        slot = self._free_slot(f"a version of {name!r}")
-        self.versions[name] = self.versions.get(name, 0) + 1
-        own = Published(name, self.versions[name], slot, config, shapes, users=1)
-        self.retired.append(own)
-        return own
-
-    def unload(self, name: str) -> None:
-        """Forget `name`; requests that use it finish."""
-        self.lookup(name)
-        self._retire(name)
-
-    def _retire(self, name: str) -> None:
-        old = self.current.pop(name, None)
-        if old is not None and old.users:
-            self.retired.append(old)
-
-    def lookup(self, name: str) -> Published:
-        """The current version of `name`."""
-        if name not in self.current:
-            known = ", ".join(sorted(self.current)) or "none"
-            raise AdapterError(f"adapter {name!r} is not loaded; loaded adapters: {known}")
-        return self.current[name]
-
-    def acquire(self, name: str) -> Published:
-        """The current version of `name`, held until `release`."""
-        published = self.lookup(name)
-        published.users += 1
-        return published
-
-    def release(self, published: Published) -> None:
-        """One user of a version is done."""
-        published.users -= 1
-        if published.users == 0 and published in self.retired:
-            self.retired.remove(published)
-
-    def start_training(self, job: str) -> int:
-        """A slot for a job to train in. ValueError when it has one already."""
-        if job in self.training:
-            raise ValueError(f"job {job!r} is running already: use another name")
-        self.training[job] = self._free_slot(f"job {job!r} to train in")
-        return self.training[job]
-
-    def stop_training(self, job: str) -> None:
-        """Free a job's slot."""
-        self.training.pop(job, None)

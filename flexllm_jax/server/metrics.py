@@ -127,6 +127,10 @@ class ServerMetrics:
         self.free_slots = gauge(
             "flexllm:adapter_slots_free", "Slots of the bank that hold no adapter.", engine
         )
+        text = "Versions that jobs answer with that wait in the host's memory for a slot."
+        self.versions_on_host = gauge("flexllm:adapter_versions_on_host", text, engine)
+        text = "Those that went there (host), and came back (device)."
+        self.versions_moved = counter("flexllm:adapter_versions_moved", text, "to", engine)
         self.engine_jobs = gauge("flexllm:engine_jobs", "Jobs that an engine trains.", engine)
         self.engine_up = gauge("flexllm:engine_up", "1: the engine serves; 0: not now.", engine)
         self.recompiles = counter(
@@ -169,6 +173,7 @@ class ServerMetrics:
         self.engine_up.labels(engine.name).set(0)
         self.engine_jobs.labels(engine.name).set(0)
         self.free_slots.labels(engine.name).set(0)
+        self.versions_on_host.labels(engine.name).set(0)
         self._versions.pop(engine.name, None)
         for each in (self.running, self.waiting, self.kv_usage):
             each.labels(self._model, engine.name).set(0)
@@ -186,6 +191,9 @@ class ServerMetrics:
         for thread, seconds in (("step", stats.step_cpu_s), ("messages", stats.message_cpu_s)):
             _add(self.engine_cpu.labels(thread, name), totals, thread, seconds)
         self.free_slots.labels(name).set(stats.free_slots)
+        self.versions_on_host.labels(name).set(stats.on_host)
+        for to, count in (("host", stats.spilled), ("device", stats.returned)):
+            _add(self.versions_moved.labels(to, name), totals, ("moved", to), count)
         self.engine_jobs.labels(name).set(sum(job.status == "running" for job in stats.jobs))
         for step in stats.steps:
             if tokens := step.decode_tokens + step.prefill_tokens:

@@ -20,6 +20,7 @@ from flexllm_jax import ReinforcementConfig, SamplingParams
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
 from flexllm_jax.finetune.create import create_job
 from flexllm_jax.finetune.reinforcement.make import Play
+from flexllm_jax.peft.directory import NoFreeSlot
 from tests.engine.test_out_of_memory import failing
 from tests.engines import (
     job_config,
@@ -602,6 +603,55 @@ def test_pause_drops_what_is_under_way_and_resume_samples_the_same(llm, rows, st
     assert tokens == expected
     for mine, other in zip(paused.metrics, undisturbed.metrics, strict=True):
         assert without_times(mine) == pytest.approx(without_times(other), rel=1e-3, abs=1e-5)
+
+
+def test_versions_take_turns_where_slots_are_short(llm, rows, start):
+    """One slot for three versions: of a job that is ahead, and of its start. The others wait on the
+    host, and what is trained is what is trained with a slot for each."""
+    directory, versions = llm.engine.adapters.directory, llm.engine.versions
+    fields = {"steps": 3, "init_adapter": start, "optimizer": {"lr": 1e-3}}
+
+    def trained(name, taken):
+        for i in range(taken):
+            llm._loop.call(directory.start_training, f"taken-{i}")
+        before = versions.spilled, versions.returned
+        config = reinforcement(name, rows, {"steps_ahead": 1, "kl_coef": 0.1}, **fields)
+        job, batches = start_watched(llm, config, uneven)
+        job.wait(60)
+        for i in range(taken):
+            llm._loop.call(directory.stop_training, f"taken-{i}")
+        assert job.status == "succeeded", job.reason
+        moved = versions.spilled - before[0], versions.returned - before[1]
+        told = any("adapters.slots are short" in message for message in job.messages)
+        assert told == bool(moved[1]) and not directory.held and not versions.num_on_host
+        return moved, [[e.tokens for g in groups for e in g.episodes] for groups in batches]
+
+    (spilled, _), expected = trained("enough", 0)
+    assert not spilled
+    (spilled, returned), tokens = trained("short", directory.num_free - 2)
+    assert spilled >= returned > 0
+    assert tokens == expected
+
+
+def test_one_slot_is_left_to_answer_from(llm, rows, start):
+    """Neither jobs nor adapters that graders ask take the last."""
+    directory = llm.engine.adapters.directory
+    job = llm.finetune(reinforcement("answers", rows, steps=10_000), reward=uneven)
+    llm.load_adapter("judge", start)
+    judge = llm._loop.call(directory.pin, "judge")
+    for i in range(directory.num_slots - 4):
+        llm._loop.call(directory.start_training, f"taken-{i}")
+    with pytest.raises(NoFreeSlot, match="one is left to what jobs that learn from rewards"):
+        llm._loop.call(directory.start_training, "late")
+    steps = job.steps
+    while job.steps < steps + 2:
+        assert job.status == "running", job.reason
+        time.sleep(0.001)
+    job.cancel()
+    llm._loop.call(directory.start_training, "late")
+    llm._loop.call(directory.unpin, judge)
+    for name in list(directory.training):
+        llm._loop.call(directory.stop_training, name)
 
 
 def test_cancel_ends_at_once_and_leaves_nothing(llm, rows):

@@ -42,7 +42,8 @@ from flexllm_jax.finetune.calls.source import (
 )
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import TARGET_MODULES, Adapter, LoraConfig, init_adapter
-from flexllm_jax.peft.bank import NoFreeSlot, from_row, to_row
+from flexllm_jax.peft.bank import from_row, to_row
+from flexllm_jax.peft.directory import NoFreeSlot
 
 
 class ModelError(UserError):

@@ -17,7 +17,7 @@ import numpy as np
 from flexllm_jax.engine.memory import models_at_once
 from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.finetune.calls.source import CallSource
-from flexllm_jax.peft.bank import NoFreeSlot
+from flexllm_jax.peft.directory import NoFreeSlot
 
 if TYPE_CHECKING:
     from flexllm_jax.engine.engine import Engine

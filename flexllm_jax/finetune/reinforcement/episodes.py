@@ -146,12 +146,16 @@ class Sampler(Protocol):
         """Tokens that went through for it so far: what was said, and prompts."""
         ...
 
-    def freeze(self) -> Any | None:
-        """The adapter as it is now, as a version that stays; None while there is no room."""
+    def freeze(self) -> Any:
+        """The adapter as it is now, as a version that stays."""
         ...
 
     def thaw(self, values: list, scales: list) -> Any:
-        """A version that a checkpoint kept. ValueError when there is no room."""
+        """A version that a checkpoint kept."""
+        ...
+
+    def read(self, version: Any) -> list:
+        """What a checkpoint keeps of a version."""
         ...
 
     def play(self, groups: Sequence[Group], version: Any) -> None:

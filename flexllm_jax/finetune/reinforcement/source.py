@@ -131,11 +131,10 @@ class ReinforcementSource:
         """With no step under way: let answers begin, and hand over a batch that is answered."""
         for number in self._to_answer():
             before = max(0, number - self.method.steps_ahead)
-            if version := self._thawed.get(before) or self._freeze():
-                self._open[number] = self._play(number, version)
+            self._open[number] = self._play(number, self._thawed.get(before) or self._freeze())
         self._thawed.clear()  # each has its batches
-        if self._validation_due and self._validating is None and (version := self._freeze()):
-            self._validating = self._validate(version)
+        if self._validation_due and self._validating is None:
+            self._validating = self._validate(self._freeze())
         if self._validating is not None:
             if not self._validating.played:
                 return
@@ -150,15 +149,11 @@ class ReinforcementSource:
         first, after = self._trained, self._trained + self.method.steps_ahead + 1
         return [m for m in range(first, min(after, self._batches)) if m not in self._open]
 
-    def _freeze(self) -> _Version | None:
-        """The weights as they are, kept; None while there is no room."""
+    def _freeze(self) -> _Version:
+        """The weights as they are, kept."""
         if self._version is None:
             assert self.sampler is not None
-            frozen = self.sampler.freeze()
-            if frozen is None:
-                self._stuck = False  # whatever makes room says nothing of it
-                return None
-            self._version = _Version(self._trained, frozen)
+            self._version = _Version(self._trained, self.sampler.freeze())
         return self._version
 
     def _play(self, number: int, version: _Version) -> _Batch:

@@ -15,7 +15,8 @@ from functools import partial
 
 from flexllm_jax.engine.loop import EngineLoop, NewRequest
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.bank import AdapterRow, NoFreeSlot
+from flexllm_jax.peft.bank import AdapterRow
+from flexllm_jax.peft.directory import NoFreeSlot
 from flexllm_jax.server.engines.calls import EngineCalls
 
 Numbered = dict[int, NewRequest]  # by the client's number

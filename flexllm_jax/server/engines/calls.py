@@ -7,7 +7,7 @@ engine's thread only for the last step. ValueError, in one line, is the caller's
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from flexllm_jax.finetune.create import create_job
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.bank import AdapterRow, NoFreeSlot
+from flexllm_jax.peft.bank import AdapterRow
+from flexllm_jax.peft.directory import NoFreeSlot
 from flexllm_jax.peft.hf_peft import is_adapter, load_adapter, save_adapter
 from flexllm_jax.server.engines.facts import FactBook
 
 _FORGOTTEN_AFTER_S = 60.0  # a job's end
+_YIELDS_S = 1.0  # that a job's answers leave a slot to who waits for it
 _RESULT_S = 600.0  # a trained job waits so long for room on the disk
 
 
@@ -42,8 +44,7 @@ class EngineCalls:
         self.facts = FactBook(_FORGOTTEN_AFTER_S)
         self.models = TrainingModels(engine)
         directory = engine.adapters.directory
-        directory.evict = self._evict
-        directory.num_evictable = lambda: len(self._idle()) + self.models.num_resting
+        directory.rooms.insert(0, self)  # before those of answers
         engine.trainer.writer.on_checkpoint = self._keep_checkpoint
         engine.trainer.writer.keep_trying_s = _RESULT_S
 
@@ -88,22 +89,31 @@ class EngineCalls:
         return len(self._engine.adapters.directory.retired)
 
     def give_up_oldest(self, before: float) -> None:
-        """In the engine's thread: of adapters loaded `before`, the first takes no more requests."""
+        """In the engine's thread: of adapters loaded `before`, the first takes no more requests;
+        where there is none, the answers of jobs make room."""
         jobs = self._engine.trainer.jobs
         loaded = [
             name
-            for name in self._engine.adapters.directory.current
-            if name in self._paths and name not in jobs and self._loaded.get(name, 0.0) < before
+            for name, own in self._engine.adapters.directory.current.items()
+            if name in self._paths and name not in jobs and not own.pins
+            if self._loaded.get(name, 0.0) < before
         ]
         if loaded:
             self._engine.adapters.unload(min(loaded, key=lambda n: self._loaded.get(n, 0.0)))
+        else:
+            self._engine.versions.yield_oldest(_YIELDS_S)
 
     def is_loaded(self, name: str) -> bool:
         """In the engine's thread: whether requests for `name` can be queued; counts as use."""
         self._used[name] = time.monotonic()
         return name in self._engine.adapters.directory.current
 
-    def _evict(self) -> bool:
+    @property
+    def num_to_be_had(self) -> int:
+        """Slots of what can be evicted (`directory.Room`)."""
+        return len(self._idle()) + self.models.num_resting
+
+    def make(self) -> bool:
         """Unload the idle adapter that was asked for the longest ago, of those that can come back,
         or let a model that is trained by calls wait in the host's memory; False: there is none."""
         name = min(self._idle(), key=lambda name: self._used.get(name, 0.0), default=None)
@@ -155,9 +165,12 @@ class EngineCalls:
 
     # -- jobs -------------------------------------------------------------------------------------
 
-    def start_job(self, config: dict[str, Any], losses_known: int) -> None:
+    def start_job(
+        self, config: dict[str, Any], losses_known: int, asked: Mapping[str, str]
+    ) -> None:
         """Start a job, or go on with it from its newest checkpoint. `losses_known`: steps from the
-        first on whose losses need not be told."""
+        first on whose losses need not be told. `asked`: adapters that its grader asks, and their
+        folders. ValueError; it says "no free slot" where one may be free later."""
         job = create_job(
             build_config(config, "job", FinetuneConfig),
             self._engine.runner.model,
@@ -169,8 +182,19 @@ class EngineCalls:
         )
         job.messages.clear()  # the HTTP process has read the files too, and told of their rows
 
+        read = {name: (path, *self.read_adapter(name, path)) for name, path in asked.items()}
+
         def start() -> None:
-            self._engine.add_job(job)
+            directory, kept = self._engine.adapters.directory, []
+            try:
+                for name, content in read.items():
+                    if not self.is_loaded(name):
+                        self.publish(name, *content)
+                    kept.append(directory.acquire(name))  # it is not evicted for the next
+                self._engine.add_job(job)
+            finally:
+                for adapter in kept:
+                    directory.release(adapter)
             self.facts.begin(job, losses_known)
             step = job.resumed_from
             if job.running and step and not is_adapter(self._adapter_folder(job.name, step)):

@@ -87,12 +87,14 @@ class JobFacts:
             self._add("ended", text=self.job.reason, status=status)
 
     def _collect_metrics(self) -> None:
-        for metrics in self.job.metrics[self._steps :]:
-            self._steps += 1
-            self._add("step", step=self._steps, metrics=metrics)
-        for step, metrics in self.job.validations[self._validations :]:
-            self._validations += 1
-            self._add("validation", step=step, metrics=metrics)
+        steps = enumerate(self.job.metrics[self._steps :], self._steps + 1)
+        measured = [("step", *own) for own in steps]
+        self._steps += len(measured)
+        validations = self.job.validations[self._validations :]
+        self._validations += len(validations)
+        measured += [("validation", *own) for own in validations]
+        for kind, step, metrics in sorted(measured, key=lambda own: own[1]):  # as they happened
+            self._add(kind, step=step, metrics=metrics)
 
     def _add(self, kind: Any, **what: Any) -> None:
         self._count += 1

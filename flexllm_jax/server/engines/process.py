@@ -252,6 +252,9 @@ class EngineProcess:
             step_cpu_s=self._step_cpu_s,
             message_cpu_s=time.thread_time() + self._sender_cpu_s,
             free_slots=engine.adapters.directory.num_free,
+            on_host=engine.versions.num_on_host,
+            spilled=engine.versions.spilled,
+            returned=engine.versions.returned,
         )
 
     def _send(self, context: zmq.Context, address: str) -> None:

@@ -216,7 +216,8 @@ class Stats(Message, frozen=True):
     seconds since its last step; `call_waits_s`: how long the oldest call has waited for a worker;
     `steps`: those since the last message. CPU time, seconds since the start: `step_cpu_s` of the
     thread that plans and dispatches steps and tells their tokens, `message_cpu_s` of those that
-    talk to the HTTP process. `free_slots`: of the bank of adapters."""
+    talk to the HTTP process. `free_slots`: of the bank of adapters. Versions that jobs answer with
+    are `on_host` now; so many went there and came back: `spilled`, `returned`."""
 
     idle: bool
     quiet_s: float
@@ -235,6 +236,9 @@ class Stats(Message, frozen=True):
     step_cpu_s: float = 0.0
     message_cpu_s: float = 0.0
     free_slots: int = 0
+    on_host: int = 0
+    spilled: int = 0
+    returned: int = 0
 
 
 class Trained(Message, frozen=True):

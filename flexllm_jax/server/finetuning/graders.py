@@ -17,12 +17,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from flexllm_jax.config import Config
-from flexllm_jax.config.graders import GraderConfig, nested_deeper, read_grader
+from flexllm_jax.config.graders import GraderConfig, asked_models, nested_deeper, read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Completion, Grade, Grader, Question, Sample, make_grader
 from flexllm_jax.graders.grade import ErrorKind
 from flexllm_jax.server.engines.registry import ModelRegistry
-from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.schema import RunGrader, ValidateGrader
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known

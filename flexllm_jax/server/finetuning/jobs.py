@@ -21,6 +21,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
+from flexllm_jax.config.graders import asked_models
 from flexllm_jax.server.database import Database, DatabaseUnavailable, JobRow
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
@@ -28,8 +29,7 @@ from flexllm_jax.server.engines.protocol import JobReport, Stats
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning import transitions
 from flexllm_jax.server.finetuning.files import UNFINISHED, FileStore
-from flexllm_jax.server.finetuning.methods import asked_models
-from flexllm_jax.server.finetuning.records import JobRecords, find_job, finished_adapters
+from flexllm_jax.server.finetuning.records import JobRecords, find_job, finished_adapters, tell_once
 from flexllm_jax.server.finetuning.reports import ReportWriter
 from flexllm_jax.server.finetuning.schema import CreateJob, random_seed
 from flexllm_jax.server.finetuning.tracking import ServerTracking
@@ -241,12 +241,27 @@ class JobManager:
                 loads = [(given.count(engine), engine) for engine in self._engines.usable()]
                 count, engine = min(loads, key=lambda load: load[0], default=(0, None))
                 if engine is None or count >= self._config.server.max_running_jobs:
+                    most = self._config.server.max_running_jobs
+                    end = f"the end of one of the jobs that run: server.max_running_jobs={most}"
+                    await self._tell_waiting(end if engine else "an engine that serves")
                     return
                 lost = [job_id for job_id in running if job_id not in self._in_engine]
                 waiting = lost or await self._ids("queued")
                 if not waiting:
                     return
                 await self._start(waiting[0], engine)
+
+    async def _tell_waiting(self, reason: str, *job_ids: str) -> None:
+        """Say once in the events of queued jobs, or of `job_ids`, what they wait for."""
+        waiting = job_ids or await self._ids("queued")
+
+        def tell(session: Session) -> None:
+            for job_id in waiting:
+                tell_once(session, job_id, f"Waiting for {reason}")
+
+        if waiting:
+            await self._database.until_written(tell)
+            await self._told()
 
     async def _start(self, job_id: str, engine: EngineClient) -> None:
         """Give a job to an engine, which takes it when it has read its files."""
@@ -262,7 +277,12 @@ class JobManager:
     async def _begin(self, job_id: str, engine: EngineClient, given: ToStart) -> None:
         """Wait until the engine has a job, or refuses it."""
         try:
-            await engine.call("start_job", config=given.config, losses_known=given.losses_known)
+            await engine.call(
+                "start_job",
+                config=given.config,
+                losses_known=given.losses_known,
+                asked=self._asked(given.config),
+            )
         except EngineUnavailable:
             if job_id not in self._losing:
                 self._in_engine.pop(job_id, None)  # the next engine schedules again
@@ -270,6 +290,7 @@ class JobManager:
         except EngineRefused as error:
             self._in_engine.pop(job_id, None)
             if "no free slot" in str(error):  # all adapters are in use at this moment
+                await self._tell_waiting(str(error), job_id)
                 asyncio.get_running_loop().call_later(1, lambda: self._spawn(self._schedule()))
                 return
             await self._fail(job_id, "invalid_request", str(error))
@@ -283,6 +304,12 @@ class JobManager:
             await self._ask("cancel_job", job_id)
         elif job and job.status == "paused":
             await self._ask("pause_job", job_id)
+
+    def _asked(self, config: dict[str, Any]) -> dict[str, str]:
+        """Folders of the adapters that a job's grader asks, by the engine's names."""
+        paths = {own.engine_name: own.path for own in self._models.adapters.values()}
+        parts = asked_models(config["method"].get("grader") or {})
+        return {part["model"]: paths[part["model"]] for _, part in parts if part["model"] in paths}
 
     async def _fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
         fail = partial(transitions.fail, job_id=job_id, code=code, message=message, param=param)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -109,20 +108,6 @@ class Reinforcement(Body):
 
     grader: dict[str, Any]
     hyperparameters: ReinforcementHyperparameters | None = None
-
-
-def asked_models(
-    grader: dict[str, Any], field: str = "grader"
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The parts of a grader, as it is told, that ask a model, each with its field: it has the
-    model's name as `model`."""
-    if isinstance(grader.get("model"), str):
-        yield f"{field}.model", grader
-    parts = grader.get("graders")
-    named = parts.items() if isinstance(parts, dict) else enumerate(parts or ())
-    for name, part in named:
-        if isinstance(part, dict):
-            yield from asked_models(part, f"{field}.graders.{name}")
 
 
 class Method(Body):

@@ -14,12 +14,12 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from flexllm_jax.config.graders import asked_models
 from flexllm_jax.server.database import CheckpointRow, Database, JobRow
 from flexllm_jax.server.engines.client import EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.registry import ModelRegistry, ServedAdapter
 from flexllm_jax.server.finetuning.files import UNFINISHED
-from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.schema import CreateJob
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError

@@ -239,7 +239,7 @@ def tell(
     session.add(EventRow(job_id=job_id, message=message, level=level, type=type, data=data))
 
 
-def tell_once(session: Session, job_id: str, message: str, level: str) -> None:
+def tell_once(session: Session, job_id: str, message: str, level: str = "info") -> None:
     """Add an event, unless it is there."""
     known = select(EventRow.number).where(EventRow.job_id == job_id, EventRow.message == message)
     if session.scalars(known).first() is None:

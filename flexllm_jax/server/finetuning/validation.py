@@ -16,6 +16,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import METHODS, Config, ReinforcementConfig
+from flexllm_jax.config.graders import asked_models
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.questions import questions
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
@@ -29,7 +30,6 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.server.database import Database, JobRow
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning.files import FileStore
-from flexllm_jax.server.finetuning.methods import asked_models
 from flexllm_jax.server.finetuning.records import SHOWN_ROWS, tell_row
 from flexllm_jax.server.finetuning.schema import CreateJob
 

@@ -1,13 +1,15 @@
-"""Slots that are never free by themselves are handed on, on a real engine."""
+"""Slots that are never free by themselves are handed on, on a real engine; what a job's grader asks
+has one to the job's end."""
 
 import time
 
 import pytest
 
+from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.server.engines import adapter_loads
 from flexllm_jax.server.engines.adapter_loads import AdapterLoads
 from flexllm_jax.server.engines.calls import EngineCalls
-from tests.engines import save_random_adapter
+from tests.engines import job_config, save_random_adapter, write_rows
 
 TURN_S = 0.1
 
@@ -56,18 +58,23 @@ class World:
 
 
 @pytest.fixture
-def world(llm, llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter_loads, "_TURN_S", TURN_S)
-    writer = llm.engine.trainer.writer
-    for holder, name in (  # what EngineCalls sets: given back to the shared engine
-        (llm.engine.adapters.directory, "evict"),
-        (llm.engine.adapters.directory, "num_evictable"),
+def shared(llm, monkeypatch):
+    """The shared engine, which is given back what EngineCalls sets."""
+    directory, writer = llm.engine.adapters.directory, llm.engine.trainer.writer
+    monkeypatch.setattr(directory, "rooms", [*directory.rooms])
+    for holder, name in (
         (llm.engine.trainer, "turns"),
         (writer, "on_checkpoint"),
         (writer, "keep_trying_s"),
     ):
         monkeypatch.setattr(holder, name, getattr(holder, name))
-    world = World(llm, save_random_adapter(llama, tmp_path / "adapter"))
+    return llm
+
+
+@pytest.fixture
+def world(shared, llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter_loads, "_TURN_S", TURN_S)
+    world = World(shared, save_random_adapter(llama, tmp_path / "adapter"))
     yield world
     world.close()
 
@@ -90,3 +97,41 @@ def test_slots_that_are_always_in_use_are_handed_on(world):
     assert list(world.users) == [*world.busy[2:], "first", "second"] and not world.loads.waiting
     assert set(world.users) == set(world.directory.current), "others gave up their slots, too"
     assert not world.refused
+
+
+def test_what_a_grader_asks_is_loaded_and_stays_while_its_job_runs(shared, chat_llama, tmp_path):
+    """Others fill all slots, and the grader's adapter has none; then they ask for its slot."""
+    llm, directory = shared, shared.engine.adapters.directory
+    calls = EngineCalls(llm.config, llm.engine, llm._loop, load_tokenizer(chat_llama))
+    folder = str(save_random_adapter(chat_llama, tmp_path / "adapter"))
+    for name in ("judge", *(f"idle-{i}" for i in range(directory.num_free))):
+        calls.load_adapter(name, folder)
+    assert not directory.num_free and "judge" not in directory.current
+    grader = {
+        "type": "label_model",
+        "name": "judge",
+        "model": "judge",
+        "input": [{"role": "user", "content": "{{ sample.output_text }}"}],
+        "labels": ["a", "b"],
+        "passing_labels": ["a", "b"],
+        "sampling_params": {"max_completions_tokens": 40},
+    }
+    method = {"batch_size": 2, "num_generations": 2, "max_tokens": 4} | {
+        "type": "reinforcement",
+        "grader": {"type": "multi", "graders": {"judge": grader}, "calculate_output": "3 * judge"},
+    }
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "ab"}, {"prompt": "cd"}])
+    config = job_config("judged", rows, method=method, steps=3).model_dump(mode="json")
+    calls.start_job(config, 0, {"judge": folder})
+    job, asked = llm.engine.trainer.jobs["judged"], 0
+    while not job.ended.is_set():
+        assert job.running is False or directory.current["judge"].pins == 1
+        calls.load_adapter(f"other-{asked}", folder)
+        asked += 1
+    assert job.status.value == "succeeded" and asked > 1, job.reason
+    assert [sample["reward"] for sample in job.samples] == [3.0] * 4
+    assert directory.current.get("judge") is None or not directory.current["judge"].users
+    with pytest.raises(ValueError, match="adapter 'judge' is not loaded"):
+        calls.unload_adapter("judge")
+        calls.start_job(config, 0, {})
+    assert not directory.training

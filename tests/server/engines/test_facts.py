@@ -70,6 +70,16 @@ def test_every_fact_is_told_until_it_is_acknowledged(actions):
     assert sorted(heard.values(), key=str) == sorted(expected, key=str)
 
 
+def test_a_validation_is_told_after_its_step_and_before_the_next():
+    job = make_job()
+    facts = JobFacts(job, losses_known=0)
+    job.metrics += [{"loss": float(n)} for n in (1, 2, 3, 4)]
+    job.validations += [(2, {"loss": 0.2}), (4, {"loss": 0.4})]
+    found = [(f.kind, f.step) for f in facts.report().facts if f.metrics]
+    steps = [("step", n) for n in (1, 2, 3, 4)]
+    assert found == [*steps[:2], ("validation", 2), *steps[2:], ("validation", 4)]
+
+
 def test_a_run_that_goes_on_tells_what_the_checkpoint_knows_and_the_database_lacks():
     facts = JobFacts(make_job(resumed_from=5), losses_known=3)
     assert [(f.kind, f.step) for f in facts.report().facts] == [

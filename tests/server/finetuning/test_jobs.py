@@ -249,6 +249,9 @@ def test_jobs_beyond_the_limit_wait_their_turn(client):
     assert wait(client, jobs[2], "queued").status == "queued"
     with pytest.raises(openai.ConflictError, match="still needs the file"):
         client.files.delete(file_id)
+    told = [e.message for e in client.fine_tuning.jobs.list_events(jobs[2].id)]
+    waits = "Waiting for the end of one of the jobs that run: server.max_running_jobs=2"
+    assert told.count(waits) == 1
     client.fine_tuning.jobs.cancel(jobs[0].id)
     wait(client, jobs[2], "running")
     for job in jobs[1:]:

@@ -147,8 +147,6 @@ def test_models_of_the_server_grade(client):
     other = grader | {"graders": judges | {"base": judges["base"] | {"model": "other"}}}
     with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
         create(client, file, reinforcement(grader=other))
-    # A grader's adapter has to be in the bank: used last, it is not what the job's slots displace.
-    client.completions.create(model=first.fine_tuned_model, prompt="a", max_tokens=1)
     job = create(client, file, reinforcement(grader=grader, **hyper))
     job = wait(client, job, "succeeded")
     answers = client.get(f"/fine_tuning/jobs/{job.id}/samples", cast_to=object)["data"]

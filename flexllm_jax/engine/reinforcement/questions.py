@@ -5,7 +5,7 @@ Graders ask in threads of workers and wait; what they ask is sent, and answered,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,14 +16,15 @@ from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.finetune.reinforcement.prompts import PromptReader
 from flexllm_jax.graders import Completion, GradingError, Question, Usage
+from flexllm_jax.peft.directory import Published
 
 if TYPE_CHECKING:
     from flexllm_jax.engine.engine import Engine
 
 
 class Questions:
-    """Answers what the graders of `job` ask (`graders.Complete`). `between_steps` has a function
-    called in the engine's thread."""
+    """Answers what the graders of `job` ask (`graders.Complete`). The adapters that they ask stay
+    loaded from `begin` to `close`. `between_steps` has a function called in the engine's thread."""
 
     def __init__(
         self,
@@ -33,10 +34,18 @@ class Questions:
         job: str,
         between_steps: Callable[[Callable[[], None]], None],
     ):
+        config = engine.config
+        self._base = config.server.model_name or config.model.path.resolve().name
+        self._adapters: dict[str, Published] = {}
         self._engine, self._reader, self._slo_class = engine, reader, slo_class
         self._job, self._between_steps = job, between_steps
         self._asked: dict[Future[RequestState], RequestState] = {}
         self._closed = False
+
+    def begin(self, models: Iterable[str]) -> None:
+        """Keep the adapters among these models as they are. AdapterError when one is not loaded."""
+        for name in set(models) - {self._base, *self._adapters}:
+            self._adapters[name] = self._engine.adapters.directory.pin(name)
 
     def __call__(self, question: Question) -> Completion:
         """In a worker: wait for the answer. GradingError when there is none."""
@@ -79,14 +88,11 @@ class Questions:
         if self._closed:
             future.set_exception(ValueError("the job has ended"))
             return
-        config = self._engine.config
-        base = config.server.model_name or config.model.path.resolve().name
-        adapter = None if model == base else model
         try:
             self._asked[future] = self._engine.add_request(
                 tokens,
                 params,
-                adapter,
+                self._adapters.get(model),
                 slo_class=self._slo_class,
                 constraint=constraint,
                 on_finish=partial(self._answered, future),
@@ -110,3 +116,6 @@ class Questions:
         for future, state in asked.items():
             future.set_exception(ValueError("the job has ended"))
             self._engine.cancel(state)
+        adapters, self._adapters = self._adapters, {}
+        for adapter in adapters.values():
+            self._engine.adapters.directory.unpin(adapter)

@@ -17,13 +17,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from flexllm_jax.config import ReinforcementConfig
-from flexllm_jax.engine.questions import Questions
+from flexllm_jax.config.graders import asked_models
+from flexllm_jax.engine.reinforcement.questions import Questions
+from flexllm_jax.engine.reinforcement.versions import Version
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.episodes import Episode, Group
 from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
-from flexllm_jax.peft.bank import NoFreeSlot, Published
 
 if TYPE_CHECKING:
     from flexllm_jax.engine.engine import Engine
@@ -41,7 +42,7 @@ class _Turn:
 
     group: Group
     episode: Episode
-    version: Published | None
+    version: Version | None
     scores: bool = False
     state: RequestState | None = None
     lost: int = 0  # requests that the engine gave up
@@ -67,13 +68,21 @@ class Rollouts:
             )
             source.asking.engine = self._questions
         self.paused = False
-        self._held: list[Published] = []
-        self._start: Published | None = None  # of the weights that the job started from; None: none
-        if self._method.kl_coef and not job.adapter.changes_nothing:
-            adapters = engine.adapters
-            row = adapters.to_row(job.name, job.adapter)
-            self._start = self.thaw(row.weights, row.scales)
+        self._versions = engine.versions
+        self._held: list[Version] = []
+        self._start: Version | None = None  # of the weights that the job started from; None: none
+        self._absent = False  # only turns are left whose versions wait for slots
         self._said_tokens = self._prompt_tokens = 0
+
+    def begin(self) -> None:
+        """Hold what is needed to the end, until `close`. NoFreeSlot, or AdapterError."""
+        job = self._job
+        if self._questions is not None and self._method.grader is not None:
+            asked = asked_models(self._method.grader.model_dump())
+            self._questions.begin(part["model"] for _, part in asked)
+        if self._method.kl_coef and not job.adapter.changes_nothing:
+            row = self._engine.adapters.to_row(job.name, job.adapter)
+            self._start = self.thaw(row.weights, row.scales)
 
     # -- what the source asks for -----------------------------------------------------------------
 
@@ -87,29 +96,28 @@ class Rollouts:
         """Tokens that went through for it: what was said, and of prompts what was not cached."""
         return self._said_tokens + self._prompt_tokens
 
-    def freeze(self) -> Published | None:
-        """The adapter as it is now: a copy on the device."""
-        job, adapters = self._job, self._engine.adapters
-        try:
-            version = adapters.snapshot_job(job)
-        except NoFreeSlot as error:
-            job.note(f"its answers wait for a slot: {error}")
-            return None
+    def freeze(self) -> Version:
+        """The adapter as it is now: a copy on the device, or on the host where slots are short."""
+        return self._keep(self._versions.freeze(self._job))
+
+    def thaw(self, values: list, scales: list) -> Version:
+        """A version that a checkpoint kept."""
+        return self._keep(self._versions.thaw(self._job, values, scales))
+
+    def _keep(self, version: Version) -> Version:
         self._held.append(version)
         return version
 
-    def thaw(self, values: list, scales: list) -> Published:
-        """A version that a checkpoint kept. NoFreeSlot when there is no room."""
-        version = self._engine.adapters.snapshot_row(self._job, values, scales)
-        self._held.append(version)
-        return version
+    def read(self, version: Version) -> list:
+        """Its weights on the host; waits for the device."""
+        return self._versions.read(version)
 
-    def release(self, version: Published) -> None:
+    def release(self, version: Version) -> None:
         """No more requests to it will come."""
         self._held.remove(version)
-        self._engine.adapters.directory.release(version)
+        self._versions.release(version)
 
-    def play(self, groups: Sequence[Group], version: Published) -> None:
+    def play(self, groups: Sequence[Group], version: Version) -> None:
         """Begin; each group says when it is done."""
         for group in groups:
             if self._game.one_turn:
@@ -129,7 +137,10 @@ class Rollouts:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do here until a worker is done."""
-        return self._done.empty() and (self.paused or not (self._waiting or self._running))
+        if not self._done.empty():
+            return False
+        absent = self._absent and not self._versions.due
+        return self.paused or not (self._running or (self._waiting and not absent))
 
     # -- between two steps ------------------------------------------------------------------------
 
@@ -144,8 +155,31 @@ class Rollouts:
             if state is not None and (state.first_token_at or state.finished):
                 self._leading.remove((leader, others))
                 self._waiting.extendleft(reversed(others))
-        while self._waiting and len(self._running) < self._most:
-            self._send(self._waiting.popleft())
+        self._send_turns()
+
+    def _send_turns(self) -> None:
+        """As many as may run; those of a version without a slot wait for it."""
+        absent: set[Version] = set()
+        for turn in list(self._waiting):
+            if len(self._running) >= self._most:
+                break
+            version = turn.version
+            if version in absent:
+                continue
+            if version is None or self._bring(version):
+                self._waiting.remove(turn)
+                self._send(turn)
+            else:
+                absent.add(version)
+        self._absent = bool(absent) and not self._running
+
+    def _bring(self, version: Version) -> bool:
+        if not version.placed:
+            self._job.note(
+                "adapters.slots are short: versions of its adapter wait in the host's memory and "
+                "answer by turns; raise adapters.slots"
+            )
+        return self._versions.bring(version)
 
     @property
     def _most(self) -> int:
@@ -161,6 +195,8 @@ class Rollouts:
             self._drop(turn)
             turn.state = None
             self._waiting.appendleft(turn)
+        for version in self._held:
+            self._versions.forgo(version)
 
     def resume(self) -> None:
         """Go on."""
@@ -177,12 +213,12 @@ class Rollouts:
         self._waiting.clear()
         self._leading.clear()
         for version in self._held:
-            self._engine.adapters.directory.release(version)
+            self._versions.release(version)
         self._held.clear()
 
     # -- turns ------------------------------------------------------------------------------------
 
-    def _begin(self, group: Group, version: Published) -> None:
+    def _begin(self, group: Group, version: Version) -> None:
         """Let the episodes of a group begin, the first before the others."""
         turns = [_Turn(group, e, version) for e in group.episodes if not e.over]
         if not turns:
@@ -212,7 +248,7 @@ class Rollouts:
             turn.state = self._engine.add_request(
                 tuple(episode.tokens),
                 params,
-                turn.version,
+                turn.version and turn.version.published,
                 slo_class=self._slo_class,
                 on_finish=partial(self._said, turn),
                 job=self._job.name,
