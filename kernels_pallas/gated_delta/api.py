@@ -1,0 +1,32 @@
+"""Picks the implementation."""
+
+from typing import Any
+
+import jax
+
+from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.gated_delta import base, conv
+
+conv_window = conv.conv_window
+
+
+def delta_rule(
+    *arguments: Any, unit_tokens: int, backend: Backend = XLA
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """See `base.delta_rule`, which says what the arguments are."""
+    return base.delta_rule(*arguments, unit_tokens=unit_tokens)
+
+
+def delta_window(*arguments: jax.Array, backend: Backend = XLA) -> tuple[jax.Array, jax.Array]:
+    """See `base.delta_window`."""
+    return base.delta_window(*arguments)
+
+
+def delta_window_backward(*arguments: jax.Array, backend: Backend = XLA) -> tuple[jax.Array, ...]:
+    """See `base.delta_window_backward`."""
+    return base.delta_window_backward(*arguments)
+
+
+def causal_conv(*arguments: jax.Array, backend: Backend = XLA) -> tuple[jax.Array, jax.Array]:
+    """See `conv.causal_conv`. XLA fuses it on every device."""
+    return conv.causal_conv(*arguments)
