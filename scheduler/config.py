@@ -17,6 +17,8 @@ class SchedulerConfig:
     max_model_len          prompt + output tokens of a request, tokens of a finetuning sequence
     token_buckets          token slots of the compiled forward programs, ascending
     num_pages, page_size, prefix_caching   the KV page pool
+    state_snapshots        slots for snapshots of recurrent state; 0 for a model without any
+    snapshot_every         tokens from one snapshot to the next, in whole pages
     num_layers, unit_tokens   a microbatch of t tokens is cut in n = ceil(t / unit_tokens) slices,
                            and has n loss units and num_layers * n layer units
     finetune_slots         tokens of all microbatches in work, each rounded up to whole slices
@@ -35,6 +37,8 @@ class SchedulerConfig:
     num_pages: int
     page_size: int = 16
     prefix_caching: bool = True
+    state_snapshots: int = 0
+    snapshot_every: int = 1024
     num_layers: int = 1
     unit_tokens: int = 256
     finetune_slots: int = 1 << 14
@@ -68,6 +72,15 @@ class SchedulerConfig:
             raise ValueError(
                 f"max_sequences={self.max_sequences} must not exceed max_tokens_per_step="
                 f"{self.max_tokens_per_step}: every running sequence decodes in every step"
+            )
+        if self.state_snapshots < 0:
+            raise ValueError(f"state_snapshots={self.state_snapshots} must be at least 0")
+        if self.state_snapshots and (
+            self.snapshot_every < 1 or self.snapshot_every % self.page_size
+        ):
+            raise ValueError(
+                f"snapshot_every={self.snapshot_every} must be a multiple of page_size="
+                f"{self.page_size}: snapshots are taken at the ends of pages"
             )
         if not self.idle_step_s > 0:
             raise ValueError(f"idle_step_s={self.idle_step_s} must be more than 0 seconds")

@@ -24,6 +24,7 @@ from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.pages import PagePool
 from scheduler.policies import CoServing, Policy, Step
 from scheduler.request import Chunk, Decode, Microbatch, Request, Sequence, Status, StepPlan
+from scheduler.snapshots import Snapshots
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
@@ -37,7 +38,9 @@ class Scheduler:
         self.config = config
         self.latency = latency
         self.policy = policy or CoServing()
-        self.pool = PagePool(config.num_pages, config.page_size, config.prefix_caching)
+        self.pool = PagePool(
+            config.num_pages, config.page_size, config.prefix_caching, _snapshots(config)
+        )
         self.finetuning = FinetuneQueue(config, self.pool, latency, self.policy.overlap)
         self.inference = InferenceQueue(config, self.pool, self, self.finetuning.jobs)
         self._outstanding: deque[StepPlan] = deque()
@@ -278,8 +281,10 @@ class Scheduler:
             parked=tuple(self._parked),
             features=features,
             predicted_s=self.latency.predict(features),
+            state_copies=tuple(self.inference.state_copies),
         )
         self.inference.preempted.clear()
+        self.inference.state_copies.clear()
         self._parked.clear()
         for chunk in step.prefill:
             chunk.sequence.dispatch_prefill(chunk.length, chunk.samples)
@@ -303,3 +308,11 @@ class Scheduler:
     def _units_s(self, plan: StepPlan) -> float:
         """Predicted seconds of a plan's backward units, which run after its tokens are sampled."""
         return self.latency.unit_s(plan.features) if plan.token_bucket else 0.0
+
+
+def _snapshots(config: SchedulerConfig) -> Snapshots | None:
+    if not (config.state_snapshots and config.prefix_caching):
+        return None
+    first = config.max_sequences + 1  # behind those of rows and of the finetuning sequence
+    slots = range(first, first + config.state_snapshots)
+    return Snapshots(slots, config.snapshot_every, config.page_size)

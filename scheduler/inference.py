@@ -19,6 +19,10 @@ from scheduler.jobs import JobTable
 from scheduler.pages import PagePool
 from scheduler.request import Chunk, Decode, Request, Sequence, Status
 
+# Snapshots of decoding sequences in one step: those that began together come to them together, and
+# a copy takes time for something that is seldom read.
+_MOST_KEPT_OF_DECODE = 8
+
 
 class Room(Protocol):
     """Pages that others hold and would give up."""
@@ -38,8 +42,9 @@ def _priority(sequence: Sequence) -> tuple[float, int]:
 
 
 class InferenceQueue:
-    """Requests by their state; `preempted` are those that lost their pages in this plan. `jobs`
-    know which of their requests run, and what those were given."""
+    """Requests by their state; `preempted` are those that lost their pages in this plan, and
+    `state_copies` what it copies. `jobs` know which of their requests run, and what those were
+    given."""
 
     def __init__(
         self, config: SchedulerConfig, pool: PagePool, others: Room, jobs: JobTable
@@ -50,6 +55,7 @@ class InferenceQueue:
         self.running: list[Sequence] = []
         self.rows = list(range(config.max_sequences))  # free rows, a heap
         self.preempted: list[str] = []
+        self.state_copies: list[tuple[int, int]] = []
         self._others, self._jobs = others, jobs
         self._blocked: tuple[Sequence, int] | None = None  # not admitted with this much room
         self._arrivals = itertools.count()
@@ -81,14 +87,21 @@ class InferenceQueue:
         positions: list[int] = []
         earliest, least_s, adapters = math.inf, math.inf, False
         sampling, logprobs = 0, False
-        page_size = self.pool.page_size
+        page_size, snapshots = self.pool.page_size, self.pool.snapshots
         for sequence in tuple(self.running):
             position = sequence.computed
             if not sequence.prefill_end <= position < sequence.end:
                 continue  # in its prefill, or preempted for a more urgent one just now; or drained
             full = not position % page_size and position >= len(sequence.pages) * page_size
-            if full and not self._grow(sequence, sequences):
-                continue
+            if full:
+                if not self._grow(sequence, sequences):
+                    continue
+                if (
+                    snapshots is not None
+                    and not position % snapshots.every
+                    and len(self.state_copies) < _MOST_KEPT_OF_DECODE
+                ):
+                    self._save_state(sequence, passing=True)
             sequences.append(sequence)
             positions.append(position)
             sequence.computed = position + 1
@@ -114,16 +127,17 @@ class InferenceQueue:
         prefilling = [s for s in self.running if s.computed < s.prefill_end]
         for sequence in prefilling:
             if room:
-                room -= _append_prefill(chunks, sequence, room)
+                room -= self._append_prefill(chunks, sequence, room)
         while room and self.waiting and self.rows:
             sequence = self.waiting[0]
             # A preempted sequence is computed again from its tokens: it must know them all.
             if sequence.in_flight or not self._admit(sequence):
                 break
             prefilling.append(sequence)
-            room -= _append_prefill(chunks, sequence, room)
+            room -= self._append_prefill(chunks, sequence, room)
         unfinished = len(prefilling) > sum(chunk.samples for chunk in chunks)
-        return chunks, unfinished or bool(not room and self.waiting and self.rows)
+        # With room left, a chunk has ended for a snapshot.
+        return chunks, not room and (unfinished or bool(self.waiting and self.rows))
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence and free what it holds."""
@@ -178,6 +192,46 @@ class InferenceQueue:
             self.finish(sequence, "length")
         return finished
 
+    def _append_prefill(self, chunks: list[Chunk], sequence: Sequence, room: int) -> int:
+        """Append the next chunk of a prefill, of at most `room` tokens; returns its length."""
+        start, stops = sequence.computed, sequence.stops
+        end = min(sequence.prefill_end, start + room)
+        if stops and stops[0] == start:
+            del stops[0]
+            self._save_state(sequence, passing=bool(stops))
+        if stops:
+            end = min(end, stops[0])
+        chunks.append(Chunk(sequence, start, end - start, samples=end == sequence.prefill_end))
+        return end - start
+
+    # ---- recurrent state ----
+
+    def _plan_states(self, sequence: Sequence, known: int, row: int) -> None:
+        """Let a sequence begin from the snapshot at the end of what it shares, and find where to
+        take others; `known` pages of it are cached."""
+        snapshots, start = self.pool.snapshots, sequence.computed
+        assert snapshots is not None
+        if start:
+            page = sequence.pages[start // self.pool.page_size - 1]
+            self.state_copies.append((snapshots.read(page), row))
+        sequence.stops = []
+        if sequence.request.reusable:
+            shared = known * self.pool.page_size
+            sequence.stops = snapshots.stops(start, shared, sequence.prefill_end)
+
+    def _save_state(self, sequence: Sequence, passing: bool) -> None:
+        """Keep the state of all that is computed of a sequence, which ends with a page."""
+        pool, computed = self.pool, sequence.computed
+        snapshots, row = pool.snapshots, sequence.row
+        assert snapshots is not None and row is not None
+        if len(sequence.tokens) < computed or not sequence.request.reusable:
+            return  # a page has no key before all its tokens are known
+        self.publish(sequence)
+        tokens, salt = sequence.tokens, sequence.request.cache_salt
+        page = pool.cached_page(tokens, salt, sequence.pages, computed // pool.page_size - 1)
+        if page is not None and (slot := snapshots.save(page, passing)) is not None:
+            self.state_copies.append((row, slot))
+
     # ---- pages and rows ----
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -191,7 +245,9 @@ class InferenceQueue:
         room = pool.num_free + others.pages_held - len(self.running)
         if self._blocked and self._blocked[0] is sequence and room <= self._blocked[1]:
             return False
-        shared = pool.find_prefix(sequence.tokens, sequence.request.cache_salt)
+        shared = known = pool.find_prefix(sequence.tokens, sequence.request.cache_salt)
+        if pool.snapshots is not None:
+            shared = known[: pool.snapshots.covered(known)]
         needed = pool.pages_for(len(sequence.tokens)) - len(shared)
         wanted = needed + len(self.running)
         if wanted > pool.num_free_beside(shared) + others.pages_held:
@@ -205,6 +261,8 @@ class InferenceQueue:
         sequence.computed = sequence.cached_tokens = len(shared) * pool.page_size
         sequence.prefill_end = len(sequence.tokens)
         sequence.row = heapq.heappop(self.rows)
+        if pool.snapshots is not None:
+            self._plan_states(sequence, len(known), sequence.row)
         sequence.status = Status.RUNNING
         self._jobs.request_runs(sequence.request.job)
         self.waiting.remove(sequence)
@@ -251,10 +309,3 @@ class InferenceQueue:
         sequence.row = None
         self.running.remove(sequence)
         self._jobs.request_rests(sequence.request.job)
-
-
-def _append_prefill(chunks: list[Chunk], sequence: Sequence, room: int) -> int:
-    left = sequence.prefill_end - sequence.computed
-    length = min(left, room)
-    chunks.append(Chunk(sequence, sequence.computed, length, samples=length == left))
-    return length

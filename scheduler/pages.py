@@ -14,19 +14,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 
+from scheduler.snapshots import Snapshots
+
 
 class PagePool:
     """Reference-counted pages 0..num_pages-1 of `page_size` tokens, with a prefix cache.
 
     `hits` and `queries` count pages: those shared by `share`, and those that could have been.
+    `snapshots` of recurrent state go with the pages they belong to; None: the model has no such
+    state.
     """
 
-    def __init__(self, num_pages: int, page_size: int, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        prefix_caching: bool = True,
+        snapshots: Snapshots | None = None,
+    ) -> None:
         if num_pages < 1 or page_size < 1:
             raise ValueError(f"num_pages={num_pages} and page_size={page_size} must be at least 1")
         self.num_pages = num_pages
         self.page_size = page_size
         self.prefix_caching = prefix_caching
+        self.snapshots = snapshots
         self.hits = 0
         self.queries = 0
         self._references = [0] * num_pages
@@ -151,9 +162,22 @@ class PagePool:
                 self._link[page] = self._link[cached]
             parent = self._link[page]
 
+    def cached_page(
+        self, tokens: Sequence[int], salt: Hashable, pages: Sequence[int], index: int
+    ) -> int | None:
+        """The cached page that holds what `pages[index]` holds, which was published; None if it was
+        evicted."""
+        if pages[index] in self._key:
+            return pages[index]
+        start = index * self.page_size
+        parent = self._link[pages[index - 1]] if index else (salt,)
+        return self._cached.get((parent, *tokens[start : start + self.page_size]))
+
     def _evict(self) -> int:
         page = next(iter(self._evictable))
         del self._evictable[page]
         del self._cached[self._key.pop(page)]
         del self._link[page]
+        if self.snapshots is not None:
+            self.snapshots.drop(page)
         return page

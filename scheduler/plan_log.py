@@ -116,8 +116,10 @@ def describe(plan: StepPlan) -> dict[str, Any]:
         for part in ("decode", "prefill")
     }
     forward, backward = plan.forward, plan.backward
+    copies = {"state_copies": [list(copy) for copy in plan.state_copies]}
     return {
         "step": plan.step,
+        **(copies if plan.state_copies else {}),
         **chunks,
         "forward": forward
         and [

@@ -58,6 +58,7 @@ class Request:
     version, or None for the base model) is part of every prefix-cache key: requests share KV pages
     only when their salts are equal. `slo=None` takes the scheduler's default. `sampling` and
     `logprobs` are what its tokens cost beside the forward. `job`: whose share they count in.
+    `reusable`: another request may begin with the same tokens under the same salt.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class Request:
     sampling: int = Sampling.GREEDY
     logprobs: bool = False
     job: str | None = None
+    reusable: bool = True
 
 
 class Status(enum.Enum):
@@ -93,6 +95,7 @@ class Sequence:
     pages          KV pages in order of position; page i holds positions [i*size, (i+1)*size)
     row            index in [0, max_sequences), stable while RUNNING, else None
     cached_tokens  tokens found in the prefix cache at the last admission
+    stops          positions where the prefill ends a chunk, so that the state there can be kept
     due            when the token after all dispatched ones is due, in seconds on the clock of
                    `arrival`: the first at arrival + ttft_s, the n-th after it at its time +
                    n x tpot_s; inf while the first is in flight, as its time is not known yet
@@ -120,6 +123,7 @@ class Sequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     cached_tokens: int = 0
+    stops: list[int] = field(default_factory=list)
     preemptions: int = 0
 
     @property
@@ -259,7 +263,8 @@ class BackwardUnits:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One device step. Its parts run in this order: forward program, then backward units.
+    """One device step. Its parts run in this order: copies of recurrent state, forward program,
+    backward units.
 
     decode         tokens whose input is the token last sampled for the row
     prefill        chunks whose tokens the host knows
@@ -270,6 +275,8 @@ class StepPlan:
     parked         microbatches that lost their pages since the plan before: their progress is
                    void and they will start again
     predicted_s    seconds the latency model expects of this step
+    state_copies   slots of recurrent state to copy from and to, one copy after the other: slot i is
+                   that of row i, `max_sequences` that of a finetuning sequence, snapshots follow
     """
 
     step: int
@@ -282,6 +289,7 @@ class StepPlan:
     parked: tuple[int, ...]
     features: StepFeatures
     predicted_s: float
+    state_copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

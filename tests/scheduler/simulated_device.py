@@ -3,7 +3,8 @@
 It executes every plan the moment it is made, in order, as the real one would, and remembers what
 each slot of each page holds: a chain over the salt and all tokens up to that position. Before a
 chunk runs, all earlier positions of its sequence must still be there. Any page that was reused too
-early, shared wrongly or never computed is thereby found, whatever the scheduler believes.
+early, shared wrongly or never computed is thereby found, whatever the scheduler believes. With
+snapshots of recurrent state, each row's state is such a chain too, which a chunk must go on from.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class SimulatedEngine:
     def __post_init__(self) -> None:
         self.kv: dict[tuple[int, int], object] = {}
         self.row_token: dict[int, tuple[Sequence, int]] = {}
+        self.state: dict[int, object] = {}  # by slot
         self.device: dict[Sequence, SequenceOnDevice] = {}
         self.pending: list[tuple[StepPlan, dict[str, int]]] = []
         self.attempts: dict[int, Attempt] = {}
@@ -108,6 +110,8 @@ class SimulatedEngine:
     # ---- what the device does ----
 
     def execute(self, plan: StepPlan) -> dict[str, int]:
+        for source, target in plan.state_copies:
+            self.state[target] = self.state[source]
         chunks = (*plan.decode, *plan.prefill)
         for chunk in chunks:
             self.read(chunk)
@@ -127,11 +131,14 @@ class SimulatedEngine:
         assert chunk.samples == (chunk.start + chunk.length == len(state.tokens))
         for position in range(chunk.start):
             assert self.kv[self.slot(sequence, position)] == self.content(sequence, position)
+        if chunk.start and self.scheduler.pool.snapshots is not None:
+            assert self.state[sequence.row] == self.content(sequence, chunk.start - 1)
 
     def write(self, chunk: Chunk) -> None:
         for position in range(chunk.start, chunk.start + chunk.length):
             slot = self.slot(chunk.sequence, position)
             self.kv[slot] = self.content(chunk.sequence, position)
+        self.state[chunk.sequence.row] = self.content(chunk.sequence, position)
         self.device[chunk.sequence].position += chunk.length
 
     def sample(self, chunk: Chunk) -> int:
@@ -232,7 +239,7 @@ class SimulatedEngine:
             known = len(chunk.sequence.tokens)
             assert chunk.length > 0 and chunk.start + chunk.length <= known
         ours = isinstance(self.scheduler.policy, CoServing) and not config.finetune_floor
-        if ours and not all(chunk.samples for chunk in plan.prefill):
+        if ours and any(self.has_no_room(chunk) for chunk in plan.prefill):
             assert not plan.forward and not plan.backward, "finetuning went before a prefill"
         features = plan.features
         assert features.decode_tokens == len(plan.decode)
@@ -241,6 +248,10 @@ class SimulatedEngine:
         units = plan.backward.units if plan.backward else ()
         assert features.loss_units + features.layer_units == len(units)
         self.check_segments(plan)
+
+    def has_no_room(self, chunk: Chunk) -> bool:
+        """Whether it ends before the prefill does, and not for a snapshot."""
+        return not chunk.samples and chunk.start + chunk.length not in chunk.sequence.stops
 
     def check_segments(self, plan: StepPlan) -> None:
         if plan.forward is None:

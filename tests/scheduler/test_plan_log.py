@@ -20,6 +20,8 @@ CONFIG = SchedulerConfig(
     token_buckets=(4, 8, 16),
     num_pages=20,
     page_size=4,
+    state_snapshots=3,
+    snapshot_every=8,
     num_layers=2,
     unit_tokens=8,
     finetune_slots=64,
@@ -61,6 +63,7 @@ def test_every_step_is_planned_again_as_it_was(tmp_path, policy):
     pairs = list(replay(path))
     assert len(pairs) == steps > 50
     assert all(logged == planned for logged, planned in pairs)
+    assert any("state_copies" in logged for logged, _ in pairs)
     assert any(logged["backward"] for logged, _ in pairs)
     assert any(logged["parked"] for logged, _ in pairs) or policy != "coserving"
 

@@ -53,7 +53,11 @@ actions = st.one_of(
     *(add_request, step) * 3, *(add_microbatch,) * 2, cancel, cancel_microbatch, pause
 )
 configs = st.builds(
-    SchedulerConfig,
+    lambda every, page_size, **fields: SchedulerConfig(
+        snapshot_every=every * page_size, page_size=page_size, **fields
+    ),
+    every=st.integers(1, 4),
+    state_snapshots=st.sampled_from([0, 1, 2, 5]),
     max_sequences=st.integers(1, 5),
     max_tokens_per_step=st.just(8),
     max_model_len=st.just(24),
