@@ -3,12 +3,14 @@
 import itertools
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from flexllm_jax import LLM
 from flexllm_jax.engine.calls.models import TrainingModels
 from flexllm_jax.finetune.calls.data import GivenDatum
-from flexllm_jax.finetune.calls.source import StepCall
+from flexllm_jax.finetune.calls.source import AsideCall, StepCall
+from flexllm_jax.peft.bank import from_row
 
 _names = itertools.count()
 
@@ -63,6 +65,19 @@ class Client:
         """A model's weights as it is now, by (layer, site) and factor."""
         self.save_adapter(name, folder).result(60)
         return self.models.read(folder, optimizer=False).adapter.weights
+
+
+    def gradient(self, name):
+        """The sum since the last step, when all before it is done, by (layer, site) and factor."""
+        call, stacks = AsideCall(), self.llm.engine.runner.sizes.stacks
+
+        def read(job):
+            values = jax.tree.map(np.asarray, job.state["gradients"])
+            call.answer(from_row(values, job.peft, job.shapes, stacks).weights)
+            return lambda: None
+
+        call.do = read
+        return self.add(name, call).result(60)
 
 
 def datum(tokens, **inputs):

@@ -93,6 +93,13 @@ def test_steps_are_those_of_torch_with_parameters_that_change(client, start, lla
     parameters = [p for p in model.parameters() if p.requires_grad]
     adam = torch.optim.AdamW(parameters, eps=1e-6)
     name = client.create_from(start, optimizer=False)
+    # And from the engine's own gradients, which leaves the optimizer alone to be compared.
+    alike = {
+        (site, factor): torch.nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        for site, factors in client.models.read(start, optimizer=False).adapter.weights.items()
+        for factor, value in factors.items()
+    }
+    same = torch.optim.AdamW(list(alike.values()), eps=1e-6)
     steps = (
         {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1},
         {"learning_rate": 3e-2, "beta1": 0.8, "beta2": 0.99, "grad_clip_norm": 0.5},
@@ -103,6 +110,7 @@ def test_steps_are_those_of_torch_with_parameters_that_change(client, start, lla
         data = random_data(LENGTHS[:3], seed=number) if number != 2 else []
         if data:
             client.forward(name, data)
+        gradient = client.gradient(name) if data else None
         answers.append(client.step(name, eps=1e-6, **fields))
         adam.zero_grad(set_to_none=False)
         for p in parameters:
@@ -115,17 +123,24 @@ def test_steps_are_those_of_torch_with_parameters_that_change(client, start, lla
         norm = math.sqrt(
             sum(p.grad.square().sum().item() for p in parameters if p.grad is not None)
         )
-        torch.nn.utils.clip_grad_norm_(parameters, fields.get("grad_clip_norm", math.inf))
-        adam.param_groups[0] |= {
-            "lr": fields["learning_rate"],
-            "betas": (fields.get("beta1", 0.9), fields.get("beta2", 0.95)),
-            "weight_decay": fields.get("weight_decay", 0.0),
-        }
-        adam.step()
+        for (site, factor), p in alike.items():
+            p.grad = torch.tensor(gradient[site][factor]).double() if data else torch.zeros_like(p)
+        for optimizer in (adam, same):
+            group = optimizer.param_groups[0]
+            clip = fields.get("grad_clip_norm", math.inf)
+            torch.nn.utils.clip_grad_norm_(group["params"], clip)
+            group |= {
+                "lr": fields["learning_rate"],
+                "betas": (fields.get("beta1", 0.9), fields.get("beta2", 0.95)),
+                "weight_decay": fields.get("weight_decay", 0.0),
+            }
+            optimizer.step()
         measured = answers[-1].result(60)
         assert measured["gradient_norm"] == pytest.approx(norm, rel=1e-4, abs=1e-9)
         assert measured["step"] == number + 1
-    client.save_adapter(name, tmp_path / "trained").result(60)
+    found = client.weights(name, tmp_path / "trained")
+    for (site, factor), p in alike.items():
+        np.testing.assert_allclose(found[site][factor], p.detach().numpy(), rtol=0, atol=1e-6)
     trained = load_with_adapter(llama, tmp_path / "trained", torch.float64)
     before = load_with_adapter(llama, start, torch.float64)
     ours, first = dict(trained.named_parameters()), dict(before.named_parameters())
@@ -134,8 +149,10 @@ def test_steps_are_those_of_torch_with_parameters_that_change(client, start, lla
         if "lora_" in key:
             own = (parameter - first[key]).norm()
             moved += own.item()
-            # Single weights whose gradients nearly cancel feel float32: Adam divides by them.
-            assert (ours[key] - parameter).norm() < 1e-3 * own, key
+            # Gradients that nearly cancel are known to float32's digits of what they are the sum
+            # of, and Adam divides by them: such weights, one in a hundred, make the difference.
+            assert (ours[key] - parameter).norm() < 3e-4 * own, key
+            assert ((ours[key] - parameter).abs() < 1e-6).double().mean() > 0.95, key
     assert moved > 0.1
 
 

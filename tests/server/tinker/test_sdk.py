@@ -115,8 +115,9 @@ def torch_norm(model, loss):
     )
 
 
-def test_what_it_is_told_of_the_server_and_what_it_is_refused(service):
-    offered = service.get_server_capabilities().supported_models
+def test_what_it_is_told_of_the_server_and_what_it_is_refused(service, tinker_server):
+    rest = tinker.RestClient(api_key=KEYS["one"], base_url=tinker_server.url)
+    offered = rest.get_server_capabilities().result().supported_models
     assert BASE in [m.model_name for m in offered]
     model = service.create_lora_training_client(BASE, rank=4).result()
     info = model.get_info()
@@ -284,7 +285,8 @@ def test_a_client_survives_the_engine(service, tinker_server):
     os.kill(engine_pid(tinker_server), signal.SIGKILL)
     told = [future.result() for future in futures]
     values = [t.metrics.get("loss:sum", t.metrics.get("grad_norm")) for t in told]
-    assert values == expected
+    # Steps follow the clock, so one that is computed again may have other windows: rounding.
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
 def engine_pid(server: RunningServer) -> int:
