@@ -6,6 +6,9 @@ Their requirements exclude one another, so install each in an environment of its
 install` does. One that is missing is told and left out. The exit status is 1 when a client failed a
 request or counted other tokens than it asked for.
 
+tinker-cookbook's recipes are run where it is installed (tests/server/tinker/test_recipes.py says
+how), with a server of their own.
+
 `--vllm-sources` is an unpacked source distribution of vLLM, whose tests of its server are then run
 against this one (with pytest-asyncio, httpx, requests and pybase64); what passed is printed, and
 the log says what did not.
@@ -22,6 +25,7 @@ from rich import get_console
 from flexllm_jax.config.cli import make_parser, needs_extra, read_config, run_script
 
 SERVE = Path(__file__).with_name("serve.py")
+TINKER = Path(__file__).parents[1] / "tests" / "server" / "tinker"
 
 
 def main() -> int:
@@ -35,7 +39,7 @@ def main() -> int:
     with needs_extra("load"):
         from flexllm_jax.experiments.load.client import first_model
         from flexllm_jax.experiments.load.generator import LoadShape
-        from flexllm_jax.experiments.load.outside_clients import outside_clients
+        from flexllm_jax.experiments.load.outside_clients import outside_clients, run_recipes
         from flexllm_jax.experiments.load.run import run_load
         from flexllm_jax.experiments.load.server import ServerProcess
         from flexllm_jax.experiments.load.vllm_suite import run as run_vllms_tests
@@ -58,6 +62,9 @@ def main() -> int:
             console.print("FAILED: the server is not healthy after that")
     finally:
         server.stop()
+    told = run_recipes(TINKER, out)
+    failed |= told.startswith("FAILED")
+    console.print(f"tinker-cookbook: {told}", soft_wrap=True, highlight=False)
     if not arguments.no_load:
         overrides = [*arguments.overrides, "finetune.floor=0.2"]
         report = run_load(SERVE, arguments.config, overrides, out / "load", LoadShape())

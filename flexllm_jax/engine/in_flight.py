@@ -75,6 +75,16 @@ def request_prompt_logprobs(runner: Runner, step: StepInFlight, planned: Planned
         where = slice(target.first_output, target.first_output + len(target.tokens))
         targets[0, where], targets[1, where] = target.tokens, target.state.bank_row
     report = runner.prompt_logprobs(step.hidden, targets)
+    # Few ask for more than one token at a place: each is another run over the step's outputs.
+    most = max((len(own) for t in planned.prompt_targets for own in t.others), default=0)
+    report["others"] = []
+    for number in range(most):
+        targets = targets.copy()
+        for target in planned.prompt_targets:
+            for at, own in enumerate(target.others, target.first_output):
+                if number < len(own):
+                    targets[0, at] = own[number]
+        report["others"].append(runner.prompt_logprobs(step.hidden, targets)["logprobs"])
     step.prompt_logprobs = [(target, report) for target in planned.prompt_targets]
 
 
@@ -85,10 +95,14 @@ def read_prompt_logprobs(step: StepInFlight) -> None:
         state = target.state
         for i, token in enumerate(target.tokens):
             at = target.first_output + i
-            state.prompt_logprobs[target.position + i] = top_logprobs(
+            own = top_logprobs(
                 token,
                 float(report["logprobs"][at]),
                 report["top_tokens"][at],
                 report["top_logprobs"][at],
                 state.params.prompt_logprobs or 0,
             )
+            others = target.others[i] if target.others else ()
+            for other, found in zip(others, report["others"], strict=False):  # of whom asks most
+                own[other] = float(found[at])
+            state.prompt_logprobs[target.position + i] = own

@@ -28,13 +28,14 @@ class PromptTargets:
     """Prompt tokens whose log-probabilities a step yields.
 
     tokens: the prompt's tokens from `position` on; the outputs that predict them are the step's
-    from `first_output` on.
+    from `first_output` on. others: more tokens at each of them.
     """
 
     state: RequestState
     position: int
     tokens: tuple[int, ...]
     first_output: int
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass
@@ -224,7 +225,8 @@ class StepBuilder:
             return
         first = chunk.start + 1
         tokens = state.prompt[first : first + chunk.length]
-        planned.prompt_targets.append(PromptTargets(state, first, tokens, at))
+        others = state.params.prompt_logprob_token_ids[first - 1 : first - 1 + len(tokens)]
+        planned.prompt_targets.append(PromptTargets(state, first, tokens, at, others))
 
     def _add_finetuning(
         self,

@@ -1,6 +1,7 @@
 """What a request may ask of sampling, checked once when it is made."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 
@@ -33,6 +34,7 @@ class SamplingParams:
     logprob_token_ids    the alternatives to report, in place of the most likely ones
     logprobs_at_temperature   report those of the distribution that the temperature makes
     prompt_logprobs      the same for the prompt
+    prompt_logprob_token_ids   for each token of the prompt after the first, others to report too
     n                    outputs per prompt
     structured_outputs   what the output must match; it then ends with an end-of-sequence token
     """
@@ -58,6 +60,7 @@ class SamplingParams:
     logprob_token_ids: tuple[int, ...] = field(default=())
     logprobs_at_temperature: bool = False
     prompt_logprobs: int | None = None
+    prompt_logprob_token_ids: tuple[tuple[int, ...], ...] = field(default=())
     n: int = 1
     structured_outputs: StructuredOutputsParams | None = None
 
@@ -67,6 +70,8 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        of_prompt = tuple(tuple(row) for row in self.prompt_logprob_token_ids or ())
+        object.__setattr__(self, "prompt_logprob_token_ids", of_prompt)
         biases, wanted = self.logit_bias.values(), self.logprob_token_ids
         checks = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
@@ -83,6 +88,10 @@ class SamplingParams:
             "logit_bias": (all(-100 <= bias <= 100 for bias in biases), "of -100 to 100"),
             "bad_words": (all(word.strip() for word in self.bad_words), "words"),
             "logprob_token_ids": (not wanted or self.logprobs is not None, "beside logprobs"),
+            "prompt_logprob_token_ids": (
+                not of_prompt or self.prompt_logprobs is not None,
+                "beside prompt_logprobs",
+            ),
         }
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
@@ -91,6 +100,11 @@ class SamplingParams:
         for name, most in (("logit_bias", BIASES), ("logprob_token_ids", WANTED)):
             if (count := len(getattr(self, name))) > most:
                 raise ValueError(f"{name}: it has {count} tokens, at most {most} can be told of")
+        if (count := max(map(len, of_prompt), default=0)) > WANTED:
+            raise ValueError(
+                f"prompt_logprob_token_ids: a row has {count} tokens, at most {WANTED} can be told "
+                f"of"
+            )
         for name, (good, rule) in checks.items():
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
@@ -118,8 +132,11 @@ class SamplingParams:
 
     def check_tokens(self, vocab_size: int) -> None:
         """ValueError for a token that the model does not have."""
-        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
-            for token in getattr(self, name):
+        names = ("logit_bias", "allowed_token_ids", "logprob_token_ids")
+        given = {name: iter(getattr(self, name)) for name in names}
+        of_prompt = chain.from_iterable(self.prompt_logprob_token_ids)
+        for name, tokens in (given | {"prompt_logprob_token_ids": of_prompt}).items():
+            for token in tokens:
                 if not 0 <= token < vocab_size:
                     raise ValueError(
                         f"{name}: token id {token} is outside of the vocabulary of {vocab_size}: "

@@ -7,9 +7,11 @@ is told and left out.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,20 @@ class OutsideClient:
             wanted = f"{REQUESTS} and {REQUESTS * OUTPUT}"
             return f"FAILED: {done:.0f} requests and {tokens:.0f} tokens, not {wanted}; see {log}"
         return f"ok: {done:.0f} requests, {tokens:.0f} tokens"
+
+
+def run_recipes(tests: Path, out: Path) -> str:
+    """How tinker-cookbook's recipes go with a server of their own, and the SDK's checks: tests in
+    `tests`. `ok`, `left out`, or `FAILED`; the log is in `out`."""
+    if importlib.util.find_spec("tinker_cookbook") is None:
+        return "left out: tinker-cookbook is not installed (tests/server/tinker/test_recipes.py)"
+    log = out / "tinker.log"
+    with log.open("w", encoding="utf-8") as output:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += [str(tests / name) for name in ("test_sdk.py", "test_recipes.py")]
+        ran = subprocess.run(command, stdout=output, stderr=output, cwd=tests.parents[2])
+    last = log.read_text(encoding="utf-8").splitlines()[-1]
+    return f"ok: {last}" if ran.returncode == 0 else f"FAILED: {last}; see {log}"
 
 
 def outside_clients(url: str, model: str, tokenizer: Path, out: Path) -> Iterator[OutsideClient]:

@@ -100,23 +100,26 @@ class Engines:
         slo_class: str,
         arrival: float,
     ) -> Generation:
-        """`EngineClient.generate` of the engine that the router chooses."""
+        """`EngineClient.generate` of the engine whose model the adapter was saved from, or else of
+        one that the router chooses."""
         usable = self.usable()
         if not usable:
             raise EngineUnavailable(f"the engine is {self.state}")
         load = [member.in_flight if member in usable else math.inf for member in self.members]
         name = adapter.engine_name if adapter else None
-        request = Request("", (), params.max_tokens, arrival, cache_salt=name)
-        member = self.members[self._router.choose(request, np.array(load, float))]
+        member = next((m for m in usable if name in m.training.samplers), None)
+        if member is None:
+            request = Request("", (), params.max_tokens, arrival, cache_salt=name)
+            member = self.members[self._router.choose(request, np.array(load, float))]
         return member.generate(prompts, params, n, adapter, slo_class, arrival)
 
     def least_trained(self) -> EngineClient:
-        """The engine for a new model that is trained by calls: the one with the fewest.
-        EngineUnavailable when none serves."""
+        """The engine for a new model that is trained by calls: the one with the fewest, of these
+        the one with the fewest requests. EngineUnavailable when none serves."""
         usable = self.usable()
         if not usable:
             raise EngineUnavailable(f"the engine is {self.state}")
-        return min(usable, key=lambda member: len(member.stats.training) if member.stats else 0)
+        return min(usable, key=lambda m: (len(m.training.models), m.in_flight))
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Load a folder in every engine, so that none serves an older version of the name.

@@ -20,10 +20,15 @@ class TrainingFailed(Exception):
 
 
 class TrainingClient:
-    """Sends calls by `send`, and gives each a future of its answer."""
+    """Sends calls by `send`, and gives each a future of its answer.
+
+    models: those that are made there. samplers: names of adapters that were saved from them.
+    """
 
     def __init__(self, send: Callable[[Command], None]):
         self._send = send
+        self.models: set[str] = set()
+        self.samplers: set[str] = set()
         self._ids = itertools.count()
         self._futures: dict[int, asyncio.Future[TrainingResult]] = {}
 
@@ -56,3 +61,5 @@ class TrainingClient:
                 future.set_exception(error)
                 future.exception()  # who does not look has not lost anything
         self._futures.clear()
+        self.models.clear()
+        self.samplers.clear()

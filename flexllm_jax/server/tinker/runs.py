@@ -27,7 +27,12 @@ from flexllm_jax.server.engines.client import (
 )
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.training_client import TrainingFailed
-from flexllm_jax.server.engines.training_messages import LoadState, OptimStep, SaveState
+from flexllm_jax.server.engines.training_messages import (
+    LoadState,
+    OptimStep,
+    SaveAdapter,
+    SaveState,
+)
 from flexllm_jax.server.tinker.calls import (
     JSON,
     Answer,
@@ -141,6 +146,7 @@ class Run:
         await self.stop()
         if self.member is not None:
             member = self.member
+            member.training.models.discard(self.row.id)
             with contextlib.suppress(EngineUnavailable):  # else it is gone with the engine
                 await member.call("delete_training_model", member.patience_s, model=self.row.id)
 
@@ -179,9 +185,11 @@ class Run:
         row = self.row
         async with self._changing:
             member = self._around.engines.least_trained()
+            member.training.models.add(row.id)
             try:
                 made = await self._make(member)
             except (EngineRefused, RuntimeError) as error:
+                member.training.models.discard(row.id)
                 category = "user" if isinstance(error, EngineRefused) else "server"
                 await self._corrupt(str(error), category)
                 return
@@ -279,8 +287,11 @@ class Run:
         future: asyncio.Future,
     ) -> None:
         """Wait for the result of a call, and write it down."""
+        member = self.member
         try:
             result = await future
+            if isinstance(prepared.call, SaveAdapter) and prepared.call.name and member is not None:
+                member.training.samplers.add(prepared.call.name)
             if pending is not None:
                 await self._finish(pending, prepared.answer(result), saved_bytes(result))
         except EngineUnavailable:

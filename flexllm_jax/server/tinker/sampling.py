@@ -20,7 +20,8 @@ from flexllm_jax.models.detokenizer import Detokenizer, OutputText
 from flexllm_jax.server.engines.client import Generation
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.registry import ServedAdapter
-from flexllm_jax.server.tinker.protocol import schema
+from flexllm_jax.server.tinker.protocol import prompt_targets, schema
+from flexllm_jax.server.tinker.protocol.prompt_targets import PromptTargets
 from flexllm_jax.server.tinker.protocol.wire import Sampled, Top, sample_response
 
 SLO_CLASS = "batch"  # interactive requests keep their objective
@@ -44,6 +45,7 @@ class Asked:
     samples: int
     stop_strings: tuple[str, ...]
     scored: bool  # log-probabilities of the prompt
+    targets: PromptTargets | None  # more of them
     scored_last: int  # of so many of its last tokens
     prompt_k: int
     sample_k: int
@@ -72,9 +74,11 @@ def check(body: schema.Sample, room: Callable[[list[int]], int], vocab_size: int
         k = getattr(body, name)
         if not 0 <= k <= TOP_LOGPROBS:
             raise ValueError(f"{name}: got {k}; must be between 0 and {TOP_LOGPROBS}")
-    for name in ("target_prompt_logprobs", "prompt_alt_tokens_k"):
-        if getattr(body, name):
-            raise ValueError(f"{name}: is not supported; leave it out")
+    if body.prompt_alt_tokens_k:
+        raise ValueError("prompt_alt_tokens_k: is not supported; leave it out")
+    targets = None
+    if body.target_prompt_logprobs is not None:
+        targets = prompt_targets.read(body.target_prompt_logprobs, len(prompt), vocab_size)
     last = body.prompt_logprobs_last_n
     if last is not None and not (body.prompt_logprobs and 1 <= last < max(2, len(prompt))):
         raise ValueError(
@@ -99,7 +103,8 @@ def check(body: schema.Sample, room: Callable[[list[int]], int], vocab_size: int
         ignore_eos=stop == [],
         logprobs=body.topk_sample_logprobs,
         logprobs_at_temperature=True,
-        prompt_logprobs=body.topk_prompt_logprobs if scored else None,
+        prompt_logprobs=body.topk_prompt_logprobs if scored or targets else None,
+        prompt_logprob_token_ids=targets.rows if targets else (),
     )
     return Asked(
         prompt,
@@ -107,6 +112,7 @@ def check(body: schema.Sample, room: Callable[[list[int]], int], vocab_size: int
         body.num_samples,
         strings,
         scored,
+        targets,
         len(prompt) if last is None else last,
         body.topk_prompt_logprobs,
         body.topk_sample_logprobs,
@@ -141,7 +147,9 @@ class Sampler:
                 own = params
                 if offset:
                     seed = None if params.seed is None else params.seed + offset
-                    own = dataclasses.replace(params, prompt_logprobs=None, seed=seed)
+                    own = dataclasses.replace(
+                        params, prompt_logprobs=None, prompt_logprob_token_ids=(), seed=seed
+                    )
                 generation = self._engines.generate(
                     [asked.prompt], own, count, adapter, SLO_CLASS, arrival
                 )
@@ -164,7 +172,7 @@ class Sampler:
 
 def _split(asked: Asked) -> list[tuple[int, int]]:
     """How many samples are asked for together, and which is the first of them."""
-    if asked.scored and asked.samples > 1:
+    if asked.params.prompt_logprobs is not None and asked.samples > 1:
         return [(1, 0), (asked.samples - 1, 1)]
     return [(asked.samples, 0)]
 
@@ -204,7 +212,9 @@ def _respond(asked: Asked, outputs: Sequence[_Output]) -> bytes:
         Sampled(each.tokens, each.logprobs, each.stopped, each.top if asked.sample_k else None)
         for each in outputs
     ]
-    prompt_logprobs = prompt_top = None
+    prompt_logprobs = prompt_top = targets = None
+    if asked.targets:
+        targets = asked.targets.answer([likely or {} for likely in (outputs[0].prompt or ())[1:]])
     if asked.scored:
         told = list(outputs[0].prompt or ())
         told = [None] * (len(asked.prompt) - len(told)) + told
@@ -224,4 +234,5 @@ def _respond(asked: Asked, outputs: Sequence[_Output]) -> bytes:
         prompt_top,
         asked.prompt_k,
         cached,
+        targets,
     )

@@ -124,6 +124,7 @@ class TinkerService:
     async def _unload(self, name: str) -> None:
         for member in self.engines.members:
             if member.state == "ready":
+                member.training.samplers.discard(name)
                 await member.call("unload_adapter", member.patience_s, name=name)
 
     # -- what requests must fit -------------------------------------------------------------------

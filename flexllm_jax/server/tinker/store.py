@@ -162,9 +162,9 @@ class Store:
 
     async def sweep(self, sampler_idle_s: float) -> list[str]:
         """Remove what has expired, samplers nobody used for long, and folders that no row names;
-        returns the engine's names of samplers that are gone."""
+        returns these folders, which are the engines' names of what was sampled from."""
 
-        def forget(session: Session) -> tuple[list[CheckpointRow], list[str]]:
+        def forget(session: Session) -> list[CheckpointRow]:
             now = time.time()
             expired = list(
                 session.scalars(select(CheckpointRow).where(CheckpointRow.expires_at <= now))
@@ -178,17 +178,18 @@ class Store:
             )
             for row in (*expired, *idle):
                 session.delete(row)
-            return expired, [row.engine_name for row in idle if row.engine_name]
+            return expired
 
-        expired, names = await self._journal.write(forget)
+        expired = await self._journal.write(forget)
         for row in expired:
             self.withdraw(row.path)
         there = await asyncio.to_thread(lambda: {str(p) for p in self.folder.iterdir()})
         busy = set(self.in_use)  # before the rows are read: a folder is in one or the other
         named = await self._journal.read(_named_folders)
-        for folder in there - busy - named - self.in_use:
+        unnamed = sorted(there - busy - named - self.in_use)
+        for folder in unnamed:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        return names + [row.engine_name for row in expired]
+        return unnamed
 
 
 def _named_folders(session: Session) -> set[str]:

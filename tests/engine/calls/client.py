@@ -66,7 +66,6 @@ class Client:
         self.save_adapter(name, folder).result(60)
         return self.models.read(folder, optimizer=False).adapter.weights
 
-
     def gradient(self, name):
         """The sum since the last step, when all before it is done, by (layer, site) and factor."""
         call, stacks = AsideCall(), self.llm.engine.runner.sizes.stacks

@@ -4,8 +4,11 @@ import threading
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from flexllm_jax.server.tinker.protocol import tinker_pb2 as pb
+from tests.engines import reference_logprobs
 from tests.server.tinker.conftest import KEYS
 from tests.server.tinker.speaking import Failed, Refused, Speaker
 
@@ -80,6 +83,34 @@ def test_a_prompt_is_scored_from_where_it_is_asked_for(one):
     assert np.isnan(np.frombuffer(single.prompt_logprobs, "<f4")).tolist() == [True]
 
 
+def test_tokens_that_are_named_are_scored_at_every_place(one, chat_llama):
+    """As transformers scores them; dense and sparse, beside what else is asked of the prompt."""
+    model = AutoModelForCausalLM.from_pretrained(chat_llama, dtype=torch.float64)
+    known = reference_logprobs(model, PROMPT)
+    ids = np.array([[5, 9, -1], [-1, 7, 7], [-1, -1, -1], [0, 1, 2], [12, -1, 30]])
+    expected = np.where(ids < 0, 0.0, np.take_along_axis(known[:5], np.maximum(ids, 0), 1))
+    asked = {"data": ids.ravel().tolist(), "dtype": "int64", "shape": [5, 3]}
+    params, sampler = {"max_tokens": 1}, one.sampler()
+    for number, more in enumerate(({}, {"topk_prompt_logprobs": 2, "num_samples": 2})):
+        told = one.sample(
+            sampler, PROMPT, number, params=params, target_prompt_logprobs=asked, **more
+        )
+        tensor = told.target_prompt_logprobs
+        found = np.frombuffer(tensor.dense, "<f4").reshape(tensor.shape)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        assert told.HasField("prompt_logprobs") == bool(more)
+    assert told.topk_prompt_logprobs.k == 2
+    rows, columns = np.nonzero(ids >= 0)
+    crow = np.searchsorted(rows, np.arange(6)).tolist()
+    asked |= {"data": ids[rows, columns].tolist(), "sparse_crow_indices": crow}
+    asked["sparse_col_indices"] = columns.tolist()
+    told = one.sample(sampler, PROMPT, 2, params=params, target_prompt_logprobs=asked)
+    csr = told.target_prompt_logprobs.sparse_csr
+    assert np.frombuffer(csr.col_indices, "<i8").tolist() == columns.tolist()
+    assert np.frombuffer(csr.crow_indices, "<i8").tolist() == crow
+    np.testing.assert_allclose(np.frombuffer(csr.values, "<f4"), expected[rows, columns], atol=2e-5)
+
+
 def test_what_ends_an_output_is_part_of_it(one, tokenizer):
     sampler = one.sampler()
     greedy = {"temperature": 0.0, "max_tokens": 12}
@@ -111,6 +142,15 @@ def test_what_ends_an_output_is_part_of_it(one, tokenizer):
         ({"params": {"temperature": -1.0}}, "temperature=-1.0 must be 0 or more"),
         ({"params": {"max_tokens": 1, "stop": [""]}}, "a stop string is empty"),
         ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k: is not supported"),
+        ({"target_prompt_logprobs": {"data": [1], "shape": [1, 1]}}, r"must be \[5, K\]"),
+        ({"target_prompt_logprobs": {"data": [1] * 4, "shape": [5, 1]}}, "4 values are not of"),
+        ({"target_prompt_logprobs": {"data": [-1] * 5, "shape": [5, 1]}}, "names no token"),
+        ({"target_prompt_logprobs": {"data": [0.5] * 5, "shape": [5, 1]}}, "whole numbers"),
+        ({"target_prompt_logprobs": {"data": [10**6] * 5, "shape": [5, 1]}}, "token 1000000"),
+        (
+            {"target_prompt_logprobs": {"data": [*range(129)] * 5, "shape": [5, 129]}},
+            "has 129 tokens, at most 128",
+        ),
         ({"prompt_logprobs": True, "prompt_logprobs_last_n": 9}, "must be between 1 and 5"),
     ],
 )

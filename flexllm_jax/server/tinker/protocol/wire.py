@@ -208,10 +208,10 @@ def sample_response(
     prompt_top: Sequence[Top] | None,
     prompt_k: int,
     cached_tokens: int,
-    targets: np.ndarray | None = None,
+    targets: pb.Tensor | None = None,
 ) -> bytes:
     """A SampleResponse; `k` and `prompt_k` alternatives a token. `targets`: log-probabilities of
-    the tokens that were asked for, float32 [len(prompt) - 1, K]."""
+    the tokens that were asked for."""
     response = pb.SampleResponse(prompt_cache_hit_tokens=cached_tokens)
     for sequence in sequences:
         response.sequences.add(
@@ -225,9 +225,7 @@ def sample_response(
     if prompt_top is not None:
         response.topk_prompt_logprobs.CopyFrom(_top(prompt_top, prompt_k))
     if targets is not None:
-        tensor = response.target_prompt_logprobs
-        tensor.dense, tensor.dtype = targets.astype("<f4").tobytes(), pb.DTYPE_FLOAT32
-        tensor.shape.extend(targets.shape)
+        response.target_prompt_logprobs.CopyFrom(targets)
     return response.SerializeToString()
 
 
