@@ -28,7 +28,7 @@ from flexllm_jax.config.cli import (
     run_script,
     without_jobs,
 )
-from flexllm_jax.engine.activations import layer_graph
+from flexllm_jax.engine.activations import layer_graph, saved_names
 from flexllm_jax.experiments.memory import remat, remat_speed
 
 
@@ -45,7 +45,7 @@ def main() -> int:
     device = jax.devices()[0]
     sizes = remat.planned_sizes(config, device)
     graph = layer_graph(sizes)
-    saved = tuple(name for name in sizes.columns if name != INPUT)
+    saved = tuple(name for name in saved_names(sizes) if name != INPUT)
     activations = remat.activations(graph, saved)
     console.print(remat.activation_table(activations, sizes))
     for line in remat.summary(graph, saved):

@@ -123,7 +123,7 @@ def trace_layer(
     """
     x = jax.ShapeDtypeStruct((tokens, decoder.config.d_model), decoder.dtype)
     positions = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    angles = jax.eval_shape(lambda positions: decoder.angles(positions, spec), positions)
+    angles = jax.eval_shape(lambda positions: decoder.angles(positions, spec.mixer), positions)
 
     def function(x, adapter, layer_params, angles):
         return whole_layer(
@@ -135,7 +135,7 @@ def trace_layer(
             lambda name, value: checkpoint_name(value, name),
         )
 
-    window = spec.attention.options.window
+    window = spec.mixer.options.window
     return trace(function, x, adapter, layer_params, (angles,), window)
 
 

@@ -68,12 +68,12 @@ class Mesh:
     def of(cls, model: ModelConfig, tp: int) -> "Mesh":
         """The mesh of a model. ParallelError, in one line, when it does not divide."""
         heads = model.num_kv_heads
-        if any(layer.attention.qk_norm == "projection" for layer in model.layers):
+        if any(attention.qk_norm == "projection" for attention in model.attention):
             raise ParallelError(
                 f"parallel.tp={tp}: this model's norms of queries and keys are over all heads, "
                 "which are not split over devices; use parallel.tp=1"
             )
-        if model.kernel_shapes.keys() & {"qkv", "gate_up"}:
+        if model.projections.keys() & {"qkv", "gate_up"}:
             raise ParallelError(
                 f"parallel.tp={tp}: this model's fused projections are not split over devices; use "
                 "parallel.tp=1"
@@ -310,7 +310,7 @@ def joins(model: ModelConfig, mesh: Mesh, sites: tuple[str, ...]) -> list[Join]:
             continue
         states = (P, S) if site in ROW_PARALLEL else (R, P)
         parts = mesh.kv if site in ("k", "v") else mesh.tp
-        found.append(Join(site, *model.kernel_shapes[site], *states, parts))
+        found.append(Join(site, *model.projections[site], *states, parts))
     return found
 
 
@@ -368,7 +368,7 @@ def plan_parallel(
     """
     weights: dict[str, dict[str, WeightPlan]] = {}
     searches = []
-    searched = tuple(s for s in sites if s in model.kernel_shapes or s.startswith("bottleneck_"))
+    searched = tuple(s for s in sites if s in model.projections or s.startswith("bottleneck_"))
     for join in joins(model, mesh, searched):
         size = rank if join.linear else bottleneck
         best, *others = (found := candidates(join, size, tokens, mesh.tp, itemsize))[0]

@@ -21,6 +21,7 @@ from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_options import AttentionOptions
+from kernels_pallas.layer_passes import rotate
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 
 PAGES = "kv"  # the name of keys and values, which are in their pages
@@ -126,8 +127,7 @@ def whole_layer(
 ) -> Float[Array, "T D"]:
     """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`."""
     made = bypass(adapter)
-    q, k, v, x = layer.before_attention(x, angles, made, tap)
-    attended: Any = causal_attention(
-        q, k, v, adapter, bypass, layer.spec.attention.options, backend
-    )
-    return layer.after_attention(x, attended, made, tap)
+    (q, k, v), gate, x = layer.project(x, made, tap, query_factor=angles.query_factor)
+    q, k = (rotate(heads, angles.rotation) for heads in (q, k))
+    mixed: Any = causal_attention(q, k, v, adapter, bypass, layer.spec.mixer.options, backend)
+    return layer.after_mixing(x, mixed, gate, made, tap)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.spec import AttentionSpec
 
 
 class CacheError(UserError):
@@ -20,9 +21,12 @@ def page_shapes(
     config: ModelConfig, dtype: jnp.dtype, num_pages: int, page_size: int
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Per layer {"k", "v"} [P, B, K, H]."""
-    shape = (num_pages, page_size, config.num_kv_heads, config.head_dim)
-    page = jax.ShapeDtypeStruct(shape, dtype)
-    return [{"k": page, "v": page} for _ in range(config.num_layers)]
+
+    def pages(attention: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (num_pages, page_size, attention.kv_heads, attention.head_dim)
+        return dict.fromkeys(("k", "v"), jax.ShapeDtypeStruct(shape, dtype))
+
+    return [pages(layer.mixer) for layer in config.layers]
 
 
 def tree_bytes(tree) -> int:

@@ -125,7 +125,7 @@ def plan_memory(
     """Size the page pool: `cache.num_pages`, or what fits. CacheError when that is too little.
 
     available, temporaries: as of `MemoryPlan` and `fixed_parts`."""
-    parts, page_bytes = fixed_parts(config, sizes, temporaries), tree_bytes(sizes.pages(1))
+    parts, page_bytes = fixed_parts(config, sizes, temporaries), sizes.page_bytes
     left = available - sum(parts.values())
     fits, fixed = max(left, 0) // page_bytes, config.cache.num_pages
     num_pages = min(fits, sizes.wanted_pages) if fixed is None else fixed

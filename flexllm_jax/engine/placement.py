@@ -245,7 +245,7 @@ def split(
     return plan_parallel(
         model,
         Mesh.of(model, config.parallel.tp),
-        tuple(bank.sites(model)),
+        bank.all_sites(model),
         rank=bank.rank,
         bottleneck=bank.bottleneck,
         tokens=tokens,

@@ -207,13 +207,10 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
     finetune, pending, state = sizes.finetune_arrays, sizes.pending_arrays, sizes.job_state
     flow = finetune["flow"]
     table, loss = ints(TABLE_ROWS, sizes.finetune_slots), _floats(len(Loss.of().packed()))
-    stack, _ = sizes.stacks.place(0)
-    adapter = {"weights": state["master"][stack], "scales": sizes.adapter_row.scales[stack]}
     head_adapter = head_gradients = None
     if sizes.bank.has_head:
         head_adapter = {"weights": state["master"][-1], "scales": sizes.adapter_row.scales[-1]}
         head_gradients = pending[-1]
-    one_layer = (params["layers"][0], adapter, sizes.pages(num_pages)[0], finetune["saved"][0])
     head_units = [
         Program(
             "unit/score",
@@ -230,18 +227,25 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
             (flow, head_gradients, _WHOLE),
         ),
     ]
-    static = (unit_tokens, sizes.columns, sizes.backend)
-    units = [partial(layer_unit, decoder, spec, *static) for spec in decoder.config.kinds]
-    alone = [
-        Program(
-            layer_program(kind),
-            _with_done(unit),
-            (*one_layer, flow, pending[stack], table, _INT, _INT),
-            (4, 5),
-            (flow, pending[stack], _WHOLE),
-        )
-        for kind, unit in enumerate(units)
+    units = [
+        partial(layer_unit, decoder, spec, unit_tokens, columns, sizes.backend)
+        for spec, columns in zip(decoder.config.kinds, sizes.columns, strict=True)
     ]
+    pages, alone = sizes.pages(num_pages), []
+    for kind, unit in enumerate(units):
+        layer = sizes.model.kind_of.index(kind)
+        stack, _ = sizes.stacks.place(layer)
+        adapter = {"weights": state["master"][stack], "scales": sizes.adapter_row.scales[stack]}
+        own = (params["layers"][layer], adapter, pages[layer], finetune["saved"][layer])
+        alone.append(
+            Program(
+                layer_program(kind),
+                _with_done(unit),
+                (*own, flow, pending[stack], table, _INT, _INT),
+                (4, 5),
+                (flow, pending[stack], _WHOLE),
+            )
+        )
     many = [
         replace(
             one,
@@ -327,8 +331,8 @@ def _with_done(unit: Callable) -> Callable:
 
 
 def _begin_backward(flow: dict, pending: list) -> tuple[dict, list]:
-    zeros = {name: jnp.zeros_like(flow[name]) for name in ("dk", "dv")}
-    return flow | zeros, jax.tree.map(jnp.zeros_like, pending)
+    carried = jax.tree.map(jnp.zeros_like, flow["carried"])
+    return flow | {"carried": carried}, jax.tree.map(jnp.zeros_like, pending)
 
 
 def _clear(tree):

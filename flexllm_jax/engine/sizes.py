@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from flexllm_jax.compile.buckets import token_buckets
 from flexllm_jax.config import Config
-from flexllm_jax.engine.cache import page_shapes
+from flexllm_jax.engine.cache import page_shapes, tree_bytes
 from flexllm_jax.engine.placement import ALL, Placement
 from flexllm_jax.engine.sampling_params import BIASES
 from flexllm_jax.engine.step_inputs import StepShape
-from flexllm_jax.finetune.buffers import flow_shapes, saved_columns, saved_shapes
+from flexllm_jax.finetune.buffers import Columns, flow_shapes, saved_columns, saved_shapes
 from flexllm_jax.finetune.optimizer import job_state_shapes, optimizer_program
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
@@ -55,7 +55,7 @@ class EngineSizes:
     unit_tokens: int
     buckets: tuple[int, ...]
     bank: BankShape
-    columns: dict[str, slice]
+    columns: Columns
     placement: Placement | None = None
     dropout: bool = False
     optimizers: tuple[str, ...] = ("adamw",)
@@ -80,11 +80,11 @@ class EngineSizes:
                 "adapters.target_modules: lm_head cannot have LoRA with parallel.tp > 1; drop it"
             )
         for spec in model.kinds if "prefix" in bank.kinds else ():
-            if what := prefix.unsupported(spec.attention):
+            if what := prefix.unsupported(spec.mixer):
                 raise ValueError(
                     f"adapters.kinds: this model has {what}, where prefix is none; drop it"
                 )
-        if "ia3" in bank.kinds and not {"k", "v", "up"} <= model.kernel_shapes.keys():
+        if "ia3" in bank.kinds and not {"k", "v", "up"} <= model.projections.keys():
             raise ValueError(
                 "adapters.kinds: ia3 scales keys, values and inner activations apart, and this "
                 "model's projections of them are fused; drop it"
@@ -217,7 +217,7 @@ class EngineSizes:
         flow = flow_shapes(model, self.stored, self.finetune_slots)
         if self.placement:
             saved = self.placement.own(saved)
-            flow |= self.placement.own({name: flow[name] for name in ("dk", "dv")})
+            flow["carried"] = self.placement.own(flow["carried"])
         return {"saved": saved, "flow": flow}
 
     @cached_property
@@ -255,6 +255,11 @@ class EngineSizes:
                 for name, state in self.job_states.items()
             },
         }
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """Of one more page, in all layers."""
+        return tree_bytes(self.pages(2)) - tree_bytes(self.pages(1))
 
     def pages(self, num_pages: int) -> list:
         """The KV pages of all layers."""

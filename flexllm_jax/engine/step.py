@@ -12,22 +12,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from flexllm_jax.engine.mixing import StepMixing
 from flexllm_jax.engine.step_inputs import StepInputs, StepShape
+from flexllm_jax.finetune.buffers import Columns
 from flexllm_jax.models.bypass import no_bypass
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.layer_passes import rotate_and_write
-from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.rows import set_rows
 
 
 def forward_step(
     decoder: Decoder,
     shape: StepShape,
-    columns: dict[str, slice],
+    columns: Columns,
     backend: Backend,
     stacks: LayerStacks,
     params: dict,
@@ -71,15 +71,14 @@ def forward_step(
     passes = XLA if bank is None else backend
     decoder = replace(decoder, backend=passes)
     config = decoder.config
-    angles = {s.attention.rope: decoder.angles(inputs.position, s) for s in config.kinds}
+    mixing = StepMixing(decoder, inputs, page_tables, backend, passes)
     x = decoder.embed(params, token)
 
     @partial(jax.jit, static_argnums=0)
     def run_layer(spec, layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x, y):
         # A function of its own, so that it is traced and lowered once for layers that are alike:
         # that would take most of a start. XLA inlines the calls.
-        layer, options = decoder.layer(layer_params, spec), spec.attention.options
-        own = angles[spec.attention.rope]
+        layer = decoder.layer(layer_params, spec)
         adapters = None
         if adapter_stack is not None:
             weights, scales, index = adapter_stack
@@ -89,41 +88,25 @@ def forward_step(
             adapters = Bypass(weights, scales, inputs.adapter, backend, dropped, layer=index)
         bypass = adapters or no_bypass
         activations = {}
-        q, k, v, x = layer.project(x, bypass, activations.setdefault, y, own.query_factor)
+        factor = mixing.query_factor(spec.mixer)
+        projected, gate, x = layer.project(x, bypass, activations.setdefault, y, factor)
         activations["x"] = x
-        q, *written = rotate_and_write(
-            *(q, k, v, own.rotation, inputs.kv_slot),
-            *(layer_pages["k"], layer_pages["v"]),
-            backend=passes,
-        )
-        new_pages = dict(zip(("k", "v"), written, strict=True))
-        attended, lse = ragged_paged_attention(
-            q,
-            *written,
-            inputs.query_starts,
-            inputs.kv_lengths,
-            page_tables,
-            inputs.num_decode,
-            inputs.num_sequences,
-            options=options,
-            backend=backend,
-        )
-        if adapters:
-            attended, lse = adapters.attend(q, attended, lse, options)
-        activations["attended"] = attended
-        x, y = layer.summands(x, attended, bypass, activations.setdefault)
+        mixed = mixing(spec.mixer, projected, layer_pages, adapters)
+        rows = activations | mixed.rows
+        x, y = layer.summands(x, mixed.output, gate, bypass, rows.setdefault)
         new_saved = None
         if layer_saved is not None:
-            kept = [activations[name].reshape(x.shape[0], -1) for name in columns]
-            values = {"activations": jnp.concatenate(kept, axis=1), "lse": lse}
-            new_saved = {
-                name: set_rows(slots, inputs.saved_row, values[name])
+            own = columns[config.kinds.index(spec)]
+            rows["activations"] = jnp.concatenate([rows[name] for name in own], axis=1)
+            new_saved = mixed.saved | {
+                name: set_rows(slots, inputs.saved_row, rows[name])
                 for name, slots in layer_saved.items()
+                if name not in mixed.saved
             }
             # Written before the next layer: else XLA writes all layers' at the end, and holds what
             # it writes until then.
             x, y, new_saved = jax.lax.optimization_barrier((x, y, new_saved))
-        return new_pages, new_saved, x, y
+        return mixed.cache, new_saved, x, y
 
     new_pages, new_saved = [], []
     y = jnp.zeros_like(x)

@@ -19,14 +19,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
-from flexllm_jax.models.decoder import PROJECTED, Decoder
+from flexllm_jax.finetune.mixing import Slice, unit_mixing
+from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.spec import LayerSpec
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import Dropout, JobDropout
-from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.backend import Backend
-from kernels_pallas.layer_passes import rotate, rotate_back_and_clear
 from kernels_pallas.rows import from_stored, to_stored
 
 LORA_MODULES = frozenset(TARGET_MODULES.values())
@@ -68,7 +67,7 @@ def layer_unit(
     backend: Backend,
     layer_params: dict,
     adapter: dict,
-    pages: dict,
+    cache: dict,
     saved: dict,
     flow: dict,
     gradients: dict,
@@ -84,12 +83,12 @@ def layer_unit(
         decoder: the model's functions.
         spec: of the layer, static.
         unit_tokens: U, tokens of the slice, static.
-        columns: `saved_columns`, static.
+        columns: the layer's of `saved_columns`, static.
         backend: which kernels to use, static.
         layer_params: the layer's frozen parameters.
         adapter: the job's adapter in the layer's stack: {"weights": site -> name -> float32
             [L, ...], "scales": site -> [L]}.
-        pages: the layer's {"k", "v"} pages.
+        cache: what the layer keeps of sequences: of attention its {"k", "v"} pages.
         saved: what the forward kept of this layer (`saved_shapes`).
         flow: `flow_shapes`; stream[start:start+U] goes in as the gradient of the layer's output
             and comes out as that of its input; donated.
@@ -103,7 +102,7 @@ def layer_unit(
     Returns:
         The updated flow and gradients.
     """
-    layer, options = decoder.layer(layer_params, spec), spec.attention.options
+    layer = decoder.layer(layer_params, spec)
 
     def slice_of(x: jax.Array) -> jax.Array:
         return from_stored(lax.dynamic_slice_in_dim(x, start, unit_tokens))
@@ -128,7 +127,7 @@ def layer_unit(
     }
     sums = {site: g for site, g in gradients.items() if site in LORA_MODULES}
     first, second = (
-        {site: g for site, g in sums.items() if (site in PROJECTED) == before}
+        {site: g for site, g in sums.items() if (site in spec.mixer.projected) == before}
         for before in (True, False)
     )
     dropped = None
@@ -140,44 +139,27 @@ def layer_unit(
         changed = adapter | {"weights": adapter["weights"] | own}
         return job_bypass(changed, is_token, backend, dropped, sums, index)
 
-    angles = decoder.angles(slice_of(whole.position), spec)
+    mixing = unit_mixing(
+        *(decoder, spec.mixer, Slice(whole, start, slice_of, is_token)),
+        *(cache, saved, kept, bypass(own, {}), backend),
+    )
     x = kept["x"]
-    (q, _, _, x), pull_inputs = jax.vjp(
-        lambda x, *own: layer.project(x, bypass(*own), tap, None, angles.query_factor),
+    (projected, gate, x), pull_inputs = jax.vjp(
+        lambda x, *own: layer.project(x, bypass(*own), tap, None, mixing.query_factor),
         *(x, own, first),
     )
-    q = rotate(q, angles.rotation)
-    keys_and_values = (pages["k"], pages["v"], whole.kv_slot, sequence_start, start)
-    if "attended" in kept:
-        attended, lse = kept["attended"].reshape(q.shape), slice_of(saved["lse"])
-    else:
-        attended, lse = attention_of_slice(q, *keys_and_values, options=options, backend=backend)
-        attended, lse = bypass(own, {}).attend(q, attended, lse, options)
+    mixed, pull_mixing = mixing.forward(projected)
     _, pull_outputs = jax.vjp(
-        lambda x, attended, *own: layer.after_attention(x, attended, bypass(*own), tap, kept),
-        x,
-        attended,
-        own,
-        second,
+        lambda x, mixed, gate, *own: layer.after_mixing(x, mixed, gate, bypass(*own), tap, kept),
+        *(x, mixed, gate, own, second),
     )
-    d_residual, d_attended, d_own_outputs, second = pull_outputs(slice_of(flow["stream"]))
-    dq, dk, dv = attention_backward(
-        q,
-        *keys_and_values,
-        attended,
-        lse,
-        d_attended,
-        flow["dk"],
-        flow["dv"],
-        options=options,
-        backend=backend,
-    )
-    dq, d_own_attention = bypass(own, {}).attend_backward(dq, q, attended, lse, d_attended, options)
-    *d_projected, dk, dv = rotate_back_and_clear(
-        dq, dk, dv, angles.rotation, start, backend=backend
-    )
-    d_input, d_own_inputs, first = pull_inputs((*d_projected, d_residual))
-    flow = flow | {"stream": with_slice(flow["stream"], d_input), "dk": dk, "dv": dv}
+    d_residual, d_mixed, d_gate, d_own_outputs, second = pull_outputs(slice_of(flow["stream"]))
+    which = decoder.config.mixers.index(spec.mixer.arrays)
+    pulled = pull_mixing(d_mixed, flow["carried"][which])
+    d_input, d_own_inputs, first = pull_inputs((pulled.projected, d_gate, d_residual))
+    carried = list(flow["carried"])
+    carried[which] = pulled.carried
+    flow = flow | {"stream": with_slice(flow["stream"], d_input), "carried": carried}
 
     def add(stack: jax.Array, *parts: jax.Array) -> jax.Array:
         total = lax.dynamic_slice_in_dim(stack, index, 1) + sum(parts)
@@ -187,7 +169,7 @@ def layer_unit(
         add,
         {site: gradients[site] for site in own},
         d_own_outputs,
-        d_own_inputs | d_own_attention,
+        d_own_inputs | pulled.adapter,
     )
     return flow, others | first | second
 

@@ -5,6 +5,7 @@ A microbatch is S token slots of packed sequences of one job. Every array has S 
 for `finetune.max_tokens`.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.spec import AttentionSpec, LayerSpec
 
 
 class MicrobatchTable(NamedTuple):
@@ -55,10 +57,19 @@ class MicrobatchTable(NamedTuple):
 TABLE_ROWS, _INT_ROWS = len(MicrobatchTable._fields), 5
 
 
-def saved_columns(decoder: Decoder, names: tuple[str, ...]) -> dict[str, slice]:
-    """Columns of a layer's saved activations: its input, and those of `decoder.taps` named."""
-    taps = decoder.taps()
-    widths = {"x": decoder.config.d_model} | {name: taps[name] for name in names}
+# Where an activation lies in the row that a layer saves of a token: by kind of layer, by name.
+Columns = tuple[dict[str, slice], ...]
+
+
+def saved_columns(decoder: Decoder, names: Collection[str]) -> Columns:
+    """Of each kind of layer: its input, and those of its `decoder.taps` that are named."""
+    return tuple(columns_of_kind(decoder, spec, names) for spec in decoder.config.kinds)
+
+
+def columns_of_kind(decoder: Decoder, spec: LayerSpec, names: Collection[str]) -> dict[str, slice]:
+    """Those of one kind."""
+    taps = decoder.taps(spec)
+    widths = {"x": decoder.config.d_model} | {n: taps[n] for n in taps if n in names}
     columns, at = {}, 0
     for name, width in widths.items():
         columns[name], at = slice(at, at + width), at + width
@@ -66,28 +77,35 @@ def saved_columns(decoder: Decoder, names: tuple[str, ...]) -> dict[str, slice]:
 
 
 def saved_shapes(
-    config: ModelConfig, dtype: jnp.dtype, slots: int, columns: dict[str, slice]
+    config: ModelConfig, dtype: jnp.dtype, slots: int, columns: Columns
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Shapes of what the forward keeps of each layer, in one array so that one write keeps it
     all; attention's log-sum-exp goes with its output."""
-    width = max(c.stop for c in columns.values())
-    shapes = {"activations": jax.ShapeDtypeStruct((slots, width), dtype)}
-    if "attended" in columns:
-        shapes["lse"] = jax.ShapeDtypeStruct((slots, config.num_heads), jnp.float32)
-    return [shapes] * config.num_layers
+
+    def shapes(spec: LayerSpec, own: dict[str, slice]) -> dict[str, jax.ShapeDtypeStruct]:
+        width = max(c.stop for c in own.values())
+        kept = {"activations": jax.ShapeDtypeStruct((slots, width), dtype)}
+        if "attended" in own:
+            kept["lse"] = jax.ShapeDtypeStruct((slots, spec.mixer.heads), jnp.float32)
+        return kept
+
+    kinds = [shapes(spec, own) for spec, own in zip(config.kinds, columns, strict=True)]
+    return [kinds[kind] for kind in config.kind_of]
 
 
-def flow_shapes(
-    config: ModelConfig, dtype: jnp.dtype, slots: int
-) -> dict[str, jax.ShapeDtypeStruct]:
+def flow_shapes(config: ModelConfig, dtype: jnp.dtype, slots: int) -> dict[str, Any]:
     """Shapes of what flows through the backward: `stream`, which holds the last layer's outputs and
-    then gradients, of each layer's output in turn; the layer's dK and dV; and each label's
-    log-probability, 0 where there is none."""
-    kv = jax.ShapeDtypeStruct((slots, config.num_kv_heads, config.head_dim), jnp.float32)
+    then gradients, of each layer's output in turn; each label's log-probability, 0 where there is
+    none; and what a layer's mixer carries from one unit to the next, zeros between layers: dK and
+    dV of attention. `carried` is by `ModelConfig.mixers`."""
+
+    def carried(attention: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (slots, attention.kv_heads, attention.head_dim)
+        return dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct(shape, jnp.float32))
+
     return {
         "stream": jax.ShapeDtypeStruct((slots, config.d_model), dtype),
-        "dk": kv,
-        "dv": kv,
+        "carried": [carried(mixer) for mixer in config.mixers],
         "logprob": jax.ShapeDtypeStruct((slots,), jnp.float32),
     }
 

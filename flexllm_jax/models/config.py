@@ -19,7 +19,7 @@ from flexllm_jax.models.families import FAMILIES, WRAPPERS
 from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.fields import Fields, ModelConfigError
 from flexllm_jax.models.names import USUAL, WRAPPED, Names
-from flexllm_jax.models.spec import HeadSpec, LayerSpec
+from flexllm_jax.models.spec import AttentionSpec, HeadSpec, LayerSpec, MixerSpec
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder: its layers, and what is around them. The letters are the dimensions in every shape
-    comment. Layers differ in no array, only in how they attend."""
+    comment."""
 
     architecture: str
     vocab_size: int  # V
@@ -40,10 +40,6 @@ class ModelConfig:
     names: Names = USUAL  # of its modules, in checkpoints
     embed_scale: float = 1.0  # of the embeddings, rounded to their dtype
 
-    def __post_init__(self) -> None:
-        if len({layer.arrays for layer in self.layers}) != 1:
-            raise ValueError("layers must have arrays of the same shapes")
-
     @property
     def num_layers(self) -> int:
         """L."""
@@ -51,23 +47,23 @@ class ModelConfig:
 
     @property
     def num_heads(self) -> int:
-        """N, in every layer."""
-        return self.layers[0].attention.heads
+        """N, in the first layer that attends."""
+        return self.attention[0].heads
 
     @property
     def num_kv_heads(self) -> int:
-        """K, in every layer."""
-        return self.layers[0].attention.kv_heads
+        """K, in the first layer that attends."""
+        return self.attention[0].kv_heads
 
     @property
     def head_dim(self) -> int:
-        """H, in every layer."""
-        return self.layers[0].attention.head_dim
+        """H, in the first layer that attends."""
+        return self.attention[0].head_dim
 
     @property
     def d_ff(self) -> int:
-        """F, in every layer."""
-        return self.layers[0].mlp.d_ff
+        """F, in the widest layer."""
+        return max(layer.mlp.d_ff for layer in self.layers)
 
     @cached_property
     def kinds(self) -> tuple[LayerSpec, ...]:
@@ -79,16 +75,30 @@ class ModelConfig:
         """Of each layer, which of `kinds` it is."""
         return tuple(map(self.kinds.index, self.layers))
 
-    @property
-    def kernel_shapes(self) -> dict[str, tuple[int, int]]:
-        """[d_in, d_out] of a layer's projections, by their name in the parameter tree."""
-        return self.layers[0].kernel_shapes(self.d_model)
+    @cached_property
+    def attention(self) -> tuple[AttentionSpec, ...]:
+        """The attention of all layers that have it."""
+        return tuple(x.mixer for x in self.layers if isinstance(x.mixer, AttentionSpec))
 
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """[d_in, d_out] of all projections that LoRA can be put on: a layer's and the output
-        head."""
-        return self.kernel_shapes | {"head": (self.d_model, self.vocab_size)}
+    @cached_property
+    def mixers(self) -> tuple[MixerSpec, ...]:
+        """The different mixers, as far as arrays go."""
+        return tuple(dict.fromkeys(layer.mixer.arrays for layer in self.layers))
+
+    def kernel_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
+        """[d_in, d_out] of all projections of a layer that LoRA can be put on, by their name in the
+        parameter tree. The output head, "head", belongs to the layer after the last one."""
+        if layer == self.num_layers:
+            return {"head": (self.d_model, self.vocab_size)}
+        return self.layers[layer].kernel_shapes(self.d_model)
+
+    @cached_property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """`kernel_shapes` of all layers, each projection as the first layer that has it."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for layer in range(self.num_layers + 1):
+            shapes = self.kernel_shapes(layer) | shapes
+        return shapes
 
     def context_length(self, limit: int | None) -> int:
         """Longest prompt plus output: the model's own, or `limit` where that is shorter."""

@@ -1,6 +1,6 @@
 """All families as one decoder; their differences are fields of `spec.LayerSpec` and ModelConfig.
 
-A layer is two functions with attention between them, because attention reads pages that the step
+A layer is two functions with its mixing between them, because that reads what the step
 program owns, and because token-level finetuning differentiates the two halves apart. The same code
 runs forward and backward:
 
@@ -13,7 +13,7 @@ runs forward and backward:
 `split` turns the modules into plain pytrees once; the step programs merge them back while tracing.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -33,13 +33,11 @@ from flexllm_jax.models.collectives import (
 )
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.layers import Linear, RMSNorm
+from flexllm_jax.models.mixers import Tap, mixer_of
 from flexllm_jax.models.rope import Angles, rotary_angles
-from flexllm_jax.models.spec import LayerSpec, NormSpec
+from flexllm_jax.models.spec import AttentionSpec, LayerSpec, NormSpec
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.layer_passes import gated, rotate
-
-PROJECTED = ("q", "k", "v", "qkv")  # the projections before attention
-Tap = Callable[[str, jax.Array], jax.Array]
+from kernels_pallas.layer_passes import gated
 
 
 def no_tap(name: str, value: jax.Array) -> jax.Array:
@@ -67,42 +65,21 @@ class DecoderLayer(nnx.Module):
         axes: Axes = (),
         backend: Backend = XLA,
     ):
-        attention, norm = spec.attention, partial(RMSNorm, spec=spec.norm, dtype=dtype)
-        q_size, kv_size = (n * attention.head_dim for n in (attention.heads, attention.kv_heads))
+        mixer, norm = mixer_of(spec.mixer), partial(RMSNorm, spec=spec.norm, dtype=dtype)
         pre, post = spec.norm.pre, spec.norm.post
         self.pre_attn_norm, self.pre_mlp_norm = (norm(d_model) if pre else None for _ in range(2))
         self.post_attn_norm, self.post_mlp_norm = (
             norm(d_model) if post else None for _ in range(2)
         )
-        for name, width in attention.projected.items():
-            setattr(self, name, Linear(d_model, width, dtype, attention.qkv_bias))
-        self.o = Linear(q_size, d_model, dtype, attention.o_bias, axes)
-        if attention.qk_norm:
-            sizes = q_size, kv_size
-            if attention.qk_norm == "head":
-                sizes = (attention.head_dim,) * 2
-            self.q_norm, self.k_norm = map(norm, sizes)
+        biased, out = mixer.biased(spec.mixer), spec.mixer.output
+        for name, width in spec.mixer.projected.items():
+            setattr(self, name, Linear(d_model, width, dtype, name in biased))
+        setattr(self, out, Linear(spec.mixer.inner, d_model, dtype, out in biased, axes))
+        mixer.add_parameters(self, spec.mixer, norm, dtype)
         for name, width in spec.mlp.projected.items():
             setattr(self, name, Linear(d_model, width, dtype))
         self.down = Linear(spec.mlp.d_ff, d_model, dtype)
         self.spec, self.axes, self.backend = spec, axes, backend
-
-    def before_attention(
-        self,
-        x: Float[Array, "T D"],
-        angles: Angles,
-        bypass: BypassFunction = no_bypass,
-        tap: Tap = no_tap,
-    ) -> tuple[
-        Float[Array, "T N H"],
-        Float[Array, "T K H"],
-        Float[Array, "T K H"],
-        Float[Array, "T D"],
-    ]:
-        """Queries, keys and values of the layer's input, rotated; and the input as
-        `after_attention` takes it: through here go all of its gradients."""
-        q, k, v, x = self.project(x, bypass, tap, query_factor=angles.query_factor)
-        return rotate(q, angles.rotation), rotate(k, angles.rotation), v, x
 
     def project(
         self,
@@ -111,35 +88,14 @@ class DecoderLayer(nnx.Module):
         tap: Tap = no_tap,
         y: Float[Array, "T D"] | None = None,
         query_factor: Float[Array, "T 1 1"] | None = None,
-    ) -> tuple[
-        Float[Array, "T N H"],
-        Float[Array, "T K H"],
-        Float[Array, "T K H"],
-        Float[Array, "T D"],
-    ]:
-        """`before_attention` without the rotation, of x + y."""
-        spec = self.spec.attention
-        x, (*inputs, h) = self._normed(self.pre_attn_norm, x, y, 1 + len(spec.projected))
-        heads, q_size = (x.shape[0], -1, spec.head_dim), spec.heads * spec.head_dim
-        outputs = self._projections(spec.projected, h, inputs, bypass)
-        if spec.fused:
-            (qkv,) = outputs
-            q, k, v = jnp.split(qkv, [q_size, (qkv.shape[1] + q_size) // 2], axis=1)
-        else:
-            q, k, v = outputs
-        q = tap("query", q)
-        if spec.qk_norm:
-            k = tap("key", k)
-        if spec.qk_norm == "projection":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.reshape(heads) for x in (q, k, v))
-        if spec.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if spec.rope is not None:
-            q, k = (spec.rope.pair(x) for x in (q, k))
-        if query_factor is not None:
-            q = q * query_factor.astype(q.dtype)
-        return q, k, v, x
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None, Float[Array, "T D"]]:
+        """What of x + y is mixed, and the gate of what comes out (`Mixer.inputs`); and the input as
+        `after_mixing` takes it: through here go all of its gradients."""
+        names = self.spec.mixer.projected
+        x, (*readers, h) = self._normed(self.pre_attn_norm, x, y, 1 + len(names))
+        outputs = self._projections(names, h, readers, bypass)
+        inputs, gate = mixer_of(self.spec.mixer).inputs(self, outputs, tap, query_factor)
+        return inputs, gate, x
 
     def _projections(
         self,
@@ -147,40 +103,42 @@ class DecoderLayer(nnx.Module):
         h: Float[Array, "T D"],
         inputs: list[Float[Array, "T D"]],
         bypass: BypassFunction,
-    ) -> list[jax.Array]:
+    ) -> dict[str, jax.Array]:
         """The outputs of projections that read the same, each from an array of its own, with what
         an adapter that reads `h` adds."""
         outputs = {name: getattr(self, name)(x) for name, x in zip(names, inputs, strict=True)}
-        return list(bypass(h, outputs).values())
+        return bypass(h, outputs)
 
-    def after_attention(
+    def after_mixing(
         self,
         x: Float[Array, "T D"],
-        attended: Float[Array, "T N H"],
+        mixed: Float[Array, "T N H"],
+        gate: jax.Array | None,
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
         recalled: Collection[str] = (),
     ) -> Float[Array, "T D"]:
-        """The layer's output, from its input and what attention returned; `recalled`: names of what
-        the tap replaces."""
-        x, y = self.summands(x, attended, bypass, tap, recalled)
+        """The layer's output, from its input, what the mixing returned, and its gate; `recalled`:
+        names of what the tap replaces."""
+        x, y = self.summands(x, mixed, gate, bypass, tap, recalled)
         return x + y
 
     def summands(
         self,
         x: Float[Array, "T D"],
-        attended: Float[Array, "T N H"],
+        mixed: Float[Array, "T N H"],
+        gate: jax.Array | None,
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
         recalled: Collection[str] = (),
     ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-        """What `after_attention` adds up: the next layer's norm can do so as it reads them."""
+        """What `after_mixing` adds up: the next layer's norm can do so as it reads them."""
 
         def join(y: jax.Array) -> jax.Array:
             return sum_outputs(y, self.axes)
 
-        attended = attended.reshape(x.shape[0], -1)
-        y = bypass(attended, {"o": self.o(attended)}, join)["o"]
+        mixed, out = mixer_of(self.spec.mixer).gated(self, mixed, gate), self.spec.mixer.output
+        y = bypass(mixed, {out: getattr(self, out)(mixed)}, join)[out]
         y = self._branch(self.post_attn_norm, y, "attention_branch", tap)
         names = self.spec.mlp.projected
         readers = 1 + len(names)
@@ -190,7 +148,7 @@ class DecoderLayer(nnx.Module):
             x, normed = self._normed(self.pre_mlp_norm, x, y, readers)
             x = tap("residual", x)
         *inputs, h = normed
-        outputs = self._projections(names, h, inputs, bypass)
+        outputs = tuple(self._projections(names, h, inputs, bypass).values())
         gate, up = jnp.split(outputs[0], 2, axis=1) if self.spec.mlp.fused else outputs
         gate, up = tap("gate", gate), tap("up", up)
         inner, low = gated(gate, up, self.backend, 2, self.spec.mlp.activation)
@@ -240,23 +198,23 @@ class Decoder:
         graph = _layer_graph(self.config.d_model, spec, self.dtype, self.axes, self.backend)
         return nnx.merge(graph, params)
 
-    def taps(self) -> dict[str, int]:
+    def taps(self, spec: LayerSpec) -> dict[str, int]:
         """Name and width of each array of a layer that the forward may save for the backward:
-        attention's output, and what the layer taps. The same in every layer."""
-        c = self.config
-        widths = {"attended": c.num_heads * c.head_dim}
+        attention's output, and what the layer taps."""
+        d_model = self.config.d_model
+        widths = {"attended": spec.mixer.inner} if isinstance(spec.mixer, AttentionSpec) else {}
 
         def tap(name: str, value: jax.Array) -> jax.Array:
             widths[name] = value.shape[-1]
             return value
 
-        def both_halves(x, positions, attended):
-            layer = DecoderLayer(c.d_model, c.layers[0], self.dtype)
-            x = layer.before_attention(x, self.angles(positions, layer.spec), tap=tap)[-1]
-            return layer.after_attention(x, attended, tap=tap)
+        def both_halves(x, mixed):
+            layer = DecoderLayer(d_model, spec, self.dtype)
+            _, gate, x = layer.project(x, tap=tap)
+            return layer.after_mixing(x, mixed, gate, tap=tap)
 
-        rows = [jax.ShapeDtypeStruct((1, n), self.dtype) for n in (c.d_model, widths["attended"])]
-        jax.eval_shape(both_halves, rows[0], jax.ShapeDtypeStruct((1,), jnp.int32), rows[1])
+        rows = [jax.ShapeDtypeStruct((1, n), self.dtype) for n in (d_model, spec.mixer.inner)]
+        jax.eval_shape(both_halves, *rows)
         return widths
 
     def embed(self, params: dict, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
@@ -265,9 +223,9 @@ class Decoder:
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
-    def angles(self, positions: Int[Array, " T"], spec: LayerSpec) -> Angles:
-        """Rotary angles of the positions in a layer."""
-        return rotary_angles(spec.attention.rope, spec.attention.head_dim, positions)
+    def angles(self, positions: Int[Array, " T"], spec: AttentionSpec) -> Angles:
+        """Rotary angles of the positions in attention."""
+        return rotary_angles(spec.rope, spec.head_dim, positions)
 
     def final_norm(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """What the output head reads: normalized, and scaled as the logits are to be."""

@@ -160,7 +160,7 @@ def _is_wrapped(config: ModelConfig) -> bool:
 def _are_frequencies(stored: np.ndarray, config: ModelConfig) -> bool:
     """Whether rotary frequencies are the model's, as far as their dtype can tell."""
     tolerance = max(1e-4, 2 * float(jnp.finfo(stored.dtype).eps))
-    ropes = {(spec.attention.rope, spec.attention.head_dim) for spec in config.layers}
+    ropes = {(spec.rope, spec.head_dim) for spec in config.attention}
     used = [np.asarray(rotary_frequencies(rope, size)) for rope, size in ropes if rope is not None]
     return any(
         stored.shape == own.shape

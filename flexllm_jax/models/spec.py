@@ -8,7 +8,7 @@ width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexllm_jax.models.rope import RopeSpec
 from kernels_pallas.layer_options import Activation, AttentionOptions
@@ -24,7 +24,8 @@ class AttentionSpec:
     rope: None where queries and keys are not told their positions. options: how scores are made.
     qkv_bias, o_bias: whether q, k, v and o have biases. qk_norm: what of the queries and keys is
     normalized before they are rotated: each head, or the whole projection. fused: q, k and v are
-    one projection, "qkv", and so one site of LoRA.
+    one projection, "qkv", and so one site of LoRA. gate: what attention returns is multiplied by
+    the sigmoid of a gate, which q yields behind the query of each head.
     """
 
     heads: int  # N
@@ -36,12 +37,33 @@ class AttentionSpec:
     o_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None
     fused: bool = False
+    gate: bool = False
+
+    output: ClassVar[str] = "o"  # the projection behind attention
+
+    @property
+    def inner(self) -> int:
+        """Width of what attention returns."""
+        return self.heads * self.head_dim
 
     @property
     def projected(self) -> dict[str, int]:
         """Widths of the projections before attention, by their name in the parameter tree."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        queries, keys = self.inner * (2 if self.gate else 1), self.kv_heads * self.head_dim
         return {"qkv": queries + 2 * keys} if self.fused else {"q": queries, "k": keys, "v": keys}
+
+    @property
+    def arrays(self) -> AttentionSpec:
+        """Without what changes no array that a layer has or keeps: options and rotary
+        embeddings."""
+        return replace(self, options=AttentionOptions(), rope=None)
+
+    def shard(self, devices: int, kv_devices: int) -> AttentionSpec:
+        """What one device has of it."""
+        return replace(self, heads=self.heads // devices, kv_heads=self.kv_heads // kv_devices)
+
+
+MixerSpec = AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -76,39 +98,37 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A layer: attention and a feed-forward network, with their norms; what both give is multiplied
-    by `residual_scale` before it is added."""
+    """A layer: a mixer of tokens and a feed-forward network, with their norms; what both give is
+    multiplied by `residual_scale` before it is added."""
 
-    attention: AttentionSpec
+    mixer: AttentionSpec
     mlp: MlpSpec
     norm: NormSpec
     residual_scale: float = 1.0
 
     def kernel_shapes(self, d_model: int) -> dict[str, tuple[int, int]]:
         """[d_in, d_out] of the projections, by their name in the parameter tree."""
-        a, mlp = self.attention, self.mlp
+        mixer, mlp = self.mixer, self.mlp
         return {
-            **{name: (d_model, width) for name, width in a.projected.items()},
-            "o": (a.heads * a.head_dim, d_model),
+            **{name: (d_model, width) for name, width in mixer.projected.items()},
+            mixer.output: (mixer.inner, d_model),
             **{name: (d_model, width) for name, width in mlp.projected.items()},
             "down": (mlp.d_ff, d_model),
         }
 
     def shard(self, devices: int, kv_devices: int) -> LayerSpec:
         """What one device has of the layer when it is split over them."""
-        a = self.attention
-        attention = replace(a, heads=a.heads // devices, kv_heads=a.kv_heads // kv_devices)
         return replace(
-            self, attention=attention, mlp=replace(self.mlp, d_ff=self.mlp.d_ff // devices)
+            self,
+            mixer=self.mixer.shard(devices, kv_devices),
+            mlp=replace(self.mlp, d_ff=self.mlp.d_ff // devices),
         )
 
     @property
     def arrays(self) -> LayerSpec:
-        """The layer without what changes no array that it has or keeps: attention's options and
-        rotary embeddings. Layers that agree in it can share one layout."""
-        return replace(
-            self, attention=replace(self.attention, options=AttentionOptions(), rope=None)
-        )
+        """The layer without what changes no array that it has or keeps. Layers that agree in it
+        share one layout."""
+        return replace(self, mixer=self.mixer.arrays)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.mixers import mixer_of
 from flexllm_jax.models.names import HEAD
 
 
@@ -35,9 +36,8 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
 
 
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
-    spec = config.layers[layer].attention
-    biased = set(spec.projected) if spec.qkv_bias else set()
-    biased |= {"o"} if spec.o_bias else set()
+    spec = config.layers[layer].mixer
+    biased = mixer_of(spec).biased(spec)
     norm = config.layers[layer].norm
     norms = config.names.norms(norm, spec.qk_norm is not None)
     sizes = dict.fromkeys(norms, config.d_model)
@@ -47,7 +47,7 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     for module, name in norms.items():
         path = ("layers", layer, module, "weight")
         yield Tensor(path, f"{config.names.path(layer, name)}.weight", (sizes[module],))
-    for module, shape in config.layers[layer].kernel_shapes(config.d_model).items():
+    for module, shape in config.kernel_shapes(layer).items():
         name = config.names.module_path(layer, module)
         path = ("layers", layer, module)
         yield Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)

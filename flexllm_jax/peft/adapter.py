@@ -37,7 +37,7 @@ def named_modules(names: Collection[str], model: ModelConfig) -> tuple[str, ...]
     Where some are one projection, that is meant by all of their names together, too: so the usual
     seven are all of every model. AdapterError for a name that means none."""
     whole = {name for name, parts in FUSED_MODULES.items() if set(parts) <= set(names)}
-    modules = {n: m for n, m in TARGET_MODULES.items() if m in model.linear_shapes}
+    modules = {n: m for n, m in TARGET_MODULES.items() if m in model.projections}
     own = [name for name in modules if name in names or name in whole]
     meant = {*own, *(part for name in own for part in FUSED_MODULES.get(name, ()))}
     if unknown := [name for name in names if name not in meant]:
@@ -219,7 +219,7 @@ class LoraConfig(AdapterConfig):
             raise AdapterError(
                 f"layers_to_transform={outside!r}: the base model has layers 0 to {num_layers - 1}"
             )
-        targets = tuple((layer, m) for layer in layers for m in modules if m != "head")
+        targets = tuple((i, m) for i in layers for m in modules if m in model.kernel_shapes(i))
         if "head" in modules and self.layers_to_transform is None:
             targets += ((num_layers, "head"),)
         return targets
@@ -234,7 +234,7 @@ class LoraConfig(AdapterConfig):
         weights = {}
         modules = list(TARGET_MODULES.values())
         for layer, module in self.targets(model):
-            d_in, d_out = model.linear_shapes[module]
+            d_in, d_out = model.kernel_shapes(layer)[module]
             rank = self.rank(layer, module)
             random = np.random.default_rng([seed, layer, modules.index(module)])
             bound = 1 / math.sqrt(d_in)

@@ -42,13 +42,13 @@ class BankShape:
     bottleneck: int = 64
     prefix: int = 32
 
-    def sites(self, config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    def sites(self, config: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
         """What a layer has of one adapter: site -> name -> padded shape."""
         sites = {}
         if "lora" in self.kinds:
-            sites |= {m: self._factors(config, m) for m in self.modules if m != "head"}
+            sites |= self._factors(config, layer)
         if "ia3" in self.kinds:
-            for site, width in ia3.site_widths(config).items():
+            for site, width in ia3.site_widths(config, layer).items():
                 sites[site] = {"scale": (width,)}
         if "bottleneck" in self.kinds:
             for site in bottleneck.FOLLOWS:
@@ -59,10 +59,13 @@ class BankShape:
 
     def by_layer(self, config: ModelConfig) -> list[dict[str, dict[str, tuple[int, ...]]]]:
         """`sites` of all layers; one more entry holds the output head's, if it may have LoRA."""
-        layers = [self.sites(config)] * config.num_layers
-        if self.has_head:
-            layers.append({"head": self._factors(config, "head")})
-        return layers
+        layers = [self.sites(config, layer) for layer in range(config.num_layers)]
+        return [*layers, self._factors(config, config.num_layers)] if self.has_head else layers
+
+    def all_sites(self, config: ModelConfig) -> tuple[str, ...]:
+        """Sites that some layer has, without the output head's."""
+        layers = range(config.num_layers)
+        return tuple(dict.fromkeys(site for i in layers for site in self.sites(config, i)))
 
     def stacks(self, config: ModelConfig) -> LayerStacks:
         """Which of those layers share their arrays; the head's is the last of them."""
@@ -73,9 +76,13 @@ class BankShape:
         """Whether there is room for LoRA on the output head."""
         return "lora" in self.kinds and "head" in self.modules
 
-    def _factors(self, config: ModelConfig, module: str) -> dict[str, tuple[int, ...]]:
-        d_in, d_out = config.linear_shapes[module]
-        return {"a": (d_in, self.rank), "b": (self.rank, d_out)}
+    def _factors(self, config: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
+        shapes = config.kernel_shapes(layer)
+        return {
+            m: {"a": (shapes[m][0], self.rank), "b": (self.rank, shapes[m][1])}
+            for m in self.modules
+            if m in shapes
+        }
 
 
 class AdapterRow(NamedTuple):

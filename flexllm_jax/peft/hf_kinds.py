@@ -47,7 +47,6 @@ def _read_ia3(raw: Mapping[str, Any], tensors: Tensors, model: ModelConfig) -> A
         for layer in range(model.num_layers)
         for site, module in _IA3_MODULES.items()
     }
-    widths = site_widths(model)
     weights = {}
     for name, values in tensors.items():
         if name not in paths:
@@ -56,7 +55,7 @@ def _read_ia3(raw: Mapping[str, Any], tensors: Tensors, model: ModelConfig) -> A
                 f"{model.num_layers} layers: train the adapter on these"
             )
         layer, site = paths[name]
-        width = widths[site]
+        width = site_widths(model, layer)[site]
         expected = (1, width) if site == "ia3_inner" else (width, 1)
         if values.shape != expected:
             remedy = "use the adapter with the model it was trained on"

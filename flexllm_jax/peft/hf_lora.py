@@ -228,6 +228,6 @@ def _tensor_names(model: ModelConfig, layer: int, module: str) -> tuple[str, str
 def _shapes(
     config: LoraConfig, model_config: ModelConfig, layer: int, module: str
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    d_in, d_out = model_config.linear_shapes[module]
+    d_in, d_out = model_config.kernel_shapes(layer)[module]
     rank = config.rank(layer, module)
     return (d_in, rank), (rank, d_out)

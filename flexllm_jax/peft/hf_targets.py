@@ -46,7 +46,7 @@ def targeted_sites(raw: Mapping[str, Any], model: ModelConfig) -> tuple[Site, ..
         found = f"matches {unsupported[0]}" if unsupported else "matches no module of this model"
         raise AdapterError(
             f"target_modules={raw.get('target_modules')!r} {found}; supported are "
-            f"{', '.join(n for n, m in TARGET_MODULES.items() if m in model.linear_shapes)} in "
+            f"{', '.join(n for n, m in TARGET_MODULES.items() if m in model.projections)} in "
             f"{model.num_layers} layers"
         )
     if unused:
@@ -76,10 +76,10 @@ def candidates(model: ModelConfig) -> dict[str, Site]:
     """Every projection that LoRA can be put on, by its path."""
     sites = [
         (layer, module)
-        for layer in range(model.num_layers)
-        for module in model.layers[layer].kernel_shapes(model.d_model)
+        for layer in range(model.num_layers + 1)
+        for module in model.kernel_shapes(layer)
     ]
-    return {model.names.module_path(*site): site for site in [*sites, (model.num_layers, "head")]}
+    return {model.names.module_path(*site): site for site in sites}
 
 
 def _ends(path: str) -> list[str]:

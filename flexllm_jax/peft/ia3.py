@@ -41,17 +41,18 @@ class Ia3Config(AdapterConfig):
 
     def initialize(self, model: ModelConfig, seed: int) -> Weights:
         """Ones, as in PEFT: nothing is changed."""
-        widths = site_widths(model)
+        sites = [PEFT_SITES[name] for name in self.target_modules]
         return {
-            (layer, PEFT_SITES[name]): {"scale": np.ones(widths[PEFT_SITES[name]], np.float32)}
+            (layer, site): {"scale": np.ones(site_widths(model, layer)[site], np.float32)}
             for layer in range(model.num_layers)
-            for name in self.target_modules
+            for site in sites
         }
 
 
-def site_widths(model: ModelConfig) -> dict[str, int]:
-    """Length of each site's scale."""
-    return {site: model.kernel_shapes[module][1] for site, module in SCALED.items()}
+def site_widths(model: ModelConfig, layer: int) -> dict[str, int]:
+    """Length of each site's scale in a layer."""
+    shapes = model.kernel_shapes(layer)
+    return {site: shapes[module][1] for site, module in SCALED.items()}
 
 
 def ia3(weights: dict, scales: dict, adapter: Int[Array, " T"], outputs: Outputs) -> Outputs:

@@ -200,8 +200,8 @@ def test_models_that_do_not_divide_are_refused_in_one_line(changes, tp, named):
 
 def test_norms_over_all_heads_are_refused():
     one = model()
-    attention = replace(one.layers[0].attention, qk_norm="projection")
-    layers = (replace(one.layers[0], attention=attention),) * one.num_layers
+    attention = replace(one.layers[0].mixer, qk_norm="projection")
+    layers = (replace(one.layers[0], mixer=attention),) * one.num_layers
     with pytest.raises(
         ParallelError, match=r"parallel.tp=2: .* over all heads.* use parallel.tp=1"
     ):

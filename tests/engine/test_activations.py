@@ -15,6 +15,7 @@ from flexllm_jax.engine.activations import (
     choose_saved,
     describe_saved,
     layer_graph,
+    saved_names,
     with_saved,
 )
 from flexllm_jax.engine.cache import tree_bytes
@@ -178,7 +179,7 @@ def test_every_plan_gives_the_same_gradients_of_all_kinds_of_adapters(weights, m
         scale={"prefix": 3.0, "others": 1.0},
     )
     expected, _ = gradients_of(with_saved(sizes, plans[-1].saved), own, microbatch)
-    assert set(expected[0]) == set(bank.sites(MODEL))
+    assert set(expected[0]) == set(bank.sites(MODEL, 0))
     for plan in plans[:1], plans[len(plans) // 2 :][:1]:
         gradients, _ = gradients_of(with_saved(sizes, plan[0].saved), own, microbatch)
         for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
@@ -205,9 +206,9 @@ def test_auto_saves_more_the_more_memory_is_free():
         weights = abstract_parameters(MODEL, SIZES.dtype)
         left.append(available - tree_bytes((arrays, weights, chosen.bank_arrays)))
         saved_bytes.append(tree_bytes(chosen.finetune_arrays["saved"]))
-        flops = graph.recomputed(n for n in chosen.columns if n != "x")[0]
+        flops = graph.recomputed(n for n in saved_names(chosen) if n != "x")[0]
         recomputed.append(flops)
-        if "attended" in chosen.columns:
+        if "attended" in saved_names(chosen):
             assert left[-1] >= 0, "more is saved than fits"
     assert saved_bytes == sorted(saved_bytes)
     assert recomputed == sorted(recomputed, reverse=True)
@@ -235,7 +236,7 @@ def test_auto_leaves_pages_most_of_the_memory():
     ],
 )
 def test_other_settings_do_not_look_at_memory(saved, columns):
-    assert set(choose_saved(config(saved), SIZES, 0).columns) == columns
+    assert set(saved_names(choose_saved(config(saved), SIZES, 0))) == columns
 
 
 def test_a_name_that_the_model_does_not_have():

@@ -15,7 +15,7 @@ import pytest
 
 from flexllm_jax.config import Config
 from flexllm_jax.engine import runner as runner_module
-from flexllm_jax.engine.activations import choose_saved
+from flexllm_jax.engine.activations import choose_saved, saved_names
 from flexllm_jax.engine.cache import CacheError, tree_bytes
 from flexllm_jax.engine.memory import fixed_parts, memory_budget, plan_memory
 from flexllm_jax.engine.runner import Runner
@@ -122,7 +122,7 @@ def test_jobs_and_temporaries_leave_fewer_pages(llama):
     model = ModelConfig.from_hf(llama)
     config = config_of(model={"path": str(llama), "max_model_len": 160})
     sizes = sizes_of(config, model)
-    page = tree_bytes(sizes.pages(1))
+    page = sizes.page_bytes
     budget = sum(fixed_parts(config, sizes).values()) + 10 * page
     assert plan_memory(config, sizes, budget).num_pages == 10
     more = config.model_copy(
@@ -148,7 +148,7 @@ def test_what_is_saved_fits_beside_the_jobs(llama):
     sizes = sizes_of(config, model)
     least = sum(fixed_parts(config, sizes).values())
     few = choose_saved(config, sizes, least + 1000)
-    assert len(few.columns) < len(choose_saved(config, sizes, 1e12).columns)
+    assert len(saved_names(few)) < len(saved_names(choose_saved(config, sizes, 1e12)))
 
 
 def test_a_gpu_gives_most_of_its_memory():
@@ -170,7 +170,7 @@ def test_programs_that_need_more_than_was_reckoned_leave_fewer_pages(llama, monk
     )
     asked = Runner.__new__(Runner)
     asked.sizes = sizes_of(config, model)
-    parts, page = fixed_parts(config, asked.sizes), tree_bytes(asked.sizes.pages(1))
+    parts, page = fixed_parts(config, asked.sizes), asked.sizes.page_bytes
     memory = plan_memory(config, asked.sizes, sum(parts.values()) + 10 * page)
     needed = SimpleNamespace(temp_size_in_bytes=parts["temporaries"] + 3 * page)
     program = SimpleNamespace(memory_analysis=lambda: needed)

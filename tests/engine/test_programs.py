@@ -66,8 +66,8 @@ def test_programs_hold_no_copy_of_the_weights(llm):
     """
     sizes = llm.engine.runner.sizes
     layer = sizes.model.layers[0]
-    attention = replace(layer.attention, heads=8, kv_heads=8, head_dim=64)
-    layer = replace(layer, attention=attention, mlp=replace(layer.mlp, d_ff=2048))
+    attention = replace(layer.mixer, heads=8, kv_heads=8, head_dim=64)
+    layer = replace(layer, mixer=attention, mlp=replace(layer.mlp, d_ff=2048))
     model = replace(sizes.model, d_model=512, layers=(layer,) * sizes.model.num_layers)
     sizes = replace(
         sizes,

@@ -197,7 +197,7 @@ def assert_as_transformers_reads_it(directory):
     assert ours.bos_token_id == theirs.bos_token_id
     kinds = getattr(theirs, "layer_types", None) or ["all"] * ours.num_layers
     for layer, kind in zip(ours.layers, kinds, strict=True):
-        rope, own = theirs.rope_parameters, layer.attention.rope
+        rope, own = theirs.rope_parameters, layer.mixer.rope
         rope = rope.get(kind, rope)
         assert own is not None
         assert own.theta == rope["rope_theta"]
@@ -210,7 +210,7 @@ def assert_as_transformers_reads_it(directory):
     if kinds := getattr(theirs, "layer_types", None):
         pairs = zip(slides, kinds, strict=True)
         slides = tuple(own if kind == "sliding_attention" else None for own, kind in pairs)
-    assert tuple(layer.attention.options.window for layer in ours.layers) == slides
+    assert tuple(layer.mixer.options.window for layer in ours.layers) == slides
     return ours
 
 
@@ -315,7 +315,7 @@ def test_windows_by_layer(tmp_path):
 )
 def test_scaled_frequencies_are_those_of_transformers(tmp_path, rope):
     config = LLAMA_3_1_8B | {"rope_scaling": rope, "max_position_embeddings": 512}
-    ours = ModelConfig.from_hf(write(tmp_path, config)).layers[0].attention.rope
+    ours = ModelConfig.from_hf(write(tmp_path, config)).layers[0].mixer.rope
     theirs = AutoConfig.from_pretrained(tmp_path)
     assert ours is not None
     assert ours.scaling is not None
@@ -327,7 +327,7 @@ def test_scaled_frequencies_are_those_of_transformers(tmp_path, rope):
 @pytest.mark.parametrize(("context", "length"), [(4096, None), (None, 4097), (4097, 131072)])
 def test_longrope_is_chosen_by_the_context(tmp_path, context, length, caplog):
     caplog.set_level("INFO")
-    ours = ModelConfig.from_hf(write(tmp_path, PHI_4_MINI), context).layers[0].attention.rope
+    ours = ModelConfig.from_hf(write(tmp_path, PHI_4_MINI), context).layers[0].mixer.rope
     theirs = AutoConfig.from_pretrained(tmp_path)
     expected, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, "cpu", seq_len=length)
     assert ours is not None
@@ -382,14 +382,14 @@ def test_llama3_rope_scaling_under_its_older_names(tmp_path):
     older = dict(LLAMA3_ROPE)
     older["type"] = older.pop("rope_type")
     config = ModelConfig.from_hf(write(tmp_path, LLAMA_3_1_8B | {"rope_scaling": older}))
-    rope = config.layers[0].attention.rope
+    rope = config.layers[0].mixer.rope
     assert rope and rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 32)
 
 
 def test_which_projections_have_a_bias(tmp_path):
     def biases(config):
         read = ModelConfig.from_hf(write(tmp_path, config))
-        attention = read.layers[0].attention
+        attention = read.layers[0].mixer
         return attention.qkv_bias, attention.o_bias, attention.qk_norm is not None
 
     assert biases(LLAMA_3_1_8B) == (False, False, False)

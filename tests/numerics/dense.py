@@ -57,7 +57,7 @@ def logits(config, params, adapter, scales, tokens):
     behind = place[:, None] - place  # of the key, behind the query
     x = params["embed"]["weight"][np.asarray(tokens)]
     for i, (layer, spec) in enumerate(zip(params["layers"], config.layers, strict=True)):
-        attention = spec.attention
+        attention = spec.mixer
         options = attention.options
         visible = (behind >= 0) & (behind < (options.window or length))
         h = _norm(x, layer["pre_attn_norm"]["weight"], eps)

@@ -52,7 +52,7 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     path = getattr(checkpoints, f"make_{request.param}")(folder / "model")
     model = ModelConfig.from_hf(path)
-    names = {m: n for n, m in TARGET_MODULES.items() if m in model.linear_shapes}
+    names = {m: n for n, m in TARGET_MODULES.items() if m in model.projections}
     targets = list(names.values())
     if model.names.root != "model":  # other parts have modules of these names, too
         targets = rf".*language_model\..*\.({'|'.join(targets)})|lm_head"
@@ -273,9 +273,9 @@ def test_what_has_no_place_in_a_model_is_refused(tmp_path, family, adapters, nam
 @pytest.mark.parametrize("family", ["llama", "phi3", "glm4"])
 def test_the_usual_seven_are_all_projections_of_every_model(tmp_path, family):
     model = ModelConfig.from_hf(getattr(checkpoints, f"make_{family}")(tmp_path))
-    assert set(named_modules(SEVEN, model)) == model.kernel_shapes.keys()
+    assert set(named_modules(SEVEN, model)) == model.kernel_shapes(0).keys()
     job = LoraConfig(r=2, alpha=2, target_modules=SEVEN)
-    assert {module for _, module in job.targets(model)} == model.kernel_shapes.keys()
+    assert {module for _, module in job.targets(model)} == model.kernel_shapes(0).keys()
 
 
 def test_an_adapter_of_the_text_alone_is_one_of_the_whole_model(case, tmp_path):
@@ -291,7 +291,7 @@ def test_an_adapter_of_the_text_alone_is_one_of_the_whole_model(case, tmp_path):
     }
     save_file(renamed, file)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    names = [n for n, m in TARGET_MODULES.items() if m in case.model.linear_shapes]
+    names = [n for n, m in TARGET_MODULES.items() if m in case.model.projections]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": names}))
     read = load_adapter(tmp_path, case.model, case.path)
     jax.tree.map(np.testing.assert_array_equal, dict(read.weights), dict(case.adapter.weights))

@@ -108,7 +108,7 @@ class TrainingModels:
         modules: list[str] = []
         model = self._engine.runner.model
         for choice, known in CHOICES.items():
-            names = [name for name in known if TARGET_MODULES[name] in model.linear_shapes]
+            names = [name for name in known if TARGET_MODULES[name] in model.projections]
             lacking = [name for name in names if TARGET_MODULES[name] not in bank.modules]
             if choices.get(choice, True) and lacking:
                 raise ModelError(

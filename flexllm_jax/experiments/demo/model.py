@@ -21,6 +21,7 @@ from flexllm_jax.experiments.demo.documents import ASSISTANT, END, SYSTEM, USER
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
+from kernels_pallas.layer_passes import rotate
 
 VOCABULARY = 1024
 ROW = 128  # tokens of a training row
@@ -99,11 +100,15 @@ def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Arr
     x = decoder.embed(params, rows[:, :-1].reshape(-1))  # [T, D], T = B * S
     positions = jnp.tile(jnp.arange(length), batch)
     for layer_params, spec in zip(params["layers"], config.layers, strict=True):
-        layer, angles = decoder.layer(layer_params, spec), decoder.angles(positions, spec)
-        *heads, x = layer.before_attention(x, angles)
-        q, k, v = (own.reshape(batch, length, -1, config.head_dim) for own in heads)
+        layer, rotation = (
+            decoder.layer(layer_params, spec),
+            decoder.angles(positions, spec.mixer).rotation,
+        )
+        (q, k, v), gate, x = layer.project(x)
+        heads = (rotate(q, rotation), rotate(k, rotation), v)
+        q, k, v = (own.reshape(batch, length, -1, spec.mixer.head_dim) for own in heads)
         attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        x = layer.after_attention(x, attended.reshape(batch * length, -1, config.head_dim))
+        x = layer.after_mixing(x, attended.reshape(batch * length, *attended.shape[2:]), gate)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         decoder.logits(params, x), rows[:, 1:].reshape(-1)
     )

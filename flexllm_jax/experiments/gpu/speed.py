@@ -85,7 +85,7 @@ class Speed:
         weights = tree_bytes(runner.params)
         if not runner.model.head.tied:
             weights -= runner.params["embed"]["weight"].nbytes
-        kv_bytes = tree_bytes(runner.sizes.pages(1)) / runner.sizes.page_size
+        kv_bytes = runner.sizes.page_bytes / runner.sizes.page_size
         for count in sorted({1, max(1, self.rows // 8), self.rows}):
             measured = self.engine.decode(self.prompts[:count], self.new)
             least = weights + count * (self.length + self.new / 2) * kv_bytes

@@ -33,7 +33,7 @@ from flexllm_jax.compile.buckets import Program
 from flexllm_jax.compile.whole_layer import whole_layer
 from flexllm_jax.config import ConfigError, Section, TargetModule
 from flexllm_jax.config.fields import Float, Int
-from flexllm_jax.engine.activations import layer_graph, with_saved
+from flexllm_jax.engine.activations import recomputed, with_saved
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.programs import head_parameters, layer_program, list_programs
 from flexllm_jax.engine.sizes import EngineSizes
@@ -200,7 +200,7 @@ def make_sizes(
         unit_tokens=unit_tokens,
         buckets=(unit_tokens,),
         bank=bank,
-        columns={"x": slice(0, model.d_model)},
+        columns=tuple({"x": slice(0, model.d_model)} for _ in model.kinds),
     )
 
 
@@ -277,12 +277,9 @@ def measure_engine(compiler: Compiler, sizes: EngineSizes) -> StageMemory:
             working[program.name] = memory.temp_size_in_bytes
     largest = max(working, key=lambda name: working[name])
     kv = tree_bytes(sizes.pages(num_pages))
-    names = [name for name in sizes.columns if name != "x"]
-    recomputed = (
-        layer_graph(sizes).recomputed(names)[0] / sizes.finetune_slots * sizes.model.num_layers
-    )
+    again = recomputed(sizes) / sizes.finetune_slots
     held = tree_bytes(sizes.finetune_arrays) + kv
-    return StageMemory(held, kv, working[largest], largest, recomputed)
+    return StageMemory(held, kv, working[largest], largest, again)
 
 
 def _check_in_place(program: Program, memory: Any) -> None:

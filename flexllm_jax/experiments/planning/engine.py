@@ -11,10 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from flexllm_jax.compile.layer_graph import INPUT
 from flexllm_jax.config import Config
-from flexllm_jax.engine.activations import choose_saved, layer_graph
-from flexllm_jax.engine.cache import CacheError, tree_bytes
+from flexllm_jax.engine.activations import choose_saved, recomputed, saved_names
+from flexllm_jax.engine.cache import CacheError
 from flexllm_jax.engine.memory import fixed_parts, memory_budget, plan_memory, planned_jobs
 from flexllm_jax.engine.placement import Placement, split
 from flexllm_jax.engine.profile import model_cost
@@ -83,7 +82,7 @@ class PlannedEngine:
     @cached_property
     def page_bytes(self) -> int:
         """Of one page in all layers."""
-        return tree_bytes(self.sizes.pages(1))
+        return self.sizes.page_bytes
 
     @property
     def kv_tokens(self) -> int:
@@ -93,14 +92,14 @@ class PlannedEngine:
     @property
     def saved(self) -> list[str]:
         """The activations that the finetuning forward keeps."""
-        return list(self.sizes.columns)
+        return list(saved_names(self.sizes))
 
     @cached_property
     def latency(self) -> LatencyModel:
         """How long its steps would take."""
-        graph, cost = layer_graph(self.sizes), model_cost(self.sizes)
-        own = tuple(name for name in self.sizes.columns if name != INPUT)
-        again = graph.recomputed(own)[0] / (2 * cost.layer_parameters * graph.tokens)
+        sizes, cost = self.sizes, model_cost(self.sizes)
+        parameters = cost.layers * cost.layer_parameters
+        again = recomputed(sizes) / (2 * parameters * sizes.finetune_slots)
         return roofline(
             self.device.spec,
             cost,

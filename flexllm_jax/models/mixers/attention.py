@@ -1,0 +1,76 @@
+"""Attention as a mixer: queries, keys and values, of which the keys and values are kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from flexllm_jax.models.layers import RMSNorm
+from flexllm_jax.models.mixers.mixer import Mixer, Tap
+from flexllm_jax.models.spec import AttentionSpec
+
+
+class AttentionMixer(Mixer):
+    """The layer's part of attention, before and behind; see `AttentionSpec`."""
+
+    def biased(self, spec: AttentionSpec) -> frozenset[str]:
+        """See `Mixer`."""
+        own = spec.projected if spec.qkv_bias else ()
+        return frozenset((*own, *(["o"] if spec.o_bias else [])))
+
+    def add_parameters(
+        self,
+        layer: Any,
+        spec: AttentionSpec,
+        norm: Callable[[int], RMSNorm],
+        dtype: jax.typing.DTypeLike,
+    ) -> None:
+        """Norms of queries and keys."""
+        if spec.qk_norm:
+            sizes = spec.inner, spec.kv_heads * spec.head_dim
+            if spec.qk_norm == "head":
+                sizes = (spec.head_dim,) * 2
+            layer.q_norm, layer.k_norm = map(norm, sizes)
+
+    def inputs(
+        self,
+        layer: Any,
+        outputs: dict[str, Float[Array, "T X"]],
+        tap: Tap,
+        query_factor: Float[Array, "T 1 1"] | None,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+        """Queries [T, N, H], keys and values [T, K, H], not rotated yet; and the output's gate
+        [T, N H], if it has one."""
+        spec: AttentionSpec = layer.spec.mixer
+        gate = None
+        if spec.fused:
+            qkv = outputs["qkv"]
+            q, k, v = jnp.split(qkv, [spec.inner, (qkv.shape[1] + spec.inner) // 2], axis=1)
+        else:
+            q, k, v = (outputs[name] for name in ("q", "k", "v"))
+        if spec.gate:  # of each head the query, then its gate
+            q, gate = jnp.split(q.reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
+            q, gate = (x.reshape(-1, spec.inner) for x in (q, gate))
+            gate = tap("attention_gate", gate)
+        q = tap("query", q)
+        if spec.qk_norm:
+            k = tap("key", k)
+        if spec.qk_norm == "projection":
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        q, k, v = (x.reshape(x.shape[0], -1, spec.head_dim) for x in (q, k, v))
+        if spec.qk_norm == "head":
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        if spec.rope is not None:
+            q, k = (spec.rope.pair(x) for x in (q, k))
+        if query_factor is not None:
+            q = q * query_factor.astype(q.dtype)
+        return (q, k, v), gate
+
+    def gated(
+        self, layer: Any, mixed: Float[Array, "T N H"], gate: jax.Array | None
+    ) -> Float[Array, "T NH"]:
+        """Attention's output, times the sigmoid of its gate."""
+        flat = super().gated(layer, mixed, gate)
+        return flat if gate is None else flat * jax.nn.sigmoid(gate)
