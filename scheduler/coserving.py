@@ -169,6 +169,11 @@ class Scheduler:
         self.inference.finish(sequence, "cancelled")
         return True
 
+    def forget_prefixes(self) -> None:
+        """Share nothing of what was computed until now: the last plan could not be dispatched, and
+        its pages would be taken for written."""
+        self.pool.forget()
+
     # ---- jobs ----
 
     def add_job(self, job: str, weight: float = 1.0, priority: int = 0) -> None:
@@ -313,6 +318,6 @@ class Scheduler:
 def _snapshots(config: SchedulerConfig) -> Snapshots | None:
     if not (config.state_snapshots and config.prefix_caching):
         return None
-    first = config.max_sequences + 1  # behind those of rows and of the finetuning sequence
+    first = config.max_sequences
     slots = range(first, first + config.state_snapshots)
     return Snapshots(slots, config.snapshot_every, config.page_size)

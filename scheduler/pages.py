@@ -104,6 +104,23 @@ class PagePool:
                 self._link.pop(page, None)
                 self._free.append(page)
 
+    @property
+    def least_shared(self) -> int | None:
+        """A prompt shares something if it has more tokens; None: nothing is shared."""
+        if not self.prefix_caching:
+            return None
+        return max(self.page_size, self.snapshots.least if self.snapshots is not None else 0)
+
+    def forget(self) -> None:
+        """Cache nothing of what was published until now: it was not computed after all."""
+        for page in [*self._key]:
+            del self._key[page], self._link[page]
+            if self.snapshots is not None:
+                self.snapshots.drop(page)
+        self._free += self._evictable
+        self._evictable.clear()
+        self._cached.clear()
+
     def find_prefix(self, tokens: Sequence[int], salt: Hashable) -> list[int]:
         """The cached pages of the longest prefix of `tokens`, without taking references.
 

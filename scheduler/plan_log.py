@@ -83,6 +83,11 @@ class LoggedScheduler(Scheduler):
         self._calls.append(["cancel", request_id])
         return super().cancel(request_id)
 
+    def forget_prefixes(self) -> None:
+        """See `Scheduler.forget_prefixes`."""
+        self._calls.append(["forget_prefixes"])
+        super().forget_prefixes()
+
     def cancel_microbatch(self, microbatch_id: int) -> bool:
         """See `Scheduler.cancel_microbatch`."""
         self._calls.append(["cancel_microbatch", microbatch_id])

@@ -276,7 +276,7 @@ class StepPlan:
                    void and they will start again
     predicted_s    seconds the latency model expects of this step
     state_copies   slots of recurrent state to copy from and to, one copy after the other: slot i is
-                   that of row i, `max_sequences` that of a finetuning sequence, snapshots follow
+                   that of row i, and snapshots follow
     """
 
     step: int

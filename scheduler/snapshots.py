@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LEAST = 16  # a snapshot is `every` / 16 tokens behind the one before: recomputing fewer is cheaper
-
 
 class Snapshots:
     """Which of the device's state `slots` holds the state at the end of which cached page.
@@ -28,6 +26,7 @@ class Snapshots:
 
     def __init__(self, slots: range, every: int, page_size: int) -> None:
         self.slots, self.every = slots, every
+        self.least = every // 16  # tokens from one to the next: fewer are soon computed again
         self.hits = self.saved = self.evicted = 0
         self._page_size = page_size
         self._free = list(reversed(slots))
@@ -93,7 +92,7 @@ class Snapshots:
         multiples = range(start // every * every + every, end, every)
         stops, before = [], start
         for stop in sorted({shared, (end - 1) // size * size, *multiples}):
-            if before + every // _LEAST <= stop and before < stop:
+            if before + self.least <= stop and before < stop:
                 stops.append(stop)
                 before = stop
         return stops

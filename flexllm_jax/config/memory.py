@@ -46,6 +46,35 @@ class CacheSection(Section):
         default=True,
         description="Keep the pages of finished prompts, so that a shared prefix is computed once.",
     )
+    state_snapshots: Int | None = Field(
+        default=None,
+        ge=0,
+        le=1 << 16,
+        description="Copies of recurrent state that prefixes are shared from, for models with such "
+        "layers; each is as large as the state of a running request. null: half as many as "
+        "scheduler.max_sequences. 0: no prefix of such a model is shared.",
+    )
+    snapshot_every: Int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens from one copy of recurrent state to the next in a long prompt or "
+        "output, a multiple of page_size; the end of a prompt has one anyway. null: 1024, in whole "
+        "pages.",
+    )
+
+    @model_validator(mode="after")
+    def _whole_pages(self) -> Self:
+        every = self.snapshot_every
+        if every is not None and every % self.page_size:
+            raise ValueError(
+                f"snapshot_every={every} must be a multiple of page_size={self.page_size}"
+            )
+        return self
+
+    @property
+    def snapshot_tokens(self) -> int:
+        """`snapshot_every`, also where it is left out."""
+        return self.snapshot_every or -(-1024 // self.page_size) * self.page_size
 
 
 class PreloadedAdapter(Section):

@@ -1,4 +1,4 @@
-"""KV pages, and how much memory arrays take and devices have."""
+"""KV pages and recurrent state, and how much memory arrays take and devices have."""
 
 import math
 import os
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
@@ -27,6 +28,16 @@ def page_shapes(
         return dict.fromkeys(("k", "v"), jax.ShapeDtypeStruct(shape, dtype))
 
     return [pages(layer.mixer) for layer in config.layers]
+
+
+def copy_slot(states: list[dict], source: jax.Array, target: jax.Array) -> list[dict]:
+    """Recurrent state [X, ...] of all layers (donated) with one slot copied to another."""
+
+    def copy(array: jax.Array) -> jax.Array:
+        own = lax.dynamic_index_in_dim(array, source, keepdims=False)
+        return lax.dynamic_update_index_in_dim(array, own, target, axis=0)
+
+    return jax.tree.map(copy, states)
 
 
 def tree_bytes(tree) -> int:

@@ -184,6 +184,7 @@ class Engine:
                 state.sampling(0),
                 params.logprobs is not None,
                 job,
+                reusable=params.prompt_logprobs is None,
             )
         )
         if published:
@@ -281,6 +282,7 @@ class Engine:
                 if state := self._requests.get(sequence.request_id):
                     self.cancel(state, reason)
                     ended.append(state)
+        self.scheduler.forget_prefixes()
         for work in (plan.forward, plan.backward):
             if work:
                 self.trainer.fail(work.microbatch.job, reason)
@@ -293,6 +295,8 @@ class Engine:
         self.buckets.setdefault(plan.token_bucket, BucketUse()).count(plan)
         microbatch = self.trainer.forward(plan.forward) if plan.forward else None
         planned = self._builder.build(plan, self._requests, microbatch)
+        for copy in plan.state_copies:
+            self.runner.copy_slot(*map(self.runner.sizes.planned_slot, copy))
         step.hidden, hidden_rows = self.runner.forward(
             planned.variant, plan.token_bucket, planned.vector, planned.dropout
         )

@@ -28,6 +28,8 @@ def _run_steps(runner: Runner) -> None:
     dropout = empty_dropout(runner)
     for places in page_writes([(0, 0, [0])], runner.page_tables.shape):
         runner.write_pages(places)
+    if sizes.recurrent:
+        runner.copy_slot(0, 0)
     for bucket, shape in sizes.step_shapes.items():
         _, vector = StepInputs.empty(shape, kv_slots, sizes.finetune_slots)
         for variant in ("base", "adapters"):

@@ -104,6 +104,7 @@ def fixed_parts(
     # A checkpoint's copy of a job's state is whole on every device; an adapter that is being loaded
     # waits there for its row of the bank.
     kept = _whole_bytes(checkpointed(state))
+    states = {"states": sizes.states_bytes} if sizes.recurrent else {}
     return {
         "weights": tree_bytes(sizes.parameters),
         "adapters": tree_bytes(sizes.bank_arrays),
@@ -111,6 +112,7 @@ def fixed_parts(
         "requests": tree_bytes(sizes.request_arrays)
         + 4 * mask_words(sizes.model.vocab_size) * sum(allowed)
         + outputs,
+        **states,
         "jobs": jobs * tree_bytes(state),
         "copies": jobs * kept + tree_bytes(sizes.adapter_row.weights),
         "temporaries": max(reckon_temporaries(sizes).values())

@@ -43,6 +43,7 @@ CALLS = (
     "prompt_logprobs",
     "write_history",
     "write_pages",
+    "copy_slot",
     "write_adapter",
     "copy_adapter",
     "read_adapter",

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from flexllm_jax.compile.buckets import Program
 from flexllm_jax.engine import sampler
+from flexllm_jax.engine.cache import copy_slot
 from flexllm_jax.engine.placement import GATHERED
 from flexllm_jax.engine.sampling_params import BIASES, WANTED
 from flexllm_jax.engine.sizes import EngineSizes, ints
@@ -89,7 +90,7 @@ def check_lattice(sizes: EngineSizes, compiled: Set[str]) -> None:
     variants: list[str] = ["base", "adapters"]
     alone = [layer_program(kind) for kind in range(len(sizes.model.kinds))]
     many = [f"{unit}/slices-{count}" for unit in alone for count in sizes.units_at_once]
-    units: list[str] = [*_ALONE, *alone, *many]
+    units: list[str] = [*_ALONE, *alone, *many, *["copy_slot"] * bool(sizes.recurrent)]
     if sizes.dropout:
         variants.append("dropout")
         units += [f"{unit}/dropout" for unit in alone]
@@ -125,6 +126,9 @@ def _forward_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         variants["dropout"] = variants["adapters"]
     written = (tables, ints(2, PAGE_WRITES))
     programs = [Program("write_pages", write_pages, written, (0,), _WHOLE)]
+    if sizes.recurrent:
+        states = [pages[layer] for layer in sizes.recurrent]
+        programs.append(Program("copy_slot", copy_slot, (states, _INT, _INT), (0,), states))
     for bucket, shape in sizes.step_shapes.items():
         forward = partial(forward_step, decoder, shape, sizes.columns, sizes.backend, sizes.stacks)
         for variant, (bank, finetune) in variants.items():

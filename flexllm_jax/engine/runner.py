@@ -230,6 +230,14 @@ class Runner:
         """Put new pages in the page tables, see `step_inputs.page_writes`."""
         self.page_tables = self.programs["write_pages"](self.page_tables, places)
 
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy recurrent state from one slot to another, in all layers that have any."""
+        layers = self.sizes.recurrent
+        states = [self.pages[layer] for layer in layers]
+        states = self.programs["copy_slot"](states, np.int32(source), np.int32(target))
+        for layer, state in zip(layers, states, strict=True):
+            self.pages[layer] = state
+
     # -- adapters ---------------------------------------------------------------------------------
 
     def write_adapter(self, bank_slot: int, values: list, scales: list) -> None:
@@ -291,14 +299,8 @@ class Runner:
         adapter = self._head_adapter(weights, scales)
         more = (dropout,) if dropout and adapter else ()
         program = self.programs[f"unit/score{'/dropout' if more else ''}"]
-        self.finetune["flow"], done = program(
-            head_parameters(self.params),
-            adapter,
-            self.finetune["flow"],
-            table,
-            np.int32(start),
-            *more,
-        )
+        head, flow = head_parameters(self.params), self.finetune["flow"]
+        self.finetune["flow"], done = program(head, adapter, flow, table, np.int32(start), *more)
         return done
 
     def loss_unit(
@@ -319,15 +321,9 @@ class Runner:
         gradients = self.pending[-1] if adapter else None
         more = (dropout,) if dropout and adapter else ()
         program = self.programs[f"unit/loss{'/dropout' if more else ''}"]
+        head, flow = head_parameters(self.params), self.finetune["flow"]
         self.finetune["flow"], gradients, done = program(
-            head_parameters(self.params),
-            adapter,
-            self.finetune["flow"],
-            gradients,
-            table,
-            loss,
-            np.int32(start),
-            *more,
+            head, adapter, flow, gradients, table, loss, np.int32(start), *more
         )
         if adapter:
             self.pending[-1] = gradients

@@ -24,6 +24,7 @@ def make_scheduler(
     config: Config, sizes: EngineSizes, num_pages: int, standard: Slo, latency: LatencyModel
 ) -> tuple[Scheduler, TextIO | None]:
     """The scheduler, and the file that it logs its plans to, if it shall (`log.plans`)."""
+    snapshots = sizes.snapshots if sizes.recurrent else 0
     limits = SchedulerConfig(
         max_sequences=sizes.rows,
         max_tokens_per_step=sizes.buckets[-1],
@@ -31,7 +32,10 @@ def make_scheduler(
         token_buckets=sizes.buckets,
         num_pages=num_pages,
         page_size=sizes.page_size,
-        prefix_caching=config.cache.prefix_caching,
+        # Without a snapshot nobody can go on from where a prefix ends.
+        prefix_caching=config.cache.prefix_caching and not (sizes.recurrent and not snapshots),
+        state_snapshots=snapshots,
+        snapshot_every=config.cache.snapshot_tokens,
         num_layers=sizes.model.num_layers,
         unit_tokens=sizes.unit_tokens,
         finetune_slots=sizes.finetune_slots,

@@ -42,7 +42,7 @@ class EngineSizes:
     tokens of a backward unit. buckets: token slots of the forward programs. columns: where a
     saved activation lies in its row (`finetune.buffers.saved_columns`), on one device. placement:
     where arrays lie when the model is split over devices; None: whole, on one. dropout: whether a
-    job may have dropout.
+    job may have dropout. snapshots: slots for copies of recurrent state, if it has any.
     """
 
     model: ModelConfig
@@ -59,6 +59,7 @@ class EngineSizes:
     placement: Placement | None = None
     dropout: bool = False
     optimizers: tuple[str, ...] = ("adamw",)
+    snapshots: int = 0
 
     @classmethod
     def from_config(
@@ -111,6 +112,7 @@ class EngineSizes:
             placement=placement,
             dropout=config.finetune.with_dropout,
             optimizers=config.finetune.all_optimizers,
+            snapshots=_snapshots(config),
         )
 
     @property
@@ -261,6 +263,30 @@ class EngineSizes:
         """Of one more page, in all layers."""
         return tree_bytes(self.pages(2)) - tree_bytes(self.pages(1))
 
+    @property
+    def state_slots(self) -> int:
+        """X: slots of recurrent state. Those of the rows come first, then two of finetuning: a step
+        reads one while it writes the other. Then come snapshots."""
+        return self.snapshot_slot(self.snapshots)
+
+    def snapshot_slot(self, number: int) -> int:
+        """The slot of a snapshot."""
+        return self.rows + 2 + number
+
+    def planned_slot(self, number: int) -> int:
+        """The slot of a number in `StepPlan.state_copies`."""
+        return number if number < self.rows else self.snapshot_slot(number - self.rows)
+
+    @cached_property
+    def recurrent(self) -> tuple[int, ...]:
+        """The layers that keep a state and no keys."""
+        return tuple(i for i, cache in enumerate(self.pages(0)) if "state" in cache)
+
+    @property
+    def states_bytes(self) -> int:
+        """Of all slots, in all layers."""
+        return tree_bytes([self.pages(0)[i] for i in self.recurrent])
+
     def pages(self, num_pages: int) -> list:
         """The KV pages of all layers."""
         pages = page_shapes(self.model, self.stored, num_pages, self.page_size)
@@ -276,6 +302,13 @@ def step_buckets(config: Config, platform: str) -> tuple[int, ...]:
     scheduler = config.scheduler
     largest = scheduler.max_tokens_per_step or max(usual, scheduler.max_sequences)
     return token_buckets(largest, ratio=ratio)
+
+
+def _snapshots(config: Config) -> int:
+    if not config.cache.prefix_caching:
+        return 0
+    given, rows = config.cache.state_snapshots, config.scheduler.max_sequences
+    return -(-rows // 2) if given is None else given
 
 
 def bank_shape(config: Config, model: ModelConfig) -> BankShape:

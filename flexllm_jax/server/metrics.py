@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from flexllm_jax.config import Config
+from flexllm_jax.server.engine_metrics import StateMetrics, add_total
 from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.protocol import Stats, Step
 from flexllm_jax.server.http.access import Admitted
@@ -131,6 +132,7 @@ class ServerMetrics:
         self.versions_on_host = gauge("flexllm:adapter_versions_on_host", text, engine)
         text = "Those that went there (host), and came back (device)."
         self.versions_moved = counter("flexllm:adapter_versions_moved", text, "to", engine)
+        self.states = StateMetrics(registry)
         self.engine_jobs = gauge("flexllm:engine_jobs", "Jobs that an engine trains.", engine)
         self.engine_up = gauge("flexllm:engine_up", "1: the engine serves; 0: not now.", engine)
         self.recompiles = counter(
@@ -175,6 +177,7 @@ class ServerMetrics:
         self.free_slots.labels(engine.name).set(0)
         self.versions_on_host.labels(engine.name).set(0)
         self._versions.pop(engine.name, None)
+        self.states.lost(engine.name)
         for each in (self.running, self.waiting, self.kv_usage):
             each.labels(self._model, engine.name).set(0)
 
@@ -185,16 +188,17 @@ class ServerMetrics:
         self.running.labels(*own).set(stats.num_running)
         self.waiting.labels(*own).set(stats.num_waiting)
         self.kv_usage.labels(*own).set(stats.pages_used / stats.num_pages)
-        _add(self.prefix_queries.labels(*own), totals, "queries", stats.prefix_queries)
-        _add(self.prefix_hits.labels(*own), totals, "hits", stats.prefix_hits)
-        _add(self.recompiles.labels(name), totals, "recompiles", stats.recompiles)
+        add_total(self.prefix_queries.labels(*own), totals, "queries", stats.prefix_queries)
+        add_total(self.prefix_hits.labels(*own), totals, "hits", stats.prefix_hits)
+        add_total(self.recompiles.labels(name), totals, "recompiles", stats.recompiles)
         for thread, seconds in (("step", stats.step_cpu_s), ("messages", stats.message_cpu_s)):
-            _add(self.engine_cpu.labels(thread, name), totals, thread, seconds)
+            add_total(self.engine_cpu.labels(thread, name), totals, thread, seconds)
         self.free_slots.labels(name).set(stats.free_slots)
         self.versions_on_host.labels(name).set(stats.on_host)
         for to, count in (("host", stats.spilled), ("device", stats.returned)):
-            _add(self.versions_moved.labels(to, name), totals, ("moved", to), count)
+            add_total(self.versions_moved.labels(to, name), totals, ("moved", to), count)
         self.engine_jobs.labels(name).set(sum(job.status == "running" for job in stats.jobs))
+        self.states.take(name, stats.states, totals)
         for step in stats.steps:
             if tokens := step.decode_tokens + step.prefill_tokens:
                 self.step_tokens.labels(*own).observe(tokens)
@@ -208,7 +212,9 @@ class ServerMetrics:
                 _PHASES, (job.forwarded, job.backwarded, job.answered), strict=True
             ):
                 counter = self.finetune_tokens.labels(job.name, phase)
-                self._tokens[job.name, phase] += _add(counter, totals, (job.name, phase), tokens)
+                self._tokens[job.name, phase] += add_total(
+                    counter, totals, (job.name, phase), tokens
+                )
             self._ended.pop(job.name, None)
             if job.status not in ("running", "paused"):
                 self._ended[job.name] = None
@@ -378,14 +384,6 @@ class _Visible(Collector):
             label: ",".join(filter(self._sees, text.split(","))) if label in _LISTS else text
             for label, text in labels.items()
         }
-
-
-def _add(counter: Counter, totals: dict[Any, float], key: Any, total: float) -> float:
-    """Bring a counter to an engine's total; what that adds."""
-    new = max(0, total - totals.get(key, 0))
-    counter.inc(new)
-    totals[key] = total
-    return new
 
 
 def step_kind(step: Step) -> str:

@@ -186,6 +186,10 @@ def test_a_bad_set_is_named(full: Path, override: str, named: str) -> None:
             {"model": {"path": "m"}, "cache": {"page_size": 0}},
             ["page_size: got 0", "greater"],
         ),
+        (
+            {"model": {"path": "m"}, "cache": {"page_size": 8, "snapshot_every": 100}},
+            ["cache: snapshot_every=100 must be a multiple of page_size=8"],
+        ),
         ({"model": {"path": "m"}, "cache": {"page_size": "8"}}, ["got '8'", "without quotes"]),
         ({"model": {"path": "m"}, "cache": {"page_size": True}}, ["cache.page_size: got True"]),
         ({"model": {"path": "m"}, "cache": {"page_size": 8.5}}, ["cache.page_size: got 8.5"]),

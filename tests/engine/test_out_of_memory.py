@@ -2,6 +2,7 @@
 engine goes on."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -72,6 +73,16 @@ def test_the_requests_of_a_step_fail_and_others_go_on(llm, program):
     assert failed and all("no memory left for step" in state.error for state in failed)
     assert generated(llm) == expected
     assert llm.engine.scheduler.pool_usage == 0
+
+
+def test_no_prefix_is_shared_that_a_failed_step_was_to_write(llm):
+    prompts = random_prompts([30], seed=41)
+    with failing(llm, "forward/base/48"):
+        (future,) = llm.submit(prompts[0], PARAMS)
+        assert future.result(timeout=60).error
+    alone = replace(PARAMS, prompt_logprobs=0)  # shares nothing, as every token is to be computed
+    given, expected = (llm.generate(prompts, params)[0].token_ids for params in (PARAMS, alone))
+    assert given == expected
 
 
 @pytest.mark.parametrize("program", ["forward/adapters/48", "unit/layer", "commit"])

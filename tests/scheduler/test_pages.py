@@ -135,6 +135,21 @@ def test_without_prefix_caching_nothing_is_kept():
     assert pool.find_prefix([1, 2, 3], None) == [] and pool.num_cached == 0
 
 
+def test_what_was_not_computed_after_all_is_forgotten():
+    pool = PagePool(4, 1)
+    held, released = take(pool, 2), take(pool, 2)
+    pool.publish([1, 2], None, held, 2)
+    pool.publish([3, 4], None, released, 2)
+    pool.release(released)
+    pool.forget()
+    assert pool.find_prefix([1, 2, 0], None) == pool.find_prefix([3, 4, 0], None) == []
+    assert pool.num_free == 2 and pool.num_cached == 0
+    pool.publish([1, 2], None, held, 2)  # it goes on, and is computed by now
+    assert pool.find_prefix([1, 2, 0], None) == held
+    pool.release(held)
+    assert sorted(pool.allocate(4) or []) == [0, 1, 2, 3]
+
+
 def test_a_page_released_twice_is_an_error():
     pool = PagePool(1, 1)
     pages = take(pool, 1)

@@ -50,6 +50,7 @@ def write_log(path, policy):
             if index % 10 == 5:
                 scheduler.cancel(str(index))
                 scheduler.pause_job("a")
+                scheduler.forget_prefixes()
             if index % 10 == 9:
                 scheduler.resume_job("a")
         engine.drain(2000)

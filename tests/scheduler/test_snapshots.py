@@ -15,7 +15,7 @@ from scheduler.snapshots import Snapshots
 from tests.scheduler.simulated_device import SimulatedEngine, request
 
 ROWS = 4
-FIRST = ROWS + 1  # the first slot of a snapshot
+FIRST = ROWS  # the first slot of a snapshot
 
 
 def make(snapshots: int = 4, every: int = 16, **changes) -> SimulatedEngine:

@@ -3,11 +3,12 @@
 import json
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from flexllm_jax.config import build_config
 from flexllm_jax.server import metrics as metrics_module
-from flexllm_jax.server.engines.protocol import JobReport, Stats
+from flexllm_jax.server.engines.protocol import JobReport, States, Stats
 from flexllm_jax.server.metrics import ServerMetrics
 from tests.server.running import KEY, make_config
 
@@ -75,6 +76,29 @@ def test_a_job_that_goes_on_has_labels_again(metrics):
     take(metrics, report("failed", "running", 40))
     assert series(metrics)["failed", "forward"] == 40
     assert series(metrics)["", "forward"] == 200
+
+
+def test_recurrent_state_is_told_of_models_that_have_it(metrics):
+    def told():
+        names = ("flexllm:state_slots", "flexllm:state_slots_used", "flexllm:state_snapshots_total")
+        samples = [s for family in metrics.registry.collect() for s in family.samples]
+        return {next(iter(s.labels.values())): s.value for s in samples if s.name == names[2]} | {
+            (s.name.removeprefix("flexllm:state_"), s.labels["of"]): s.value
+            for s in samples
+            if s.name in names[:2]
+        }
+
+    stats = Stats(False, 0.0, 0.0, 3, 0, 0, 1, 0, 0, 0, [], [], [])
+    metrics.take(ENGINE, stats)
+    assert told() == {}
+    for read in (1, 4):
+        metrics.take(ENGINE, msgspec.structs.replace(stats, states=States(3, 8, 2, 4, 9, read, 7)))
+    slots = {("slots", "requests"): 8, ("slots", "snapshots"): 4}
+    counted = {"saved": 9, "read": 4, "evicted": 7}
+    used = {("slots_used", "requests"): 3, ("slots_used", "snapshots"): 2}
+    assert told() == slots | counted | used
+    metrics.engine_lost(ENGINE)
+    assert told() == slots | counted | dict.fromkeys(used, 0)
 
 
 # What the dashboards in vLLM's examples draw of requests.

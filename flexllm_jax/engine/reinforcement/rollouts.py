@@ -224,9 +224,8 @@ class Rollouts:
         if not turns:
             self._check_over(group)
             return
-        page = self._engine.runner.sizes.page_size
-        caching = self._engine.config.cache.prefix_caching
-        if caching and self._game.one_turn and len(group.prompt.tokens) > page:
+        least = self._engine.scheduler.pool.least_shared
+        if least is not None and self._game.one_turn and len(group.prompt.tokens) > least:
             self._leading.append((turns[0], turns[1:]))
             turns = turns[:1]
         self._waiting += turns

@@ -24,7 +24,7 @@ from flexllm_jax.config import Config
 from flexllm_jax.server.database import Database, EventRow, JobRow
 from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.engines import Engines
-from flexllm_jax.server.engines.protocol import Stats, Step
+from flexllm_jax.server.engines.protocol import States, Stats, Step
 from flexllm_jax.server.engines.registry import ModelRegistry
 from flexllm_jax.server.finetuning.jobs import JobManager
 from flexllm_jax.server.http import sse
@@ -136,6 +136,7 @@ class Dashboard:
             "classes": self._classes(),
             "pages_used": sum(each.pages_used for each in stats),
             "num_pages": sum(each.num_pages for each in stats),
+            "states": _sum_states([each.states for each in stats if each.states]),
             "running": sum(each.num_running for each in stats),
             "waiting": sum(each.num_waiting for each in stats),
             "jobs": jobs,
@@ -201,6 +202,17 @@ def _read_jobs(session: Session, seen: int, client: Client) -> tuple[list[dict[s
         if stride > 1:
             job["points"] = points[::-stride][::-1]  # the last point is always there
     return list(jobs.values()), seen
+
+
+def _sum_states(states: list[States]) -> dict[str, int] | None:
+    """Slots of recurrent state in use, and all of them; None for a model without."""
+    if not states:
+        return None
+    return {
+        "used": sum(each.requests + each.snapshots for each in states),
+        "slots": sum(each.request_slots + each.snapshot_slots for each in states),
+        "snapshots": sum(each.snapshots for each in states),
+    }
 
 
 def _percentiles(seconds: list[float]) -> dict[str, float] | None:

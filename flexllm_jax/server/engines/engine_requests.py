@@ -46,9 +46,7 @@ class EngineRequests:
         self._compiling: set[int] = set()  # requests whose constraints are not made yet
         # By the number of the one that goes ahead of them, with their adapter's path.
         self._behind: dict[int, tuple[Numbered, str | None]] = {}
-        caching = engine.config.cache.prefix_caching
-        # Prompts that are worth it have a whole page.
-        self._shared = engine.runner.sizes.page_size if caching else None
+        self._shared = engine.scheduler.pool.least_shared
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Drop requests."""

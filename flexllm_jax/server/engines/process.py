@@ -48,6 +48,7 @@ from flexllm_jax.server.engines.protocol import (
     Event,
     Ready,
     Reply,
+    States,
     Stats,
     Step,
     Stop,
@@ -255,7 +256,16 @@ class EngineProcess:
             on_host=engine.versions.num_on_host,
             spilled=engine.versions.spilled,
             returned=engine.versions.returned,
+            states=self._states(),
         )
+
+    def _states(self) -> States | None:
+        scheduler, sizes = self.engine.scheduler, self.engine.runner.sizes
+        if not sizes.recurrent:
+            return None
+        own = scheduler.pool.snapshots
+        counts = (own.used, len(own.slots), own.saved, own.hits, own.evicted) if own else (0,) * 5
+        return States(scheduler.num_running, sizes.rows, *counts)
 
     def _send(self, context: zmq.Context, address: str) -> None:
         """The thread that sends events, in order."""

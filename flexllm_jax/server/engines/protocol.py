@@ -211,13 +211,28 @@ class JobReport(msgspec.Struct, frozen=True, array_like=True):
     answered: int = 0
 
 
+class States(Message, frozen=True):
+    """Recurrent state: slots of running requests and of snapshots, how many of them are in use, and
+    how many snapshots there were until now: `saved`, `read` by a request that began from one,
+    `evicted`."""
+
+    requests: int
+    request_slots: int
+    snapshots: int
+    snapshot_slots: int
+    saved: int
+    read: int
+    evicted: int
+
+
 class Stats(Message, frozen=True):
     """How the engine is, sent several times a second. `idle`: it has nothing to do; `quiet_s`:
     seconds since its last step; `call_waits_s`: how long the oldest call has waited for a worker;
     `steps`: those since the last message. CPU time, seconds since the start: `step_cpu_s` of the
     thread that plans and dispatches steps and tells their tokens, `message_cpu_s` of those that
     talk to the HTTP process. `free_slots`: of the bank of adapters. Versions that jobs answer with
-    are `on_host` now; so many went there and came back: `spilled`, `returned`."""
+    are `on_host` now; so many went there and came back: `spilled`, `returned`. `states`: of
+    models with recurrent layers."""
 
     idle: bool
     quiet_s: float
@@ -239,6 +254,7 @@ class Stats(Message, frozen=True):
     on_host: int = 0
     spilled: int = 0
     returned: int = 0
+    states: States | None = None
 
 
 class Trained(Message, frozen=True):
