@@ -17,6 +17,8 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
@@ -46,6 +48,14 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+GEMMA4_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1e4,
+    },
 }
 FACTORS = {"long_factor": 2.0, "short_factor": 1.0}  # of a RoPE of kind longrope, the first
 VISION: dict[str, Any] = {
@@ -210,6 +220,39 @@ def make_gemma3(path: Path, **options: Any) -> Path:
     return _make(Gemma3TextConfig, path, **(fields | options))
 
 
+def make_gemma4(path: Path, **options: Any) -> Path:
+    """Write a Gemma 4 checkpoint as of E2B: the last layers read the keys of others and have wider
+    feed-forward networks, and tokens have inputs for each layer."""
+    kinds = ["sliding_attention", "full_attention"]
+    fields: dict[str, Any] = {
+        "num_hidden_layers": 5,
+        "layer_types": [*kinds, *kinds, "full_attention"],
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "sliding_window": 9,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128,
+        "rope_parameters": GEMMA4_ROPE,
+    }
+    return _make(Gemma4TextConfig, path, **(fields | options))
+
+
+def make_gemma4_unified(path: Path, **options: Any) -> Path:
+    """Write a Gemma 4 checkpoint as of 12B: in layers of full attention, heads are twice as large,
+    and values are keys."""
+    fields: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "final_logit_softcapping": 1.5,
+        "rope_parameters": GEMMA4_ROPE,
+    }
+    return _make(Gemma4UnifiedTextConfig, path, **(fields | options))
+
+
 def _make(
     config_class: type[PreTrainedConfig],
     path: Path,
@@ -251,12 +294,18 @@ def _make(
     kind = AutoModelForImageTextToText if wrap else AutoModelForCausalLM
     model = kind.from_config(wrap(config, tie) if wrap else config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
-    norm = 0.0 if config.model_type.startswith("gemma") else 1.0  # Gemma's weights are 1 + these
+    # The weights of Gemma 2 and 3 are 1 + these.
+    norm = 0.0 if config.model_type.startswith(("gemma2", "gemma3")) else 1.0
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(1.0 + 0.3 * torch.randn(buffer.shape, generator=generator))
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 parameter.copy_(norm + 0.3 * noise)
+                if "gemma4" in config.model_type and "q_norm" in name:
+                    parameter.mul_(head_dim**-0.5)  # nothing else scales the scores
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:

@@ -41,11 +41,15 @@ def _row(family: Family) -> tuple[str, ...]:
     layers, head = family.layers(fields), family.head(fields)
     around = family.around(fields)
     names = dict(PROJECTIONS) | dict(family.names.changed)
-    sites = [names[site].rpartition(".")[2] for site in layers[0].kernel_shapes(1)]
+    shapes = dict.fromkeys(site for layer in layers for site in layer.kernel_shapes(1))
+    sites = [names[site].rpartition(".")[2] for site in shapes]
     usual = [PROJECTIONS[s].rpartition(".")[2] for s in ("q", "k", "v", "o", "gate", "up", "down")]
-    what = "the usual seven" if sites == usual else ", ".join(f"`{site}`" for site in sites)
-    attention = layers[0].attention
+    what = ", ".join(f"`{site}`" for site in sites if set(usual) - set(sites) or site not in usual)
+    if set(usual) <= set(sites):
+        what = f"the usual seven, {what}" if what else "the usual seven"
+    attention = layers[0].mixer
     alone = attention.fused or layers[0].mlp.fused or attention.qk_norm == "projection"
+    alone = alone or layers[0].token_width
     return (
         family.title,
         f"`{family.architecture}`",
@@ -58,14 +62,14 @@ def _row(family: Family) -> tuple[str, ...]:
 def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
     """Of the layers, as they are without a configuration that says otherwise."""
     first = layers[0]
-    attention, norm = first.attention, first.norm
-    windows = sum(layer.attention.options.window is not None for layer in layers)
+    attention, norm = first.mixer, first.norm
+    windows = sum(layer.mixer.options.window is not None for layer in layers)
     if windows:
         which = "every layer" if windows == len(layers) else f"{windows} of 12 layers"
         yield f"a window in {which}"
-    if still := sum(layer.attention.rope is None for layer in layers):
+    if still := sum(layer.mixer.rope is None for layer in layers):
         yield f"no RoPE in {still} of 12 layers"
-    ropes = {layer.attention.rope for layer in layers} - {None}
+    ropes = {layer.mixer.rope for layer in layers} - {None}
     if len(ropes) > 1:
         yield "a RoPE for each kind of layer"
     for rope in list(ropes)[:1]:
@@ -80,6 +84,14 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
     if attention.qk_norm:
         over = {"head": "each head", "projection": "all heads together"}[attention.qk_norm]
         yield f"norms of queries and keys over {over}"
+    if attention.v_norm:
+        yield "values normalized, too"
+    if len({(layer.mixer.head_dim, layer.mixer.kv_heads) for layer in layers}) > 1:
+        yield "heads of two sizes"
+    if first.token_width:
+        yield "inputs of each token for single layers"
+    if first.scalar:
+        yield "a stored factor of each layer's output"
     if attention.options.soft_cap:
         yield "a soft cap of scores"
     if attention.options.scale is not None:

@@ -125,7 +125,10 @@ def trace_layer(
     positions = jax.ShapeDtypeStruct((tokens,), jnp.int32)
     angles = jax.eval_shape(lambda positions: decoder.angles(positions, spec.mixer), positions)
 
-    def function(x, adapter, layer_params, angles):
+    width = spec.token_width
+    own = None if width is None else jax.ShapeDtypeStruct((tokens, width), decoder.dtype)
+
+    def function(x, adapter, layer_params, angles, own):
         return whole_layer(
             decoder.layer(layer_params, spec),
             x,
@@ -133,10 +136,11 @@ def trace_layer(
             adapter,
             bypass,
             lambda name, value: checkpoint_name(value, name),
+            own=own,
         )
 
     window = spec.mixer.options.window
-    return trace(function, x, adapter, layer_params, (angles,), window)
+    return trace(function, x, adapter, layer_params, (angles, own), window)
 
 
 def trace(

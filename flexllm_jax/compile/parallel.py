@@ -12,7 +12,7 @@ import itertools
 from dataclasses import dataclass, field
 from enum import Enum
 
-from flexllm_jax.errors import UserError
+from flexllm_jax.compile.mesh import Mesh, ParallelError
 from flexllm_jax.models.config import ModelConfig
 
 ROW_PARALLEL = ("o", "down")
@@ -24,10 +24,6 @@ _RING = {
     "broadcast": lambda n: n,
 }
 _WEIGHT_BYTES = 16  # of a trained weight: float32 master, gradient and both of AdamW's moments
-
-
-class ParallelError(UserError):
-    """A model that does not divide over the devices; one line."""
 
 
 class State(Enum):
@@ -49,49 +45,6 @@ class Split(Enum):
     WHOLE = "replicated"
     ROWS = "rows"
     COLUMNS = "columns"
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """The `tp` devices as two axes: heads of keys and values are split over `kv` devices, and each
-    is replicated on `replicas` of them when there are more devices than such heads."""
-
-    kv: int
-    replicas: int
-
-    @property
-    def tp(self) -> int:
-        """All devices."""
-        return self.kv * self.replicas
-
-    @classmethod
-    def of(cls, model: ModelConfig, tp: int) -> "Mesh":
-        """The mesh of a model. ParallelError, in one line, when it does not divide."""
-        heads = model.num_kv_heads
-        if any(attention.qk_norm == "projection" for attention in model.attention):
-            raise ParallelError(
-                f"parallel.tp={tp}: this model's norms of queries and keys are over all heads, "
-                "which are not split over devices; use parallel.tp=1"
-            )
-        if model.projections.keys() & {"qkv", "gate_up"}:
-            raise ParallelError(
-                f"parallel.tp={tp}: this model's fused projections are not split over devices; use "
-                "parallel.tp=1"
-            )
-        sizes = {"num_heads": model.num_heads, "d_ff": model.d_ff, "vocab_size": model.vocab_size}
-        for name, size in sizes.items():
-            if size % tp:
-                raise ParallelError(
-                    f"parallel.tp={tp} does not divide the model's {name}={size}: use a divisor of "
-                    f"it"
-                )
-        if heads % tp and tp % heads:
-            raise ParallelError(
-                f"parallel.tp={tp} and the model's num_kv_heads={heads} do not divide each other: "
-                f"use a divisor or a multiple of {heads}"
-            )
-        kv = min(tp, heads)
-        return cls(kv, tp // kv)
 
 
 @dataclass(frozen=True)

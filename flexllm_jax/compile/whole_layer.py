@@ -124,10 +124,16 @@ def whole_layer(
     bypass: MakeBypass,
     tap: Tap,
     backend: Backend = XLA,
+    own: Float[Array, "T E"] | None = None,
 ) -> Float[Array, "T D"]:
-    """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`."""
+    """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`.
+    own: what tokens have for this layer alone. A layer that reads the keys and values of another
+    reads zeros here."""
     made = bypass(adapter)
-    (q, k, v), gate, x = layer.project(x, made, tap, query_factor=angles.query_factor)
-    q, k = (rotate(heads, angles.rotation) for heads in (q, k))
-    mixed: Any = causal_attention(q, k, v, adapter, bypass, layer.spec.mixer.options, backend)
-    return layer.after_mixing(x, mixed, gate, made, tap)
+    attention = layer.spec.mixer
+    (q, *kept), gate, x = layer.project(x, made, tap, query_factor=angles.query_factor)
+    if not attention.own_keys:
+        kept = [jnp.zeros((q.shape[0], attention.kv_heads, attention.head_dim), q.dtype)] * 2
+    q, k = (rotate(heads, angles.rotation) for heads in (q, kept[0]))
+    mixed: Any = causal_attention(q, k, kept[1], adapter, bypass, attention.options, backend)
+    return layer.after_mixing(x, mixed, gate, made, tap, own=own)

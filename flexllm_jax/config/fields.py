@@ -23,6 +23,8 @@ TargetModule = Literal[
     "lm_head",
     "qkv_proj",
     "gate_up_proj",
+    "per_layer_input_gate",
+    "per_layer_projection",
 ]
 # What some models have as one projection, and its parts.
 FUSED_MODULES: dict[str, tuple[str, ...]] = {

@@ -21,11 +21,12 @@ class CacheError(UserError):
 def page_shapes(
     config: ModelConfig, dtype: jnp.dtype, num_pages: int, page_size: int
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Per layer {"k", "v"} [P, B, K, H]."""
+    """Per layer {"k", "v"} [P, B, K, H]; nothing for one that reads the keys of another."""
 
     def pages(attention: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (num_pages, page_size, attention.kv_heads, attention.head_dim)
-        return dict.fromkeys(("k", "v"), jax.ShapeDtypeStruct(shape, dtype))
+        names = ("k", "v") if attention.own_keys else ()
+        return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, dtype))
 
     return [pages(layer.mixer) for layer in config.layers]
 

@@ -12,7 +12,7 @@ from flexllm_jax.models.rope import Angles
 from flexllm_jax.models.spec import AttentionSpec, MixerSpec
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.backend import Backend
-from kernels_pallas.layer_passes import rotate_and_write
+from kernels_pallas.layer_passes import rotate, rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 
 
@@ -75,12 +75,14 @@ class StepMixing:
         adapters: Bypass | None,
     ) -> Mixed:
         """Write keys and values to their pages, and attend to those of the tokens before."""
-        inputs, (q, k, v) = self._inputs, projected
-        q, *pages = rotate_and_write(
-            *(q, k, v, self._angles_of(spec).rotation, inputs.kv_slot),
-            *(cache["k"], cache["v"]),
-            backend=self._passes,
-        )
+        inputs, rotation = self._inputs, self._angles_of(spec).rotation
+        pages = [cache["k"], cache["v"]]
+        if spec.own_keys:
+            q, *pages = rotate_and_write(
+                *(*projected, rotation, inputs.kv_slot), *pages, backend=self._passes
+            )
+        else:
+            q = rotate(projected[0], rotation)
         attended, lse = ragged_paged_attention(
             q,
             *pages,

@@ -24,13 +24,8 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flexllm_jax.compile.buckets import Program
-from flexllm_jax.compile.parallel import (
-    Mesh,
-    ParallelError,
-    ParallelPlan,
-    WeightPlan,
-    plan_parallel,
-)
+from flexllm_jax.compile.mesh import Mesh, ParallelError
+from flexllm_jax.compile.parallel import ParallelPlan, WeightPlan, plan_parallel
 from flexllm_jax.config import Config
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.bank import BankShape

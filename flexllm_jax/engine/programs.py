@@ -240,12 +240,12 @@ def _finetuning_programs(sizes: EngineSizes, num_pages: int) -> list[Program]:
         layer = sizes.model.kind_of.index(kind)
         stack, _ = sizes.stacks.place(layer)
         adapter = {"weights": state["master"][stack], "scales": sizes.adapter_row.scales[stack]}
-        own = (params["layers"][layer], adapter, pages[layer], finetune["saved"][layer])
+        own = (params["layers"][layer], adapter, pages[sizes.model.cache_of[layer]])
         alone.append(
             Program(
                 layer_program(kind),
                 _with_done(unit),
-                (*own, flow, pending[stack], table, _INT, _INT),
+                (*own, finetune["saved"][layer], flow, pending[stack], table, _INT, _INT),
                 (4, 5),
                 (flow, pending[stack], _WHOLE),
             )

@@ -357,7 +357,7 @@ class Runner:
         self.finetune["flow"], self.pending[stack], done = program(
             self.params["layers"][layer],
             adapter,
-            self.pages[layer],
+            self.pages[self.model.cache_of[layer]],
             self.finetune["saved"][layer],
             self.finetune["flow"],
             self.pending[stack],

@@ -85,10 +85,17 @@ class EngineSizes:
                 raise ValueError(
                     f"adapters.kinds: this model has {what}, where prefix is none; drop it"
                 )
-        if "ia3" in bank.kinds and not {"k", "v", "up"} <= model.projections.keys():
+        if "prefix" in bank.kinds and len(model.mixers) > 1:
+            raise ValueError(
+                "adapters.kinds: prefix has keys and values of one shape, and this model's layers "
+                "have several, or read those of others; drop it"
+            )
+        if "ia3" in bank.kinds and any(
+            not {"k", "v", "up"} <= model.kernel_shapes(i).keys() for i in range(model.num_layers)
+        ):
             raise ValueError(
                 "adapters.kinds: ia3 scales keys, values and inner activations apart, and this "
-                "model's projections of them are fused; drop it"
+                "model's projections of them are fused, or not in every layer; drop it"
             )
         if placement and "muon" in config.finetune.all_optimizers:
             raise ValueError(

@@ -73,9 +73,12 @@ def forward_step(
     config = decoder.config
     mixing = StepMixing(decoder, inputs, page_tables, backend, passes)
     x = decoder.embed(params, token)
+    token_inputs = decoder.token_inputs(params, token, x)
 
     @partial(jax.jit, static_argnums=0)
-    def run_layer(spec, layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x, y):
+    def run_layer(
+        spec, layer_params, adapter_stack, layer_pages, layer_saved, layer_number, x, y, own
+    ):
         # A function of its own, so that it is traced and lowered once for layers that are alike:
         # that would take most of a start. XLA inlines the calls.
         layer = decoder.layer(layer_params, spec)
@@ -90,14 +93,14 @@ def forward_step(
         activations = {}
         factor = mixing.query_factor(spec.mixer)
         projected, gate, x = layer.project(x, bypass, activations.setdefault, y, factor)
-        activations["x"] = x
+        activations |= {"x": x, "token": own}
         mixed = mixing(spec.mixer, projected, layer_pages, adapters)
         rows = activations | mixed.rows
-        x, y = layer.summands(x, mixed.output, gate, bypass, rows.setdefault)
+        x, y = layer.summands(x, mixed.output, gate, bypass, rows.setdefault, (), own)
         new_saved = None
         if layer_saved is not None:
-            own = columns[config.kinds.index(spec)]
-            rows["activations"] = jnp.concatenate([rows[name] for name in own], axis=1)
+            kept = [rows[name] for name in columns[config.kinds.index(spec)]]
+            rows["activations"] = jnp.concatenate(kept, axis=1)
             new_saved = mixed.saved | {
                 name: set_rows(slots, inputs.saved_row, rows[name])
                 for name, slots in layer_saved.items()
@@ -108,8 +111,8 @@ def forward_step(
             x, y, new_saved = jax.lax.optimization_barrier((x, y, new_saved))
         return mixed.cache, new_saved, x, y
 
-    new_pages, new_saved = [], []
-    y = jnp.zeros_like(x)
+    new_pages, new_saved = list(pages), []
+    y = None if config.layers[0].scalar else jnp.zeros_like(x)
     for i, layer_params in enumerate(params["layers"]):
         adapter_stack = None
         if bank is not None:
@@ -117,12 +120,15 @@ def forward_step(
             adapter_stack = (bank["weights"][stack], bank["scales"][stack], index)
         layer_saved = None if finetune is None else finetune["saved"][i]
         number = None if dropout is None else i
-        layer_pages, layer_saved, x, y = run_layer(
-            config.layers[i], layer_params, adapter_stack, pages[i], layer_saved, number, x, y
+        source = config.cache_of[i]
+        read, layer_saved, x, y = run_layer(
+            *(config.layers[i], layer_params, adapter_stack, new_pages[source], layer_saved),
+            *(number, x, y, token_inputs[i]),
         )
-        new_pages.append(layer_pages)
+        if source == i:
+            new_pages[i] = read
         new_saved.append(layer_saved)
-    x = x + y
+    x = x if y is None else x + y
     if finetune is not None:
         outputs = set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
         finetune = {"saved": new_saved, "flow": finetune["flow"] | {"stream": outputs}}

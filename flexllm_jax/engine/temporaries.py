@@ -23,7 +23,7 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
     """Bytes on each device, by kind of program."""
     local, item = sizes.decoder.config, sizes.dtype.itemsize
     width, inner = local.d_model, local.d_ff
-    queries, vocabulary = local.num_heads * local.head_dim, sizes.model.vocab_size
+    queries, vocabulary = max(kind.mixer.inner for kind in local.kinds), sizes.model.vocab_size
     shape = sizes.step_shapes[sizes.buckets[-1]]
     tokens, unit = shape.tokens, sizes.unit_tokens
     rows = max(shape.samples, min(ROWS_AT_ONCE, tokens))

@@ -88,7 +88,8 @@ def layer_unit(
         layer_params: the layer's frozen parameters.
         adapter: the job's adapter in the layer's stack: {"weights": site -> name -> float32
             [L, ...], "scales": site -> [L]}.
-        cache: what the layer keeps of sequences: of attention its {"k", "v"} pages.
+        cache: what the layer keeps of sequences: of attention its {"k", "v"} pages, or those of the
+            layer whose keys it reads.
         saved: what the forward kept of this layer (`saved_shapes`).
         flow: `flow_shapes`; stream[start:start+U] goes in as the gradient of the layer's output
             and comes out as that of its input; donated.
@@ -150,11 +151,13 @@ def layer_unit(
     )
     mixed, pull_mixing = mixing.forward(projected)
     _, pull_outputs = jax.vjp(
-        lambda x, mixed, gate, *own: layer.after_mixing(x, mixed, gate, bypass(*own), tap, kept),
+        lambda x, mixed, gate, *own: layer.after_mixing(
+            x, mixed, gate, bypass(*own), tap, kept, kept.get("token")
+        ),
         *(x, mixed, gate, own, second),
     )
     d_residual, d_mixed, d_gate, d_own_outputs, second = pull_outputs(slice_of(flow["stream"]))
-    which = decoder.config.mixers.index(spec.mixer.arrays)
+    which = decoder.config.mixers.index(spec.mixer.carried)
     pulled = pull_mixing(d_mixed, flow["carried"][which])
     d_input, d_own_inputs, first = pull_inputs((pulled.projected, d_gate, d_residual))
     carried = list(flow["carried"])

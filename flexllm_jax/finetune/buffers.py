@@ -62,14 +62,17 @@ Columns = tuple[dict[str, slice], ...]
 
 
 def saved_columns(decoder: Decoder, names: Collection[str]) -> Columns:
-    """Of each kind of layer: its input, and those of its `decoder.taps` that are named."""
+    """Of each kind of layer: its input, what tokens have for it alone, and those of its
+    `decoder.taps` that are named."""
     return tuple(columns_of_kind(decoder, spec, names) for spec in decoder.config.kinds)
 
 
 def columns_of_kind(decoder: Decoder, spec: LayerSpec, names: Collection[str]) -> dict[str, slice]:
     """Those of one kind."""
     taps = decoder.taps(spec)
-    widths = {"x": decoder.config.d_model} | {n: taps[n] for n in taps if n in names}
+    given = {"x": decoder.config.d_model, "token": spec.token_width}
+    widths = {name: width for name, width in given.items() if width is not None}
+    widths |= {name: taps[name] for name in taps if name in names}
     columns, at = {}, 0
     for name, width in widths.items():
         columns[name], at = slice(at, at + width), at + width

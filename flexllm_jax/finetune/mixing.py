@@ -90,6 +90,9 @@ class UnitAttention:
                 backend=self._backend,
             )
             dq, adapter = bypass.attend_backward(dq, q, attended, lse, d_attended, options)
+            if not self._spec.own_keys:  # dK and dV stay, for the layer whose keys they are of
+                cos, sin = self._angles.rotation
+                return Pulled((rotate(dq, (cos, -sin)),), adapter, {"dk": dk, "dv": dv})
             *projected, dk, dv = rotate_back_and_clear(
                 dq, dk, dv, self._angles.rotation, start, backend=self._backend
             )

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder: its layers, and what is around them. The letters are the dimensions in every shape
-    comment."""
+    comment. token_table: rows of the embeddings of what tokens have for single layers, where they
+    have any."""
 
     architecture: str
     vocab_size: int  # V
@@ -39,6 +40,7 @@ class ModelConfig:
     bos_token_id: int | None
     names: Names = USUAL  # of its modules, in checkpoints
     embed_scale: float = 1.0  # of the embeddings, rounded to their dtype
+    token_table: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -82,8 +84,23 @@ class ModelConfig:
 
     @cached_property
     def mixers(self) -> tuple[MixerSpec, ...]:
-        """The different mixers, as far as arrays go."""
-        return tuple(dict.fromkeys(layer.mixer.arrays for layer in self.layers))
+        """The different mixers, as far as that goes which they carry from one unit of the backward
+        to the next."""
+        return tuple(dict.fromkeys(layer.mixer.carried for layer in self.layers))
+
+    @cached_property
+    def cache_of(self) -> tuple[int, ...]:
+        """Of each layer, the one whose keys and values it reads: itself, or one before it."""
+        last, found = {}, []
+        for i, layer in enumerate(self.layers):
+            own = layer.mixer
+            if isinstance(own, AttentionSpec) and not own.own_keys:
+                found.append(last[own.shared])
+                continue
+            found.append(i)
+            if isinstance(own, AttentionSpec):
+                last[own.shared] = i
+        return tuple(found)
 
     def kernel_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
         """[d_in, d_out] of all projections of a layer that LoRA can be put on, by their name in the

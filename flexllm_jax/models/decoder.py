@@ -76,6 +76,12 @@ class DecoderLayer(nnx.Module):
             setattr(self, name, Linear(d_model, width, dtype, name in biased))
         setattr(self, out, Linear(spec.mixer.inner, d_model, dtype, out in biased, axes))
         mixer.add_parameters(self, spec.mixer, norm, dtype)
+        if spec.token_width is not None:
+            self.token_gate = Linear(d_model, spec.token_width, dtype)
+            self.token_projection = Linear(spec.token_width, d_model, dtype)
+            self.token_norm = norm(d_model)
+        if spec.scalar:
+            self.scalar = nnx.Param(jnp.ones((1,), dtype))
         for name, width in spec.mlp.projected.items():
             setattr(self, name, Linear(d_model, width, dtype))
         self.down = Linear(spec.mlp.d_ff, d_model, dtype)
@@ -117,11 +123,12 @@ class DecoderLayer(nnx.Module):
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
         recalled: Collection[str] = (),
+        own: Float[Array, "T E"] | None = None,
     ) -> Float[Array, "T D"]:
-        """The layer's output, from its input, what the mixing returned, and its gate; `recalled`:
-        names of what the tap replaces."""
-        x, y = self.summands(x, mixed, gate, bypass, tap, recalled)
-        return x + y
+        """The layer's output, from its input, what the mixing returned, its gate, and what tokens
+        have for this layer alone; `recalled`: names of what the tap replaces."""
+        x, y = self.summands(x, mixed, gate, bypass, tap, recalled, own)
+        return x if y is None else x + y
 
     def summands(
         self,
@@ -131,8 +138,10 @@ class DecoderLayer(nnx.Module):
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
         recalled: Collection[str] = (),
-    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"]]:
-        """What `after_mixing` adds up: the next layer's norm can do so as it reads them."""
+        own: Float[Array, "T E"] | None = None,
+    ) -> tuple[Float[Array, "T D"], Float[Array, "T D"] | None]:
+        """What `after_mixing` adds up: the next layer's norm can do so as it reads them. None:
+        there is nothing to be added."""
 
         def join(y: jax.Array) -> jax.Array:
             return sum_outputs(y, self.axes)
@@ -153,7 +162,27 @@ class DecoderLayer(nnx.Module):
         gate, up = tap("gate", gate), tap("up", up)
         inner, low = gated(gate, up, self.backend, 2, self.spec.mlp.activation)
         y = bypass(low, {"down": self.down(inner)}, join)["down"]
-        return x, self._branch(self.post_mlp_norm, y, "mlp_branch", tap)
+        y = self._branch(self.post_mlp_norm, y, "mlp_branch", tap)
+        if own is not None:
+            x = x + y
+            y = self._token_branch(x, own, bypass, tap)
+        if not self.spec.scalar:
+            return x, y
+        return (x + y) * self.scalar[...], None
+
+    def _token_branch(
+        self,
+        x: Float[Array, "T D"],
+        own: Float[Array, "T E"],
+        bypass: BypassFunction,
+        tap: Tap,
+    ) -> Float[Array, "T D"]:
+        """What tokens have for this layer alone, in the measure that the stream asks for it."""
+        gate = bypass(x, {"token_gate": self.token_gate(x)})["token_gate"]
+        inner = gated(tap("token_gate", gate), own, self.backend, 1, self.spec.mlp.activation)[0]
+        name = "token_projection"
+        y = bypass(inner, {name: self.token_projection(inner)})[name]
+        return self.token_norm(tap("token_branch", y))
 
     def _branch(
         self, norm: RMSNorm | None, y: Float[Array, "T D"], name: str, tap: Tap
@@ -208,12 +237,13 @@ class Decoder:
             widths[name] = value.shape[-1]
             return value
 
-        def both_halves(x, mixed):
+        def both_halves(x, mixed, own):
             layer = DecoderLayer(d_model, spec, self.dtype)
             _, gate, x = layer.project(x, tap=tap)
-            return layer.after_mixing(x, mixed, gate, tap=tap)
+            return layer.after_mixing(x, mixed, gate, tap=tap, own=own)
 
-        rows = [jax.ShapeDtypeStruct((1, n), self.dtype) for n in (d_model, spec.mixer.inner)]
+        widths_in = (d_model, spec.mixer.inner, spec.token_width)
+        rows = [None if n is None else jax.ShapeDtypeStruct((1, n), self.dtype) for n in widths_in]
         jax.eval_shape(both_halves, *rows)
         return widths
 
@@ -222,6 +252,23 @@ class Decoder:
         x = rows_of(params["embed"]["weight"], tokens, self.axes)
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+    def token_inputs(
+        self, params: dict, tokens: Int[Array, " T"], x: Float[Array, "T D"]
+    ) -> list[Float[Array, "T E"] | None]:
+        """What the tokens, of embeddings x, have for each layer alone: of E numbers, (norm(x W
+        D^-0.5) + embedding E^0.5) 2^-0.5, as of Gemma 4. None where they have nothing."""
+        width, layers = self.config.layers[0].token_width, self.config.num_layers
+        if width is None:
+            return [None] * layers
+        own = params["token_inputs"]
+        embedded = own["embed"]["weight"][tokens] * jnp.asarray(width**0.5, x.dtype)
+        projected = scaled(x @ own["projection"]["kernel"], self.config.d_model**-0.5)
+        graph = _norm_graph(width, self.config.layers[0].norm, self.dtype)
+        by_layer = (x.shape[0], layers, width)
+        normed = nnx.merge(graph, own["norm"])(projected.reshape(by_layer))
+        both = scaled(normed + embedded.reshape(by_layer), 2**-0.5)
+        return list(jnp.unstack(both, axis=1))
 
     def angles(self, positions: Int[Array, " T"], spec: AttentionSpec) -> Angles:
         """Rotary angles of the positions in attention."""

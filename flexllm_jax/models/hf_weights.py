@@ -36,7 +36,7 @@ from flexllm_jax.models.hf_tensors import (
 )
 from flexllm_jax.models.names import HEAD, WRAPPED
 from flexllm_jax.models.rope import rotary_frequencies
-from flexllm_jax.models.tensors import Tensor, tensors
+from flexllm_jax.models.tensors import Tensor, tensors, unused_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, Sto
     expected = {tensor.name for tensor in tensors(config)}
     modules = {name.rpartition(".")[0] for name in expected}
     ignored = []
-    for name in sorted(files.keys() - expected):
+    for name in sorted(files.keys() - expected - unused_tensors(config)):
         layers = f"{config.names.layers}."
         layer = name.removeprefix(layers).split(".")[0]
         in_layer = name.startswith(layers) and layer.isdigit()
@@ -340,7 +340,7 @@ def _stored(
     edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None,
     dtype: jnp.dtype,
 ) -> np.ndarray:
-    if edit_kernel is not None and tensor.transposed:
+    if edit_kernel is not None and tensor.transposed and tensor.path[0] == "layers":
         _, layer, module, _ = tensor.path
         array = edit_kernel(int(layer), str(module), array)
     array = array.astype(dtype, copy=False)

@@ -61,3 +61,8 @@ class RMSNorm(nnx.Module):
         if self.spec.late_cast:
             weight = weight.astype(jnp.float32)
         return 1.0 + weight if self.spec.offset else weight
+
+
+def unit_norm(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
+    """The norm without a weight."""
+    return add_norm(x, None, jnp.ones(x.shape[-1:], x.dtype), eps)[1]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from flexllm_jax.models.spec import NormSpec
+from flexllm_jax.models.spec import AttentionSpec, LayerSpec
 
 # A layer's projections: the name in the parameter tree -> inside of the checkpoint's layer.
 PROJECTIONS: Mapping[str, str] = MappingProxyType(
@@ -18,6 +18,8 @@ PROJECTIONS: Mapping[str, str] = MappingProxyType(
         "down": "mlp.down_proj",
         "qkv": "self_attn.qkv_proj",
         "gate_up": "mlp.gate_up_proj",
+        "token_gate": "per_layer_input_gate",
+        "token_projection": "per_layer_projection",
     }
 )
 # A layer's norms: the name in the parameter tree -> inside of the checkpoint's layer; by which of
@@ -39,6 +41,15 @@ NORMS = {
     },
 }
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+TOKEN_NORM = {"token_norm": "post_per_layer_input_norm"}
+SCALAR = "layer_scalar"
+# Before the layers, where tokens have something for single ones: the name in the parameter tree ->
+# inside of the decoder.
+TOKEN_INPUTS = {
+    "embed": "embed_tokens_per_layer",
+    "projection": "per_layer_model_projection",
+    "norm": "per_layer_projection_norm",
+}
 HEAD = "lm_head"
 
 
@@ -72,9 +83,15 @@ class Names:
         """A module of a layer, by its name there."""
         return f"{self.layers}.{layer}.{inside}"
 
-    def norms(self, norm: NormSpec, qk_norm: bool) -> dict[str, str]:
+    def norms(self, layer: LayerSpec) -> dict[str, str]:
         """A layer's norms: their names in the parameter tree, and inside of the layer."""
-        usual = NORMS[norm.pre, norm.post] | (QK_NORMS if qk_norm else {})
+        usual = dict(NORMS[layer.norm.pre, layer.norm.post])
+        mixer = layer.mixer
+        if isinstance(mixer, AttentionSpec) and mixer.qk_norm:
+            usual |= QK_NORMS
+            if not mixer.own_keys:
+                del usual["k_norm"]
+        usual |= TOKEN_NORM if layer.token_width else {}
         changed = dict(self.changed)
         return {module: changed.get(module, name) for module, name in usual.items()}
 

@@ -49,6 +49,7 @@ def _maker(
     values = {
         "matrix": lambda key: _STD * jax.random.normal(key, shape, dtype),
         "weight": lambda _: jnp.ones(shape, dtype),
+        "scalar": lambda _: jnp.ones(shape, dtype),
         "bias": lambda _: jnp.zeros(shape, dtype),
     }
     return jax.jit(values[kind], out_shardings=sharding)

@@ -96,7 +96,25 @@ class LongRopeScaling:
         return frequencies / jnp.asarray(self.factors, jnp.float32)
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
+@dataclass(frozen=True)
+class ProportionalScaling:
+    """Gemma 4's layers of full attention (`rope_type: proportional`): the frequencies of whole
+    heads, of which only the first `turned` pairs turn."""
+
+    turned: int
+    factor: float = 1.0  # by which all are divided
+
+    attention_factor = 1.0
+
+    def scale(self, frequencies: Float[Array, " F"], theta: float) -> Float[Array, " F"]:
+        """The frequencies, zeros where nothing turns."""
+        import jax.numpy as jnp
+
+        turns = jnp.arange(frequencies.shape[0]) < self.turned
+        return jnp.where(turns, frequencies / self.factor, 0.0)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling | ProportionalScaling
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,11 @@ class AttentionSpec:
     qkv_bias, o_bias: whether q, k, v and o have biases. qk_norm: what of the queries and keys is
     normalized before they are rotated: each head, or the whole projection. fused: q, k and v are
     one projection, "qkv", and so one site of LoRA. gate: what attention returns is multiplied by
-    the sigmoid of a gate, which q yields behind the query of each head.
+    the sigmoid of a gate, which q yields behind the query of each head. values: whether there is a
+    projection of them, or they are what the keys are before their norm. v_norm: whether each head
+    of the values is normalized, without a weight. shared: a name for layers of which some read the
+    keys and values of others; own_keys: whether the layer has some of its own, or reads those of
+    the last layer before it that has and is of the same name.
     """
 
     heads: int  # N
@@ -38,6 +42,10 @@ class AttentionSpec:
     qk_norm: Literal["head", "projection"] | None = None
     fused: bool = False
     gate: bool = False
+    values: Literal["projected", "keys"] = "projected"
+    v_norm: bool = False
+    shared: str | None = None
+    own_keys: bool = True
 
     output: ClassVar[str] = "o"  # the projection behind attention
 
@@ -50,13 +58,24 @@ class AttentionSpec:
     def projected(self) -> dict[str, int]:
         """Widths of the projections before attention, by their name in the parameter tree."""
         queries, keys = self.inner * (2 if self.gate else 1), self.kv_heads * self.head_dim
-        return {"qkv": queries + 2 * keys} if self.fused else {"q": queries, "k": keys, "v": keys}
+        if self.fused:
+            return {"qkv": queries + 2 * keys}
+        if not self.own_keys:
+            return {"q": queries}
+        own = {"q": queries, "k": keys}
+        return own if self.values == "keys" else own | {"v": keys}
 
     @property
     def arrays(self) -> AttentionSpec:
         """Without what changes no array that a layer has or keeps: options and rotary
         embeddings."""
         return replace(self, options=AttentionOptions(), rope=None)
+
+    @property
+    def carried(self) -> AttentionSpec:
+        """As far as dK and dV go: layers that agree in it accumulate them in the same arrays, one
+        layer after the other; or, where they are shared, for the layer whose keys they are."""
+        return AttentionSpec(self.kv_heads, self.kv_heads, self.head_dim, None, shared=self.shared)
 
     def shard(self, devices: int, kv_devices: int) -> AttentionSpec:
         """What one device has of it."""
@@ -99,12 +118,18 @@ class NormSpec:
 @dataclass(frozen=True)
 class LayerSpec:
     """A layer: a mixer of tokens and a feed-forward network, with their norms; what both give is
-    multiplied by `residual_scale` before it is added."""
+    multiplied by `residual_scale` before it is added.
+
+    token_width: of what each token has for this layer alone, which a third branch reads; None:
+    there is none. scalar: whether the layer's output is multiplied by a stored number.
+    """
 
     mixer: AttentionSpec
     mlp: MlpSpec
     norm: NormSpec
     residual_scale: float = 1.0
+    token_width: int | None = None
+    scalar: bool = False
 
     def kernel_shapes(self, d_model: int) -> dict[str, tuple[int, int]]:
         """[d_in, d_out] of the projections, by their name in the parameter tree."""
@@ -114,7 +139,14 @@ class LayerSpec:
             mixer.output: (mixer.inner, d_model),
             **{name: (d_model, width) for name, width in mlp.projected.items()},
             "down": (mlp.d_ff, d_model),
+            **self._token_branch(d_model),
         }
+
+    def _token_branch(self, d_model: int) -> dict[str, tuple[int, int]]:
+        width = self.token_width
+        if width is None:
+            return {}
+        return {"token_gate": (d_model, width), "token_projection": (width, d_model)}
 
     def shard(self, devices: int, kv_devices: int) -> LayerSpec:
         """What one device has of the layer when it is split over them."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.mixers import mixer_of
-from flexllm_jax.models.names import HEAD
+from flexllm_jax.models.names import HEAD, PROJECTIONS, QK_NORMS, SCALAR, TOKEN_INPUTS
+from flexllm_jax.models.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
     """Every parameter of the model, in the order in which a forward pass reads them."""
     table = (config.vocab_size, config.d_model)
     yield Tensor(("embed", "weight"), f"{config.names.embed}.weight", table)
+    yield from _token_tensors(config)
     for layer in range(config.num_layers):
         yield from _layer_tensors(config, layer)
     yield Tensor(("norm", "weight"), f"{config.names.final_norm}.weight", (config.d_model,))
@@ -38,12 +40,13 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     spec = config.layers[layer].mixer
     biased = mixer_of(spec).biased(spec)
-    norm = config.layers[layer].norm
-    norms = config.names.norms(norm, spec.qk_norm is not None)
+    norms = config.names.norms(config.layers[layer])
     sizes = dict.fromkeys(norms, config.d_model)
     if spec.qk_norm:
         heads = (1, 1) if spec.qk_norm == "head" else (spec.heads, spec.kv_heads)
         sizes |= {"q_norm": heads[0] * spec.head_dim, "k_norm": heads[1] * spec.head_dim}
+    if config.layers[layer].scalar:
+        yield Tensor(("layers", layer, "scalar"), config.names.path(layer, SCALAR), (1,))
     for module, name in norms.items():
         path = ("layers", layer, module, "weight")
         yield Tensor(path, f"{config.names.path(layer, name)}.weight", (sizes[module],))
@@ -53,3 +56,31 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
         yield Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
         if module in biased:
             yield Tensor((*path, "bias"), f"{name}.bias", shape[1:])
+
+
+def _token_tensors(config: ModelConfig) -> Iterator[Tensor]:
+    """What makes what each token has for single layers: of all layers, side by side."""
+    width = config.layers[0].token_width
+    if width is None or config.token_table is None:
+        return
+    total = width * config.num_layers
+    shapes = {
+        ("embed", "weight"): (config.token_table, total),
+        ("projection", "kernel"): (config.d_model, total),
+        ("norm", "weight"): (width,),
+    }
+    for (module, kind), shape in shapes.items():
+        name = f"{config.names.root}.{TOKEN_INPUTS[module]}.weight"
+        yield Tensor(("token_inputs", module, kind), name, shape, transposed=kind == "kernel")
+
+
+def unused_tensors(config: ModelConfig) -> set[str]:
+    """Names of tensors that files may have and no model reads: those that would make keys and
+    values in layers that read others'."""
+    modules = [QK_NORMS["k_norm"], PROJECTIONS["k"], PROJECTIONS["v"]]
+    return {
+        f"{config.names.path(layer, module)}.weight"
+        for layer, spec in enumerate(config.layers)
+        if isinstance(spec.mixer, AttentionSpec) and not spec.mixer.own_keys
+        for module in modules
+    }

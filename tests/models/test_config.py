@@ -10,7 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.families import FAMILIES
 from flexllm_jax.models.fields import ModelConfigError
-from flexllm_jax.models.rope import Llama3Scaling, rotary_frequencies
+from flexllm_jax.models.rope import Llama3Scaling, ProportionalScaling, rotary_frequencies
 from tests.checkpoints import LLAMA3_ROPE
 
 # config.json as published for these models (older transformers wrote them), shortened.
@@ -163,6 +163,27 @@ GLM_4_9B = {
     "torch_dtype": "bfloat16",
     "vocab_size": 151552,
 }
+GEMMA_4_31B = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "attention_k_eq_v": True,
+    "bos_token_id": 2,
+    "final_logit_softcapping": 30.0,
+    "global_head_dim": 512,
+    "head_dim": 256,
+    "hidden_size": 5376,
+    "hidden_size_per_layer_input": 0,
+    "intermediate_size": 21504,
+    "max_position_embeddings": 262144,
+    "model_type": "gemma4_text",
+    "num_attention_heads": 32,
+    "num_global_key_value_heads": 4,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-06,
+    "sliding_window": 1024,
+    "tie_word_embeddings": True,
+    "vocab_size": 262144,
+}
 PUBLISHED = {
     "llama": LLAMA_3_1_8B,
     "qwen2": QWEN_2_5_0_5B,
@@ -170,6 +191,7 @@ PUBLISHED = {
     "mistral": MISTRAL_7B,
     "phi3": PHI_4_MINI,
     "glm4": GLM_4_9B,
+    "gemma4": GEMMA_4_31B,
 }
 
 
@@ -186,23 +208,27 @@ def assert_as_transformers_reads_it(directory):
     assert ours.vocab_size == theirs.vocab_size
     assert ours.d_model == theirs.hidden_size
     assert ours.num_layers == theirs.num_hidden_layers
-    assert ours.num_heads == theirs.num_attention_heads
-    assert ours.num_kv_heads == theirs.num_key_value_heads
-    head_dim = getattr(theirs, "head_dim", None)
-    assert ours.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
-    assert ours.d_ff == theirs.intermediate_size
+    assert ours.layers[0].mlp.d_ff == theirs.intermediate_size
     assert ours.layers[0].norm.eps == theirs.rms_norm_eps
     assert ours.head.tied == theirs.tie_word_embeddings
     assert ours.max_position_embeddings == theirs.max_position_embeddings
     assert ours.bos_token_id == theirs.bos_token_id
     kinds = getattr(theirs, "layer_types", None) or ["all"] * ours.num_layers
-    for layer, kind in zip(ours.layers, kinds, strict=True):
+    by_layer = theirs.per_layer_config if theirs.is_heterogeneous else [theirs] * ours.num_layers
+    for i, (layer, kind) in enumerate(zip(ours.layers, kinds, strict=True)):
+        attention, theirs_there = layer.mixer, by_layer[i]
+        assert attention.heads == theirs.num_attention_heads
+        assert attention.kv_heads == theirs_there.num_key_value_heads
+        head_dim = getattr(theirs_there, "head_dim", None)
+        assert attention.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
         rope, own = theirs.rope_parameters, layer.mixer.rope
         rope = rope.get(kind, rope)
         assert own is not None
         assert own.theta == rope["rope_theta"]
-        rotated = own.rotated or ours.head_dim
-        assert rotated == int(ours.head_dim * rope.get("partial_rotary_factor", 1))
+        rotated = own.rotated or attention.head_dim
+        if isinstance(own.scaling, ProportionalScaling):
+            rotated = 2 * own.scaling.turned
+        assert rotated == int(attention.head_dim * rope.get("partial_rotary_factor", 1))
         assert (own.scaling is None) == (rope["rope_type"] == "default")
         for name, value in vars(own.scaling).items() if own.scaling else ():
             assert value == rope.get(name, value)
@@ -437,6 +463,12 @@ def test_generation_config_decides_what_ends_a_sequence(tmp_path):
         ("llama", {"vocab_size": None}, "vocab_size is missing"),
         ("llama", {"eos_token_id": "</s>"}, "eos_token_id='</s>'"),
         ("qwen3", {"head_dim": 15}, "head_dim=15"),
+        ("gemma4", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all'"),
+        ("gemma4", {"enable_moe_block": True}, "enable_moe_block=True"),
+        ("gemma4", {"num_kv_shared_layers": 60}, "num_kv_shared_layers=60 leaves layers without"),
+        ("gemma4", {"num_global_key_value_heads": 5}, "num_key_value_heads=5 divide num_attention"),
+        ("gemma4", {"per_layer_config": {"0": {"head_dim": 128}}}, "not that of the other layers"),
+        ("gemma4", {"per_layer_config": {"5": {"eps": 128}}}, "config: 5: eps=128 is not known"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name_in_one_line(tmp_path, model, change, named):

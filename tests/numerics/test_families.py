@@ -38,6 +38,7 @@ from tests.packing import pack
 FAMILIES = (
     *("mistral", "ministral", "ministral3", "mistral3", "phi3", "glm4", "smollm3", "seed_oss"),
     *("granite", "olmo2", "olmo3", "gemma2", "gemma3", "gemma3_with_vision"),
+    *("gemma4", "gemma4_unified"),
 )
 LENGTHS, STEP, SLOTS, PAGE, PAGES = (29, 14), 16, 80, 8, 8
 TABLES = ([5, 2, 7, 0], [1, 6])
@@ -193,7 +194,7 @@ def test_gradients_are_those_of_peft(case, unit, monkeypatch):
             flow, gradients[stack], _ = program(
                 case.params["layers"][layer],
                 adapters[stack],
-                pages[layer],
+                pages[case.model.cache_of[layer]],
                 finetune["saved"][layer],
                 flow,
                 gradients[stack],

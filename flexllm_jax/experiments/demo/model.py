@@ -96,19 +96,31 @@ def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Arr
     Attention is causal and stays within a document; `documents` [B, S] numbers them.
     """
     config, (batch, length) = decoder.config, documents.shape
-    mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # [B, 1, S, S]
-    x = decoder.embed(params, rows[:, :-1].reshape(-1))  # [T, D], T = B * S
-    positions = jnp.tile(jnp.arange(length), batch)
-    for layer_params, spec in zip(params["layers"], config.layers, strict=True):
-        layer, rotation = (
-            decoder.layer(layer_params, spec),
-            decoder.angles(positions, spec.mixer).rotation,
+    together = (documents[:, :, None] == documents[:, None, :])[:, None]  # [B, 1, S, S]
+    places = jnp.arange(length)
+    behind = places[:, None] - places
+    tokens = rows[:, :-1].reshape(-1)  # [T], T = B * S
+    x = decoder.embed(params, tokens)
+    token_inputs = decoder.token_inputs(params, tokens, x)
+    positions, kept = jnp.tile(places, batch), {}
+    for i, (layer_params, spec) in enumerate(zip(params["layers"], config.layers, strict=True)):
+        layer, options = decoder.layer(layer_params, spec), spec.mixer.options
+        if options.soft_cap is not None:
+            raise ValueError("a soft cap of scores is not in this attention: take another family")
+        angles = decoder.angles(positions, spec.mixer)
+        (q, *own), gate, x = layer.project(x, query_factor=angles.query_factor)
+        if own:
+            kept[i] = rotate(own[0], angles.rotation), own[1]
+        heads = (rotate(q, angles.rotation), *kept[config.cache_of[i]])
+        q, k, v = (own.reshape(batch, length, *own.shape[1:]) for own in heads)
+        attended = jax.nn.dot_product_attention(
+            *(q, k, v),
+            mask=together & (behind < (options.window or length)),
+            is_causal=True,
+            scale=options.scale_of(q.shape[-1]),
         )
-        (q, k, v), gate, x = layer.project(x)
-        heads = (rotate(q, rotation), rotate(k, rotation), v)
-        q, k, v = (own.reshape(batch, length, -1, spec.mixer.head_dim) for own in heads)
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        x = layer.after_mixing(x, attended.reshape(batch * length, *attended.shape[2:]), gate)
+        attended = attended.reshape(batch * length, *attended.shape[2:])
+        x = layer.after_mixing(x, attended, gate, own=token_inputs[i])
     losses = optax.softmax_cross_entropy_with_integer_labels(
         decoder.logits(params, x), rows[:, 1:].reshape(-1)
     )

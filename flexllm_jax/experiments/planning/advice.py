@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flexllm_jax.compile.mesh import Mesh, ParallelError
 from flexllm_jax.config import Config, ConfigError, build_config
 from flexllm_jax.experiments.planning.engine import PlannedEngine, plan_engine
 from flexllm_jax.experiments.planning.load import Job, finetuning_alone
@@ -82,9 +83,11 @@ def changes(planned: PlannedEngine) -> Iterator[dict[str, Any]]:
 
 def _divides(planned: PlannedEngine, tp: int) -> bool:
     """Whether so many devices can share the model."""
-    model = planned.sizes.model
-    shared = (model.num_heads, model.d_ff, model.vocab_size)
-    return not any(size % tp for size in shared) and not planned.sizes.bank.has_head
+    try:
+        Mesh.of(planned.sizes.model, tp)
+    except ParallelError:
+        return False
+    return not planned.sizes.bank.has_head
 
 
 def _changed(config: Config, change: dict[str, Any]) -> Config:

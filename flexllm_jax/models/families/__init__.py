@@ -3,6 +3,7 @@
 from flexllm_jax.models.families.dense import GRANITE, OLMO2, OLMO3, SEED_OSS, SMOLLM3
 from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
+from flexllm_jax.models.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WRAPPERS
 from flexllm_jax.models.families.llama import (
     GLM4,
     LLAMA,
@@ -19,12 +20,14 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
         *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
+        *(GEMMA4, GEMMA4_UNIFIED),
     )
 }
 # Models of more than text, of which the text's part is served.
 WRAPPERS: dict[str, Wrapper] = {
     wrapper.architecture: wrapper
     for wrapper in (
+        *GEMMA4_WRAPPERS,
         Wrapper(
             "Gemma 3 with vision", "gemma3", "Gemma3ForConditionalGeneration", text="gemma3_text"
         ),

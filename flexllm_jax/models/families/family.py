@@ -37,7 +37,7 @@ class Family:
 
 
 # Fields of a wrapper that say what its other parts are.
-_OTHER_PARTS = frozenset(
+OTHER_PARTS = frozenset(
     {
         *("vision_config", "image_token_index", "image_token_id", "boi_token_index"),
         *("eoi_token_index", "boi_token_id", "eoi_token_id", "mm_tokens_per_image"),
@@ -56,4 +56,4 @@ class Wrapper:
     model_type: str
     architecture: str
     text: str
-    harmless: frozenset[str] = _OTHER_PARTS
+    harmless: frozenset[str] = OTHER_PARTS

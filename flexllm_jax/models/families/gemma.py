@@ -57,7 +57,8 @@ def _gemma3(fields: Fields) -> tuple[LayerSpec, ...]:
     return tuple(_layer(fields, kind, ropes[kind], qk_norm="head") for kind in kinds)
 
 
-def _head(fields: Fields) -> HeadSpec:
+def gemma_head(fields: Fields) -> HeadSpec:
+    """Logits with a soft cap, where there is one."""
     return replace(plain_head(fields), soft_cap=_cap(fields, "final_logit_softcapping"))
 
 
@@ -78,7 +79,7 @@ GEMMA2 = Family(
     "Gemma2ForCausalLM",
     layers=_gemma2,
     around=_around,
-    head=_head,
+    head=gemma_head,
     defaults=_DEFAULTS
     | {
         "max_position_embeddings": 8192,
@@ -92,7 +93,7 @@ GEMMA3 = Family(
     "Gemma3ForCausalLM",
     layers=_gemma3,
     around=_around,
-    head=_head,
+    head=gemma_head,
     defaults=_DEFAULTS
     | {"max_position_embeddings": 131072, "vocab_size": 262208, "num_attention_heads": 8},
 )

@@ -3,6 +3,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from flexllm_jax.models.rope import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
+    ProportionalScaling,
     RopeScaling,
     RopeSpec,
     YarnScaling,
@@ -40,8 +42,11 @@ def read_rope(
     )
 
 
-def read_ropes(fields: Fields, thetas: dict[str, float]) -> dict[str, RopeSpec]:
-    """The RoPE of each kind of layer; `thetas`: their base frequencies where nothing says others.
+def read_ropes(
+    fields: Fields, thetas: dict[str, float], head_dims: Mapping[str, int] | None = None
+) -> dict[str, RopeSpec]:
+    """The RoPE of each kind of layer; `thetas`: their base frequencies where nothing says others;
+    head_dims: their H, if it is not the same in every layer.
 
     Older configurations have `rope_scaling` for layers with full attention alone.
     """
@@ -53,7 +58,14 @@ def read_ropes(fields: Fields, thetas: dict[str, float]) -> dict[str, RopeSpec]:
     else:
         parts = {kind: rope if kind == "full_attention" else {} for kind in thetas}
     return {
-        kind: _rope(fields, f"{name}.{kind}", parts[kind], theta, by_kind=True)
+        kind: _rope(
+            fields,
+            f"{name}.{kind}",
+            parts[kind],
+            theta,
+            by_kind=True,
+            head_dim=None if head_dims is None else head_dims[kind],
+        )
         for kind, theta in thetas.items()
     }
 
@@ -86,6 +98,7 @@ def _rope(
     by_kind: bool = False,
     partial: bool = False,
     growing: bool = False,
+    head_dim: int | None = None,
 ) -> RopeSpec:
     if not isinstance(rope, dict):
         raise ModelConfigError(f"config.json: {name}={rope!r} must be an object")
@@ -94,19 +107,23 @@ def _rope(
     own = Fields(rope, f"config.json: {name}:")
     theta = own.number("rope_theta", theta if by_kind else fields.number("rope_theta", theta))
     share = own.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    kind = own.get("rope_type", own.get("type", "default"))
+    kind = _OLDER_NAMES.get(kind, kind)
+    head_dim = head_dim or read_head_dim(fields)
+    if kind == "proportional":
+        turned = ProportionalScaling(int(share * head_dim // 2), own.number("factor", 1.0))
+        own.refuse_unread(f"the RoPE of kind {kind!r}", ("type", "truncate"))
+        return RopeSpec(theta, turned)
     if share != 1 and not partial:
         raise ModelConfigError(
             f"config.json: partial_rotary_factor={share!r} is not supported; only 1.0 is"
         )
-    head_dim = read_head_dim(fields)
     rotated = int(head_dim * share)
     if rotated % 2 or not 0 < rotated <= head_dim or (head_dim - rotated) % 2:
         raise ModelConfigError(
             f"config.json: partial_rotary_factor={share!r} would rotate {rotated} of a head's "
             f"{head_dim} elements; use one with which they are pairs"
         )
-    kind = own.get("rope_type", own.get("type", "default"))
-    kind = _OLDER_NAMES.get(kind, kind)
     for read in ("type", "truncate"):
         own.get(read)
     if kind == "default":
@@ -118,7 +135,7 @@ def _rope(
         original = fields.positive_int(original, inner)
         scaling = _KINDS[kind](own, original, fields)
     else:
-        known = ", ".join(map(repr, ("default", *_KINDS)))
+        known = ", ".join(map(repr, ("default", *_KINDS, "proportional")))
         raise ModelConfigError(
             f"config.json: {name}.rope_type={kind!r} is not supported; {known} are"
         )

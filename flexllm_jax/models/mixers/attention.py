@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from flexllm_jax.models.layers import RMSNorm
+from flexllm_jax.models.layers import RMSNorm, unit_norm
 from flexllm_jax.models.mixers.mixer import Mixer, Tap
 from flexllm_jax.models.spec import AttentionSpec
 
@@ -32,7 +32,9 @@ class AttentionMixer(Mixer):
             sizes = spec.inner, spec.kv_heads * spec.head_dim
             if spec.qk_norm == "head":
                 sizes = (spec.head_dim,) * 2
-            layer.q_norm, layer.k_norm = map(norm, sizes)
+            layer.q_norm = norm(sizes[0])
+            if spec.own_keys:
+                layer.k_norm = norm(sizes[1])
 
     def inputs(
         self,
@@ -47,26 +49,39 @@ class AttentionMixer(Mixer):
         gate = None
         if spec.fused:
             qkv = outputs["qkv"]
-            q, k, v = jnp.split(qkv, [spec.inner, (qkv.shape[1] + spec.inner) // 2], axis=1)
+            q, *own = jnp.split(qkv, [spec.inner, (qkv.shape[1] + spec.inner) // 2], axis=1)
         else:
-            q, k, v = (outputs[name] for name in ("q", "k", "v"))
+            q, *own = (outputs[name] for name in spec.projected)
         if spec.gate:  # of each head the query, then its gate
             q, gate = jnp.split(q.reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
             q, gate = (x.reshape(-1, spec.inner) for x in (q, gate))
             gate = tap("attention_gate", gate)
-        q = tap("query", q)
-        if spec.qk_norm:
-            k = tap("key", k)
-        if spec.qk_norm == "projection":
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        q, k, v = (x.reshape(x.shape[0], -1, spec.head_dim) for x in (q, k, v))
-        if spec.qk_norm == "head":
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        if spec.rope is not None:
-            q, k = (spec.rope.pair(x) for x in (q, k))
+        q = self._by_heads(layer, tap("query", q), "q_norm")
         if query_factor is not None:
             q = q * query_factor.astype(q.dtype)
-        return (q, k, v), gate
+        if not own:
+            return (q,), gate
+        k, v = own[0], own[-1]
+        if spec.qk_norm:
+            k = tap("key", k)
+        if spec.values == "keys":
+            v = k
+        elif spec.v_norm:
+            v = tap("value", v)
+        v = v.reshape(v.shape[0], -1, spec.head_dim)
+        if spec.v_norm:
+            v = unit_norm(v, layer.spec.norm.eps)
+        return (q, self._by_heads(layer, k, "k_norm"), v), gate
+
+    def _by_heads(self, layer: Any, x: Float[Array, "T X"], norm: str) -> Float[Array, "T N H"]:
+        """Queries or keys, normed, and in the order in which they are rotated."""
+        spec: AttentionSpec = layer.spec.mixer
+        if spec.qk_norm == "projection":
+            x = getattr(layer, norm)(x)
+        x = x.reshape(x.shape[0], -1, spec.head_dim)
+        if spec.qk_norm == "head":
+            x = getattr(layer, norm)(x)
+        return x if spec.rope is None else spec.rope.pair(x)
 
     def gated(
         self, layer: Any, mixed: Float[Array, "T N H"], gate: jax.Array | None
