@@ -9,7 +9,7 @@ from flexllm_jax.models.families import FAMILIES, WRAPPERS
 from flexllm_jax.models.families.family import Family
 from flexllm_jax.models.fields import Fields
 from flexllm_jax.models.names import HEAD, PROJECTIONS
-from flexllm_jax.models.spec import HeadSpec, LayerSpec
+from flexllm_jax.models.spec import AttentionSpec, HeadSpec, LayerSpec
 
 # What a configuration without defaults must say; twelve layers hold every pattern of kinds.
 _SIZES: dict[str, Any] = {
@@ -47,7 +47,7 @@ def _row(family: Family) -> tuple[str, ...]:
     what = ", ".join(f"`{site}`" for site in sites if set(usual) - set(sites) or site not in usual)
     if set(usual) <= set(sites):
         what = f"the usual seven, {what}" if what else "the usual seven"
-    attention = layers[0].mixer
+    attention = _attending(layers)[0].mixer
     alone = attention.fused or layers[0].mlp.fused or attention.qk_norm == "projection"
     alone = alone or layers[0].token_width
     return (
@@ -59,17 +59,24 @@ def _row(family: Family) -> tuple[str, ...]:
     )
 
 
+def _attending(layers: tuple[LayerSpec, ...]) -> list[LayerSpec]:
+    return [layer for layer in layers if isinstance(layer.mixer, AttentionSpec)]
+
+
 def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
     """Of the layers, as they are without a configuration that says otherwise."""
-    first = layers[0]
+    attending = _attending(layers)
+    first, kinds = attending[0], [layer.mixer for layer in attending]
     attention, norm = first.mixer, first.norm
-    windows = sum(layer.mixer.options.window is not None for layer in layers)
+    if others := len(layers) - len(attending):
+        yield f"a recurrent state in place of attention in {others} of 12 layers"
+    windows = sum(kind.options.window is not None for kind in kinds)
     if windows:
         which = "every layer" if windows == len(layers) else f"{windows} of 12 layers"
         yield f"a window in {which}"
-    if still := sum(layer.mixer.rope is None for layer in layers):
+    if still := sum(kind.rope is None for kind in kinds):
         yield f"no RoPE in {still} of 12 layers"
-    ropes = {layer.mixer.rope for layer in layers} - {None}
+    ropes = {kind.rope for kind in kinds} - {None}
     if len(ropes) > 1:
         yield "a RoPE for each kind of layer"
     for rope in list(ropes)[:1]:
@@ -81,6 +88,8 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
             yield "queries that grow with their position"
     if attention.qkv_bias:
         yield "biases of q, k and v" + (" and of o" if attention.o_bias else "")
+    if attention.gate:
+        yield "a gate of what attention returns"
     if attention.qk_norm:
         over = {"head": "each head", "projection": "all heads together"}[attention.qk_norm]
         yield f"norms of queries and keys over {over}"

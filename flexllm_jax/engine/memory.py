@@ -132,11 +132,12 @@ def plan_memory(
     fits, fixed = max(left, 0) // page_bytes, config.cache.num_pages
     num_pages = min(fits, sizes.wanted_pages) if fixed is None else fixed
     if num_pages > fits or num_pages < 1:
+        more = "scheduler.max_sequences, cache.state_snapshots, " if sizes.recurrent else ""
         taken = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         raise CacheError(
             f"cache: {num_pages or 1} KV pages of {page_bytes:,} bytes do not fit in the "
             f"{max(left, 0):,} bytes that all else leaves of {available:,} (GB: {taken}): lower "
-            f"cache.num_pages, finetune.max_tokens, adapters.slots, adapters.max_rank or "
+            f"{more}cache.num_pages, finetune.max_tokens, adapters.slots, adapters.max_rank or "
             f"server.max_running_jobs, or raise cache.memory_fraction or parallel.tp"
         )
     return MemoryPlan(available, parts, planned_jobs(config), page_bytes, num_pages)

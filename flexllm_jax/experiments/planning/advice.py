@@ -70,6 +70,13 @@ def changes(planned: PlannedEngine) -> Iterator[dict[str, Any]]:
     if half >= longest and half % sizes.unit_tokens == 0 and half:
         smaller["finetune.max_tokens"] = half
         yield {"finetune.max_tokens": half}
+    if sizes.recurrent:
+        fewer = {"scheduler.max_sequences": -(-sizes.rows // 2)}
+        if sizes.snapshots:
+            fewer["cache.state_snapshots"] = sizes.snapshots // 2
+        for field, value in fewer.items():
+            yield {field: value}
+        smaller |= fewer
     if config.cache.budget_gb is None and config.cache.memory_fraction < _ROOMY:
         smaller["cache.memory_fraction"] = _ROOMY
         yield {"cache.memory_fraction": _ROOMY}
