@@ -9,7 +9,7 @@ the head. Once programs are compiled the engine takes their own numbers (`memory
 from flexllm_jax.engine.cache import tree_bytes
 from flexllm_jax.engine.sampler import ROWS_AT_ONCE
 from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.finetune.loss import vocabulary_chunk
+from flexllm_jax.finetune.loss import logits_at_once
 
 _SLACK = 1.05
 _FLOAT = 4  # bytes of a float32
@@ -27,7 +27,8 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
     shape = sizes.step_shapes[sizes.buckets[-1]]
     tokens, unit = shape.tokens, sizes.unit_tokens
     rows = max(shape.samples, min(ROWS_AT_ONCE, tokens))
-    chunk = vocabulary_chunk(sizes.backend, vocabulary // sizes.devices)
+    scored, chunk = logits_at_once(sizes.backend, unit, vocabulary // sizes.devices)
+    logits = scored * chunk
 
     forward = item * tokens * 3 * (inner + width) + _FLOAT * _PARTIAL_ROWS * queries
     layer = item * unit * (7 * inner + 4 * width)
@@ -41,7 +42,7 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
     reckoned = {
         "forward": forward,
         "sample": 2.4 * _FLOAT * rows * vocabulary,
-        "unit/loss": item * chunk * width + unit * (10 * chunk + 3 * _FLOAT * width),
+        "unit/loss": 10 * logits + item * chunk * width + 3 * _FLOAT * unit * width,
         "unit/layer": layer,
         "optimizer_step": tree_bytes(sizes.adapter_row.weights),
     }

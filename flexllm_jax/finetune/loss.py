@@ -5,6 +5,7 @@ state is -c (mean of the head's rows under the softmax - the label's row).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -22,14 +23,22 @@ from kernels_pallas.backend import Backend
 from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
 
-# Rows of the head at once. The softmax's mean, float32, is read and written for each chunk: rather
-# less often on a GPU, where that takes time.
-_VOCABULARY_CHUNK = {"xla": 4096, "pallas": 16384}
+# Of a GPU's loss units: logits at once, float32.
+_MOST_LOGITS = 2**26
+_VOCABULARY_CHUNK = 4096  # of a CPU's
 
 
-def vocabulary_chunk(backend: Backend, vocabulary: int) -> int:
-    """Rows of the head, of so many, that a loss unit takes at once."""
-    return min(_VOCABULARY_CHUNK[backend.implementation], vocabulary)
+def logits_at_once(backend: Backend, tokens: int, vocabulary: int) -> tuple[int, int]:
+    """Tokens of a loss unit, and rows of the head, whose logits it has at once.
+
+    XLA copies a part of the head before a product reads it, and the softmax's mean is read and
+    written for each part. On a GPU, where that takes time, a unit reads the whole head for some of
+    its tokens; on a CPU logits of a part of the head, for all tokens, stay in the caches.
+    """
+    if backend.implementation == "xla":
+        return tokens, min(_VOCABULARY_CHUNK, vocabulary)
+    fit = [n for n in range(1, tokens + 1) if tokens % n == 0 and n * vocabulary <= _MOST_LOGITS]
+    return max(fit, default=1), vocabulary
 
 
 def score_unit(
@@ -70,8 +79,8 @@ def loss_unit(
     respect to the last layer's output.
 
     The softmax runs over chunks of the vocabulary with a running maximum, and the gradient's sum of
-    p_v * head_v is accumulated with it, as attention does with values: one pass over the head, and
-    never [U, V] at once. Where logits are capped, each row counts with the cap's slope. LoRA on the
+    p_v * head_v is accumulated with it, as attention does with values: one pass over the head for
+    each piece of the slice, and never [U, V] at once (`logits_at_once`). Where logits are capped, each row counts with the cap's slope. LoRA on the
     head, h A scale, is taken as more columns of the hidden state and B as more columns of the head;
     the gradient of B needs a second pass.
 
@@ -207,59 +216,85 @@ class _Head(NamedTuple):
         return cls(decoder, weight, hidden, pull, counts, label, lora, inputs, targets)
 
     @property
-    def _chunk(self) -> int:
-        return vocabulary_chunk(self.decoder.backend, self.weight.shape[0])
+    def _at_once(self) -> tuple[int, int]:
+        return logits_at_once(self.decoder.backend, len(self.hidden), self.weight.shape[0])
 
-    @property
-    def _chunks(self) -> int:
-        return -(-self.weight.shape[0] // self._chunk)
+    def _over_vocabulary(self, add_chunk: Callable, carry):
+        """carry = add_chunk(c, carry) for every chunk of the vocabulary."""
+        chunks = -(-self.weight.shape[0] // self._at_once[1])
+        return add_chunk(0, carry) if chunks == 1 else lax.fori_loop(0, chunks, add_chunk, carry)
 
-    def _logits(self, c: jax.Array) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
-        """Of chunk `c` of the vocabulary: where it begins, the rows of the head (and of B), the
-        logits, and those that no other chunk has: -inf in place of the others."""
-        chunk = self._chunk
+    def _by_pieces(self, *arrays: jax.Array) -> list[jax.Array]:
+        """Arrays of the slice's tokens, cut in pieces whose logits are there at once."""
+        return [x.reshape(-1, self._at_once[0], *x.shape[1:]) for x in arrays]
+
+    def _logits(
+        self, inputs: list[jax.Array], c: jax.Array | int
+    ) -> tuple[jax.Array, list[jax.Array], jax.Array, jax.Array]:
+        """Of a piece's inputs and chunk `c` of the vocabulary: where the chunk begins, the rows of
+        the head (and of B), the logits, and those that no other chunk has: -inf in place of the
+        others."""
+        _, chunk = self._at_once
         begin = jnp.minimum(c * chunk, self.weight.shape[0] - chunk)
         part = lax.dynamic_slice_in_dim(self.weight, begin, chunk)
-        logits = jnp.einsum("ud,vd->uv", self.hidden, part, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("ud,vd->uv", inputs[0], part, preferred_element_type=jnp.float32)
         parts = [part]
         if self.lora:
             parts.append(lax.dynamic_slice_in_dim(self.lora["b"], begin, chunk, axis=1).T)
-            logits += product("ur,vr->uv", self.lora["shrunk"], parts[1])
+            logits += product("ur,vr->uv", inputs[1], parts[1])
         fresh = begin + jnp.arange(chunk) >= c * chunk  # the last chunk overlaps its neighbour
         logits = self.decoder.config.head.cap(logits)
         return begin, parts, logits, jnp.where(fresh, logits, -jnp.inf)
 
+    def _softmax_of(
+        self, inputs: list[jax.Array], *, expect: bool
+    ) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """Of a piece: the largest logits, the sums of exp(logit - the largest), and of that times
+        the rows of the head (and of B)."""
+
+        def add_chunk(c, carry):
+            _, parts, logits, fresh = self._logits(inputs, c)
+            maximum = fresh.max(axis=-1)
+            if carry is not None:
+                maximum = jnp.maximum(carry[0], maximum)
+            weights = jnp.exp(fresh - maximum[:, None])
+            sloped = self.decoder.config.head.uncap(weights, logits)
+            total, expected = weights.sum(axis=-1), []
+            if expect:
+                expected = [
+                    jnp.einsum(
+                        "uv,vd->ud", sloped.astype(p.dtype), p, preferred_element_type=jnp.float32
+                    )
+                    for p in parts
+                ]
+            if carry is None:
+                return maximum, total, expected
+            correction = jnp.exp(carry[0] - maximum)
+            expected = [
+                so_far * correction[:, None] + own
+                for so_far, own in zip(carry[2], expected, strict=True)
+            ]
+            return maximum, carry[1] * correction + total, expected
+
+        if self._at_once[1] == self.weight.shape[0]:
+            return add_chunk(0, None)
+        units = inputs[0].shape[:1]
+        nothing = (
+            jnp.full(units, -jnp.inf, jnp.float32),
+            jnp.zeros(units, jnp.float32),
+            [jnp.zeros(x.shape, jnp.float32) for x in inputs] if expect else [],
+        )
+        return self._over_vocabulary(add_chunk, nothing)
+
     def logprobs(self, *, expect: bool) -> tuple[Float[Array, " U"], _Softmax]:
         """Log-probabilities of the labels, 0 where there is none; without `expect` the softmax has
         no mean rows."""
-
-        def chunk_of_vocabulary(c, carry):
-            maximum, total, expected = carry
-            _, parts, logits, fresh = self._logits(c)
-            new_maximum = jnp.maximum(maximum, fresh.max(axis=-1))
-            weights = jnp.exp(fresh - new_maximum[:, None])
-            correction = jnp.exp(maximum - new_maximum)
-            sloped = self.decoder.config.head.uncap(weights, logits)
-            expected = [
-                so_far * correction[:, None]
-                + jnp.einsum(
-                    "uv,vd->ud", sloped.astype(p.dtype), p, preferred_element_type=jnp.float32
-                )
-                for so_far, p in zip(expected, parts, strict=False)
-            ]
-            return new_maximum, total * correction + weights.sum(axis=-1), expected
-
-        units = self.hidden.shape[:1]
-        maximum, total, expected = lax.fori_loop(
-            0,
-            self._chunks,
-            chunk_of_vocabulary,
-            (
-                jnp.full(units, -jnp.inf, jnp.float32),
-                jnp.zeros(units, jnp.float32),
-                [jnp.zeros(x.shape, jnp.float32) for x in self.inputs] if expect else [],
-            ),
-        )
+        of_piece = partial(self._softmax_of, expect=expect)
+        if self._at_once[0] == len(self.hidden):
+            maximum, total, expected = of_piece(self.inputs)
+        else:
+            pieces = lax.map(of_piece, self._by_pieces(*self.inputs))
+            maximum, total, expected = jax.tree.map(lambda x: lax.collapse(x, 0, 2), pieces)
         maximum, total, expected = join_softmax(maximum, total, expected, self.decoder.axes)
         first, *others = (
             jnp.sum(x.astype(jnp.float32) * target, axis=-1)
@@ -277,20 +312,28 @@ class _Head(NamedTuple):
     ) -> jax.Array:
         """`so_far`, and the gradient of the B of LoRA on the head."""
         assert self.lora is not None
-        shrunk, chunk = self.lora["shrunk"].astype(jnp.float32), self._chunk
+        shrunk = self.lora["shrunk"].astype(jnp.float32)
 
-        def add_chunk(i, d_b):
-            begin, _, logits, fresh = self._logits(i)
-            d_logits = jnp.exp(fresh - normalizer[:, None])
-            d_logits -= begin + jnp.arange(chunk) == self.label[:, None]
-            d_logits = self.decoder.config.head.uncap(d_logits, logits)
-            d_logits = jnp.where(
-                self.counts[:, None] & (fresh > -jnp.inf), -c[:, None] * d_logits, 0.0
-            )
-            before = lax.dynamic_slice_in_dim(d_b, begin, chunk, axis=1)
-            return lax.dynamic_update_slice_in_dim(d_b, before + shrunk.T @ d_logits, begin, axis=1)
+        def add_piece(d_b, piece):
+            inputs, (normalizer, c, label, counts, shrunk) = piece
 
-        return lax.fori_loop(0, self._chunks, add_chunk, so_far)
+            def add_chunk(i, d_b):
+                begin, _, logits, fresh = self._logits(inputs, i)
+                d_logits = jnp.exp(fresh - normalizer[:, None])
+                rows = begin + jnp.arange(logits.shape[1])
+                d_logits -= rows == label[:, None]
+                d_logits = self.decoder.config.head.uncap(d_logits, logits)
+                d_logits = jnp.where(
+                    counts[:, None] & (fresh > -jnp.inf), -c[:, None] * d_logits, 0.0
+                )
+                before = lax.dynamic_slice_in_dim(d_b, begin, len(rows), axis=1)
+                after = before + shrunk.T @ d_logits
+                return lax.dynamic_update_slice_in_dim(d_b, after, begin, axis=1)
+
+            return self._over_vocabulary(add_chunk, d_b), None
+
+        own = self._by_pieces(normalizer, c, self.label, self.counts, shrunk)
+        return lax.scan(add_piece, so_far, (self._by_pieces(*self.inputs), own))[0]
 
 
 def _head_lora(

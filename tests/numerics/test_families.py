@@ -171,7 +171,7 @@ def test_bfloat16_is_as_near_to_the_truth_as_transformers(family, tmp_path):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_gradients_are_those_of_peft(case, unit, monkeypatch):
-    monkeypatch.setitem(loss._VOCABULARY_CHUNK, "xla", 48)  # which overlap
+    monkeypatch.setattr(loss, "_VOCABULARY_CHUNK", 48)  # which overlap
     batch, table, *_ = case.packed
     pages, finetune = case.forward
     sizes = replace(case.sizes, unit_tokens=unit)

@@ -12,6 +12,9 @@ import torch
 from safetensors.numpy import load_file
 
 from flexllm_jax import SamplingParams
+from flexllm_jax.engine.programs import list_programs
+from flexllm_jax.finetune import loss
+from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.losses import LOSSES, Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
@@ -314,3 +317,22 @@ def test_steps_are_those_of_torch_also_without_a_gradient(case):
             moved += distance.item()
             assert (trained[name] - parameter).norm() < 1e-4 * distance, name
     assert moved > 0.1
+
+
+def test_logits_of_some_tokens_at_once_give_the_same(case, monkeypatch):
+    """As on a GPU: all of the head for a piece of a unit, not a part of the head for all of it."""
+    sizes, rng = case.llm.engine.runner.sizes, np.random.default_rng(0)
+    (unit,) = (p for p in list_programs(sizes, 1) if p.name == "unit/loss")
+    arguments = [
+        jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+        for shapes in unit.arguments[:4]
+    ]
+    table, packed = MicrobatchTable.empty(sizes.finetune_slots)
+    table.label[:13], table.sequence_start[:13], table.weight[:13] = range(13), 0, 1.0
+    results = []
+    for at_once in ((sizes.unit_tokens, 48), (sizes.unit_tokens // 4, sizes.model.vocab_size)):
+        monkeypatch.setattr(loss, "logits_at_once", lambda *_, at_once=at_once: at_once)
+        results.append(jax.jit(unit.function)(*arguments, packed, Loss.of().packed(), 0))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.abs(one).max() > 0
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(one).max())
