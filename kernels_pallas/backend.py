@@ -1,7 +1,14 @@
 """Which implementation of the kernels a program is built with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import jax
+
+# XLA makes one product of those that read the same when all but one have no more bytes than this
+# (`xla_gpu_dot_merger_threshold_mb`). Each output alone would then be a copy.
+_MERGED_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,9 @@ def select_backend(kernels: Literal["auto", "xla", "pallas"], device: Any) -> Ba
     if kernels == "xla" or (kernels == "auto" and not on_gpu):
         return XLA
     return Backend("pallas", chip_name(device.device_kind), interpret=not on_gpu)
+
+
+def are_merged(x: jax.Array | jax.ShapeDtypeStruct, widths: Sequence[int]) -> bool:
+    """Whether XLA makes one product of those of x that have so many columns."""
+    sizes = sorted(sum(x.shape) * width + x.size for width in widths)
+    return len(sizes) > 1 and sizes[-2] * x.dtype.itemsize <= _MERGED_BYTES

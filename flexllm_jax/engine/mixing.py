@@ -11,7 +11,7 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.rope import Angles
 from flexllm_jax.models.spec import AttentionSpec, MixerSpec
 from flexllm_jax.peft.bypass import Bypass
-from kernels_pallas.backend import Backend
+from kernels_pallas.backend import Backend, are_merged
 from kernels_pallas.layer_passes import rotate, rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 
@@ -45,6 +45,7 @@ class StepMixing:
     ):
         self._inputs, self._page_tables = inputs, page_tables
         self._backend, self._passes = backend, passes
+        self._d_model = decoder.config.d_model
         ropes = {(a.rope, a.head_dim): a for a in decoder.config.attention}
         self._angles = {
             key: decoder.angles(inputs.position, attention) for key, attention in ropes.items()
@@ -79,7 +80,10 @@ class StepMixing:
         pages = [cache["k"], cache["v"]]
         if spec.own_keys:
             q, *pages = rotate_and_write(
-                *(*projected, rotation, inputs.kv_slot), *pages, backend=self._passes
+                *(*projected, rotation, inputs.kv_slot),
+                *pages,
+                backend=self._passes,
+                merged=self._are_merged(spec, projected),
             )
         else:
             q = rotate(projected[0], rotation)
@@ -98,3 +102,11 @@ class StepMixing:
             attended, lse = adapters.attend(q, attended, lse, spec.options)
         rows: dict[str, Any] = {"attended": attended.reshape(attended.shape[0], -1), "lse": lse}
         return Mixed(attended, dict(zip(("k", "v"), pages, strict=True)), rows, {})
+
+    def _are_merged(self, spec: AttentionSpec, projected: tuple[jax.Array, ...]) -> bool:
+        """Whether queries, keys and values are columns of one array, as they were projected."""
+        changed = spec.qk_norm or spec.v_norm or spec.gate or spec.values == "keys"
+        if changed or self.query_factor(spec) is not None:
+            return False
+        read = jax.ShapeDtypeStruct((len(projected[0]), self._d_model), projected[0].dtype)
+        return are_merged(read, [heads[0].size for heads in projected])

@@ -2,8 +2,8 @@
 
 The page pool is sized before anything is compiled, as programs are compiled for its size. These are
 upper bounds of what XLA has been seen to allocate: a forward's widest moment is its feed-forward, a
-backward unit's the feed-forward's gradients, sampling holds rows of logits, a loss unit a chunk of
-the head. Once programs are compiled the engine takes their own numbers (`memory.plan_memory`).
+backward unit's the feed-forward's gradients, sampling and a loss unit hold rows of logits. Once
+programs are compiled the engine takes their own numbers (`memory.plan_memory`).
 """
 
 from flexllm_jax.engine.cache import tree_bytes
@@ -28,21 +28,24 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
     tokens, unit = shape.tokens, sizes.unit_tokens
     rows = max(shape.samples, min(ROWS_AT_ONCE, tokens))
     scored, chunk = logits_at_once(sizes.backend, unit, vocabulary // sizes.devices)
-    logits = scored * chunk
+    on_cpu = sizes.backend.implementation == "xla"
+    loss = 3 * _FLOAT * unit * width + scored * chunk * (10 if on_cpu else _FLOAT + item)
+    if on_cpu:
+        loss += item * chunk * width  # the chunk of the head, copied
 
     forward = item * tokens * 3 * (inner + width) + _FLOAT * _PARTIAL_ROWS * queries
     layer = item * unit * (7 * inner + 4 * width)
     if sizes.dropout:  # each projection reads an input of its own
         forward += item * tokens * inner
         layer += 2 * item * unit * inner
-    if sizes.backend.implementation == "xla":
+    if on_cpu:
         blocks = tokens // _BLOCK + min(shape.sequences, tokens)
         forward += _FLOAT * _BLOCK_ARRAYS * blocks * _BLOCK * queries
         layer += _FLOAT * _BLOCK_ARRAYS * (unit // _BLOCK + 1) * _BLOCK * queries
     reckoned = {
         "forward": forward,
         "sample": 2.4 * _FLOAT * rows * vocabulary,
-        "unit/loss": 10 * logits + item * chunk * width + 3 * _FLOAT * unit * width,
+        "unit/loss": loss,
         "unit/layer": layer,
         "optimizer_step": tree_bytes(sizes.adapter_row.weights),
     }

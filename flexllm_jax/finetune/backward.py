@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
+from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.mixing import Slice, unit_mixing
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.spec import LayerSpec
@@ -26,19 +26,9 @@ from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import Dropout, JobDropout
 from kernels_pallas.backend import Backend
-from kernels_pallas.rows import from_stored, to_stored
+from kernels_pallas.rows import Recalled, Rows, as_array, from_stored, to_stored
 
 LORA_MODULES = frozenset(TARGET_MODULES.values())
-
-
-@jax.custom_vjp
-def _recall(computed: jax.Array, saved: jax.Array) -> jax.Array:
-    """`saved` in the place of `computed`; the gradient goes to `computed`, whose value is then
-    needed for its own gradient at most."""
-    return saved
-
-
-_recall.defvjp(lambda computed, saved: (saved, None), lambda _, gradient: (gradient, None))
 
 
 def job_bypass(
@@ -114,11 +104,21 @@ def layer_unit(
     whole = MicrobatchTable.unpack(table)
     sequence_start = slice_of(whole.sequence_start)
     is_token = sequence_start < whole.label.shape[0]
-    activations = without_padding(slice_of(saved["activations"]), is_token)
-    kept = {name: activations[:, where] for name, where in columns.items()}
+    # Padding may hold NaN of an earlier microbatch: its rows read as zeros.
+    kept = {
+        name: Rows(saved["activations"], start, is_token, (where.start, where.stop))
+        for name, where in columns.items()
+    }
 
-    def tap(name: str, value: jax.Array) -> jax.Array:
-        return _recall(value, kept[name]) if name in kept else value
+    def tap(name: str, value: jax.Array) -> jax.Array | Recalled:
+        return Recalled(value, kept[name]) if name in kept else value
+
+    def recalled(known: jax.Array | Rows, computed: jax.Array) -> jax.Array | Recalled:
+        return Recalled(computed, known) if isinstance(known, Rows) else computed
+
+    def differentiable(known: jax.Array | Rows) -> jax.Array:
+        """What the gradient of what is known is of; of what was kept nobody reads it."""
+        return jnp.zeros(known.shape, known.dtype) if isinstance(known, Rows) else known
 
     # LoRA adds its gradients to `sums` itself, in the half of the layer that has the module.
     own = {
@@ -145,16 +145,19 @@ def layer_unit(
         *(cache, saved, kept, bypass(own, {}), backend),
     )
     x = kept["x"]
-    (projected, gate, x), pull_inputs = jax.vjp(
-        lambda x, *own: layer.project(x, bypass(*own), tap, None, mixing.query_factor),
-        *(x, own, first),
+    (projected, gate, _), pull_inputs = jax.vjp(
+        lambda own_x, *own: layer.project(
+            recalled(x, own_x), bypass(*own), tap, None, mixing.query_factor
+        ),
+        *(differentiable(x), own, first),
     )
     mixed, pull_mixing = mixing.forward(projected)
+    token = as_array(kept["token"]) if "token" in kept else None
     _, pull_outputs = jax.vjp(
-        lambda x, mixed, gate, *own: layer.after_mixing(
-            x, mixed, gate, bypass(*own), tap, kept, kept.get("token")
+        lambda own_x, own_mixed, gate, *own: layer.after_mixing(
+            *(recalled(x, own_x), recalled(mixed, own_mixed), gate, bypass(*own), tap, kept, token)
         ),
-        *(x, mixed, gate, own, second),
+        *(differentiable(x), differentiable(mixed), gate, own, second),
     )
     d_residual, d_mixed, d_gate, d_own_outputs, second = pull_outputs(slice_of(flow["stream"]))
     which = decoder.config.mixers.index(spec.mixer.carried)

@@ -80,8 +80,9 @@ def loss_unit(
 
     The softmax runs over chunks of the vocabulary with a running maximum, and the gradient's sum of
     p_v * head_v is accumulated with it, as attention does with values: one pass over the head for
-    each piece of the slice, and never [U, V] at once (`logits_at_once`). Where logits are capped, each row counts with the cap's slope. LoRA on the
-    head, h A scale, is taken as more columns of the hidden state and B as more columns of the head;
+    each piece of the slice, and never [U, V] at once (`logits_at_once`). Where logits are capped,
+    each row counts with the cap's slope. LoRA on the head, h A scale, is taken as more columns of
+    the hidden state and B as more columns of the head;
     the gradient of B needs a second pass.
 
     Args:

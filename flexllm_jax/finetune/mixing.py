@@ -14,6 +14,7 @@ from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_passes import rotate, rotate_back_and_clear
+from kernels_pallas.rows import Rows, as_array
 
 
 class Slice(NamedTuple):
@@ -51,7 +52,7 @@ class UnitAttention:
         tokens: Slice,
         cache: dict,
         saved: dict,
-        kept: dict[str, jax.Array],
+        kept: dict[str, Rows],
         bypass: Bypass,
         backend: Backend,
     ):
@@ -62,7 +63,7 @@ class UnitAttention:
 
     def forward(
         self, projected: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, Callable[[jax.Array, dict], Pulled]]:
+    ) -> tuple[jax.Array | Rows, Callable[[jax.Array, dict], Pulled]]:
         """What attention returned, and its backward: of the gradient of that and of what is
         carried from the slice behind."""
         options, bypass = self._spec.options, self._bypass
@@ -71,13 +72,14 @@ class UnitAttention:
         where = (self._cache["k"], self._cache["v"], table.kv_slot)
         where += (self._tokens.of(table.sequence_start), start)
         if "attended" in self._kept:
-            attended = self._kept["attended"].reshape(q.shape)
-            lse = self._tokens.of(self._saved["lse"])
+            attended = self._kept["attended"]
+            lse = Rows(self._saved["lse"], start, self._tokens.is_token, (0, q.shape[1]))
         else:
             attended, lse = attention_of_slice(q, *where, options=options, backend=self._backend)
             attended, lse = bypass.attend(q, attended, lse, options)
 
         def pull(d_attended: jax.Array, carried: dict) -> Pulled:
+            d_attended = d_attended.reshape(q.shape)
             dq, dk, dv = attention_backward(
                 q,
                 *where,
@@ -89,7 +91,8 @@ class UnitAttention:
                 options=options,
                 backend=self._backend,
             )
-            dq, adapter = bypass.attend_backward(dq, q, attended, lse, d_attended, options)
+            known = as_array(attended).reshape(q.shape), as_array(lse)
+            dq, adapter = bypass.attend_backward(dq, q, *known, d_attended, options)
             if not self._spec.own_keys:  # dK and dV stay, for the layer whose keys they are of
                 cos, sin = self._angles.rotation
                 return Pulled((rotate(dq, (cos, -sin)),), adapter, {"dk": dk, "dv": dv})

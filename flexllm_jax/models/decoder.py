@@ -7,8 +7,8 @@ runs forward and backward:
 - `bypass(x, outputs, join)` adds what an adapter contributes to the outputs, by name, of the
   projections that read `x`; `join` makes them whole where the model is split over devices;
 - `tap(name, value)` sees the activations that the backward may want: the forward records them, the
-  backward puts the recorded ones in their place. What was needed only to compute the value of a
-  recorded one is then not computed again; what its gradient needs still is.
+  backward puts the recorded ones in their place (`rows.Recalled`). What was needed only to compute
+  the value of a recorded one is then not computed again; what its gradient needs still is.
 
 `split` turns the modules into plain pytrees once; the step programs merge them back while tracing.
 """
@@ -38,6 +38,7 @@ from flexllm_jax.models.rope import Angles, rotary_angles
 from flexllm_jax.models.spec import AttentionSpec, LayerSpec, NormSpec
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_passes import gated
+from kernels_pallas.rows import Recalled, as_array
 
 
 def no_tap(name: str, value: jax.Array) -> jax.Array:
@@ -89,7 +90,7 @@ class DecoderLayer(nnx.Module):
 
     def project(
         self,
-        x: Float[Array, "T D"],
+        x: Float[Array, "T D"] | Recalled,
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
         y: Float[Array, "T D"] | None = None,
@@ -117,8 +118,8 @@ class DecoderLayer(nnx.Module):
 
     def after_mixing(
         self,
-        x: Float[Array, "T D"],
-        mixed: Float[Array, "T N H"],
+        x: Float[Array, "T D"] | Recalled,
+        mixed: Float[Array, "T N H"] | Recalled,
         gate: jax.Array | None,
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
@@ -132,8 +133,8 @@ class DecoderLayer(nnx.Module):
 
     def summands(
         self,
-        x: Float[Array, "T D"],
-        mixed: Float[Array, "T N H"],
+        x: Float[Array, "T D"] | Recalled,
+        mixed: Float[Array, "T N H"] | Recalled,
         gate: jax.Array | None,
         bypass: BypassFunction = no_bypass,
         tap: Tap = no_tap,
@@ -147,15 +148,16 @@ class DecoderLayer(nnx.Module):
             return sum_outputs(y, self.axes)
 
         mixed, out = mixer_of(self.spec.mixer).gated(self, mixed, gate), self.spec.mixer.output
-        y = bypass(mixed, {out: getattr(self, out)(mixed)}, join)[out]
+        y = bypass(mixed, {out: getattr(self, out)(as_array(mixed))}, join)[out]
         y = self._branch(self.post_attn_norm, y, "attention_branch", tap)
         names = self.spec.mlp.projected
         readers = 1 + len(names)
         if "residual" in recalled:  # then the norm is of what was recalled
-            x, normed = self._normed(self.pre_mlp_norm, tap("residual", x + y), None, readers)
+            x = tap("residual", as_array(x) + y)
+            x, normed = self._normed(self.pre_mlp_norm, x, None, readers)
         else:
             x, normed = self._normed(self.pre_mlp_norm, x, y, readers)
-            x = tap("residual", x)
+            x = as_array(tap("residual", x))
         *inputs, h = normed
         outputs = tuple(self._projections(names, h, inputs, bypass).values())
         gate, up = jnp.split(outputs[0], 2, axis=1) if self.spec.mlp.fused else outputs
@@ -182,25 +184,25 @@ class DecoderLayer(nnx.Module):
         inner = gated(tap("token_gate", gate), own, self.backend, 1, self.spec.mlp.activation)[0]
         name = "token_projection"
         y = bypass(inner, {name: self.token_projection(inner)})[name]
-        return self.token_norm(tap("token_branch", y))
+        return self.token_norm(as_array(tap("token_branch", y)))
 
     def _branch(
         self, norm: RMSNorm | None, y: Float[Array, "T D"], name: str, tap: Tap
     ) -> Float[Array, "T D"]:
         """What is added to the residual, from what attention or the feed-forward network gave."""
-        return scaled(y if norm is None else norm(tap(name, y)), self.spec.residual_scale)
+        return scaled(y if norm is None else norm(as_array(tap(name, y))), self.spec.residual_scale)
 
     def _normed(
         self,
         norm: RMSNorm | None,
-        x: Float[Array, "T D"],
+        x: Float[Array, "T D"] | Recalled,
         y: Float[Array, "T D"] | None,
         readers: int,
     ) -> tuple[Float[Array, "T D"], list[Float[Array, "T D"]]]:
         """x + y, and its norm for each of its readers; where the model is split over devices, the
         gradients of all are added up before they are shared."""
         if norm is None:
-            x = x if y is None else x + y
+            x = as_array(x) if y is None else as_array(x) + y
             return x, [share_input(x, self.axes)] * readers
         if not self.axes:
             x, *normed = norm.join(x, y, self.backend, readers)

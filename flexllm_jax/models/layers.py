@@ -13,6 +13,7 @@ from flexllm_jax.models.collectives import Axes
 from flexllm_jax.models.spec import NormSpec
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_passes import add_norm
+from kernels_pallas.rows import Recalled
 
 
 class Linear(nnx.Module):
@@ -49,7 +50,11 @@ class RMSNorm(nnx.Module):
         return add_norm(x, None, self._weight, self.spec.eps)[1]
 
     def join(
-        self, x: Float[Array, "T D"], y: Float[Array, "T D"] | None, backend: Backend, readers: int
+        self,
+        x: Float[Array, "T D"] | Recalled,
+        y: Float[Array, "T D"] | None,
+        backend: Backend,
+        readers: int,
     ) -> tuple[Float[Array, "T D"], ...]:
         """The residual x + y, and it normalized, for so many readers: one pass, and one
         backward."""

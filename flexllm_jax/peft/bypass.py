@@ -21,6 +21,7 @@ from flexllm_jax.peft.lora import lora
 from flexllm_jax.peft.stacks import of_layer
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
+from kernels_pallas.rows import Recalled
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Bypass:
         ]
         return tuple(own)
 
-    def __call__(self, x: jax.Array, outputs: Outputs, join: Join = whole_already) -> Outputs:
+    def __call__(
+        self, x: jax.Array | Recalled, outputs: Outputs, join: Join = whole_already
+    ) -> Outputs:
         """The projections' outputs with what the adapters make of them."""
         split = join is not whole_already  # then x, too, is split over devices
         stacked = (self.weights, self.scales, self.adapter)

@@ -7,15 +7,16 @@ from jaxtyping import Array, Int
 
 from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.peft.dropout import Dropout
-from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.backend import XLA, Backend, are_merged
 from kernels_pallas.grouped_lora import grouped_lora, job_lora
+from kernels_pallas.rows import Recalled, as_array
 
 
 def lora(
     weights: dict,
     scales: dict,
     adapter: Int[Array, " T"],
-    x: jax.Array,
+    x: jax.Array | Recalled,
     outputs: Outputs,
     layer: Int[Array, ""] | int = 0,
     backend: Backend = XLA,
@@ -46,6 +47,7 @@ def lora(
         return outputs
     groups = [(x, names)]
     if dropout is not None:
+        x = as_array(x)
         groups = [(dropout(x, name, split=split), [name]) for name in names]
     for read, group in groups:
         own = tuple(outputs[name] for name in group)
@@ -53,7 +55,9 @@ def lora(
         scale = tuple(scales[name] for name in group)
         added: Any
         if sums is None:
-            added = grouped_lora(read, own, a, b, scale, adapter, backend, layer)
+            read = as_array(read)
+            merged = are_merged(read, [y.shape[1] for y in own])
+            added = grouped_lora(read, own, a, b, scale, adapter, backend, layer, merged=merged)
         else:
             a, b, scale = jax.tree.map(lambda w: w[:, 0], (a, b, scale))
             totals = _factors(sums, group)

@@ -24,6 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
+from kernels_pallas.row_refs import RowRefs
+from kernels_pallas.rows import Rows
 from kernels_pallas.tuning import tiles
 
 LOG2_E = math.log2(math.e)
@@ -40,8 +42,8 @@ def attention_backward(
     kv_slots: Int[Array, " S"],
     sequence_starts: Int[Array, " U"],
     first_row: Int[Array, ""],
-    out: Float[Array, "U N H"],
-    lse: Float[Array, "U N"],
+    out: Float[Array, "U N H"] | Rows,
+    lse: Float[Array, "U N"] | Rows,
     d_out: Float[Array, "U N H"],
     dk: Float[Array, "S K H"],
     dv: Float[Array, "S K H"],
@@ -232,8 +234,16 @@ def _prepare(
     blocks = pl.cdiv(unit_tokens, dq["queries"])
     table = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     statistic = jax.ShapeDtypeStruct((num_heads, unit_tokens), jnp.float32)
+    if not isinstance(out, Rows):
+        out = out.reshape(unit_tokens, -1)
     *ranges, starts, lse, minus_delta = pl.pallas_call(
-        partial(_prepare_kernel, dq=dq, dkv=dkv, options=options),
+        partial(
+            _prepare_kernel,
+            layouts=[RowRefs.layout(x) for x in (out, lse)],
+            dq=dq,
+            dkv=dkv,
+            options=options,
+        ),
         grid=(blocks, num_heads),
         out_shape=(
             table((3,)),
@@ -246,17 +256,25 @@ def _prepare(
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=backend.interpret,
         name="attention_backward_prepare",
-    )(first_row.astype(jnp.int32).reshape(1), starts, d_out, out, lse)
+    )(
+        first_row.astype(jnp.int32).reshape(1),
+        starts,
+        d_out,
+        *RowRefs.arguments(out),
+        *RowRefs.arguments(lse),
+    )
     return _Ranges(*ranges), _Rows(starts, q, d_out, lse, minus_delta)
 
 
 def _prepare_kernel(
-    first_ref, starts_ref, d_out_ref, out_ref, lse_ref,
-    bounds_ref, seen_ref, seeing_ref, new_starts_ref, new_lse_ref, minus_delta_ref,
-    *, dq: dict[str, int], dkv: dict[str, int], options: AttentionOptions,
+    first_ref, starts_ref, d_out_ref, *refs,
+    layouts, dq: dict[str, int], dkv: dict[str, int], options: AttentionOptions,
 ):  # fmt: skip
     """The statistics of a block of one head's queries; for the first head, what it sees. Blocks of
     keys are shared out among the programs."""
+    refs = list(refs)
+    all_out, all_lse = (RowRefs.take(refs, layout) for layout in layouts)
+    bounds_ref, seen_ref, seeing_ref, new_starts_ref, new_lse_ref, minus_delta_ref = refs
     unit_tokens = starts_ref.shape[0]
     block, head = pl.program_id(0), pl.program_id(1)
     first_row = first_ref[0]
@@ -265,11 +283,12 @@ def _prepare_kernel(
     starts = _load(starts_ref.at[row], inside, NEVER)
     live = inside & (starts <= token)
     starts = options.first_keys(starts, token)
-    out, d_out = (
-        _load_rows(ref, row, head, live).astype(jnp.float32) for ref in (out_ref, d_out_ref)
-    )
+    d_out = _load_rows(d_out_ref, row, head, live).astype(jnp.float32)
+    head_dim, column = d_out_ref.shape[2], _iota(d_out.shape[1])
+    out = all_out.load_tile(row, head * head_dim + column).astype(jnp.float32)
+    out = jnp.where(live[:, None] & (column < head_dim)[None, :], out, 0.0)
     heads = jnp.full(row.shape, head)
-    lse = _load(lse_ref.at[(row, heads)], live, 0.0)
+    lse = all_lse.load_tile(row, jnp.full((1,), head)).reshape(row.shape)
     lse = jnp.where(live, lse * LOG2_E, jnp.inf)
     pltriton.store(new_lse_ref.at[(heads, row)], lse, mask=inside)
     minus_delta = -jnp.sum(out * d_out, axis=1)

@@ -15,30 +15,36 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import base, block_backward, one_adapter, pallas_triton
+from kernels_pallas.rows import as_array, computed_and_kept
 
 
-def grouped_lora(x, ys, a, b, scales, adapter, backend: Backend = XLA, layer=None):
+def grouped_lora(
+    x, ys, a, b, scales, adapter, backend: Backend = XLA, layer=None, *, merged: bool = False
+):
     """See `base.grouped_lora`; without a `layer` a, b and scales have no leading axis of layers.
-    Differentiable in x, ys, a and b; scales are constants."""
+    Differentiable in x, ys, a and b; scales are constants. merged: whether ys are columns of one
+    array (`backend.are_merged`)."""
     if layer is None:
         a, b, scales = jax.tree.map(lambda w: w[None], (tuple(a), tuple(b), tuple(scales)))
         layer = 0
-    return _grouped_lora(x, ys, a, b, scales, adapter, jnp.int32(layer), backend)
+    return _grouped_lora(x, ys, a, b, scales, adapter, jnp.int32(layer), backend, merged)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _grouped_lora(x, ys, a, b, scales, adapter, layer, backend: Backend):
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _grouped_lora(x, ys, a, b, scales, adapter, layer, backend: Backend, merged: bool):
     if _takes_xla(backend, a):
         return base.grouped_lora(x, ys, a, b, scales, adapter, layer)
-    return pallas_triton.grouped_lora(x, ys, a, b, scales, adapter, layer, backend)
+    return pallas_triton.grouped_lora(
+        x, ys, a, b, scales, adapter, layer, backend, merged=merged and len(ys) > 1
+    )
 
 
-def _forward(x, ys, a, b, scales, adapter, layer, backend):
-    sums = _grouped_lora(x, ys, a, b, scales, adapter, layer, backend)
+def _forward(x, ys, a, b, scales, adapter, layer, backend, merged):
+    sums = _grouped_lora(x, ys, a, b, scales, adapter, layer, backend, merged)
     return sums, (x, a, b, scales, adapter, layer)
 
 
-def _backward(backend, residuals, d_ys):
+def _backward(backend, merged, residuals, d_ys):
     x, a, b, scales, adapter, layer = residuals
     implementation = base if _takes_xla(backend, a) else block_backward
     own_a, own_b, own_scales = jax.tree.map(lambda w: base.of_layer(w, layer), (a, b, scales))
@@ -62,22 +68,25 @@ _grouped_lora.defvjp(_forward, _backward)
 
 
 def job_lora(x, ys, a, b, scales, present, layer, sums, backend: Backend = XLA):
-    """See `base.job_lora`."""
-    return _job_lora(x, tuple(ys), a, b, scales, present, layer, sums, backend)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(8,))
-def _job_lora(x, ys, a, b, scales, present, layer, sums, backend):
-    return _job_forward(x, ys, a, b, scales, present, layer, sums, backend)[0]
-
-
-def _job_forward(x, ys, a, b, scales, present, layer, sums, backend):
-    s = None
+    """See `base.job_lora`; x may be `rows.Recalled`."""
     if backend.implementation == "xla":
-        out = base.job_lora(x, ys, a, b, scales, present, layer)
+        x = as_array(x)
+    x, kept = computed_and_kept(x)
+    return _job_lora(x, kept, tuple(ys), a, b, scales, present, layer, sums, backend)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(9,))
+def _job_lora(x, kept, ys, a, b, scales, present, layer, sums, backend):
+    return _job_forward(x, kept, ys, a, b, scales, present, layer, sums, backend)[0]
+
+
+def _job_forward(x, kept, ys, a, b, scales, present, layer, sums, backend):
+    s, read = None, x if kept is None else kept
+    if backend.implementation == "xla":
+        out = base.job_lora(read, ys, a, b, scales, present, layer)
     else:
-        out, s = one_adapter.forward(x, ys, a, b, scales, present, layer, backend)
-    return out, (x, a, b, scales, present, layer, s, sums)
+        out, s = one_adapter.forward(read, ys, a, b, scales, present, layer, backend)
+    return out, (read, a, b, scales, present, layer, s, sums)
 
 
 def _job_backward(backend, residuals, d_ys):
@@ -88,7 +97,7 @@ def _job_backward(backend, residuals, d_ys):
     else:
         dx, sums = one_adapter.backward(*shares, s, sums, backend)
     constants = jax.tree.map(jnp.zeros_like, (a, b, scales))
-    return dx, d_ys, *constants, None, None, sums
+    return dx, None, d_ys, *constants, None, None, sums
 
 
 _job_lora.defvjp(_job_forward, _job_backward)

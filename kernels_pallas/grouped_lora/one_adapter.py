@@ -8,7 +8,8 @@ the gradients' sums in place.
    or dx, the sum of all d_s_j a_j^T.
 3. Gradients: a program owns a tile of one sum, walks all tokens and adds to it.
 
-Factors are read as they are kept, float32 of many layers in one array, and rounded in registers.
+Factors are read as they are kept, float32 of many layers in one array, and rounded in registers; x
+may be rows of a large array.
 """
 
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.backend import Backend
+from kernels_pallas.row_refs import RowRefs
 from kernels_pallas.tuning import tiles
 
 MOST_SPLITS = 16
@@ -76,6 +78,7 @@ def _shrink(xs, factors, scales, columns: Columns, present, layer, backend: Back
     partial_sums = pl.pallas_call(
         partial(
             _shrink_kernel,
+            layouts=[RowRefs.layout(x) for x in xs],
             counts=[len(own) for own in factors],
             columns=columns,
             rows=tile["rows"],
@@ -87,27 +90,33 @@ def _shrink(xs, factors, scales, columns: Columns, present, layer, backend: Back
         compiler_params=_options(tile),
         interpret=backend.interpret,
         name="job_lora_shrink",
-    )(_one(layer), *xs, *[w for own in factors for w in own], *scales)
+    )(
+        _one(layer),
+        *[argument for x in xs for argument in RowRefs.arguments(x)],
+        *[w for own in factors for w in own],
+        *scales,
+    )
     total = jnp.where(present[:, None], jnp.sum(partial_sums, axis=0), 0.0)
     return total.astype(xs[0].dtype)
 
 
-def _shrink_kernel(layer_ref, *refs, counts, columns: Columns, rows, size, transposed):
+def _shrink_kernel(layer_ref, *refs, layouts, counts, columns: Columns, rows, size, transposed):
     """A block of rows, one split of each x."""
-    x_refs, *rest = refs[: len(counts)], *refs[len(counts) : -1]
-    w_refs, scale_refs, out_ref = rest[: sum(counts)], rest[sum(counts) :], refs[-1]
+    refs = list(refs)
+    xs = [RowRefs.take(refs, layout) for layout in layouts]
+    w_refs, scale_refs, out_ref = refs[: sum(counts)], refs[sum(counts) : -1], refs[-1]
     block, split, splits = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     row = block * rows + _iota(rows)
     layer = layer_ref[0]
     first = 0
-    for x_ref, count in zip(x_refs, counts, strict=True):
+    for own, count in zip(xs, counts, strict=True):
         numbers = range(first, first + count)
         first += count
-        steps = pl.cdiv(x_ref.shape[1], size)
+        steps = pl.cdiv(own.shape[1], size)
 
-        def add_step(step, totals, x_ref=x_ref, numbers=numbers):
+        def add_step(step, totals, own=own, numbers=numbers):
             place = step * size + _iota(size)
-            x = _load(x_ref, row, place)
+            x = own.load_tile(row, place)
             products = []
             for total, j in zip(totals, numbers, strict=True):
                 rank = _iota(columns.ranks[j])
@@ -173,11 +182,12 @@ def _add_gradients(x, d_ys, s, d_s, sums, columns: Columns, layer, backend: Back
     """sums_a_j += x^T d_s_j and sums_b_j += s_j^T d_y_j at the layer, in place."""
     tile = _tile_sizes("gradients", backend, columns.width, x.dtype, x.shape[0])
     of_a, of_b = sums
-    inputs = [_one(layer), s, d_s, x, *d_ys]
+    inputs = [_one(layer), s, d_s, *RowRefs.arguments(x), *d_ys]
     counts = [pl.cdiv(array.shape[1], tile["columns"]) for array in (x, *d_ys)]
     added = pl.pallas_call(
         partial(
             _gradients_kernel,
+            layout=RowRefs.layout(x),
             counts=counts,
             columns=columns,
             rows=tile["rows"],
@@ -194,20 +204,22 @@ def _add_gradients(x, d_ys, s, d_s, sums, columns: Columns, layer, backend: Back
 
 
 def _gradients_kernel(
-    layer_ref, s_ref, d_s_ref, x_ref, *refs, counts, columns: Columns, rows, size
+    layer_ref, s_ref, d_s_ref, *refs, layout, counts, columns: Columns, rows, size
 ):
     """One tile: of the gradients of all a, or of that of one b."""
+    refs = list(refs)
+    x = RowRefs.take(refs, layout)
     number, layer, projections = pl.program_id(0), layer_ref[0], len(columns.ranks)
     d_y_refs, refs = refs[:projections], refs[projections:]
     old_refs, new_refs = refs[: 2 * projections], refs[2 * projections :]
-    steps = pl.cdiv(x_ref.shape[0], rows)
+    steps = pl.cdiv(x.shape[0], rows)
 
-    def add(wide_ref, low_ref, place, numbers, transposed: bool):
+    def add(load_wide, low_ref, place, numbers, transposed: bool):
         """Products of columns of a wide array and of some projections' columns of s or d_s."""
 
         def add_rows(step, totals):
             row = step * rows + _iota(rows)
-            wide = _load(wide_ref, row, place)
+            wide = load_wide(row, place)
             products = []
             for total, j in zip(totals, numbers, strict=True):
                 low = _load(low_ref, row, columns.starts[j] + _iota(columns.ranks[j]))
@@ -228,7 +240,7 @@ def _gradients_kernel(
 
     @pl.when(number < counts[0])
     def _():
-        add(x_ref, d_s_ref, number * size + _iota(size), range(projections), False)
+        add(x.load_tile, d_s_ref, number * size + _iota(size), range(projections), False)
 
     first = counts[0]
     for j, d_y_ref in enumerate(d_y_refs):
@@ -236,7 +248,7 @@ def _gradients_kernel(
 
         @pl.when((own >= 0) & (own < counts[1 + j]))
         def _(j=j, d_y_ref=d_y_ref, own=own):
-            add(d_y_ref, s_ref, own * size + _iota(size), [j], True)
+            add(partial(_load, d_y_ref), s_ref, own * size + _iota(size), [j], True)
 
         first += counts[1 + j]
 

@@ -36,14 +36,24 @@ def grouped_lora(
     adapter: Int[Array, " T"],
     layer: Int[Array, ""],
     backend: Backend,
+    *,
+    merged: bool,
 ) -> tuple[Float[Array, "T E"], ...]:
-    """See `base.grouped_lora`."""
+    """See `base.grouped_lora`. merged: ys are columns of one array, and would else be copies."""
     num_adapters = a[0].shape[1]
     blocks = block_map(adapter, num_adapters, block_rows(x.shape[0], num_adapters))
     a, b, scales = ([w.reshape(-1, *w.shape[2:]) for w in factors] for factors in (a, b, scales))
     first = jnp.reshape(layer * num_adapters, 1)  # row of the layer's first adapter
     partial_sums = _shrink(x, a, scales, blocks, first, num_adapters, backend)
-    return _expand(partial_sums, ys, b, blocks, first, num_adapters, x.dtype, backend)
+    widths, outputs = [y.shape[1] for y in ys], list(ys)
+    if merged:
+        outputs = [jnp.concatenate(ys, axis=1)]
+    outputs = _expand(
+        partial_sums, outputs, widths, b, blocks, first, num_adapters, x.dtype, backend
+    )
+    if merged:
+        return tuple(jnp.split(outputs[0], [sum(widths[:j]) for j in range(1, len(ys))], axis=1))
+    return outputs
 
 
 def tuning_key(kernel: str, rows: int, columns: int, dtype) -> str:
@@ -118,13 +128,14 @@ def _shrink_kernel(
 
 
 def _expand(
-    partial_sums, ys, b, blocks: BlockMap, first, num_adapters: int, dtype, backend: Backend
+    partial_sums, ys, widths, b, blocks: BlockMap, first, num_adapters: int, dtype, backend: Backend
 ) -> tuple:
-    """ys + s @ b in place, s the total of the partial sums."""
+    """ys + s @ b in place, s the total of the partial sums; ys of so many columns, or one array
+    that has them all."""
     num_blocks, rows = blocks.tokens.shape
     ranks = [padded_rank(up.shape[1]) for up in b]
     tile = expand_tiles(backend.chip, rows, max(ranks), dtype)
-    counts = [pl.cdiv(y.shape[1], tile["columns"]) for y in ys]
+    counts = [pl.cdiv(width, tile["columns"]) for width in widths]
     first_y = 4 + len(b)
     return pl.pallas_call(
         partial(
@@ -132,6 +143,7 @@ def _expand(
             num_adapters=num_adapters,
             ranks=ranks,
             counts=counts,
+            widths=widths,
             tile=tile["columns"],
             dtype=dtype,
         ),
@@ -153,32 +165,36 @@ def _expand_kernel(
     num_adapters,
     ranks,
     counts,
+    widths,
     tile,
     dtype,
 ):
     """One tile of one projection's output, at one block's tokens."""
-    b_refs, y_refs, out_refs = (refs[i : i + len(ranks)] for i in range(0, len(refs), len(ranks)))
+    b_refs, refs = refs[: len(ranks)], refs[len(ranks) :]
+    y_refs, out_refs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+    merged = len(y_refs) < len(ranks)
     block, number = pl.program_id(0), pl.program_id(1)
     adapter = adapter_ref[block]
     used = adapter < num_adapters
 
-    def add_product(b_ref, y_ref, out_ref, column, rank, start):
+    def add_product(j, column, rank, start):
+        b_ref, y_ref, out_ref = b_refs[j], y_refs[0 if merged else j], out_refs[0 if merged else j]
         tokens = tokens_ref[block, :]
-        y = _load_rows(y_ref, tokens, start, tile)
+        index, mask = _rows_index(y_ref, tokens, start, tile, widths[j])
+        if merged:
+            index = index[0], sum(widths[:j]) + index[1]
+        y = pltriton.load(y_ref.at[index], mask=mask, other=0.0)
         row = _row_in(adapter, first_ref[0], num_adapters, b_ref)
         up = _load_factor(b_ref, row, 0, start, rank, tile, dtype)
         s = _total(sums_ref, block, tokens < y_ref.shape[0], column, rank).astype(dtype)
         total = y.astype(jnp.float32) + _dot(s, up)
-        index, mask = _rows_index(y_ref, tokens, start, tile)
         pltriton.store(out_ref.at[index], total.astype(y.dtype), mask=mask)
 
     first, column = 0, 0
-    for b_ref, y_ref, out_ref, count, rank in zip(
-        b_refs, y_refs, out_refs, counts, ranks, strict=True
-    ):
+    for j, (count, rank) in enumerate(zip(counts, ranks, strict=True)):
         mine = used & (number >= first) & (number < first + count)
         start = (number - first) * tile
-        pl.when(mine)(partial(add_product, b_ref, y_ref, out_ref, column, rank, start))
+        pl.when(mine)(partial(add_product, j, column, rank, start))
         first, column = first + count, column + rank
 
 
@@ -201,16 +217,16 @@ def _total(sums_ref, block, valid, column: int, rank: int) -> jax.Array:
 
 def _load_rows(ref, tokens, start, width: int) -> jax.Array:
     """Columns from `start` of the tokens' rows; zeros in empty rows and beyond the last column."""
-    index, mask = _rows_index(ref, tokens, start, width)
+    index, mask = _rows_index(ref, tokens, start, width, ref.shape[1])
     return pltriton.load(ref.at[index], mask=mask, other=0.0)
 
 
-def _rows_index(ref, tokens, start, width: int):
+def _rows_index(ref, tokens, start, width: int, columns_of_all: int):
     shape = (tokens.shape[0], width)
     columns = start + _iota(shape, 1)
     mask = _over_columns(tokens < ref.shape[0], width)
-    if ref.shape[1] % width:
-        mask &= columns < ref.shape[1]
+    if columns_of_all % width:
+        mask &= columns < columns_of_all
     return (_over_columns(tokens, width), columns), mask
 
 

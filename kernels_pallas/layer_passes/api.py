@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_passes import base, pallas_triton
+from kernels_pallas.rows import Recalled, as_array, computed_and_kept
 
 
 def add_norm(
@@ -18,59 +19,67 @@ def add_norm(
     """See `base.add_norm`. Differentiable in x and y; the weight is a constant.
 
     The normed array is returned once for each of `readers`: their gradients then come one by one,
-    and the pass that reads them adds them up.
+    and the pass that reads them adds them up. x may be `rows.Recalled`.
     """
     if backend.implementation == "xla":
-        total, normed = base.add_norm(x, y, weight, eps)
+        total, normed = base.add_norm(as_array(x), y, weight, eps)
         return total, *[normed] * readers
-    return _add_norm(x, y, weight, eps, backend, readers)
+    return _add_norm(*computed_and_kept(x), y, weight, eps, backend, readers)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _add_norm(x, y, weight, eps, backend, readers):
-    return _add_norm_forward(x, y, weight, eps, backend, readers)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _add_norm(x, kept, y, weight, eps, backend, readers):
+    return _add_norm_forward(x, kept, y, weight, eps, backend, readers)[0]
 
 
-def _add_norm_forward(x, y, weight, eps, backend, readers):
-    total, normed = pallas_triton.add_norm(x, y, weight, eps, backend)
-    return (total, *[normed] * readers), (total, weight, y is None)
+def _add_norm_forward(x, kept, y, weight, eps, backend, readers):
+    read = x if kept is None else kept
+    total, normed = pallas_triton.add_norm(read, y, weight, eps, backend)
+    return (total, *[normed] * readers), (read if y is None else total, weight, y is None)
 
 
 def _add_norm_backward(eps, backend, readers, residuals, gradients):
     total, weight, alone = residuals
     d_total, *d_normed = gradients
     d = pallas_triton.add_norm_backward(total, weight, d_total, d_normed, eps, backend)
-    return d, None if alone else d, jnp.zeros_like(weight)
+    return d, None, None if alone else d, jnp.zeros_like(weight)
 
 
 _add_norm.defvjp(_add_norm_forward, _add_norm_backward)
 
 
 def gated(
-    gate: jax.Array,
-    up: jax.Array,
+    gate: jax.Array | Recalled,
+    up: jax.Array | Recalled,
     backend: Backend = XLA,
     readers: int = 1,
     activation: base.Activation = "silu",
 ) -> tuple[jax.Array, ...]:
     """See `base.gated`; once for each of `readers`, as in `add_norm`. Its gradients are one pass;
-    XLA's own forward is one, too. There is a kernel for silu alone."""
+    XLA's own forward is one, too. There is a kernel for silu alone. Both factors may be
+    `rows.Recalled`."""
     if backend.implementation == "xla" or activation != "silu":
-        return (base.gated(gate, up, activation),) * readers
-    return _gated(gate, up, backend, readers)
+        return (base.gated(as_array(gate), as_array(up), activation),) * readers
+    (gate, kept_gate), (up, kept_up) = map(computed_and_kept, (gate, up))
+    return _gated(gate, up, kept_gate, kept_up, backend, readers)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _gated(gate, up, backend, readers):
-    return (base.gated(gate, up),) * readers
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _gated(gate, up, kept_gate, kept_up, backend, readers):
+    return _gated_forward(gate, up, kept_gate, kept_up, backend, readers)[0]
 
 
-_gated.defvjp(
-    lambda gate, up, backend, readers: ((base.gated(gate, up),) * readers, (gate, up)),
-    lambda backend, _, kept, d_inner: pallas_triton.gated_backward(
-        kept[0], kept[1], d_inner, backend
-    ),
-)
+def _gated_forward(gate, up, kept_gate, kept_up, backend, readers):
+    read = gate if kept_gate is None else kept_gate, up if kept_up is None else kept_up
+    return (base.gated(as_array(read[0]), as_array(read[1])),) * readers, read
+
+
+def _gated_backward(backend, readers, read, d_inner):
+    gate, up = read
+    return *pallas_triton.gated_backward(gate, up, d_inner, backend), None, None
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 def rotate_back_and_clear(*arguments, backend: Backend = XLA):
@@ -80,8 +89,9 @@ def rotate_back_and_clear(*arguments, backend: Backend = XLA):
     return pallas_triton.rotate_back_and_clear(*arguments, backend=backend)
 
 
-def rotate_and_write(*arguments, backend: Backend = XLA):
-    """See `base.rotate_and_write`, which says what the arguments are."""
+def rotate_and_write(*arguments, backend: Backend = XLA, merged: bool = False):
+    """See `base.rotate_and_write`, which says what the arguments are; merged: whether q, k and v
+    are columns of one array."""
     if backend.implementation == "xla":
         return base.rotate_and_write(*arguments)
-    return pallas_triton.rotate_and_write(*arguments, backend=backend)
+    return pallas_triton.rotate_and_write(*arguments, backend=backend, merged=merged)

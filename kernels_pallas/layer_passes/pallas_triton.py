@@ -10,35 +10,40 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.backend import Backend
+from kernels_pallas.row_refs import RowRefs
+from kernels_pallas.rows import as_array
 from kernels_pallas.tuning import tiles
 
 
 def add_norm(x, y, weight, eps: float, backend: Backend) -> tuple[jax.Array, jax.Array]:
-    """See `base.add_norm`; x is [T, D]. A program has a row."""
+    """See `base.add_norm`; x is [T, D], an array or rows of one. A program has a row."""
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    arguments = (x, weight) if y is None else (x, weight, y)
+    arguments = (weight,) if y is None else (weight, y)
     *total, normed = pl.pallas_call(
-        partial(_add_norm_kernel, eps=eps),
+        partial(_add_norm_kernel, layout=RowRefs.layout(x), eps=eps),
         grid=x.shape[:1],
-        out_shape=[like] * (len(arguments) - 1),
+        out_shape=[like] * len(arguments),
         compiler_params=_row_options(backend, x),
         interpret=backend.interpret,
         name="add_norm",
-    )(*arguments)
-    return (total[0] if total else x), normed
+    )(*RowRefs.arguments(x), *arguments)
+    return (total[0] if total else as_array(x)), normed
 
 
-def _add_norm_kernel(x_ref, weight_ref, *refs, eps: float):
-    *sum_refs, normed_ref = refs
-    row, columns, mask = _row(x_ref)
-    total = _load(x_ref.at[row, columns], mask)
+def _add_norm_kernel(*refs, layout, eps: float):
+    refs = list(refs)
+    x_refs = RowRefs.take(refs, layout)
+    weight_ref, *sum_refs, normed_ref = refs
+    size = x_refs.shape[1]
+    row, columns, mask = _row(size)
+    total = x_refs.load_row(row, columns, mask).astype(jnp.float32)
     if sum_refs:
         y_ref, sum_ref = sum_refs
         # Rounded, as what reads the sum will read it.
         total = (total + _load(y_ref.at[row, columns], mask)).astype(sum_ref.dtype)
         pltriton.store(sum_ref.at[row, columns], total, mask=mask)
         total = total.astype(jnp.float32)
-    normed = total * _root(total, x_ref, eps)
+    normed = total * _root(total, size, eps)
     if weight_ref.dtype == normed_ref.dtype:
         normed = normed.astype(normed_ref.dtype)
     weighted = _load(weight_ref.at[columns], mask) * normed.astype(jnp.float32)
@@ -46,105 +51,120 @@ def _add_norm_kernel(x_ref, weight_ref, *refs, eps: float):
 
 
 def add_norm_backward(total, weight, d_total, d_normed, eps: float, backend: Backend) -> jax.Array:
-    """The gradient of x and of y, given that of the sum, and those that add up to that of the
-    norm."""
+    """The gradient of x and of y, given that of the sum, an array or rows of one, and those that
+    add up to that of the norm."""
     return pl.pallas_call(
-        partial(_add_norm_backward_kernel, eps=eps),
+        partial(_add_norm_backward_kernel, layout=RowRefs.layout(total), eps=eps),
         grid=total.shape[:1],
         out_shape=jax.ShapeDtypeStruct(total.shape, total.dtype),
         compiler_params=_row_options(backend, total),
         interpret=backend.interpret,
         name="add_norm_backward",
-    )(total, weight, d_total, *d_normed)
+    )(*RowRefs.arguments(total), weight, d_total, *d_normed)
 
 
-def _add_norm_backward_kernel(total_ref, weight_ref, d_total_ref, *refs, eps: float):
+def _add_norm_backward_kernel(*refs, layout, eps: float):
     """With n = x / rms(x) and g the gradient of n: (g - n mean(g n)) / rms(x)."""
-    *d_normed_refs, d_ref = refs
-    row, columns, mask = _row(total_ref)
-    total = _load(total_ref.at[row, columns], mask)
-    root = _root(total, total_ref, eps)
+    refs = list(refs)
+    total_refs = RowRefs.take(refs, layout)
+    weight_ref, d_total_ref, *d_normed_refs, d_ref = refs
+    size = total_refs.shape[1]
+    row, columns, mask = _row(size)
+    total = total_refs.load_row(row, columns, mask).astype(jnp.float32)
+    root = _root(total, size, eps)
     normed = total * root
     d_normed = sum(_load(ref.at[row, columns], mask) for ref in d_normed_refs)
     gradient = _load(weight_ref.at[columns], mask) * d_normed
-    mean = jnp.sum(gradient * normed) / total_ref.shape[1]
+    mean = jnp.sum(gradient * normed) / size
     through_norm = root * (gradient - normed * mean)
     d_total = _load(d_total_ref.at[row, columns], mask)
     pltriton.store(d_ref.at[row, columns], (d_total + through_norm).astype(d_ref.dtype), mask=mask)
 
 
-def _root(total, ref, eps: float):
+def _root(total, size: int, eps: float):
     """The reciprocal of the row's root mean square."""
-    return lax.rsqrt(jnp.sum(total * total) / ref.shape[1] + eps)
+    return lax.rsqrt(jnp.sum(total * total) / size + eps)
 
 
-def _row(ref):
-    """Index arrays of a program's row, and their mask."""
-    size = pl.next_power_of_2(ref.shape[1])
+def _row(width: int):
+    """A program's row, the index array of its columns, and their mask."""
+    size = pl.next_power_of_2(width)
     columns = lax.iota(jnp.int32, size)
-    mask = None if size == ref.shape[1] else columns < ref.shape[1]
-    return jnp.full((size,), pl.program_id(0)), columns, mask
+    return pl.program_id(0), columns, None if size == width else columns < width
 
 
 def gated_backward(gate, up, d_inner, backend: Backend) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `base.gated`, given those that add up to its own; a program has a piece of the
-    arrays, taken as flat."""
-    like = jax.ShapeDtypeStruct((gate.size,), gate.dtype)
+    """Gradients of `base.gated`, of arrays or rows of some, given those that add up to its own; a
+    program has a piece of a row."""
+    like = jax.ShapeDtypeStruct(gate.shape, gate.dtype)
     tile = gated_tiles(backend.chip, gate.dtype)
-    d_gate, d_up = pl.pallas_call(
-        partial(_gated_backward_kernel, size=tile["size"]),
-        grid=(pl.cdiv(gate.size, tile["size"]),),
+    return pl.pallas_call(
+        partial(
+            _gated_backward_kernel,
+            layouts=[RowRefs.layout(x) for x in (gate, up)],
+            size=tile["size"],
+        ),
+        grid=(pl.cdiv(gate.shape[1], tile["size"]), gate.shape[0]),
         out_shape=(like, like),
         compiler_params=_options(tile),
         interpret=backend.interpret,
         name="gated_backward",
-    )(*(array.reshape(-1) for array in (gate, up, *d_inner)))
-    return d_gate.reshape(gate.shape), d_up.reshape(gate.shape)
+    )(*RowRefs.arguments(gate), *RowRefs.arguments(up), *d_inner)
 
 
-def _gated_backward_kernel(gate_ref, up_ref, *refs, size: int):
+def _gated_backward_kernel(*refs, layouts, size: int):
     """With s = sigmoid(gate): the derivative of gate s is s (1 + gate (1 - s))."""
+    refs = list(refs)
+    both = [RowRefs.take(refs, layout) for layout in layouts]
     *d_inner_refs, d_gate_ref, d_up_ref = refs
-    index = pl.program_id(0) * size + lax.iota(jnp.int32, size)
-    mask = None if gate_ref.shape[0] % size == 0 else index < gate_ref.shape[0]
-    gate, up = (_load(ref.at[index], mask) for ref in (gate_ref, up_ref))
-    d_inner = sum(_load(ref.at[index], mask) for ref in d_inner_refs)
+    row, width = pl.program_id(1), both[0].shape[1]
+    columns = pl.program_id(0) * size + lax.iota(jnp.int32, size)
+    mask = None if width % size == 0 else columns < width
+    gate, up = (x.load_row(row, columns, mask).astype(jnp.float32) for x in both)
+    d_inner = sum(_load(ref.at[row, columns], mask) for ref in d_inner_refs)
     sigmoid = 1.0 / (1.0 + jnp.exp(-gate))
     d_gate = d_inner * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    pltriton.store(d_gate_ref.at[index], d_gate.astype(d_gate_ref.dtype), mask=mask)
     d_up = d_inner * gate * sigmoid
-    pltriton.store(d_up_ref.at[index], d_up.astype(d_up_ref.dtype), mask=mask)
+    for ref, gradient in ((d_gate_ref, d_gate), (d_up_ref, d_up)):
+        pltriton.store(ref.at[row, columns], gradient.astype(ref.dtype), mask=mask)
 
 
-def rotate_and_write(q, k, v, angles, slots, k_pages, v_pages, backend: Backend):
-    """See `base.rotate_and_write`; a program has the heads of a token."""
-    tokens, _, head_dim = q.shape
+def rotate_and_write(q, k, v, angles, slots, k_pages, v_pages, backend: Backend, *, merged: bool):
+    """See `base.rotate_and_write`; a program has the heads of a token. merged: q, k and v are
+    columns of one array, and would else be copies."""
+    tokens, num_heads, head_dim = q.shape
     cos, sin = _of_one_half(angles)
     flat = [pages.reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages)]
+    heads, arrays = (0, 0, 0), [q, k, v]
+    if merged:
+        heads = (0, num_heads, num_heads + k.shape[1])
+        arrays = [jnp.concatenate([x.reshape(tokens, -1) for x in arrays], axis=1)]
+        arrays = [x.reshape(tokens, -1, head_dim) for x in arrays]
+    inputs = [*arrays, cos, sin, slots, *flat]
     rotated, *written = pl.pallas_call(
-        _rotate_and_write_kernel,
+        partial(_rotate_and_write_kernel, first_heads=heads),
         grid=(tokens,),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *flat)),
-        input_output_aliases={6: 1, 7: 2},
+        input_output_aliases={len(inputs) - 2: 1, len(inputs) - 1: 2},
         compiler_params=_options(rotate_tiles(backend.chip, head_dim, q.dtype)),
         interpret=backend.interpret,
         name="rotate_and_write",
-    )(q, k, v, cos, sin, slots, *flat)
+    )(*inputs)
     return rotated, *(x.reshape(k_pages.shape) for x in written)
 
 
-def _rotate_and_write_kernel(
-    q_ref, k_ref, v_ref, cos_ref, sin_ref, slots_ref, _, __, rotated_ref, k_pages_ref, v_pages_ref
-):
+def _rotate_and_write_kernel(*refs, first_heads: tuple[int, int, int]):
+    *heads_refs, cos_ref, sin_ref, slots_ref, _, _, rotated_ref, k_pages_ref, v_pages_ref = refs
+    q_ref, k_ref, v_ref = heads_refs if len(heads_refs) == 3 else heads_refs * 3
     token = pl.program_id(0)
     slot = slots_ref[token]
     angles = (token, cos_ref, sin_ref, 1.0)
     kept = slot < k_pages_ref.shape[0]
-    _rotate(q_ref, token, rotated_ref, token, angles, True)
-    _rotate(k_ref, token, k_pages_ref, slot, angles, kept)
-    head, column, inside = _heads(v_ref, v_ref.shape[2])
-    value = pltriton.load(v_ref.at[token, head, column], mask=inside, other=0.0)
-    value = value.astype(v_pages_ref.dtype)
+    _rotate(q_ref, token, rotated_ref, token, angles, True, first_heads[0])
+    _rotate(k_ref, token, k_pages_ref, slot, angles, kept, first_heads[1])
+    head, column, inside = _heads(v_pages_ref, v_pages_ref.shape[2])
+    at = v_ref.at[token, first_heads[2] + head, column]
+    value = pltriton.load(at, mask=inside, other=0.0).astype(v_pages_ref.dtype)
     pltriton.store(v_pages_ref.at[slot, head, column], value, mask=inside & kept)
 
 
@@ -193,13 +213,17 @@ def _rotate_back_and_clear_kernel(
     pltriton.store(clear_v_ref.at[slot, head, column], zeros, mask=inside)
 
 
-def _rotate(ref, row, out_ref, out_row, angles, kept: bool | jax.Array) -> None:
-    """Rotate the heads of a row by a token's angles, or (-1) back."""
+def _rotate(
+    ref, row, out_ref, out_row, angles, kept: bool | jax.Array, first_head: int = 0
+) -> None:
+    """Rotate the heads of a row, from one of them on, by a token's angles, or (-1) back."""
     token, cos_ref, sin_ref, sign = angles
     half = ref.shape[2] // 2
-    head, column, inside = _heads(ref, half)
+    head, column, inside = _heads(out_ref, half)
     rounded = out_ref.dtype
-    first, second = (_load(ref.at[row, head, column + i * half], inside, rounded) for i in (0, 1))
+    first, second = (
+        _load(ref.at[row, first_head + head, column + i * half], inside, rounded) for i in (0, 1)
+    )
     cos, sin = (_load(a.at[token, column], inside, rounded) for a in (cos_ref, sin_ref))
     sin *= sign
     for i, rotated in enumerate((first * cos - second * sin, second * cos + first * sin)):

@@ -96,6 +96,13 @@ def test_shapes(grouped_lora, shape):
         assert_close(out, expected, TOLERANCE[np.float32])
 
 
+def test_outputs_that_are_columns_of_one_array():
+    arguments = problem(np.float32)
+    merged = jax.jit(partial(api, backend=BACKENDS["pallas"], merged=True))(*arguments)
+    for one, other in zip(merged, _compiled("pallas")(*arguments), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("adapters", (ADAPTERS, 1))
 def test_a_layer_of_a_stack_is_what_it_is_alone(grouped_lora, adapters):
     """Forward and backward; a factor that all layers share has a stack of one."""

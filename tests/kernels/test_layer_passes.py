@@ -102,9 +102,10 @@ def test_gated_activations_and_both_gradients(backend, dtype, shape):
     assert_close(d_up, d * g * sigmoid, dtype)
 
 
+@pytest.mark.parametrize("merged", (False, True))
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), ((4, 2, 16), (7, 1, 80)))
 def test_queries_rotated_and_keys_and_values_in_their_pages(
-    backend, dtype, heads, kv_heads, head_dim
+    backend, dtype, heads, kv_heads, head_dim, merged
 ):
     tokens, pages, page = 6, 3, 4
     q, k, v, k_pages, v_pages = normals(
@@ -118,7 +119,7 @@ def test_queries_rotated_and_keys_and_values_in_their_pages(
     angles = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
     slots = np.array([5, 0, 12, 11, 13, 3], np.int32)  # the third and the fifth have no page
     # Pages are of a stored dtype; here the kernels' own.
-    out, *written = jax.jit(partial(rotate_and_write, backend=backend))(
+    out, *written = jax.jit(partial(rotate_and_write, backend=backend, merged=merged))(
         q, k, v, angles, slots, jnp.asarray(k_pages), jnp.asarray(v_pages)
     )
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from flexllm_jax.models.layers import RMSNorm, unit_norm
 from flexllm_jax.models.mixers.mixer import Mixer, Tap
 from flexllm_jax.models.spec import AttentionSpec
+from kernels_pallas.rows import Recalled, as_array
 
 
 class AttentionMixer(Mixer):
@@ -55,19 +56,19 @@ class AttentionMixer(Mixer):
         if spec.gate:  # of each head the query, then its gate
             q, gate = jnp.split(q.reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
             q, gate = (x.reshape(-1, spec.inner) for x in (q, gate))
-            gate = tap("attention_gate", gate)
-        q = self._by_heads(layer, tap("query", q), "q_norm")
+            gate = as_array(tap("attention_gate", gate))
+        q = self._by_heads(layer, as_array(tap("query", q)), "q_norm")
         if query_factor is not None:
             q = q * query_factor.astype(q.dtype)
         if not own:
             return (q,), gate
         k, v = own[0], own[-1]
         if spec.qk_norm:
-            k = tap("key", k)
+            k = as_array(tap("key", k))
         if spec.values == "keys":
             v = k
         elif spec.v_norm:
-            v = tap("value", v)
+            v = as_array(tap("value", v))
         v = v.reshape(v.shape[0], -1, spec.head_dim)
         if spec.v_norm:
             v = unit_norm(v, layer.spec.norm.eps)
@@ -84,8 +85,8 @@ class AttentionMixer(Mixer):
         return x if spec.rope is None else spec.rope.pair(x)
 
     def gated(
-        self, layer: Any, mixed: Float[Array, "T N H"], gate: jax.Array | None
-    ) -> Float[Array, "T NH"]:
+        self, layer: Any, mixed: Float[Array, "T N H"] | Recalled, gate: jax.Array | None
+    ) -> Float[Array, "T NH"] | Recalled:
         """Attention's output, times the sigmoid of its gate."""
         flat = super().gated(layer, mixed, gate)
-        return flat if gate is None else flat * jax.nn.sigmoid(gate)
+        return flat if gate is None else as_array(flat) * jax.nn.sigmoid(gate)

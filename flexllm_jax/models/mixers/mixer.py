@@ -10,8 +10,9 @@ import jax
 from jaxtyping import Array, Float
 
 from flexllm_jax.models.layers import RMSNorm
+from kernels_pallas.rows import Recalled
 
-Tap = Callable[[str, jax.Array], jax.Array]
+Tap = Callable[[str, jax.Array], jax.Array | Recalled]
 
 
 class Mixer(ABC):
@@ -42,7 +43,7 @@ class Mixer(ABC):
         """What is mixed, from the projections' outputs by name, and what `gated` takes."""
 
     def gated(
-        self, layer: Any, mixed: Float[Array, "T N H"], gate: jax.Array | None
-    ) -> Float[Array, "T NH"]:
+        self, layer: Any, mixed: Float[Array, "T N H"] | Recalled, gate: jax.Array | None
+    ) -> Float[Array, "T NH"] | Recalled:
         """What the output projection reads, from what the mixing returned."""
         return mixed.reshape(mixed.shape[0], -1)

@@ -1,0 +1,69 @@
+"""How Triton kernels read rows: of an array of their own, or where they lie in a large one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as pltriton
+
+from kernels_pallas.rows import Rows
+
+
+class RowRefs(NamedTuple):
+    """References to rows [U, W], and where in their array they are.
+
+    array: the rows, or with `start` what they are a part of. start: [1], the first of them. live:
+    [U], other than zero where a row is read.
+    """
+
+    array: Any
+    start: Any
+    live: Any
+    first_column: int
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def arguments(x: jax.Array | Rows) -> list[jax.Array]:
+        """What a kernel is given of x."""
+        if isinstance(x, Rows):
+            start = jnp.reshape(x.start, (1,)).astype(jnp.int32)
+            return [x.array, start, x.live.astype(jnp.int32)]
+        return [x]
+
+    @staticmethod
+    def layout(x: jax.Array | Rows) -> tuple[bool, int, tuple[int, ...]]:
+        """What `take` wants to know of x: static."""
+        return isinstance(x, Rows), x.columns[0] if isinstance(x, Rows) else 0, x.shape
+
+    @classmethod
+    def take(cls, refs: list, layout: tuple[bool, int, tuple[int, ...]]) -> "RowRefs":
+        """References to `arguments`, taken from the front of a kernel's."""
+        in_place, column, shape = layout
+        others = (refs.pop(1), refs.pop(1)) if in_place else (None, None)
+        return cls(refs.pop(0), *others, column, shape)
+
+    def load_row(self, row, column, mask=None) -> jax.Array:
+        """Columns of one row; zeros where masked."""
+        if self.start is not None:
+            live = jnp.full(column.shape, self.live[row] != 0)
+            mask = live if mask is None else mask & live
+            row = self.start[0] + row
+        index = (jnp.full(column.shape, row), self.first_column + column)
+        return _load(self.array, index, mask)
+
+    def load_tile(self, row, column) -> jax.Array:
+        """Columns of rows; zeros beyond the last of both."""
+        read = row < self.shape[0]
+        if self.start is not None:
+            read = pltriton.load(self.live.at[row], mask=read, other=0) != 0
+            row = self.start[0] + row
+        shape = (row.shape[0], column.shape[0])
+        rows, read = (lax.broadcast_in_dim(x, shape, (0,)) for x in (row, read))
+        columns = lax.broadcast_in_dim(column, shape, (1,))
+        index = (rows, self.first_column + columns)
+        return _load(self.array, index, read & (columns < self.shape[1]))
+
+
+def _load(ref, index, mask) -> jax.Array:
+    return pltriton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
