@@ -254,6 +254,17 @@ class Scheduler:
 
     def _features(self, decode: Decode, prefill: list[Chunk]) -> StepFeatures:
         buckets = self.config.token_buckets
+        if not prefill:
+            used = len(decode)
+            return StepFeatures(
+                token_bucket=buckets[bisect.bisect_left(buckets, used)] if used else 0,
+                decode_tokens=used,
+                decode_kv=decode.keys,
+                adapters=decode.adapters,
+                sampling=decode.sampling,
+                logprobs=decode.logprobs,
+                most_rows=self.config.max_sequences,
+            )
         tokens = sum(chunk.length for chunk in prefill)
         used = len(decode) + tokens
         keys = [chunk.start + chunk.length for chunk in prefill]

@@ -10,7 +10,7 @@ keys and values are what later tokens and the backward read.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from scheduler.choice import Allowance, choose
 from scheduler.config import SchedulerConfig
@@ -23,8 +23,7 @@ from scheduler.request import BackwardUnits, FinetuneForward, Microbatch, StepPl
 _CREDIT = 8  # buffers full of tokens that a job may be behind when it comes back
 
 
-@dataclass(frozen=True)
-class FinetuneWork:
+class FinetuneWork(NamedTuple):
     """The finetuning part of a step plan; its fields are those of `StepPlan`."""
 
     forward: FinetuneForward | None

@@ -183,7 +183,8 @@ class InferenceQueue:
             sequence.output += tokens
             sequence.last_token_at = now
             sequence.due += count * sequence.tpot_s
-            self._jobs.charge(sequence.request.job, count)
+            if sequence.request.job is not None:
+                self._jobs.charge(sequence.request.job, count)
             missing = -(-sequence.computed // page_size) - len(sequence.pages)
             if missing > 0:
                 sequence.pages += self.pool.allocate(missing) or []

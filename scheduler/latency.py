@@ -87,6 +87,10 @@ class StepFeatures(NamedTuple):
     dropout: bool = False
     dropout_units: int = 0
 
+    def with_prefill(self, bucket: int, tokens: int) -> StepFeatures:
+        """As if a step of that bucket had so many prefill tokens; `_replace` takes longer."""
+        return StepFeatures(bucket, self.decode_tokens, tokens, *self[3:])
+
     @property
     def has_units(self) -> bool:
         """Whether the step runs backward units."""

@@ -1,8 +1,8 @@
 """What the scheduler is asked to do, and what it answers.
 
 A `Request` (inference) or a `Microbatch` (finetuning) goes in; a `StepPlan` comes out, naming the
-tokens of one device step and the backward units that follow it. Everything is frozen except
-`Sequence`, the scheduler's own record of a request, which the engine may read but not write.
+tokens of one device step and the backward units that follow it. Nothing changes once it is made
+except `Sequence`, the scheduler's own record of a request, which the engine may read but not write.
 
 Invariant: `computed` and `in_flight` describe the steps *dispatched*, not those the host has read
 back; the host learns a token's value one step later, through `Scheduler.complete`.
@@ -195,7 +195,10 @@ class Chunk(NamedTuple):
     samples: bool
 
 
-@dataclass(frozen=True, slots=True)
+# Parts of plans are not `frozen`, though nobody changes them: making them would take twice as long.
+
+
+@dataclass(slots=True)
 class Decode:
     """The decode tokens of a step, and what is known of all of them; iterates as chunks.
 
@@ -227,7 +230,7 @@ class Decode:
             yield Chunk(sequence, position, 1, samples=True)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class FinetuneForward:
     """Tokens [start, start + length) of a microbatch, counted over its packing.
 
@@ -245,7 +248,7 @@ class FinetuneForward:
     length: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class BackwardUnits:
     """Backward units of a microbatch whose forward is complete.
 
@@ -261,7 +264,7 @@ class BackwardUnits:
     done: bool
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepPlan:
     """One device step. Its parts run in this order: copies of recurrent state, forward program,
     backward units.

@@ -161,8 +161,8 @@ class DecoderLayer(nnx.Module):
         *inputs, h = normed
         outputs = tuple(self._projections(names, h, inputs, bypass).values())
         gate, up = jnp.split(outputs[0], 2, axis=1) if self.spec.mlp.fused else outputs
-        gate, up = tap("gate", gate), tap("up", up)
-        inner, low = gated(gate, up, self.backend, 2, self.spec.mlp.activation)
+        factors = tap("gate", gate), tap("up", up)
+        inner, low = gated(*factors, self.backend, 2, self.spec.mlp.activation)
         y = bypass(low, {"down": self.down(inner)}, join)["down"]
         y = self._branch(self.post_mlp_norm, y, "mlp_branch", tap)
         if own is not None:

@@ -65,7 +65,7 @@ class CoServing:
             buckets,
             budget_s,
             key=lambda bucket: step.latency.forward_s(
-                step.features._replace(token_bucket=bucket, prefill_tokens=bucket - decoding)
+                step.features.with_prefill(bucket, bucket - decoding)
             ),
         )
         least = bisect.bisect_left(buckets, decoding + buckets[0])

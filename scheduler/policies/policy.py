@@ -13,6 +13,7 @@ from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.progress import Progress
 from scheduler.request import Chunk, Decode, Sequence, StepPlan
 
+_NO_DECODE, _NO_FEATURES = Decode(), StepFeatures()
 STEADY = 64  # steps that may be taken as alike: contexts hardly grow meanwhile
 
 
@@ -35,9 +36,9 @@ class Step:
     waiting: list[Sequence]
     in_work: list[Progress]
     queued: bool
-    decode: Decode = field(default_factory=Decode)
+    decode: Decode = field(default_factory=lambda: _NO_DECODE)
     prefill: list[Chunk] = field(default_factory=list)
-    features: StepFeatures = field(default_factory=StepFeatures)
+    features: StepFeatures = _NO_FEATURES
     backlog: bool = False
 
     @property
