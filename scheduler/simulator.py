@@ -16,15 +16,16 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from scheduler.coserving import Scheduler
 from scheduler.latency import LatencyModel, StepFeatures
-from scheduler.request import Microbatch, Request, Slo, StepPlan
+from scheduler.request import Request, Slo, StepPlan
 from scheduler.request import Sequence as RequestState
 from scheduler.slo import RequestTiming, summarize
+from scheduler.supply import Supply
 from scheduler.workload import Arrival
 
 _NO_TOKENS: tuple[int, ...] = (0,) * (1 << 17)  # prompts are lengths; nobody reads their tokens
@@ -47,50 +48,6 @@ class PerfectModel(LatencyModel):
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """Nothing to learn."""
-
-
-class Supply(Protocol):
-    """A job that always has another microbatch."""
-
-    job: str
-
-    def next(self) -> Microbatch:
-        """The next microbatch."""
-        ...
-
-
-class FinetuneSupply:
-    """A job without end: sequences of `lengths`, over and over, `accumulation` of them a batch.
-
-    Consecutive sequences of a batch are packed in microbatches of at most `microbatch_tokens`; a
-    longer one is a microbatch of its own.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        microbatch_tokens: int,
-        accumulation: int = 8,
-        job: str = "finetune",
-    ) -> None:
-        if not lengths:
-            raise ValueError(f"job {job!r} has no sequences")
-        self.job = job
-        self._lengths, self._microbatch_tokens = list(lengths), microbatch_tokens
-        self._accumulation = accumulation
-        self._used = self._microbatches = 0
-
-    def next(self) -> Microbatch:
-        """The next microbatch."""
-        batch, packed = self._used // self._accumulation, []
-        while self._used // self._accumulation == batch:
-            length = self._lengths[self._used % len(self._lengths)]
-            if packed and sum(packed) + length > self._microbatch_tokens:
-                break
-            packed.append(length)
-            self._used += 1
-        self._microbatches += 1
-        return Microbatch(self._microbatches, tuple(packed), job=self.job, weights_version=batch)
 
 
 @dataclass
@@ -139,6 +96,7 @@ class SimulatedEngine:
     now: float = 0.0  # when the host makes its next plan
     timings: list[RequestTiming] = field(default_factory=list)
     output_tokens: int = 0
+    answered_tokens: int = 0  # output of the job's own requests, which is not counted above
     finetune_tokens: int = 0  # of microbatches that are done
     forwarded_tokens: int = 0  # of all microbatches
     steps: int = 0
@@ -156,11 +114,14 @@ class SimulatedEngine:
         self._leap: _Leap | None = None
         self._waits = False  # nothing to do until something is added
         self._supplied = 0  # microbatches that are queued or in work
+        self._answering = 0  # requests of the job
+        if self.supply:
+            self.scheduler.add_job(self.supply.job)
 
     @property
     def unfinished(self) -> int:
-        """Requests that wait or run."""
-        return len(self.scheduler.inference.sequences)
+        """Requests that wait or run, but for those of the job."""
+        return len(self.scheduler.inference.sequences) - self._answering
 
     @property
     def next_event(self) -> float:
@@ -193,8 +154,11 @@ class SimulatedEngine:
         """Plan and dispatch a step, then read the one before (with leaps: the same)."""
         scheduler, supply = self.scheduler, self.supply
         if supply:
-            while self._supplied <= _AHEAD:
-                scheduler.add(supply.next())
+            for request in supply.requests(scheduler, self.now):
+                scheduler.add(request)
+                self._answering += 1
+            while self._supplied <= _AHEAD and (microbatch := supply.next()):
+                scheduler.add(microbatch)
                 self._supplied += 1
         if isinstance(scheduler.latency, PerfectModel):
             scheduler.latency.pace = scheduler.latency.unit_correction = self._pace
@@ -233,14 +197,27 @@ class SimulatedEngine:
         # Without tokens to read, the engine waits for the units.
         self.now = max(self.now, step.tokens_at if samples else step.done_at)
         sampled = dict.fromkeys([sequence.request.request_id for sequence in samples], 0)
-        self.output_tokens += len(samples)
+        self._count(samples)
         if plan.backward and plan.backward.done:
             self.finetune_tokens += plan.backward.microbatch.tokens
+            if self.supply:
+                self.supply.finished(plan.backward.microbatch)
         self._finish(self.scheduler.complete(plan, sampled, (), self.now, step.seconds))
         self._sample()
 
+    def _count(self, sequences: Sequence[RequestState], times: int = 1) -> None:
+        """Each has `times` tokens more."""
+        answers = sum(sequence.request.job is not None for sequence in sequences)
+        self.answered_tokens += times * answers
+        self.output_tokens += times * (len(sequences) - answers)
+
     def _finish(self, sequences: Iterable[RequestState]) -> None:
-        self.timings += [_timing(sequence) for sequence in sequences]
+        for sequence in sequences:
+            if sequence.request.job is None:
+                self.timings.append(_timing(sequence))
+            elif self.supply:
+                self._answering -= 1
+                self.supply.answered(sequence)
 
     def _draw_pace(self) -> float:
         """How much longer than usual the next step takes."""
@@ -285,7 +262,7 @@ class SimulatedEngine:
         self._finish(self.scheduler.repeat(plan, count, self.now))
         self.steps += count
         self.busy_s += count * leap.seconds
-        self.output_tokens += count * len(plan.decode)
+        self._count(plan.decode.sequences, count)
         if plan.forward:
             self.forwarded_tokens += count * plan.forward.length
         self._sample()
@@ -328,12 +305,21 @@ def report(engines: Sequence[SimulatedEngine], slo: Slo, wall_s: float) -> dict[
     timings = [timing for engine in engines for timing in engine.timings]
     for engine in engines:
         for sequence in engine.scheduler.inference.sequences.values():
-            timings.append(_timing(sequence, failed=True))
+            if sequence.request.job is None:
+                timings.append(_timing(sequence, failed=True))
     tokens = sum(engine.finetune_tokens for engine in engines)
+    answered = sum(engine.answered_tokens for engine in engines)
     alone = engines[0] if len(engines) == 1 else None
     return {
         "inference": summarize(timings, slo),
-        "finetune": {"finetune": {"tokens": tokens, "tokens_per_s": tokens / wall_s}},
+        "finetune": {
+            "finetune": {
+                "tokens": tokens,
+                "tokens_per_s": tokens / wall_s,
+                "sampled_tokens": answered,
+                "sampled_tokens_per_s": answered / wall_s,
+            }
+        },
         "engine": {
             "device": "simulated",
             "engines": len(engines),

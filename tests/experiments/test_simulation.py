@@ -30,6 +30,15 @@ def test_every_arrangement_runs(policy):
     assert series["arrivals_per_s"].sum() * 5 == pytest.approx(counted) and counted > 20
 
 
+@pytest.mark.parametrize("leaps", [False, True])
+def test_a_job_that_learns_from_rewards_is_load(leaps):
+    rollouts = {"prompts": 8, "generations": 4, "mean_tokens": 100, "steps_ahead": 1}
+    made = simulate(config(finetune={"rollouts": rollouts}, leaps=leaps))
+    inference, job = made.report["inference"], made.report["finetune"]["finetune"]
+    assert inference["completed"] == inference["requests"] == len(made.arrivals)
+    assert 0 < job["sampled_tokens"] < job["tokens"] < 5 * job["sampled_tokens"]
+
+
 @pytest.mark.parametrize("rate", [0.5, 3.0])
 def test_the_rate_thins_a_trace_or_repeats_it(rate):
     arrivals = select_arrivals(config(rate=rate))

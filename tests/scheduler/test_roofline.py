@@ -16,7 +16,8 @@ from scheduler.roofline import (
     find_device,
     roofline,
 )
-from scheduler.simulator import FinetuneSupply, SimulatedEngine, replay, report
+from scheduler.simulator import SimulatedEngine, replay, report
+from scheduler.supply import FinetuneSupply
 from scheduler.workload import Lengths, make_arrivals
 
 BUCKETS = (16, 128, 512, 2048)

@@ -11,13 +11,8 @@ from scheduler.latency import StepFeatures
 from scheduler.policies import POLICIES, make_policy
 from scheduler.request import Request, Slo
 from scheduler.roofline import A100, LLAMA_3_1_8B, Efficiency, roofline
-from scheduler.simulator import (
-    FinetuneSupply,
-    PerfectModel,
-    SimulatedEngine,
-    replay,
-    report,
-)
+from scheduler.simulator import PerfectModel, SimulatedEngine, replay, report
+from scheduler.supply import FinetuneSupply
 from scheduler.workload import Lengths, make_arrivals
 
 SLO = Slo(0.05, 5.0)

@@ -25,6 +25,7 @@ from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.episodes import Episode, Group
 from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
+from scheduler.rollouts import ROWS_LEFT
 
 if TYPE_CHECKING:
     from flexllm_jax.engine.engine import Engine
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _WORKERS = 4
 _MOST_LOST = 3  # requests of a turn
-_ROWS_LEFT = 4  # a quarter of the rows is left to others
 
 
 @dataclass(eq=False)
@@ -186,7 +186,7 @@ class Rollouts:
         """Requests at once: an equal part of the rows that all jobs of this kind may have."""
         rows, jobs = self._engine.runner.sizes.rows, self._engine.trainer.jobs.values()
         sharing = sum(j.sampler is not None and j.running and not j.paused for j in jobs)
-        return max(1, (rows - max(1, rows // _ROWS_LEFT)) // max(1, sharing))
+        return max(1, (rows - max(1, rows // ROWS_LEFT)) // max(1, sharing))
 
     def pause(self) -> None:
         """Drop what is under way; it will begin its turn again, with the same seed."""

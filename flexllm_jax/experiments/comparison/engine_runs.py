@@ -26,6 +26,7 @@ from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.policies import make_policy
 from scheduler.request import Microbatch, Request
 from scheduler.simulator import PerfectModel, SimulatedEngine, report
+from scheduler.supply import TrainingSupply
 
 Row = dict[str, Any]
 _OBSERVED = 20_000  # steps whose times are kept
@@ -151,7 +152,7 @@ def _simulate(
     return figures(report([engine], measured.limits.slo, span_s))
 
 
-class RecordedSupply:
+class RecordedSupply(TrainingSupply):
     """The microbatches of a configuration's first job, in its order; over again at the end."""
 
     def __init__(self, config: Config) -> None:

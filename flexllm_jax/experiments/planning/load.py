@@ -14,7 +14,8 @@ from flexllm_jax.experiments.planning.engine import PlannedEngine
 from flexllm_jax.experiments.simulation.report import figures
 from scheduler.fleet import Fleet, LeastLoaded
 from scheduler.latency import StepFeatures
-from scheduler.simulator import FinetuneSupply, SimulatedEngine, report, request_of
+from scheduler.simulator import SimulatedEngine, report, request_of
+from scheduler.supply import FinetuneSupply
 from scheduler.workload import Arrival, Lengths
 
 _NOISE = 0.03  # sigma of the logarithm of step times

@@ -28,20 +28,17 @@ from scheduler.fleet import ROUTERS, Fleet, ReplicaChange
 from scheduler.latency import LatencyModel
 from scheduler.policies import POLICIES, make_policy
 from scheduler.request import Slo
+from scheduler.rollouts import ROWS_LEFT, RolloutBatch, RolloutSupply
 from scheduler.roofline import Efficiency, roofline
-from scheduler.simulator import (
-    FinetuneSupply,
-    PerfectModel,
-    SimulatedEngine,
-    report,
-    request_of,
-)
+from scheduler.simulator import PerfectModel, SimulatedEngine, report, request_of
+from scheduler.supply import FinetuneSupply, Supply
 from scheduler.workload import Arrival, Lengths
 
 DEVICES = {"a100": sheets.A100, "h100": sheets.H100, "h200": sheets.H200}
 MODELS = {name.lower(): model for name, model in sheets.MODELS.items()}
 _SEPARATE = {f"separate_{percent}": percent / 100 for percent in (25, 50, 75)}
 _SPATIAL = {f"spatial_{percent}": percent / 100 for percent in (25, 50, 75)}
+_BATCHES = 20  # of answers, until they come again
 ARRANGEMENTS = (*POLICIES, *_SEPARATE, *_SPATIAL)
 
 
@@ -78,9 +75,26 @@ class EngineSection(Section):
     finetune_floor: Float = Field(default=0.0, ge=0, lt=1, description="As finetune.floor.")
 
 
-class SupplySection(Section):
-    """The finetuning job: it never ends."""
+class RolloutsSection(Section):
+    """Answers that the job learns from, all of which it trains."""
 
+    prompts: Int = Field(default=16, ge=1, description="Prompts of a batch.")
+    generations: Int = Field(default=8, ge=2, description="Answers to each.")
+    prompt_tokens: Int = Field(default=256, ge=1, description="Tokens of a prompt.")
+    mean_tokens: Float = Field(default=512.0, ge=1, description="Mean length of an answer.")
+    cv: Float = Field(default=0.5, ge=0, description="Its coefficient of variation.")
+    max_tokens: Int = Field(default=1024, ge=1, description="Longer answers are cut here.")
+    steps_ahead: Int = Field(
+        default=0, ge=0, le=8, description="Batches that the answering weights may be behind."
+    )
+
+
+class SupplySection(Section):
+    """The finetuning job: it never ends. With `rollouts` it learns from rewards."""
+
+    rollouts: RolloutsSection | None = Field(
+        default=None, description="What it answers; then lengths and accumulation do not count."
+    )
     mean_tokens: Float = Field(default=3263.0, ge=1, description="Mean length of a sequence.")
     cv: Float = Field(default=0.57, ge=0, description="Its coefficient of variation.")
     min_tokens: Int = Field(default=256, ge=1, description="Shorter ones are this long.")
@@ -287,7 +301,7 @@ def _make_engine(
         token_buckets=sizes.token_buckets,
         num_pages=pages,
         page_size=sizes.page_size,
-        prefix_caching=False,
+        prefix_caching=supply is not None and supply.rollouts is not None,
         num_layers=MODELS[config.model].layers,
         unit_tokens=sizes.unit_tokens,
         finetune_slots=sizes.finetune_slots,
@@ -303,7 +317,7 @@ def _make_engine(
     return SimulatedEngine(
         Scheduler(limits, believed, make_policy(policy)),
         truth,
-        _supply(supply, config.seed + index) if trains and supply else None,
+        _supply(supply, limits, config.seed + index) if trains and supply else None,
         noise=config.noise,
         host_s=config.host_s,
         seed=config.seed + index,
@@ -339,11 +353,33 @@ def device_latency(config: SimulationConfig, share: float | None = None) -> Late
     )
 
 
-def _supply(section: SupplySection, seed: int) -> FinetuneSupply:
+def _supply(section: SupplySection, limits: SchedulerConfig, seed: int) -> Supply:
+    if (rollouts := section.rollouts) is not None:
+        return _rollouts(rollouts, section.microbatch_tokens, limits, seed)
     lengths = Lengths(section.mean_tokens, section.cv, section.max_tokens)
     drawn = lengths.draw(np.random.default_rng([seed, 7]), 2000)
     return FinetuneSupply(
         np.maximum(drawn, section.min_tokens).tolist(),
         section.microbatch_tokens,
         section.accumulation,
+    )
+
+
+def _rollouts(
+    section: RolloutsSection, microbatch_tokens: int, limits: SchedulerConfig, seed: int
+) -> RolloutSupply:
+    lengths = Lengths(section.mean_tokens, section.cv, section.max_tokens)
+    each = section.prompts * section.generations
+    drawn = lengths.draw(np.random.default_rng([seed, 7]), _BATCHES * each)
+    batches = [
+        RolloutBatch.of([(section.prompt_tokens, own) for own in batch], microbatch_tokens)
+        for batch in drawn.reshape(_BATCHES, section.prompts, section.generations).tolist()
+    ]
+    rows = limits.max_sequences
+    return RolloutSupply(
+        batches,
+        rows - max(1, rows // ROWS_LEFT),
+        Slo(1.0, 60.0, limits.slo.weight / 2),
+        section.steps_ahead,
+        limits.page_size,
     )

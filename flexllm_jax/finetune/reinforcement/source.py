@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,7 @@ class ReinforcementSource:
         self.sampler: Sampler | None = None
         self.reader: PromptReader | None = None  # of its prompts
         self.asking: Asking | None = None  # by which its grader asks models
+        self.on_batch: Callable[..., None] = lambda groups, packs: None  # sees what is trained
         self._max_tokens, self._pack_tokens = max_tokens, pack_tokens
         self._first_position = first_position
         updates, size = self.method.num_iterations, self.method.batch_size
@@ -215,6 +216,7 @@ class ReinforcementSource:
         self._version = None  # the next steps change it
         packs = pack(data, self._max_tokens, self._pack_tokens)
         place = {id(datum): i for i, datum in enumerate(data)}
+        self.on_batch(batch.groups, packs)
         updates, self._skipped = method.num_iterations - self._skipped, 0
         updates = min(updates, self.total_steps - self._handed)
         for left in reversed(range(updates)):
