@@ -15,14 +15,17 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from scheduler.admission import check_microbatch, check_request
 from scheduler.config import SchedulerConfig
+from scheduler.drafts import expected
 from scheduler.finetuning import FinetuneQueue, FinetuneWork
 from scheduler.inference import InferenceQueue
 from scheduler.latency import LatencyModel, StepFeatures
 from scheduler.pages import PagePool
 from scheduler.policies import CoServing, Policy, Step
+from scheduler.policies.policy import slack
 from scheduler.request import Chunk, Decode, Microbatch, Request, Sequence, Status, StepPlan
 from scheduler.snapshots import Snapshots
 
@@ -68,6 +71,15 @@ class Scheduler:
     def pool_usage(self) -> float:
         """Share of the pages that are referenced; cached ones without reference do not count."""
         return 1 - self.pool.num_free / self.pool.num_pages
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether the outstanding plans should be completed before the next is made: a draft is in
+        flight, or one could follow if the tokens were known."""
+        return any(
+            s.drafted or (s.in_flight and s.lookup and s.lookup.propose(s.tokens, 1))
+            for s in self.inference.drafting
+        )
 
     @property
     def has_work(self) -> bool:
@@ -118,6 +130,7 @@ class Scheduler:
         stopped: Collection[str],
         now: float,
         measured_s: float | None = None,
+        accepted: Mapping[str, list[int]] | None = None,
     ) -> list[Sequence]:
         """Take in the results of the oldest outstanding plan; returns the sequences it finished.
 
@@ -125,6 +138,7 @@ class Scheduler:
         `sampled` has a token for each request of the plan that samples; `stopped` are requests
         whose token of this plan is their last. Tokens of finished or cancelled requests are
         ignored. `measured_s`, the step's seconds on the device, corrects the latency model.
+        `accepted`: the tokens that come after that, of requests whose drafts are right so far.
         """
         if not self._outstanding or self._outstanding[0] is not plan:
             raise ValueError(
@@ -135,7 +149,7 @@ class Scheduler:
         self._device_free = now + self._units_s(plan)
         if measured_s is not None:
             self.observe(plan, measured_s)
-        finished = []
+        finished, page_size = [], self.pool.page_size
         first_tokens = (chunk.sequence for chunk in plan.prefill if chunk.samples)
         for sequence in itertools.chain(plan.decode.sequences, first_tokens):
             if sequence.status is Status.FINISHED:
@@ -143,16 +157,21 @@ class Scheduler:
             request_id = sequence.request.request_id
             if request_id not in sampled:
                 raise ValueError(f"complete: step {plan.step} has no token for {request_id!r}")
-            sequence.append(sampled[request_id], now)
+            known, more = len(sequence.tokens), ()
+            if sequence.drafted:
+                more = (accepted or {}).get(request_id, ())
+                sequence.verify(len(more))
+            for token in (sampled[request_id], *more):
+                sequence.append(token, now)
             if sequence.request.job is not None:
-                self.finetuning.jobs.charge(sequence.request.job, 1)
+                self.finetuning.jobs.charge(sequence.request.job, 1 + len(more))
             if request_id in stopped:
                 self.inference.finish(sequence, "stop")
                 finished.append(sequence)
             elif len(sequence.output) == sequence.request.max_tokens:
                 self.inference.finish(sequence, "length")
                 finished.append(sequence)
-            elif (len(sequence.tokens) - 1) % self.pool.page_size == 0:
+            elif (len(sequence.tokens) - 1) // page_size > (known - 1) // page_size:
                 # All tokens but the last one are computed for sure, so a page was just filled.
                 self.inference.publish(sequence)
         return finished
@@ -241,10 +260,31 @@ class Scheduler:
         """Decode, then prefill as far as the policy allows."""
         step.decode = self.inference.plan_decode()
         step.features = self._features(step.decode, [])
-        room = self.policy.token_limit(step) - len(step.decode)
-        step.prefill, step.backlog = self.inference.plan_prefill(room)
+        drafts = self._plan_drafts(step) if self.inference.drafting else []
+        room = self.policy.token_limit(step) - len(step.decode) - sum(c.length for c in drafts)
+        step.prefill, step.backlog = self.inference.plan_prefill(max(0, room))
+        step.prefill = [*drafts, *step.prefill]
         if step.prefill:
             step.features = self._features(step.decode, step.prefill)
+
+    def _plan_drafts(self, step: Step) -> list[Chunk]:
+        """Drafts as far as they make no token late and bring more tokens a second."""
+        drafts = self.inference.propose_drafts(step.decode)
+        without_s, tokens = self.latency.forward_s(step.features), len(step.decode)
+        slack_s, tpot_s = slack(step, (), step.decode)
+        budget_s = max(slack_s, tpot_s) * self.latency.margin
+        while drafts:
+            chunks = [Chunk(s, s.computed - 1, 1 + len(d), True) for s, d in drafts.items()]
+            rest = replace(step.decode, sequences=step.decode.sequences[len(drafts) :])
+            seconds = self.latency.forward_s(self._features(rest, chunks))
+            gain = sum(expected(s.lookup, len(d)) for s, d in drafts.items() if s.lookup)
+            if seconds <= budget_s and (tokens + gain) * without_s > tokens * seconds:
+                break
+            drafts = {s: half for s, d in drafts.items() if (half := d[: len(d) // 2])}
+        if not drafts:
+            return []
+        step.decode, chunks = self.inference.dispatch_drafts(step.decode, drafts)
+        return chunks
 
     def _headroom(self) -> int:
         """Pages that inference would soon take back: one for each request, and the next one's."""
@@ -302,10 +342,11 @@ class Scheduler:
         self.inference.preempted.clear()
         self.inference.state_copies.clear()
         self._parked.clear()
-        for chunk in step.prefill:
+        prompts = [chunk for chunk in step.prefill if not chunk.drafts]
+        for chunk in prompts:
             chunk.sequence.dispatch_prefill(chunk.length, chunk.samples)
             self.finetuning.jobs.charge(chunk.sequence.request.job, chunk.length)
-        for chunk in step.prefill:
+        for chunk in prompts:
             # Only now: a request of the same step must not read pages this step still writes.
             self.inference.publish(chunk.sequence)
         if not self._outstanding:

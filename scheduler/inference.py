@@ -12,9 +12,11 @@ import bisect
 import heapq
 import itertools
 import math
+from dataclasses import replace
 from typing import Protocol
 
 from scheduler.config import SchedulerConfig
+from scheduler.drafts import PromptLookup
 from scheduler.jobs import JobTable
 from scheduler.pages import PagePool
 from scheduler.request import Chunk, Decode, Request, Sequence, Status
@@ -56,6 +58,7 @@ class InferenceQueue:
         self.rows = list(range(config.max_sequences))  # free rows, a heap
         self.preempted: list[str] = []
         self.state_copies: list[tuple[int, int]] = []
+        self.drafting: set[Sequence] = set()  # of running: those that may have drafts
         self._others, self._jobs = others, jobs
         self._blocked: tuple[Sequence, int] | None = None  # not admitted with this much room
         self._arrivals = itertools.count()
@@ -76,6 +79,7 @@ class InferenceQueue:
             has_adapter=request.cache_salt is not None,
             sampling=request.sampling,
             logprobs=request.logprobs,
+            lookup=PromptLookup(request.drafts) if request.drafts else None,
         )
         self.sequences[request.request_id] = sequence
         bisect.insort(self.waiting, sequence, key=_priority)
@@ -120,6 +124,50 @@ class InferenceQueue:
                 logprobs = True
         keys = sum(positions) + len(positions)
         return Decode(sequences, positions, keys, earliest, least_s, adapters, sampling, logprobs)
+
+    def propose_drafts(self, decode: Decode) -> dict[Sequence, list[int]]:
+        """Drafts for sequences that a step decodes and whose tokens are all known, the most urgent
+        first: no more than there are rows without a request, and pages without anyone giving one
+        up."""
+        spare = (
+            self.config.max_sequences - len(self.running) - min(len(self.waiting), len(self.rows))
+        )
+        drafts: dict[Sequence, list[int]] = {}
+        if not self.drafting or spare < 1:
+            return drafts
+        page_size = self.pool.page_size
+        pages = self.pool.num_free - len(self.running)
+        for sequence in decode.sequences:
+            lookup, at = sequence.lookup, sequence.computed
+            if lookup is None or len(sequence.tokens) != at or spare < 1:
+                continue
+            most = min(spare, sequence.end - at, (len(sequence.pages) + pages) * page_size - at)
+            if draft := lookup.propose(sequence.tokens, most):
+                drafts[sequence] = draft
+                spare -= len(draft)
+                pages -= max(0, self.pool.pages_for(at + len(draft)) - len(sequence.pages))
+        return drafts
+
+    def dispatch_drafts(
+        self, decode: Decode, drafts: dict[Sequence, list[int]]
+    ) -> tuple[Decode, list[Chunk]]:
+        """The sequences with drafts no longer as decode tokens, but as chunks."""
+        chunks: list[Chunk] = []
+        for sequence, draft in drafts.items():
+            at = sequence.computed
+            missing = self.pool.pages_for(at + len(draft)) - len(sequence.pages)
+            if missing > 0:
+                sequence.pages += self.pool.allocate(missing) or []
+            sequence.computed, sequence.drafted = at + len(draft), len(draft)
+            chunks.append(Chunk(sequence, at - 1, 1 + len(draft), True, tuple(draft)))
+        left = [
+            (s, p)
+            for s, p in zip(decode.sequences, decode.positions, strict=True)
+            if s not in drafts
+        ]
+        sequences, positions = [s for s, _ in left], [p for _, p in left]
+        keys = sum(positions) + len(positions)
+        return replace(decode, sequences=sequences, positions=positions, keys=keys), chunks
 
     def plan_prefill(self, room: int) -> tuple[list[Chunk], bool]:
         """Up to `room` prompt tokens, most urgent first, and whether some found no room."""
@@ -266,6 +314,8 @@ class InferenceQueue:
             self._plan_states(sequence, len(known), sequence.row)
         sequence.status = Status.RUNNING
         self._jobs.request_runs(sequence.request.job)
+        if sequence.lookup is not None:
+            self.drafting.add(sequence)
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_priority)
         return True
@@ -309,4 +359,5 @@ class InferenceQueue:
             heapq.heappush(self.rows, sequence.row)
         sequence.row = None
         self.running.remove(sequence)
+        self.drafting.discard(sequence)
         self._jobs.request_rests(sequence.request.job)

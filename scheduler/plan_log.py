@@ -67,11 +67,13 @@ class LoggedScheduler(Scheduler):
         stopped: Collection[str],
         now: float,
         measured_s: float | None = None,
+        accepted: Mapping[str, list[int]] | None = None,
     ) -> list[Sequence]:
         """See `Scheduler.complete`."""
         # `measured_s` reaches `observe`, which writes it down.
-        self._calls.append(["complete", dict(sampled), sorted(stopped), now])
-        return super().complete(plan, sampled, stopped, now, measured_s)
+        more = [None, dict(accepted)] if accepted else []
+        self._calls.append(["complete", dict(sampled), sorted(stopped), now, *more])
+        return super().complete(plan, sampled, stopped, now, measured_s, accepted)
 
     def observe(self, plan: StepPlan, measured_s: float) -> None:
         """See `Scheduler.observe`."""

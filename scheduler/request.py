@@ -16,6 +16,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from scheduler.drafts import PromptLookup
 from scheduler.latency import Sampling, StepFeatures
 
 _LONGEST_WAIT_S = 3600.0  # a request without a TTFT objective goes before one this much younger
@@ -59,6 +60,7 @@ class Request:
     only when their salts are equal. `slo=None` takes the scheduler's default. `sampling` and
     `logprobs` are what its tokens cost beside the forward. `job`: whose share they count in.
     `reusable`: another request may begin with the same tokens under the same salt.
+    `drafts`: most tokens that are tried beside its next one.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class Request:
     logprobs: bool = False
     job: str | None = None
     reusable: bool = True
+    drafts: int = 0
 
 
 class Status(enum.Enum):
@@ -100,6 +103,9 @@ class Sequence:
                    `arrival`: the first at arrival + ttft_s, the n-th after it at its time +
                    n x tpot_s; inf while the first is in flight, as its time is not known yet
     tpot_s, has_adapter, sampling, logprobs   of `slo` and `request`, at hand
+    lookup         proposes drafts, where the request has any
+    drafted        tokens of a draft in flight: their positions are in `computed` until it is known
+                   how many of them came
     """
 
     request: Request
@@ -125,6 +131,8 @@ class Sequence:
     cached_tokens: int = 0
     stops: list[int] = field(default_factory=list)
     preemptions: int = 0
+    lookup: PromptLookup | None = None
+    drafted: int = 0
 
     @property
     def request_id(self) -> str:
@@ -142,6 +150,16 @@ class Sequence:
         if samples:
             self.in_flight += 1
             self.due = math.inf if self.first_token_at is None else self.due + self.tpot_s
+
+    def verify(self, accepted: int) -> None:
+        """Of the draft in flight the first `accepted` tokens came, and are appended now."""
+        if self.computed:  # else it was preempted meanwhile
+            self.computed -= self.drafted - accepted
+        self.in_flight += accepted
+        self.due += accepted * self.tpot_s
+        if self.lookup is not None:
+            self.lookup.learn(len(self.tokens) + accepted + 1, self.drafted, accepted)
+        self.drafted = 0
 
     def append(self, token: int, now: float) -> None:
         """Take in the value of the oldest sample in flight, read back at time `now`."""
@@ -187,12 +205,17 @@ class Microbatch:
 
 
 class Chunk(NamedTuple):
-    """Positions [start, start + length) of a sequence; `samples`: the last one yields a token."""
+    """Positions [start, start + length) of a sequence; `samples`: the last one yields a token.
+
+    drafts: its last tokens are a draft, and each but the first of the chunk counts only if it is
+    what the position before yields: all positions are sampled.
+    """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool
+    drafts: tuple[int, ...] = ()
 
 
 # Parts of plans are not `frozen`, though nobody changes them: making them would take twice as long.
@@ -270,7 +293,7 @@ class StepPlan:
     backward units.
 
     decode         tokens whose input is the token last sampled for the row
-    prefill        chunks whose tokens the host knows
+    prefill        chunks whose tokens the host knows: drafts, then prompts
     forward        finetuning tokens of the forward program, after all inference tokens
     backward       units to run after the forward program; often of the microbatch before
     token_bucket   token slots of the forward program; 0 when there is no forward program

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from flexllm_jax.config.fields import Float, Int, Name, Section
+from scheduler.drafts import MOST
 from scheduler.policies import POLICIES
 
 
@@ -44,6 +45,13 @@ class SchedulerSection(Section):
         "is more.",
     )
     max_sequences: Int = Field(default=32, ge=1, description="Requests running at once.")
+    num_speculative_tokens: Int = Field(
+        default=0,
+        ge=0,
+        le=MOST,
+        description="Most tokens tried at once that prompt lookup proposes (speculative decoding), "
+        "where a request does not say. 0: none.",
+    )
     slo: SloSection = Field(
         default_factory=SloSection, description="Latency objective of the class `standard`."
     )

@@ -28,6 +28,7 @@ from flexllm_jax.engine.in_flight import (
     StepInFlight,
     StepObservation,
     read_prompt_logprobs,
+    read_tokens,
     request_prompt_logprobs,
 )
 from flexllm_jax.engine.out_of_memory import OutOfMemory, is_intact, room_for
@@ -106,7 +107,8 @@ class Engine:
         self.wake: Callable[[], None] = lambda: None  # who drives it, from any thread
         self.buckets: dict[int, BucketUse] = {}
         self.host_seconds: deque[float] = deque(maxlen=100_000)
-        self.progressed: list[RequestState] = []  # whose tokens the last `step` read
+        # Whose tokens the last `step` read, and how many.
+        self.progressed: list[tuple[RequestState, int]] = []
         self.observations: deque[StepObservation] = deque(maxlen=1000)  # newest last
         for adapter in config.adapters.preload:
             self.adapters.load(adapter.name, adapter.path)
@@ -173,6 +175,9 @@ class Engine:
         if params.prompt_logprobs is not None:
             state.prompt_logprobs = [None] * len(state.prompt)  # the first stays: nothing precedes
             salt = (salt, state.request_id)  # the whole prompt must be computed: share nothing
+        drafts = params.drafts(self.config.scheduler.num_speculative_tokens)
+        if constraint or self.runner.sizes.recurrent:
+            drafts = 0  # what is allowed follows from each token; and no state can be taken back
         self.scheduler.add(
             Request(
                 state.request_id,
@@ -185,6 +190,7 @@ class Engine:
                 params.logprobs is not None,
                 job,
                 reusable=params.prompt_logprobs is None,
+                drafts=drafts,
             )
         )
         if published:
@@ -236,12 +242,14 @@ class Engine:
 
     def step(self) -> list[RequestState]:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
+        self.progressed, finished = [], []
+        if self._in_flight and self.scheduler.reads_first:
+            finished = self._postprocess(self._in_flight.popleft())
         started = time.perf_counter()
-        self.progressed = []
         if self._reading:  # tokens will be read amid a step: what else changes jobs comes before
             self._settle()
         self.trainer.feed()
-        plan, finished = self.scheduler.plan(time.monotonic()), []
+        plan = self.scheduler.plan(time.monotonic())
         if plan is not None:
             step = StepInFlight(plan, time.monotonic(), [], None, [], None, None)
             try:
@@ -307,7 +315,7 @@ class Engine:
             allowed = None
             if planned.constraints:
                 allowed = self.constraints.allowed(planned.constraints, len(planned.rows.row))
-            step.sampled = planned.sampled
+            step.sampled, step.drafts = planned.sampled, planned.drafts
             step.report = self.runner.sample(
                 hidden_rows,
                 planned.rows,
@@ -330,7 +338,11 @@ class Engine:
         plan = step.plan
         if step.report is None and step.last_unit is None:
             jax.block_until_ready(step.hidden)  # nothing to read: still, stay one step ahead only
-        sampled, stopped, finished = self._read_tokens(step)
+        read = read_tokens(step, self.detokenizer)
+        self.progressed += read.progressed
+        for state, reason in read.failed:
+            self.cancel(state, reason)
+        finished = [state for state, _ in read.failed]
         read_prompt_logprobs(step)
         now = time.monotonic()
         measured = (
@@ -338,9 +350,12 @@ class Engine:
         )
         if measured is not None:
             self._device_free_at = now
-            self.observations.append(StepObservation.of(plan, measured))
+            self.observations.append(StepObservation.of(step, measured))
         self._unsettled = step
-        for sequence in self.scheduler.complete(plan, sampled, stopped, now, measured):
+        ends = self.scheduler.complete(
+            plan, read.sampled, read.stopped, now, measured, read.accepted
+        )
+        for sequence in ends:
             state = self._requests[sequence.request_id]
             self._finish(state, sequence.finish_reason or "stop")
             finished.append(state)
@@ -359,32 +374,9 @@ class Engine:
             measured = now - max(step.started, self._device_free_at)
             self.scheduler.observe(step.plan, measured)
             self._device_free_at = now
-            self.observations.append(StepObservation.of(step.plan, measured))
+            self.observations.append(StepObservation.of(step, measured))
         for read in step.after:
             read()
-
-    def _read_tokens(
-        self, step: StepInFlight
-    ) -> tuple[dict[str, int], set[str], list[RequestState]]:
-        """The tokens by request, the requests they end, and those that cannot go on."""
-        if step.report is None:
-            return {}, set(), []
-        self.progressed = step.sampled
-        report = jax.tree.map(np.asarray, step.report)
-        sampled, stopped, failed = {}, set(), []
-        for i, state in enumerate(step.sampled):
-            token = int(report["tokens"][i])
-            sampled[state.request_id] = token
-            if state.finished:
-                continue
-            if state.params.logprobs is not None:
-                state.take_logprobs(token, report, i)
-            if state.append(token, self.detokenizer):
-                stopped.add(state.request_id)
-            elif state.constraint and (reason := state.constraint.failure()):
-                self.cancel(state, reason)
-                failed.append(state)
-        return sampled, stopped, failed
 
     def stop(self) -> None:
         """End cleanly: unfinished requests get an error, running jobs write a checkpoint."""

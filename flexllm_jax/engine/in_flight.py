@@ -9,6 +9,7 @@ import numpy as np
 from flexllm_jax.engine.plan_step import PlannedStep, PromptTargets
 from flexllm_jax.engine.request import RequestState, top_logprobs
 from flexllm_jax.engine.runner import Runner
+from flexllm_jax.models.detokenizer import Detokenizer
 from scheduler.request import StepPlan
 
 
@@ -23,10 +24,15 @@ class StepObservation:
     preempted: int
     measured_s: float
     predicted_s: float
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     @classmethod
-    def of(cls, plan: StepPlan, measured_s: float) -> "StepObservation":
-        """What was observed of a plan."""
+    def of(cls, step: "StepInFlight", measured_s: float) -> "StepObservation":
+        """What was observed of a step."""
+        plan = step.plan
+        drafts = [chunk.drafts for chunk in plan.prefill if chunk.drafts]
         return cls(
             len(plan.decode),
             sum(chunk.length for chunk in plan.prefill),
@@ -35,6 +41,9 @@ class StepObservation:
             len(plan.preempted),
             measured_s,
             plan.predicted_s,
+            len(drafts),
+            sum(map(len, drafts)),
+            step.accepted_tokens,
         )
 
 
@@ -49,6 +58,8 @@ class StepInFlight:
     prompt_logprobs: list[tuple[PromptTargets, dict]]
     last_unit: jax.Array | None  # ready when the step's backward units are done
     hidden: jax.Array | None
+    drafts: dict[int, int] = field(default_factory=dict)  # as of `PlannedStep`
+    accepted_tokens: int = 0  # of drafts
     after: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -63,6 +74,58 @@ class BucketUse:
         """Another step."""
         self.steps += 1
         self.tokens += plan.num_tokens
+
+
+@dataclass
+class ReadTokens:
+    """What a step's outputs are.
+
+    sampled     the next token of each request
+    accepted    those after it, where a draft is right
+    stopped     requests that these end
+    failed      those that cannot go on, and why
+    progressed   of each request that has new tokens, how many
+    """
+
+    sampled: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, list[int]] = field(default_factory=dict)
+    stopped: set[str] = field(default_factory=set)
+    failed: list[tuple[RequestState, str]] = field(default_factory=list)
+    progressed: list[tuple[RequestState, int]] = field(default_factory=list)
+
+
+def read_tokens(step: StepInFlight, detokenizer: Detokenizer) -> ReadTokens:
+    """Give the requests their tokens; waits for the device."""
+    read = ReadTokens()
+    if step.report is None:
+        return read
+    report = jax.tree.map(np.asarray, step.report)
+    over = None  # whose other outputs follow a token that did not come
+    for i, state in enumerate(step.sampled):
+        if state is over:
+            continue
+        token, request_id = int(report["tokens"][i]), state.request_id
+        if request_id in read.sampled:
+            read.accepted.setdefault(request_id, []).append(token)
+            step.accepted_tokens += 1
+        else:
+            read.sampled[request_id] = token
+        if step.drafts.get(i, token) != token:
+            over = state
+        if state.finished:
+            continue
+        if state.params.logprobs is not None:
+            state.take_logprobs(token, report, i)
+        if state.append(token, detokenizer):
+            read.stopped.add(request_id)
+            over = state
+        elif state.constraint and (reason := state.constraint.failure()):
+            read.failed.append((state, reason))
+        count = 1 + len(read.accepted.get(request_id, ()))
+        if count > 1:
+            read.progressed.pop()
+        read.progressed.append((state, count))
+    return read
 
 
 def request_prompt_logprobs(runner: Runner, step: StepInFlight, planned: PlannedStep) -> None:

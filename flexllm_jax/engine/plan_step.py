@@ -46,6 +46,8 @@ class PlannedStep:
     logprobs        whether any wants log-probabilities of what is sampled
     constraints     of outputs, with their rows of `rows`
     awaits_tokens   which tokens they allow depends on those of the step before
+    drafts          by number of an output: the token that has to come, or those after it of the
+                    same request are void
     wanted          by row, the tokens whose log-probabilities are asked for; None: of no row
     dropout         of the finetuning tokens; None: of nothing
     """
@@ -59,6 +61,7 @@ class PlannedStep:
     prompt_targets: list[PromptTargets]
     constraints: list[tuple[Constraint, int]] = field(default_factory=list)
     awaits_tokens: bool = False
+    drafts: dict[int, int] = field(default_factory=dict)
     wanted: np.ndarray | None = None
     dropout: JobDropout | None = None
 
@@ -94,7 +97,7 @@ class StepBuilder:
             start, stop, end = chunk.start, chunk.start + chunk.length, at + chunk.length
             where = slice(at, end)
             row = self._prepare_row(sequence, state)
-            inputs.token[where] = sequence.tokens[start:stop]
+            inputs.token[where] = [*sequence.tokens[start:stop], *chunk.drafts]
             self._want_prompt_logprobs(planned, state, chunk, at)
             position = np.arange(start, stop)
             inputs.position[where] = position + state.prefix_tokens
@@ -107,8 +110,14 @@ class StepBuilder:
             inputs.kv_lengths[s] = stop
             inputs.table[s] = row
             inputs.query_starts[s + 1 :] = end
-            if chunk.samples:
-                self._sample(planned, inputs, state, sequence, end - 1)
+            first = at if chunk.drafts else end - 1
+            for token in range(first, end if chunk.samples else first):
+                self._sample(planned, inputs, state, sequence, token, ahead=token - first)
+            if chunk.drafts:
+                # The next token is the host's to tell: which of these it is, is not known here.
+                last = len(planned.sampled)
+                planned.rows.row[last - chunk.length : last] = self._runner.sizes.rows
+                planned.drafts.update(enumerate(chunk.drafts, start=last - chunk.length))
             at = end
         inputs.num_decode[...] = len(plan.decode)
         sequences = len(plan.decode) + len(plan.prefill)
@@ -133,16 +142,20 @@ class StepBuilder:
         if not count:
             return
         rows: list[int] = []
+        tokens: list[int] = []
         adapters: list[int] = []
         prefixes: list[int] = []
         for at, sequence in enumerate(decode.sequences):
             state = requests[sequence.request.request_id]
-            rows.append(self._prepare_row(sequence, state))
+            row, position = self._prepare_row(sequence, state), decode.positions[at]
+            rows.append(row)
+            known = position < len(sequence.tokens)
+            tokens.append(sequence.tokens[position] if known else -1 - row)
             adapters.append(state.bank_row)
             prefixes.append(state.prefix_tokens)
             self._sample(planned, inputs, state, sequence, at)
         row, position = np.array(rows), np.array(decode.positions)
-        inputs.token[:count] = -1 - row
+        inputs.token[:count] = tokens
         inputs.position[:count] = position + np.array(prefixes)
         inputs.kv_slot[:count] = (
             self._tables[row, position // page_size] * page_size + position % page_size
@@ -185,12 +198,15 @@ class StepBuilder:
         state: RequestState,
         sequence: planning.Sequence,
         token: int,
+        ahead: int = 0,
     ) -> None:
-        """Sample from the output of the step's token number `token`."""
+        """Sample from the output of the step's token number `token`, for the request's next token
+        or the one `ahead` of it."""
         i = len(planned.sampled)
         planned.sampled.append(state)
         inputs.sample[i] = token
-        index = len(sequence.output) + sequence.in_flight - 1  # the plan has counted this one
+        # The plan has counted the next one.
+        index = len(sequence.output) + sequence.in_flight - 1 + ahead
         rows, params = planned.rows, state.params
         rows.row[i], rows.adapter[i] = sequence.row, state.bank_row
         if params.logprobs is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from scheduler.drafts import MOST
 
 TOP_LOGPROBS = 20  # most alternatives a request can ask for, as in the OpenAI interface
 BANNED = 16  # most tokens that min_tokens can hold back
@@ -37,6 +38,9 @@ class SamplingParams:
     prompt_logprob_token_ids   for each token of the prompt after the first, others to report too
     n                    outputs per prompt
     structured_outputs   what the output must match; it then ends with an end-of-sequence token
+    num_speculative_tokens   most tokens tried at once that prompt lookup proposes; None: as the
+                         engine is configured. What comes is the same. None are tried beside
+                         penalties, biases, and what only lets some tokens come
     """
 
     max_tokens: int = 16
@@ -63,6 +67,7 @@ class SamplingParams:
     prompt_logprob_token_ids: tuple[tuple[int, ...], ...] = field(default=())
     n: int = 1
     structured_outputs: StructuredOutputsParams | None = None
+    num_speculative_tokens: int | None = None
 
     def __post_init__(self):
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -85,6 +90,10 @@ class SamplingParams:
             "frequency_penalty": (abs(self.frequency_penalty) <= 2, "between -2 and 2"),
             "stop": (all(self.stop), "strings that are not empty"),
             "n": (self.n >= 1, "at least 1"),
+            "num_speculative_tokens": (
+                0 <= (self.num_speculative_tokens or 0) <= MOST,
+                f"between 0 and {MOST}",
+            ),
             "logit_bias": (all(-100 <= bias <= 100 for bias in biases), "of -100 to 100"),
             "bad_words": (all(word.strip() for word in self.bad_words), "words"),
             "logprob_token_ids": (not wanted or self.logprobs is not None, "beside logprobs"),
@@ -129,6 +138,13 @@ class SamplingParams:
     def is_constrained(self) -> bool:
         """Whether some tokens may not come."""
         return bool(self.structured_outputs or self.allowed_token_ids or self.bad_words)
+
+    def drafts(self, default: int) -> int:
+        """Most tokens that are tried at once, `default` if it does not say."""
+        if self.has_row_state:
+            return 0  # how likely a token is depends on those before
+        asked = self.num_speculative_tokens
+        return default if asked is None else asked
 
     def check_tokens(self, vocab_size: int) -> None:
         """ValueError for a token that the model does not have."""

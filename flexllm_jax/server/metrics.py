@@ -88,6 +88,14 @@ class ServerMetrics:
             "vllm:request_success", "Requests that ended.", model, "finished_reason"
         )
         self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages.", *own)
+        self.drafts = {
+            name: counter(f"vllm:spec_decode_num_{name}", told, *own)
+            for name, told in (
+                ("drafts", "Drafts that were tried."),
+                ("draft_tokens", "Tokens of drafts."),
+                ("accepted_tokens", "Tokens of drafts that came."),
+            )
+        }
         self.step_tokens = histogram(
             "vllm:iteration_tokens_total", "Inference tokens of a step.", COUNTS, *own
         )
@@ -203,6 +211,8 @@ class ServerMetrics:
             if tokens := step.decode_tokens + step.prefill_tokens:
                 self.step_tokens.labels(*own).observe(tokens)
             self.preemptions.labels(*own).inc(step.preempted)
+            for name, drafts in self.drafts.items() if step.drafts else ():
+                drafts.labels(*own).inc(getattr(step, name))
             self.step_seconds.labels(step_kind(step), name).observe(step.measured_s)
             error = abs(step.predicted_s - step.measured_s) / max(step.measured_s, 1e-9)
             self.prediction_error.labels(name).observe(error)

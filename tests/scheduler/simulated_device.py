@@ -57,13 +57,15 @@ class SimulatedEngine:
     microbatches_done: list[int] = field(default_factory=list)
     plans: list[StepPlan] = field(default_factory=list)
     keep_plans: bool = False
+    accepted: int = 0  # tokens of drafts
+    memory: int = 0  # tokens before a token that it depends on; 0: all
 
     def __post_init__(self) -> None:
         self.kv: dict[tuple[int, int], object] = {}
         self.row_token: dict[int, tuple[Sequence, int]] = {}
         self.state: dict[int, object] = {}  # by slot
         self.device: dict[Sequence, SequenceOnDevice] = {}
-        self.pending: list[tuple[StepPlan, dict[str, int]]] = []
+        self.pending: list[tuple[StepPlan, dict[str, list[int]]]] = []
         self.attempts: dict[int, Attempt] = {}
         self.serial = 0
 
@@ -71,6 +73,8 @@ class SimulatedEngine:
 
     def step(self) -> bool:
         """Plan one step if there is one, complete what is due; False if nothing happened."""
+        while self.pending and self.scheduler.reads_first:
+            self.complete()
         plan = self.scheduler.plan(self.now)
         self.check_state()
         if plan is not None:
@@ -85,15 +89,18 @@ class SimulatedEngine:
         return plan is not None
 
     def complete(self) -> None:
-        plan, sampled = self.pending.pop(0)
-        stopped = [
-            chunk.sequence.request_id
-            for chunk in (*plan.decode, *plan.prefill)
-            if chunk.samples
-            and len(chunk.sequence.output) + 1
-            == self.stop_after.get(chunk.sequence.request_id, 1 << 30)
-        ]
-        finished = self.scheduler.complete(plan, sampled, stopped, self.now, None)
+        plan, results = self.pending.pop(0)
+        sampled, accepted, stopped = {}, {}, []
+        for chunk in (*plan.decode, *plan.prefill):
+            request_id = chunk.sequence.request_id
+            if chunk.samples:
+                end = self.stop_after.get(request_id) or 1 << 30
+                left = end - len(chunk.sequence.output)
+                tokens = results[request_id][: max(1, left)]
+                sampled[request_id], *accepted[request_id] = tokens
+                self.accepted += len(tokens) - 1
+                stopped += [request_id] * (len(tokens) == left)
+        finished = self.scheduler.complete(plan, sampled, stopped, self.now, None, accepted)
         self.check_state()
         for sequence in finished:
             assert sequence.request_id not in self.finished
@@ -109,7 +116,7 @@ class SimulatedEngine:
 
     # ---- what the device does ----
 
-    def execute(self, plan: StepPlan) -> dict[str, int]:
+    def execute(self, plan: StepPlan) -> dict[str, list[int]]:
         for source, target in plan.state_copies:
             self.state[target] = self.state[source]
         chunks = (*plan.decode, *plan.prefill)
@@ -127,8 +134,8 @@ class SimulatedEngine:
             state.preemptions = sequence.preemptions
             state.position = sequence.cached_tokens
         assert chunk.start == state.position, "chunks must cover the positions in order"
-        assert chunk.start + chunk.length <= len(state.tokens)
-        assert chunk.samples == (chunk.start + chunk.length == len(state.tokens))
+        end = chunk.start + chunk.length - len(chunk.drafts)
+        assert end <= len(state.tokens) and chunk.samples == (end == len(state.tokens))
         for position in range(chunk.start):
             assert self.kv[self.slot(sequence, position)] == self.content(sequence, position)
         if chunk.start and self.scheduler.pool.snapshots is not None:
@@ -137,23 +144,29 @@ class SimulatedEngine:
     def write(self, chunk: Chunk) -> None:
         for position in range(chunk.start, chunk.start + chunk.length):
             slot = self.slot(chunk.sequence, position)
-            self.kv[slot] = self.content(chunk.sequence, position)
-        self.state[chunk.sequence.row] = self.content(chunk.sequence, position)
-        self.device[chunk.sequence].position += chunk.length
+            self.kv[slot] = self.content(chunk.sequence, position, chunk.drafts)
+        self.state[chunk.sequence.row] = self.content(chunk.sequence, position, chunk.drafts)
+        self.device[chunk.sequence].position += chunk.length - len(chunk.drafts)
 
-    def sample(self, chunk: Chunk) -> int:
-        sequence = chunk.sequence
-        tokens = self.device[sequence].tokens
-        tokens.append(hash((tuple(tokens), sequence.request.cache_salt)) % 3)
-        self.row_token[sequence.row] = (sequence, len(tokens))
-        return tokens[-1]
+    def sample(self, chunk: Chunk) -> list[int]:
+        """The next token, and more as long as drafts are right."""
+        sequence, state = chunk.sequence, self.device[chunk.sequence]
+        known = len(state.tokens)
+        for draft in (*chunk.drafts, None):
+            salted = (tuple(state.tokens[-self.memory :]), sequence.request.cache_salt)
+            state.tokens.append(hash(salted) % 3)
+            if state.tokens[-1] != draft:
+                break
+            state.position += 1
+        self.row_token[sequence.row] = (sequence, len(state.tokens))
+        return state.tokens[known:]
 
     def slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
         size = self.scheduler.pool.page_size
         return sequence.pages[position // size], position % size
 
-    def content(self, sequence: Sequence, position: int) -> object:
-        tokens = self.device[sequence].tokens
+    def content(self, sequence: Sequence, position: int, drafts: tuple[int, ...] = ()) -> object:
+        tokens = [*self.device[sequence].tokens, *drafts]
         return sequence.request.cache_salt, tuple(tokens[: position + 1])
 
     def finetune(self, plan: StepPlan) -> None:
@@ -237,7 +250,9 @@ class SimulatedEngine:
             assert chunk.length == 1 and chunk.samples
         for chunk in plan.prefill:
             known = len(chunk.sequence.tokens)
-            assert chunk.length > 0 and chunk.start + chunk.length <= known
+            assert chunk.length > 0 and chunk.start + chunk.length - len(chunk.drafts) <= known
+        samples = sum(1 + len(c.drafts) for c in chunks if c.samples)
+        assert samples <= config.max_sequences, "there are not as many rows to sample"
         ours = isinstance(self.scheduler.policy, CoServing) and not config.finetune_floor
         if ours and any(self.has_no_room(chunk) for chunk in plan.prefill):
             assert not plan.forward and not plan.backward, "finetuning went before a prefill"

@@ -37,6 +37,7 @@ add_request = st.tuples(
     st.sampled_from([None, None, 1, 2, 3]),  # stop after
     st.sampled_from([None, "adapter"]),
     st.sampled_from([None, None, "a"]),  # job
+    st.sampled_from([0, 0, 1, 4]),  # drafts
 )
 add_microbatch = st.tuples(
     st.just("microbatch"),
@@ -78,6 +79,7 @@ latencies = st.sampled_from(
         ({}, {}),
         ({1: 0.01, 8: 0.04}, {"layer_units": 0.01, "loss_units": 0.02, "decode_kv": 1e-4}),
         ({4: 10.0}, {"layer_units": 10.0}),
+        *(({1: 1e-3, 8: 1.01e-3}, {}),) * 2,  # drafts cost next to nothing
     ]
 )
 
@@ -93,7 +95,7 @@ class History:
     work: int = 0  # bounds the steps that all of it may take
     ids: itertools.count = field(default_factory=itertools.count)
 
-    def request(self, prompt, max_tokens, stop, salt, job):
+    def request(self, prompt, max_tokens, stop, salt, job, drafts):
         scheduler, request_id = self.engine.scheduler, str(next(self.ids))
         room = scheduler.config.num_pages * scheduler.config.page_size
         max_tokens = min(max_tokens, room)
@@ -102,6 +104,7 @@ class History:
         self.engine.stop_after[request_id] = stop or 0
         self.work += len(prompt) + max_tokens
         fields = {"arrival": self.engine.now, "cache_salt": salt, "job": job}
+        fields |= {"drafts": 0 if scheduler.config.state_snapshots else drafts}
         scheduler.add(request(request_id, prompt, max_tokens, **fields))
 
     def microbatch(self, lengths, backward, job, new_batch):
@@ -144,13 +147,14 @@ class History:
     policy=st.sampled_from(["coserving"] * 4 + [name for name in POLICIES if name in ANY_POLICY]),
     ahead=st.integers(0, 2),
     step_s=st.sampled_from([0.0, 0.02, 1.0]),
+    memory=st.integers(0, 2),
     program=st.lists(actions, min_size=5, max_size=40),
 )
 def test_any_history_keeps_every_invariant_and_ends(
-    config, latency, policy, ahead, step_s, program
+    config, latency, policy, ahead, step_s, memory, program
 ):
     scheduler = Scheduler(config, LatencyModel(*latency), make_policy(policy))
-    engine = SimulatedEngine(scheduler, ahead=ahead, step_s=step_s)
+    engine = SimulatedEngine(scheduler, ahead=ahead, step_s=step_s, memory=memory)
     history = History(engine)
     for name, *arguments in program:
         getattr(history, name)(*arguments)

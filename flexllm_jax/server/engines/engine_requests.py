@@ -151,19 +151,19 @@ class EngineRequests:
     def tell_tokens(self) -> None:
         """In the engine's thread, after a step: the tokens that it brought."""
         outputs, ahead = [], []
-        for state in self._engine.progressed:
+        for state, count in self._engine.progressed:
             active = self._active.get(state.request_id)
             if active is None:
                 continue
             request_id = active[0]
-            first = len(state.output) == 1
+            first = len(state.output) == count
             if request_id in self._behind:
                 ahead.append(request_id)
             outputs.append(
                 Output(
                     request_id,
-                    state.output[-1:],
-                    logprobs=state.logprobs[-1:],
+                    state.output[-count:],
+                    logprobs=state.logprobs[-count:],
                     prompt_logprobs=(state.prompt_logprobs or None) if first else None,
                     finish_reason=state.finish_reason,
                     queued_s=_queued_s(state) if first else None,

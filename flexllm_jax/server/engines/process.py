@@ -219,18 +219,8 @@ class EngineProcess:
             self._last_idle = now
         pool, observations = engine.scheduler.pool, []
         while engine.observations:
-            o = engine.observations.popleft()
-            observations.append(
-                Step(
-                    o.decode_tokens,
-                    o.prefill_tokens,
-                    o.forward_tokens,
-                    o.backward_units,
-                    o.preempted,
-                    o.measured_s,
-                    o.predicted_s,
-                )
-            )
+            observed = engine.observations.popleft()
+            observations.append(Step(*(getattr(observed, name) for name in Step.__struct_fields__)))
         unbegun = list(self._unbegun.values())
         return Stats(
             idle=self.loop.idle,

@@ -106,7 +106,7 @@ class Ready(Message, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of a request, at most one a step.
+    """New tokens of a request: one a step, and more where drafts of its tokens are right.
 
     logprobs         per new token: token id -> log-probability; empty when not asked for
     prompt_logprobs  with the first token, if asked for; None for the prompt's first token
@@ -154,6 +154,9 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     preempted: int
     measured_s: float
     predicted_s: float
+    drafts: int
+    draft_tokens: int
+    accepted_tokens: int
 
 
 class AdapterState(msgspec.Struct, frozen=True, array_like=True):

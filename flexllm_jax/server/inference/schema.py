@@ -18,6 +18,7 @@ from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.tools.formats import Format
 from flexllm_jax.server.inference.tools.grammar import calls_of
+from scheduler.drafts import MOST
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -130,6 +131,11 @@ class InferenceRequest(CutPrompt):
         default=False,
         description="Tell log-probabilities of the distribution that the temperature makes.",
     )
+    num_speculative_tokens: Annotated[int, Field(ge=0, le=MOST)] | None = Field(
+        default=None,
+        description="Most tokens tried at once that prompt lookup proposes: same answer, sooner. "
+        "null: scheduler.num_speculative_tokens.",
+    )
     slo: str | None = Field(
         default=None, description="Class of service: standard or one of scheduler.slo_classes."
     )
@@ -204,6 +210,7 @@ class InferenceRequest(CutPrompt):
             logprobs_at_temperature=bool(self.logprobs_at_temperature),
             prompt_logprobs=prompt_logprobs,
             structured_outputs=structure,
+            num_speculative_tokens=self.num_speculative_tokens,
         )
 
 
