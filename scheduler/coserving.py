@@ -31,6 +31,8 @@ from scheduler.snapshots import Snapshots
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
+_LONGEST_REST = 256
+
 
 class Scheduler:
     """Decides what each step computes. Not thread-safe: one engine loop drives it."""
@@ -51,6 +53,8 @@ class Scheduler:
         self._device_free = -math.inf
         self._steps = itertools.count()
         self._parked: list[int] = []  # not reported in a plan yet
+        self._draft_rest = 0  # steps without drafts that are to come, as they would not pay
+        self._last_rest = 1
 
     @property
     def num_waiting(self) -> int:
@@ -76,8 +80,9 @@ class Scheduler:
     def reads_first(self) -> bool:
         """Whether the outstanding plans should be completed before the next is made: a draft is in
         flight, or one could follow if the tokens were known."""
+        resting = self._draft_rest > 0
         return any(
-            s.drafted or (s.in_flight and s.lookup and s.lookup.propose(s.tokens, 1))
+            s.drafted or (not resting and s.in_flight and s.lookup and s.lookup.promises(s.tokens))
             for s in self.inference.drafting
         )
 
@@ -269,7 +274,11 @@ class Scheduler:
 
     def _plan_drafts(self, step: Step) -> list[Chunk]:
         """Drafts as far as they make no token late and bring more tokens a second."""
+        if self._draft_rest:
+            self._draft_rest -= 1
+            return []
         drafts = self.inference.propose_drafts(step.decode)
+        asked = bool(drafts)
         without_s, tokens = self.latency.forward_s(step.features), len(step.decode)
         slack_s, tpot_s = slack(step, (), step.decode)
         budget_s = max(slack_s, tpot_s) * self.latency.margin
@@ -282,7 +291,10 @@ class Scheduler:
                 break
             drafts = {s: half for s, d in drafts.items() if (half := d[: len(d) // 2])}
         if not drafts:
+            if asked:  # what would not pay now will not soon
+                self._last_rest = self._draft_rest = min(2 * self._last_rest, _LONGEST_REST)
             return []
+        self._last_rest = 1
         step.decode, chunks = self.inference.dispatch_drafts(step.decode, drafts)
         return chunks
 

@@ -24,6 +24,7 @@ class PromptLookup:
         self._after: dict[tuple[int, ...], int] = {}  # by n-gram: where what follows it stands
         self._failures = 0
         self._quiet_until = 0
+        self._promised = False
 
     def propose(self, tokens: list[int], most: int) -> list[int]:
         """Up to `most` tokens that may follow `tokens`, which have only grown since the last call;
@@ -46,13 +47,31 @@ class PromptLookup:
                 return found
         return []
 
+    def promises(self, tokens: list[int]) -> bool:
+        """Whether there may be a draft when it is known what comes after `tokens`."""
+        self._promised = bool(self.propose(tokens, 1))
+        return self._promised
+
+    def next_draft(self, tokens: list[int], most: int) -> list[int]:
+        """`propose`, when it is known. A promise that is not kept is a failure."""
+        draft = self.propose(tokens, most)
+        if self._promised and not draft:
+            self._fail(len(tokens))
+        self._promised = False
+        return draft
+
     def learn(self, tokens: int, tried: int, accepted: int) -> None:
         """Of a draft of `tried` tokens `accepted` came; the sequence has `tokens` now."""
         self.accepted_share += _RATE * (accepted / tried - self.accepted_share)
         self._length = min(self._most, 2 * accepted if accepted == tried else accepted + 1)
-        self._failures = 0 if accepted else self._failures + 1
-        if self._failures:
-            self._quiet_until = tokens + 2 ** min(self._failures, _WAIT)
+        if accepted:
+            self._failures = 0
+        else:
+            self._fail(tokens)
+
+    def _fail(self, tokens: int) -> None:
+        self._failures += 1
+        self._quiet_until = tokens + 2 ** min(self._failures, _WAIT)
 
 
 def expected(lookup: PromptLookup, length: int) -> float:

@@ -142,7 +142,7 @@ class InferenceQueue:
             if lookup is None or len(sequence.tokens) != at or spare < 1:
                 continue
             most = min(spare, sequence.end - at, (len(sequence.pages) + pages) * page_size - at)
-            if draft := lookup.propose(sequence.tokens, most):
+            if draft := lookup.next_draft(sequence.tokens, most):
                 drafts[sequence] = draft
                 spare -= len(draft)
                 pages -= max(0, self.pool.pages_for(at + len(draft)) - len(sequence.pages))

@@ -58,6 +58,7 @@ class SimulatedEngine:
     plans: list[StepPlan] = field(default_factory=list)
     keep_plans: bool = False
     accepted: int = 0  # tokens of drafts
+    early: int = 0  # plans completed before the next is made
     memory: int = 0  # tokens before a token that it depends on; 0: all
 
     def __post_init__(self) -> None:
@@ -75,6 +76,7 @@ class SimulatedEngine:
         """Plan one step if there is one, complete what is due; False if nothing happened."""
         while self.pending and self.scheduler.reads_first:
             self.complete()
+            self.early += 1
         plan = self.scheduler.plan(self.now)
         self.check_state()
         if plan is not None:

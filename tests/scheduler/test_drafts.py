@@ -84,9 +84,10 @@ def test_drafts_that_are_wrong_leave_nothing_behind():
 def test_no_draft_where_it_costs_more_than_it_brings():
     """A device that computes as long as there are tokens: nothing is won, or the next is late."""
     filled = LatencyModel({1: 1e-6}, {"decode_tokens": 0.001, "prefill_tokens": 0.001})
-    assert serve(Scheduler(CONFIG, filled), 4).accepted == 0
     late = LatencyModel({1: 0.04, 2: 0.06}, online=False)  # beyond the TPOT of 50 ms
-    assert serve(Scheduler(CONFIG, late), 4).accepted == 0
+    for latency, count in ((filled, 3), (late, 1)):
+        engine = serve(Scheduler(CONFIG, latency), 4, count)
+        assert engine.accepted == 0 and engine.early < 8  # nor does it cost the head start
 
 
 def test_a_full_house_leaves_no_rows_for_drafts():
