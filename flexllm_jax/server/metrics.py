@@ -35,6 +35,7 @@ JOB_STATES = (
 )
 _PHASES = ("forward", "backward", "answers")  # of finetuning, by which its tokens are counted
 _ENDED_JOBS = 100  # that have labels of their own
+_DRAFTS = ("drafts", "draft_tokens", "accepted_tokens")  # of speculative decoding
 _LISTS = ("running_lora_adapters", "waiting_lora_adapters")
 
 
@@ -88,14 +89,7 @@ class ServerMetrics:
             "vllm:request_success", "Requests that ended.", model, "finished_reason"
         )
         self.preemptions = counter("vllm:num_preemptions", "Requests that lost their pages.", *own)
-        self.drafts = {
-            name: counter(f"vllm:spec_decode_num_{name}", told, *own)
-            for name, told in (
-                ("drafts", "Drafts that were tried."),
-                ("draft_tokens", "Tokens of drafts."),
-                ("accepted_tokens", "Tokens of drafts that came."),
-            )
-        }
+        self.drafts = {n: counter(f"vllm:spec_decode_num_{n}", "Drafts.", *own) for n in _DRAFTS}
         self.step_tokens = histogram(
             "vllm:iteration_tokens_total", "Inference tokens of a step.", COUNTS, *own
         )

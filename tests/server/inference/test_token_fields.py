@@ -215,27 +215,32 @@ def test_seeds_of_64_bits(client):
     assert len(texts) == 4
 
 
-def test_drafts_change_nothing_but_when_tokens_come(client, server):
+def test_drafts_change_nothing_but_when_tokens_come(thinking_client, thinking_server):
     """Several tokens of a step arrive at once; a stop string among them ends the text there."""
     prompt = (PROMPT * 4)[:50]
-    for extra in ({"max_tokens": 60}, {"max_tokens": 60, "stop": "a", "logprobs": 1}):
-        before = accepted(server)
+    for extra in (
+        {"model": "thinker", "max_tokens": 60},
+        {"model": "thinker", "max_tokens": 60, "stop": "a", "logprobs": 1},
+    ):
+        before = accepted(thinking_server)
         told = []
         for tried in (8, 0):
             more = {"return_token_ids": True, "num_speculative_tokens": tried}
-            choice = complete(client, more, prompt, **extra).choices[0]
-            chunks = complete(client, more, prompt, stream=True, **extra)
+            choice = complete(thinking_client, more, prompt, **extra).choices[0]
+            chunks = complete(thinking_client, more, prompt, stream=True, **extra)
             streamed = [c.choices[0] for c in chunks if c.choices]
             assert "".join(c.text for c in streamed) == choice.text
             assert [t for c in streamed for t in c.token_ids] == choice.token_ids
             told.append((choice.text, choice.token_ids, choice.finish_reason))
         assert told[0] == told[1]
         if "stop" not in extra:
-            server.wait(lambda b=before: accepted(server) > b)
-            assert accepted(server) <= server.metric("vllm:spec_decode_num_draft_tokens_total", KEY)
+            thinking_server.wait(lambda b=before: accepted(thinking_server) > b)
+            assert accepted(thinking_server) <= thinking_server.metric(
+                "vllm:spec_decode_num_draft_tokens_total"
+            )
     with pytest.raises(openai.BadRequestError, match="num_speculative_tokens"):
-        complete(client, {"num_speculative_tokens": 17})
+        complete(thinking_client, {"num_speculative_tokens": 17}, model="thinker")
 
 
 def accepted(server):
-    return server.metric("vllm:spec_decode_num_accepted_tokens_total", KEY)
+    return server.metric("vllm:spec_decode_num_accepted_tokens_total")
