@@ -52,11 +52,11 @@ def test_steps_lower_the_loss_and_samplers_stay_as_they_are(one):
 
 def test_requests_are_done_in_the_order_of_their_numbers(one):
     """Shuffled, each sent twice, one of them failing: as one after the other."""
-    serial = Model.make(one)
-    expected = curve(serial, 6)
+    serial, steps = Model.make(one), 50
+    expected = curve(serial, steps)
     shuffled = Model.make(one)
     bodies = {}
-    for step in range(6):
+    for step in range(steps):
         seq = 2 * step + 1 + (step > 2)
         bodies[seq] = shuffled.body(DATA, "cross_entropy", False, seq)
         bodies[seq + 1] = {"model_id": shuffled.id, "seq_id": seq + 1}
