@@ -3,6 +3,7 @@ on in the other one with the same numbers."""
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ TOKENS = "vllm:iteration_tokens_total_sum"
 
 
 @pytest.fixture(scope="module")
-def server(chat_llama, tmp_path_factory):
+def two_engines(chat_llama, tmp_path_factory):
     config = tinker_config(
         chat_llama,
         tmp_path_factory.mktemp("ray"),
@@ -31,9 +32,18 @@ def server(chat_llama, tmp_path_factory):
         assert running.stop() == 0, running.output
 
 
+def settled(server):
+    """Tokens of each engine, once all that it did is told of."""
+    before, now = None, by_engine(server, TOKENS)
+    while now != before:
+        time.sleep(1)
+        before, now = now, by_engine(server, TOKENS)
+    return now
+
+
 def engine_of(server, speaker, sampler, first_seq):
     """The one that answers a sampler's requests, all of them."""
-    before = by_engine(server, TOKENS)
+    before = settled(server)
     params = {"max_tokens": 8, "stop": []}
     promises = [
         speaker.ask_sample(sampler, [1, 5, 20, 33], first_seq + i, num_samples=1, params=params)
@@ -42,29 +52,25 @@ def engine_of(server, speaker, sampler, first_seq):
     for promise in promises:
         speaker.result(promise)
 
-    def grown():
-        now = by_engine(server, TOKENS)
-        return {e for e in now if now[e] > before.get(e, 0)}
-
-    server.wait(lambda: bool(grown()))
-    (engine,) = grown()
+    now = settled(server)
+    (engine,) = {e for e in now if now[e] > before.get(e, 0)}
     return engine
 
 
-def test_models_spread_and_outlive_their_engine(server):
-    speaker = Patient(server, KEYS["boss"]).begin()
+def test_models_spread_and_outlive_their_engine(two_engines):
+    speaker = Patient(two_engines, KEYS["boss"]).begin()
     expected = train(Model.make(speaker))  # goes on being there: the others spread beside it
     models = [Model.make(speaker) for _ in range(3)]
     for model in models:
         model.train(*DATA, forward_only=True)
     samplers = [model.sampler() for model in models]
-    where = [engine_of(server, speaker, s, 100 * i) for i, s in enumerate(samplers)]
+    where = [engine_of(two_engines, speaker, s, 100 * i) for i, s in enumerate(samplers)]
     assert where[0] == where[2] != where[1]
     dying = models[0]
 
-    losses = train(dying, lambda: os.kill(pid_of(server, where[0]), signal.SIGKILL))
+    losses = train(dying, lambda: os.kill(pid_of(two_engines, where[0]), signal.SIGKILL))
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
-    assert engine_of(server, speaker, dying.sampler(), 1000) == where[1]
+    assert engine_of(two_engines, speaker, dying.sampler(), 1000) == where[1]
     scored = speaker.logprobs(samplers[0], [1, 5, 20, 33], 2000)  # of what it was before
     base = speaker.logprobs(speaker.sampler(), [1, 5, 20, 33], 0)
     np.testing.assert_allclose(scored[1:], base[1:], atol=1e-5)
