@@ -3,7 +3,8 @@ rows, interactive requests beside tenants who learn from rewards, many sessions 
 
 Starts scripts/serve.py with the given configuration (configs/tinker.yaml) on a free port. Writes
 tinker.json. The exit status is 1 when a sample was lost, training through the SDK had less than 0.9
-of a job's tokens/s, or memory grew after the first round of samples.
+of a job's tokens/s, log-probabilities of samples were not those of training, or memory grew after
+the first round of samples.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rich import get_console
 from flexllm_jax.config.cli import make_parser, needs_extra, read_config, run_script
 
 SERVE = Path(__file__).with_name("serve.py")
-PARTS = ("training", "interactive", "many")
+PARTS = ("training", "interactive", "agreement", "many")
+APART = 0.02  # log-probabilities of a sampled token, on average: what bfloat16 may make of them
 GROWTH = 0.05  # of memory from the first round of samples to the last
 
 
@@ -59,6 +61,10 @@ def main() -> int:
             told["interactive"] = found = clients.beside_tenants(server, shape, slo)
             if any(each["finished"] < each["requests"] for each in found.values()):
                 problems.append("an interactive request was not answered")
+        if "agreement" in arguments.parts:
+            told["agreement"] = found = clients.agreement(server.url)
+            if max(found["compute_logprobs_mean"], found["forward_mean"]) > APART:
+                problems.append("log-probabilities of samples are not those of training")
         if "many" in arguments.parts:
             told["many"] = found = clients.many_at_once(server, shape)
             if found["answered"] < found["asked"]:

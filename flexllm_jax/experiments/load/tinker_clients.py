@@ -197,6 +197,33 @@ def _learn_once(model: tinker.TrainingClient, random: np.random.Generator) -> Co
     return counted
 
 
+# -- what is sampled, scored and trained on -----------------------------------------------------
+
+
+def agreement(url: str) -> dict[str, float]:
+    """How far log-probabilities of sampled tokens are from those of `compute_logprobs` and of
+    `forward`, of a model after a step: what a policy's ratios are off by, and the dtype's."""
+    client, random = service(url), np.random.default_rng(0)
+    model = client.create_lora_training_client(base_model(url), rank=RANK, seed=1).result()
+    _learn_once(model, random)
+    sampler = model.save_weights_and_get_sampling_client().result()
+    params = types.SamplingParams(max_tokens=SAMPLED, temperature=1.0, seed=1)
+    scored, trained = [], []
+    for prompt in random.integers(5, 200, (GROUPS, 16)).tolist():
+        answer = sampler.sample(types.ModelInput.from_ints(prompt), SAMPLES, params).result()
+        for sequence in answer.sequences:
+            said, whole = np.array(sequence.logprobs), [*prompt, *sequence.tokens]
+            text = types.ModelInput.from_ints(whole)
+            found = np.array(sampler.compute_logprobs(text).result()[len(prompt) :])
+            both = model.forward([_datum(whole[:-1], target_tokens=whole[1:])], "cross_entropy")
+            forward = both.result().loss_fn_outputs[0]["logprobs"].to_numpy()[len(prompt) - 1 :]
+            scored.append(np.abs(found - said))
+            trained.append(np.abs(forward - said))
+    told = {"compute_logprobs": np.concatenate(scored), "forward": np.concatenate(trained)}
+    means = {f"{name}_mean": float(own.mean()) for name, own in told.items()}
+    return means | {f"{name}_max": float(own.max()) for name, own in told.items()}
+
+
 # -- many at once ----------------------------------------------------------------------------------
 
 

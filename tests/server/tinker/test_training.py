@@ -299,6 +299,11 @@ def test_usage_and_metrics_count(one, tinker_server: RunningServer):
     before = tinker_server.metric('flexllm:tinker_tokens_total{use="training"}', one.key)
     model = Model.make(one)
     model.train(*DATA)
+    failed = 'flexllm:tinker_failures_total{category="user"}'
+    so_far = tinker_server.metric(failed, one.key)
+    with pytest.raises(Failed):
+        model.train(*DATA, loss="nonsense")
+    assert tinker_server.metric(failed, one.key) == so_far + 1
     usage = one.get("usage")["usage"]
     assert {row["key"] for row in usage} == {"one"}
     assert sum(row["training_tokens"] for row in usage) >= sum(len(t) - 1 for t in TEXTS)
