@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from flexllm_jax import ReinforcementConfig
 from flexllm_jax.models.tokenizer import load_tokenizer
 from flexllm_jax.server.engines import adapter_loads
 from flexllm_jax.server.engines.adapter_loads import AdapterLoads
@@ -135,3 +136,39 @@ def test_what_a_grader_asks_is_loaded_and_stays_while_its_job_runs(shared, chat_
         calls.unload_adapter("judge")
         calls.start_job(config, 0, {})
     assert not directory.training
+
+
+def test_answers_of_a_job_make_room_for_an_adapter_that_is_asked_for(
+    shared, llama, tmp_path, monkeypatch
+):
+    """They have the last slot; when it is theirs again the job goes on."""
+    monkeypatch.setattr(adapter_loads, "_TURN_S", TURN_S)
+    llm, directory = shared, shared.engine.adapters.directory
+    calls = EngineCalls(llm.config, llm.engine, llm._loop, llm.tokenizer)
+    loaded, folder = [], str(save_random_adapter(llama, tmp_path / "adapter"))
+    add = lambda requests: loaded.append((requests, "asked" in directory.current))  # noqa: E731
+    now = lambda function, *arguments: function(*arguments)  # noqa: E731
+    loads = AdapterLoads(llm._loop, calls, add, pytest.fail, now, wait_s=10.0)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "ab"}, {"prompt": "cd"}])
+    method = ReinforcementConfig(batch_size=2, num_generations=4, max_tokens=30)
+    job = llm.finetune(
+        job_config("answers", rows, method=method, steps=10_000),
+        reward=lambda samples: [float(len(s.text)) for s in samples],
+    )
+    for i in range(directory.num_slots - 3):
+        llm._loop.call(directory.start_training, f"taken-{i}")
+    while not job.steps:
+        time.sleep(0.001)
+    llm._loop.call(loads.want, "asked", folder, {7: "asked"})
+    while not loaded:
+        llm._loop.call(loads.go_on)
+        assert job.status == "running", job.reason
+    assert loaded == [({7: "asked"}, True)]
+    steps = job.steps
+    while job.steps < steps + 2:  # nobody uses it: answers take the slot again
+        assert job.status == "running", job.reason
+        time.sleep(0.001)
+    assert "asked" not in directory.current
+    job.cancel()
+    for name in list(directory.training):
+        llm._loop.call(directory.stop_training, name)
