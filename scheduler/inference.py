@@ -247,7 +247,8 @@ class InferenceQueue:
         end = min(sequence.prefill_end, start + room)
         if stops and stops[0] == start:
             del stops[0]
-            self._save_state(sequence, passing=bool(stops))
+            passing = bool(stops) and not start % self.config.snapshot_every
+            self._save_state(sequence, passing)
         if stops:
             end = min(end, stops[0])
         chunks.append(Chunk(sequence, start, end - start, samples=end == sequence.prefill_end))
@@ -255,9 +256,9 @@ class InferenceQueue:
 
     # ---- recurrent state ----
 
-    def _plan_states(self, sequence: Sequence, known: int, row: int) -> None:
+    def _plan_states(self, sequence: Sequence, parting: int, row: int) -> None:
         """Let a sequence begin from the snapshot at the end of what it shares, and find where to
-        take others; `known` pages of it are cached."""
+        take others."""
         snapshots, start = self.pool.snapshots, sequence.computed
         assert snapshots is not None
         if start:
@@ -265,8 +266,7 @@ class InferenceQueue:
             self.state_copies.append((snapshots.read(page), row))
         sequence.stops = []
         if sequence.request.reusable:
-            shared = known * self.pool.page_size
-            sequence.stops = snapshots.stops(start, shared, sequence.prefill_end)
+            sequence.stops = snapshots.stops(start, parting, sequence.prefill_end)
 
     def _save_state(self, sequence: Sequence, passing: bool) -> None:
         """Keep the state of all that is computed of a sequence, which ends with a page."""
@@ -294,9 +294,10 @@ class InferenceQueue:
         room = pool.num_free + others.pages_held - len(self.running)
         if self._blocked and self._blocked[0] is sequence and room <= self._blocked[1]:
             return False
-        shared = known = pool.find_prefix(sequence.tokens, sequence.request.cache_salt)
+        shared, parting = pool.find_prefix(sequence.tokens, sequence.request.cache_salt), 0
         if pool.snapshots is not None:
-            shared = known[: pool.snapshots.covered(known)]
+            parting = pool.parting(shared)
+            shared = shared[: pool.snapshots.covered(shared)]
         needed = pool.pages_for(len(sequence.tokens)) - len(shared)
         wanted = needed + len(self.running)
         if wanted > pool.num_free_beside(shared) + others.pages_held:
@@ -311,7 +312,7 @@ class InferenceQueue:
         sequence.prefill_end = len(sequence.tokens)
         sequence.row = heapq.heappop(self.rows)
         if pool.snapshots is not None:
-            self._plan_states(sequence, len(known), sequence.row)
+            self._plan_states(sequence, parting, sequence.row)
         sequence.status = Status.RUNNING
         self._jobs.request_runs(sequence.request.job)
         if sequence.lookup is not None:

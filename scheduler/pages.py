@@ -12,6 +12,7 @@ Keys are compared whole, never by hash alone, so a hit always means equal salt a
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from scheduler.snapshots import Snapshots
@@ -50,6 +51,8 @@ class PagePool:
         self._key: dict[int, tuple] = {}
         self._link: dict[int, int] = {}
         self._next_link = itertools.count()
+        # With snapshots: how many cached pages follow the one of a link; none are 0.
+        self._followers: Counter[Hashable] = Counter()
 
     @property
     def num_free(self) -> int:
@@ -120,6 +123,7 @@ class PagePool:
         self._free += self._evictable
         self._evictable.clear()
         self._cached.clear()
+        self._followers.clear()
 
     def find_prefix(self, tokens: Sequence[int], salt: Hashable) -> list[int]:
         """The cached pages of the longest prefix of `tokens`, without taking references.
@@ -138,6 +142,12 @@ class PagePool:
             pages.append(page)
             parent = self._link[page]
         return pages
+
+    def parting(self, pages: Sequence[int]) -> int:
+        """Tokens of the `pages` that `find_prefix` found, if others go on behind them: there they
+        part. Else 0. Known with snapshots alone."""
+        followed = bool(pages) and self._link[pages[-1]] in self._followers
+        return len(pages) * self.page_size if followed else 0
 
     def num_free_beside(self, pages: Sequence[int]) -> int:
         """Pages an allocation could get after `share(pages)`."""
@@ -175,6 +185,8 @@ class PagePool:
             if cached == page:
                 self._key[page] = key
                 self._link[page] = next(self._next_link)
+                if self.snapshots is not None:
+                    self._followers[parent] += 1
             else:
                 self._link[page] = self._link[cached]
             parent = self._link[page]
@@ -193,8 +205,11 @@ class PagePool:
     def _evict(self) -> int:
         page = next(iter(self._evictable))
         del self._evictable[page]
-        del self._cached[self._key.pop(page)]
-        del self._link[page]
+        key = self._key.pop(page)
+        del self._cached[key], self._link[page]
         if self.snapshots is not None:
+            self._followers[key[0]] -= 1
+            if not self._followers[key[0]]:
+                del self._followers[key[0]]
             self.snapshots.drop(page)
         return page

@@ -6,10 +6,11 @@ next token came. Such a snapshot belongs to the cached page that ends there, fou
 and goes when that page goes.
 
 Slots are few: a snapshot is as large as the keys of a thousand tokens or more. They are taken at
-multiples of `every`, at the end of prompts, and where a prompt leaves a prefix that others have
-computed too. When there is none left, those made on the way and never read go first, least recently
-used first, so a long prompt cannot drive out the ends of all others. The device copies in the order
-of the plans, so a slot may be given away as soon as a copy from it is planned.
+multiples of `every`, at the end of prompts, and where a prompt parts from others. Those at
+multiples are made on the way, and until one is read it makes room first, and takes no other's: a
+long prompt cannot drive out the ends of all others. Among the rest the least recently used goes.
+The device copies in the order of the plans, so a slot may be given away as soon as a copy from it
+is planned.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class Snapshots:
         return slot
 
     def save(self, page: int, passing: bool) -> int | None:
-        """A slot to copy the state at the end of a cached page to; None if it has one.
-
-        passing: not the end of a prompt, so it must be read once to be worth more.
-        """
+        """A slot to copy the state at the end of a cached page to; None if it has one, or there is
+        none for it. passing: made on the way."""
         if page in self._kept or page in self._passing:
             return None
         if not self._free:
+            if passing and not self._passing:
+                return None
             self.drop(next(iter(self._passing or self._kept)))
         slot = self._free.pop()
         (self._passing if passing else self._kept)[page] = slot
@@ -80,18 +81,20 @@ class Snapshots:
             self._free.append(slot)
             self.evicted += 1
 
-    def stops(self, start: int, shared: int, end: int) -> list[int]:
+    def stops(self, start: int, parting: int, end: int) -> list[int]:
         """Where a prefill of positions [start, end) ends chunks to take snapshots, ascending.
 
-        shared: up to there others have computed the same. The last one is the last end of a page
+        parting: where it parts from others that have computed the same up to there, or 0. The last
+        one is the last end of a page
         that the same prompt can begin from, as one token must be left to compute.
 
             every = 1024, pages of 16:  stops(0, 688, 2500)  ->  [688, 1024, 2048, 2496]
         """
         every, size = self.every, self._page_size
-        multiples = range(start // every * every + every, end, every)
-        stops, before = [], start
-        for stop in sorted({shared, (end - 1) // size * size, *multiples}):
+        wanted, stops, before = {parting, (end - 1) // size * size}, [], start
+        if self._free or self._passing:
+            wanted.update(range(start // every * every + every, end, every))
+        for stop in sorted(wanted):
             if before + self.least <= stop and before < stop:
                 stops.append(stop)
                 before = stop

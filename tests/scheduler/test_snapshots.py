@@ -100,6 +100,15 @@ def test_where_prompts_part_is_found_by_the_second_and_shared_by_the_third():
     assert chunks(serve(engine, question[2])) == [(24, 32), (32, 33)]
 
 
+def test_the_end_of_an_output_is_no_place_where_prompts_part():
+    engine = make(every=64)
+    first = request("turn 1", 8, max_tokens=13)
+    serve(engine, first)
+    known = (*first.prompt, *engine.finished["turn 1"].output)
+    plans = serve(engine, request("turn 2", (*known, *[9] * 10), max_tokens=2))
+    assert chunks(plans) == [(4, 28), (28, 31)]
+
+
 def test_a_long_output_is_kept_at_multiples_too():
     engine = make()
     first = request("turn 1", 8, max_tokens=40)
@@ -148,7 +157,7 @@ def test_a_long_prompt_drives_out_no_more_than_one_end():
     serve(engine, request("long", 120, max_tokens=1))
     snapshots = engine.scheduler.pool.snapshots
     assert snapshots is not None and snapshots.used == 3
-    assert snapshots.evicted == 1 + 7  # the oldest end, then its own but for the last
+    assert snapshots.evicted == 1 and snapshots.saved == 4
     again = [request(f"again {i}", (i,) * 14, max_tokens=1) for i in (1, 2)]
     assert chunks(serve(engine, *again)) == [(12, 14)] * 2
 
