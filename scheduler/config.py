@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from scheduler.request import Slo
+from scheduler.windows import KeyReads
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class SchedulerConfig:
     num_pages, page_size, prefix_caching   the KV page pool
     state_snapshots        slots for snapshots of recurrent state; 0 for a model without any
     snapshot_every         tokens from one snapshot to the next, in whole pages
+    windows                (share of the bytes of keys, window) of layers whose queries see only
+                           so many keys
     num_layers, unit_tokens   a microbatch of t tokens is cut in n = ceil(t / unit_tokens) slices,
                            and has n loss units and num_layers * n layer units
     finetune_slots         tokens of all microbatches in work, each rounded up to whole slices
@@ -39,6 +42,7 @@ class SchedulerConfig:
     prefix_caching: bool = True
     state_snapshots: int = 0
     snapshot_every: int = 1024
+    windows: tuple[tuple[float, int], ...] = ()
     num_layers: int = 1
     unit_tokens: int = 256
     finetune_slots: int = 1 << 14
@@ -46,6 +50,11 @@ class SchedulerConfig:
     slo: Slo = field(default_factory=Slo)
     idle_step_s: float = 0.1
     finetune_floor: float = 0.0
+
+    @property
+    def reads(self) -> KeyReads:
+        """How many keys attention reads."""
+        return KeyReads(self.windows)
 
     def __post_init__(self) -> None:
         for name in (

@@ -40,7 +40,7 @@ class Scheduler:
     def __init__(
         self, config: SchedulerConfig, latency: LatencyModel, policy: Policy | None = None
     ) -> None:
-        self.config = config
+        self.config, self._reads = config, config.reads
         self.latency = latency
         self.policy = policy or CoServing()
         self.pool = PagePool(
@@ -256,7 +256,7 @@ class Scheduler:
 
     def repeated(self, plan: StepPlan, times: float) -> StepFeatures:
         """Features of the step that follows `plan` after `times` - 1 others like it."""
-        grown = plan.features.decode_kv + times * len(plan.decode)
+        grown = self._reads.of_decode(plan.decode.positions, 1 + times)
         return plan.features._replace(decode_kv=grown)
 
     # ---- parts of a plan ----
@@ -326,8 +326,10 @@ class Scheduler:
             decode_tokens=len(decode),
             prefill_tokens=tokens,
             decode_kv=decode.keys,
-            chunk_kv=sum(keys),
-            attention_pairs=sum(c.length * n for c, n in zip(prefill, keys, strict=True)),
+            chunk_kv=sum(self._reads(n, c.length) for c, n in zip(prefill, keys, strict=True)),
+            attention_pairs=sum(
+                self._reads.pairs(c.length, n) for c, n in zip(prefill, keys, strict=True)
+            ),
             adapters=decode.adapters
             or any(chunk.sequence.request.cache_salt is not None for chunk in prefill),
             sampling=max(s.sampling for s in sampled),

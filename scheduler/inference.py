@@ -60,6 +60,7 @@ class InferenceQueue:
         self.state_copies: list[tuple[int, int]] = []
         self.drafting: set[Sequence] = set()  # of running: those that may have drafts
         self._others, self._jobs = others, jobs
+        self._reads = config.reads
         self._blocked: tuple[Sequence, int] | None = None  # not admitted with this much room
         self._arrivals = itertools.count()
 
@@ -122,7 +123,7 @@ class InferenceQueue:
                 sampling = sequence.sampling
             if sequence.logprobs:
                 logprobs = True
-        keys = sum(positions) + len(positions)
+        keys = self._reads.of_decode(positions)
         return Decode(sequences, positions, keys, earliest, least_s, adapters, sampling, logprobs)
 
     def propose_drafts(self, decode: Decode) -> dict[Sequence, list[int]]:

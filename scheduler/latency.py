@@ -61,7 +61,8 @@ class StepFeatures(NamedTuple):
     chunk_kv         KV entries that prefill and finetuning chunks read
     attention_pairs  sum of query length x key length over prefill and finetuning chunks
     layer_units, loss_units   backward units after the forward, by kind
-    backward_pairs   sum of slice length x key length over the layer units
+    backward_pairs   sum of slice length x key length over the layer units; of all of these, where
+                     layers have windows, what `windows.KeyReads` counts
     adapters         whether any token of the forward carries an adapter
     sampling, logprobs   the most that any sampled token needs
     most_rows        rows that the largest step samples; every step has as many, or one for each
@@ -75,11 +76,11 @@ class StepFeatures(NamedTuple):
     prefill_tokens: int = 0
     finetune_tokens: int = 0
     decode_kv: float = 0
-    chunk_kv: int = 0
-    attention_pairs: int = 0
+    chunk_kv: float = 0
+    attention_pairs: float = 0
     layer_units: int = 0
     loss_units: int = 0
-    backward_pairs: int = 0
+    backward_pairs: float = 0
     adapters: bool = False
     sampling: int = Sampling.GREEDY
     logprobs: bool = False

@@ -40,7 +40,7 @@ class Progress:
         layers = config.num_layers if microbatch.backward else 0
         self.head_units = self.slices * (microbatch.scored + microbatch.backward)
         self.total_units = self.head_units + self.slices * layers
-        self._segments = config.max_finetune_segments
+        self._segments, self._reads = config.max_finetune_segments, config.reads
         self._ends = list(itertools.accumulate(microbatch.lengths))
         # (query, key) pairs of the first i units of a layer: slices come from the last one on.
         starts = range((self.slices - 1) * self.unit_tokens, -1, -self.unit_tokens)
@@ -130,25 +130,25 @@ class Progress:
         sweeps, rest = divmod(unit - self.head_units, self.slices)
         return self.head_units * self._loss_s + sweeps * self._sweep_s[-1] + self._sweep_s[rest]
 
-    def _pairs(self, unit: int) -> int:
+    def _pairs(self, unit: int) -> float:
         """(Query, key) pairs of the first `unit` units."""
         if unit <= self.head_units:
             return 0
         sweeps, rest = divmod(unit - self.head_units, self.slices)
         return sweeps * self._sweep_pairs[-1] + self._sweep_pairs[rest]
 
-    def _extent(self, start: int, stop: int) -> tuple[int, int]:
+    def _extent(self, start: int, stop: int) -> tuple[float, float]:
         """Sum of query length x key length, and of key lengths, over the sequences in tokens
         [start, stop)."""
-        pairs = keys = 0
+        pairs = keys = 0.0
         segment = bisect.bisect_right(self._ends, start)
         if stop <= self._ends[segment]:  # within one sequence
-            keys = stop - self._ends[segment] + self.microbatch.lengths[segment]
-            return (stop - start) * keys, keys
+            last = stop - self._ends[segment] + self.microbatch.lengths[segment]
+            return self._reads.pairs(stop - start, last), self._reads(last, stop - start)
         while start < stop:
             begin = self._ends[segment] - self.microbatch.lengths[segment]
             end = min(self._ends[segment], stop)
-            pairs += (end - start) * (end - begin)
-            keys += end - begin
+            pairs += self._reads.pairs(end - start, end - begin)
+            keys += self._reads(end - begin, end - start)
             start, segment = end, segment + 1
         return pairs, keys

@@ -236,7 +236,7 @@ class Decode:
 
     sequences: list[Sequence] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    keys: int = 0
+    keys: float = 0
     due: float = math.inf
     tpot_s: float = math.inf
     adapters: bool = False

@@ -8,7 +8,7 @@ cold engine; calibrated on measurements it drives the simulator.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from scheduler.latency import LatencyModel
@@ -27,24 +27,71 @@ class DeviceSpec:
 
 
 @dataclass(frozen=True)
-class ModelCost:
-    """The sizes of a decoder that its costs follow from."""
+class LayerCost:
+    """A layer's sizes. own_keys: whether it writes keys and values, or reads those of another.
+    window: most keys that a query sees."""
 
-    name: str
-    layers: int
-    d_model: int
     ffn: int
     heads: int
     kv_heads: int
     head_dim: int
+    own_keys: bool = True
+    window: int | None = None
+
+    @property
+    def keys(self) -> int:
+        """Width of the keys that it reads."""
+        return self.kv_heads * self.head_dim
+
+    def parameters(self, d_model: int) -> int:
+        """Of its seven projections."""
+        attention = 2 * d_model * (self.heads * self.head_dim + self.own_keys * self.keys)
+        return attention + 3 * d_model * self.ffn
+
+    def widths(self, d_model: int) -> int:
+        """What its projections read and write for a token."""
+        queries = self.heads * self.head_dim
+        return 5 * d_model + 2 * (queries + self.own_keys * self.keys) + 2 * d_model + 3 * self.ffn
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The sizes of a decoder that its costs follow from."""
+
+    name: str
+    d_model: int
+    by_layer: tuple[LayerCost, ...]
     vocab: int
     dtype_bytes: int = 2
 
+    @classmethod
+    def alike(
+        cls,
+        name: str,
+        layers: int,
+        d_model: int,
+        ffn: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        vocab: int,
+    ) -> ModelCost:
+        """All layers with full attention."""
+        return cls(name, d_model, (LayerCost(ffn, heads, kv_heads, head_dim),) * layers, vocab)
+
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of a layer's seven projections."""
-        attention = 2 * self.d_model * (self.heads + self.kv_heads) * self.head_dim
-        return attention + 3 * self.d_model * self.ffn
+    def layers(self) -> int:
+        """L."""
+        return len(self.by_layer)
+
+    def total(self, of_layer: Callable[[LayerCost], float]) -> float:
+        """Of all layers."""
+        return sum(map(of_layer, self.by_layer))
+
+    @property
+    def layer_parameters(self) -> float:
+        """Parameters of a layer's projections, in the mean."""
+        return self.total(lambda layer: layer.parameters(self.d_model)) / self.layers
 
     @property
     def head_parameters(self) -> int:
@@ -52,14 +99,24 @@ class ModelCost:
         return self.vocab * self.d_model
 
     @property
-    def streamed_bytes(self) -> int:
+    def streamed_bytes(self) -> float:
         """Bytes of the weights that a forward reads: all but the embedding table."""
         return self.dtype_bytes * (self.layers * self.layer_parameters + self.head_parameters)
 
     @property
-    def kv_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes
+    def kv_bytes(self) -> float:
+        """Bytes of one token's keys and values as all layers read them."""
+        return 2 * self.total(lambda layer: layer.keys) * self.dtype_bytes
+
+    @property
+    def windows(self) -> tuple[tuple[float, int], ...]:
+        """As of `windows.KeyReads`."""
+        shares: dict[int, float] = {}
+        for layer in self.by_layer:
+            if layer.window is not None:
+                shares[layer.window] = shares.get(layer.window, 0.0) + layer.keys
+        total = self.total(lambda layer: layer.keys)
+        return tuple((share / total, window) for window, share in shares.items())
 
 
 @dataclass(frozen=True)
@@ -103,10 +160,10 @@ H200 = DeviceSpec("NVIDIA H200", 989e12, 4.8e12, 450e9, 141e9)
 CPU = DeviceSpec("cpu", 60e9, 10e9, 1e9, 8e9)  # a guess for a few cores in float32
 DEVICES = {device.name: device for device in (A100, H100, H200, CPU)}
 
-LLAMA_3_1_8B = ModelCost("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256)
-LLAMA_3_1_70B = ModelCost("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256)
-QWEN2_5_14B = ModelCost("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064)
-QWEN2_5_32B = ModelCost("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064)
+LLAMA_3_1_8B = ModelCost.alike("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 128256)
+LLAMA_3_1_70B = ModelCost.alike("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256)
+QWEN2_5_14B = ModelCost.alike("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064)
+QWEN2_5_32B = ModelCost.alike("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064)
 MODELS = {m.name: m for m in (LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN2_5_14B, QWEN2_5_32B)}
 
 # Over a row of logits. The noise of draws is no pass but about 100 operations for each logit, which
@@ -182,13 +239,14 @@ def roofline(
         both = (compute_s**p + read_s**p) ** (1 / p)
         return e.step_s + both + model.layers * all_reduce_s(tokens)
 
-    widths = 2 * model.d_model + 2 * (model.heads + model.kv_heads) * model.head_dim
-    widths += 2 * model.d_model + 3 * (model.d_model + model.ffn)
-    inputs = 5 * model.d_model + model.heads * model.head_dim + model.ffn
-    dropout_s = 2 * inputs * model.dtype_bytes / memory
+    d_model, mean = model.d_model, 1 / model.layers
+    ffn = mean * model.total(lambda layer: layer.ffn)
+    queries = mean * model.total(lambda layer: layer.heads * layer.head_dim)
+    widths = mean * model.total(lambda layer: layer.widths(d_model))
+    dropout_s = 2 * (5 * d_model + queries + ffn) * model.dtype_bytes / memory
     attended = compute * (1.0 if e.attention is None else e.attention / e.compute)
-    pair_s = 0.5 * 4 * model.heads * model.head_dim / attended
-    pass_s = model.ffn * model.dtype_bytes / memory  # of a token
+    pair_s = 0.5 * 4 * queries / attended
+    pass_s = ffn * model.dtype_bytes / memory  # of a token
     unit = (1 + e.recompute) * 2 * unit_tokens * model.layer_parameters / compute
     unit += e.unit_passes * unit_tokens * pass_s
     row_pass_s = 4 * model.vocab / (e.memory * device.bytes_per_s)

@@ -26,10 +26,12 @@ from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
+from flexllm_jax.models.spec import LayerSpec
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.version import __version__
 from scheduler.latency import COEFFICIENTS, LatencyModel, Sampling, StepFeatures
-from scheduler.roofline import ModelCost, find_device, roofline
+from scheduler.roofline import LayerCost, ModelCost, find_device, roofline
+from scheduler.windows import KeyReads
 
 log = logging.getLogger(__name__)
 
@@ -102,15 +104,17 @@ def cold_model(runner: Runner) -> LatencyModel:
 
 def model_cost(sizes: EngineSizes) -> ModelCost:
     """What a roofline needs to know of the model."""
+
+    def cost(layer: LayerSpec) -> LayerCost:
+        own = layer.mixer
+        sizes = own.heads, own.kv_heads, own.head_dim
+        return LayerCost(layer.mlp.d_ff, *sizes, own.own_keys, own.options.window)
+
     model = sizes.model
     return ModelCost(
         model.architecture,
-        model.num_layers,
         model.d_model,
-        model.d_ff,
-        model.num_heads,
-        model.num_kv_heads,
-        model.head_dim,
+        tuple(map(cost, model.layers)),
         model.vocab_size,
         sizes.dtype.itemsize,
     )
@@ -151,21 +155,23 @@ def _write_page_tables(runner: Runner) -> None:
 
 
 def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
-    sizes = runner.sizes
+    sizes, reads = runner.sizes, KeyReads(model_cost(runner.sizes).windows)
     longest = min(_LONG_CONTEXT, sizes.max_model_len, runner.num_pages * sizes.page_size)
     for bucket in sizes.buckets:
         decodes = min(bucket, sizes.rows)
         for count in {decodes, max(1, decodes // 2)}:
             for context in (1, longest):
-                features = StepFeatures(bucket, decode_tokens=count, decode_kv=count * context)
+                features = StepFeatures(
+                    bucket, decode_tokens=count, decode_kv=count * reads(context)
+                )
                 yield features, _forward(runner, bucket, [(context - 1, 1)] * count)
         chunk = min(bucket, longest)
         for cached in {0, longest - chunk}:
             features = StepFeatures(
                 bucket,
                 prefill_tokens=chunk,
-                chunk_kv=cached + chunk,
-                attention_pairs=chunk * (cached + chunk),
+                chunk_kv=reads(cached + chunk, chunk),
+                attention_pairs=reads.pairs(chunk, cached + chunk),
             )
             yield features, _forward(runner, bucket, [(cached, chunk)])
         chunk = min(chunk, sizes.finetune_slots)
@@ -175,7 +181,7 @@ def _cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]
                 prefill_tokens=chunk - slots,
                 finetune_tokens=slots,
                 chunk_kv=chunk,
-                attention_pairs=chunk * chunk,
+                attention_pairs=reads.pairs(chunk, chunk),
                 adapters=True,
             )
             yield features, _forward(runner, bucket, [(0, chunk)], "adapters", slots)
@@ -204,6 +210,7 @@ def _sampling_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[],
 def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], object]]]:
     """Units of one sequence that fills all slots: its first slice of tokens, and its last."""
     sizes, layers = runner.sizes, runner.model.num_layers
+    reads = KeyReads(model_cost(sizes).windows)
     positions = np.arange(sizes.finetune_slots, dtype=np.int32)
     rows, packed = MicrobatchTable.empty(sizes.finetune_slots)
     rows.label[:] = rows.sequence_start[:] = rows.pair_start[:] = 0
@@ -226,13 +233,13 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
     # Two counts of each kind: from one alone, a unit's time is not told from a step's overhead.
     for start in {0, sizes.finetune_slots - sizes.unit_tokens}:
         for count in {1, layers}:
-            pairs = count * sizes.unit_tokens * (start + sizes.unit_tokens)
+            pairs = count * reads.pairs(sizes.unit_tokens, start + sizes.unit_tokens)
             yield (
                 StepFeatures(layer_units=count, backward_pairs=pairs),
                 layer_units(count, start),
             )
     if dropout := empty_dropout(runner):
-        pairs = layers * sizes.unit_tokens**2
+        pairs = layers * reads.pairs(sizes.unit_tokens, sizes.unit_tokens)
         yield (
             StepFeatures(layer_units=layers, backward_pairs=pairs, dropout_units=layers),
             layer_units(layers, 0, dropout),

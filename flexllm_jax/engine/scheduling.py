@@ -3,6 +3,7 @@
 from typing import TextIO
 
 from flexllm_jax.config import Config
+from flexllm_jax.engine.profile import model_cost
 from flexllm_jax.engine.sizes import FINETUNE_SEQUENCES, EngineSizes
 from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.latency import LatencyModel
@@ -36,6 +37,7 @@ def make_scheduler(
         prefix_caching=config.cache.prefix_caching and not (sizes.recurrent and not snapshots),
         state_snapshots=snapshots,
         snapshot_every=config.cache.snapshot_tokens,
+        windows=model_cost(sizes).windows,
         num_layers=sizes.model.num_layers,
         unit_tokens=sizes.unit_tokens,
         finetune_slots=sizes.finetune_slots,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from flexllm_jax.engine.profile import model_cost
 from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
 from flexllm_jax.experiments.planning.engine import PlannedEngine
 from flexllm_jax.experiments.simulation.report import figures
@@ -16,6 +17,7 @@ from scheduler.fleet import Fleet, LeastLoaded
 from scheduler.latency import StepFeatures
 from scheduler.simulator import SimulatedEngine, report, request_of
 from scheduler.supply import FinetuneSupply
+from scheduler.windows import KeyReads
 from scheduler.workload import Arrival, Lengths
 
 _NOISE = 0.03  # sigma of the logarithm of step times
@@ -40,17 +42,17 @@ def step_times(
     """Predicted milliseconds of decode steps by rows, each with `context` keys, and prefill
     tokens/s in the largest step. rows: how many; None: one, an eighth of all, and all."""
     sizes, latency = planned.sizes, planned.latency
-    times = {}
+    reads, times = KeyReads(model_cost(sizes).windows), {}
     for count in rows or sorted({1, max(1, sizes.rows // 8), sizes.rows}):
         bucket = next(bucket for bucket in sizes.buckets if bucket >= count)
-        step = StepFeatures(bucket, decode_tokens=count, decode_kv=count * context)
+        step = StepFeatures(bucket, decode_tokens=count, decode_kv=count * reads(context))
         times[f"decode_{count}_row{'s' * (count > 1)}_ms"] = 1e3 * latency.predict(step)
     largest = sizes.buckets[-1]
     chunk = StepFeatures(
         largest,
         prefill_tokens=largest,
         chunk_kv=largest,
-        attention_pairs=largest * min(largest, context),
+        attention_pairs=reads.pairs(largest, min(largest, context)),
     )
     times["prefill_tokens_per_s"] = largest / latency.predict(chunk)
     return times
