@@ -26,6 +26,9 @@ from transformers import (
     MinistralConfig,
     Mistral3Config,
     MistralConfig,
+    MuseGlimmerConfig,
+    MuseGlimmerTextConfig,
+    MuseGlimmerVisionConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
@@ -253,6 +256,28 @@ def make_gemma4_unified(path: Path, **options: Any) -> Path:
     return _make(Gemma4UnifiedTextConfig, path, **(fields | options))
 
 
+def make_muse_glimmer(path: Path, **options: Any) -> Path:
+    """Write a Muse Glimmer checkpoint, with a vision tower: windows of 9, then a layer that is told
+    no positions."""
+    vision = MuseGlimmerVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+
+    def wrap(text: Any, tie: bool) -> PreTrainedConfig:
+        own: dict[str, Any] = {"out_hidden_size": 64, "projector_hidden_size": 16}
+        own["tie_word_embeddings"] = tie
+        return MuseGlimmerConfig(text_config=text, vision_config=vision, **own)
+
+    fields: dict[str, Any] = {
+        "sliding_window": 9,
+        "qk_scale_factor": 1.7,
+        "output_multiplier": 0.7,
+        "final_logit_softcapping": 1.5,
+        "wrap": wrap,
+    }
+    return _make(MuseGlimmerTextConfig, path, **(fields | options))
+
+
 def _make(
     config_class: type[PreTrainedConfig],
     path: Path,
@@ -303,7 +328,8 @@ def _make(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                parameter.copy_(norm + 0.3 * noise)
+                centred = "muse" in config.model_type and "layernorm" in name
+                parameter.copy_(norm * (not centred) + 0.3 * noise)
                 if "gemma4" in config.model_type and "q_norm" in name:
                     parameter.mul_(head_dim**-0.5)  # nothing else scales the scores
             elif name.endswith("bias"):

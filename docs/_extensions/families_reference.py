@@ -91,8 +91,14 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
     if attention.gate:
         yield "a gate of what attention returns"
     if attention.qk_norm:
-        over = {"head": "each head", "projection": "all heads together"}[attention.qk_norm]
+        over = {
+            "head": "each head",
+            "projection": "all heads together",
+            "unit": "each head, without weights",
+        }[attention.qk_norm]
         yield f"norms of queries and keys over {over}"
+    if attention.gate_projection:
+        yield "a gate of attention's output"
     if attention.v_norm:
         yield "values normalized, too"
     if len({(layer.mixer.head_dim, layer.mixer.kv_heads) for layer in layers}) > 1:
@@ -118,6 +124,8 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
 
 
 def _ends(around: dict[str, Any], head: HeadSpec) -> Iterator[str]:
+    if "embed_norm" in around:
+        yield "embeddings normalized"
     if "embed_scale" in around:
         yield "scaled embeddings"
     if head.soft_cap:

@@ -94,7 +94,14 @@ class Placement:
             module, kind = names[-2], names[-1]
             if module in ("embed", "head"):
                 return P(ALL, None)
-            columns = {"q": ALL, "k": KV, "v": KV, "gate": ALL, "up": ALL}.get(module)
+            columns = {
+                "q": ALL,
+                "k": KV,
+                "v": KV,
+                "gate": ALL,
+                "up": ALL,
+                "attention_gate": ALL,
+            }.get(module)
             if columns is not None:
                 return P(None, columns) if kind == "kernel" else P(columns)
             if module in ("o", "down") and kind == "kernel":

@@ -19,7 +19,7 @@ from flexllm_jax.models.families import FAMILIES, WRAPPERS
 from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.fields import Fields, ModelConfigError
 from flexllm_jax.models.names import USUAL, WRAPPED, Names
-from flexllm_jax.models.spec import AttentionSpec, HeadSpec, LayerSpec, MixerSpec
+from flexllm_jax.models.spec import AttentionSpec, HeadSpec, LayerSpec, MixerSpec, NormSpec
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 class ModelConfig:
     """A decoder: its layers, and what is around them. The letters are the dimensions in every shape
     comment. token_table: rows of the embeddings of what tokens have for single layers, where they
-    have any."""
+    have any. embed_norm: eps of the norm of embeddings, which has no weight; None: there is none.
+    final_norm: that behind the layers, where it is not as theirs."""
 
     architecture: str
     vocab_size: int  # V
@@ -41,6 +42,8 @@ class ModelConfig:
     names: Names = USUAL  # of its modules, in checkpoints
     embed_scale: float = 1.0  # of the embeddings, rounded to their dtype
     token_table: int | None = None
+    embed_norm: float | None = None
+    final_norm: NormSpec | None = None
 
     @property
     def num_layers(self) -> int:

@@ -14,7 +14,7 @@ runs forward and backward:
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import jax
@@ -32,7 +32,7 @@ from flexllm_jax.models.collectives import (
     sum_outputs,
 )
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.layers import Linear, RMSNorm
+from flexllm_jax.models.layers import Linear, RMSNorm, unit_norm
 from flexllm_jax.models.mixers import Tap, mixer_of
 from flexllm_jax.models.rope import Angles, rotary_angles
 from flexllm_jax.models.spec import AttentionSpec, LayerSpec, NormSpec
@@ -68,9 +68,10 @@ class DecoderLayer(nnx.Module):
     ):
         mixer, norm = mixer_of(spec.mixer), partial(RMSNorm, spec=spec.norm, dtype=dtype)
         pre, post = spec.norm.pre, spec.norm.post
+        behind = replace(spec.norm, eps=spec.norm.post_eps or spec.norm.eps)
         self.pre_attn_norm, self.pre_mlp_norm = (norm(d_model) if pre else None for _ in range(2))
         self.post_attn_norm, self.post_mlp_norm = (
-            norm(d_model) if post else None for _ in range(2)
+            norm(d_model, spec=behind) if post else None for _ in range(2)
         )
         biased, out = mixer.biased(spec.mixer), spec.mixer.output
         for name, width in spec.mixer.projected.items():
@@ -252,6 +253,8 @@ class Decoder:
     def embed(self, params: dict, tokens: Int[Array, " T"]) -> Float[Array, "T D"]:
         """Token embeddings."""
         x = rows_of(params["embed"]["weight"], tokens, self.axes)
+        if self.config.embed_norm is not None:
+            x = unit_norm(x, self.config.embed_norm)
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
@@ -278,7 +281,8 @@ class Decoder:
 
     def final_norm(self, params: dict, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """What the output head reads: normalized, and scaled as the logits are to be."""
-        graph = _norm_graph(self.config.d_model, self.config.layers[-1].norm, self.dtype)
+        spec = self.config.final_norm or self.config.layers[-1].norm
+        graph = _norm_graph(self.config.d_model, spec, self.dtype)
         norm = nnx.merge(graph, params["norm"])
         return scaled(norm.join(x, None, self.backend, 1)[1], self.config.head.scale)
 

@@ -18,6 +18,7 @@ PROJECTIONS: Mapping[str, str] = MappingProxyType(
         "down": "mlp.down_proj",
         "qkv": "self_attn.qkv_proj",
         "gate_up": "mlp.gate_up_proj",
+        "attention_gate": "self_attn.gate_proj",
         "token_gate": "per_layer_input_gate",
         "token_projection": "per_layer_projection",
     }
@@ -87,7 +88,7 @@ class Names:
         """A layer's norms: their names in the parameter tree, and inside of the layer."""
         usual = dict(NORMS[layer.norm.pre, layer.norm.post])
         mixer = layer.mixer
-        if isinstance(mixer, AttentionSpec) and mixer.qk_norm:
+        if isinstance(mixer, AttentionSpec) and mixer.qk_norm in ("head", "projection"):
             usual |= QK_NORMS
             if not mixer.own_keys:
                 del usual["k_norm"]

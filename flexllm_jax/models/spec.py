@@ -23,13 +23,15 @@ class AttentionSpec:
 
     rope: None where queries and keys are not told their positions. options: how scores are made.
     qkv_bias, o_bias: whether q, k, v and o have biases. qk_norm: what of the queries and keys is
-    normalized before they are rotated: each head, or the whole projection. fused: q, k and v are
+    normalized before they are rotated: each head, the whole projection, or each head without a
+    weight. fused: q, k and v are
     one projection, "qkv", and so one site of LoRA. gate: what attention returns is multiplied by
     the sigmoid of a gate, which q yields behind the query of each head. values: whether there is a
     projection of them, or they are what the keys are before their norm. v_norm: whether each head
     of the values is normalized, without a weight. shared: a name for layers of which some read the
     keys and values of others; own_keys: whether the layer has some of its own, or reads those of
-    the last layer before it that has and is of the same name.
+    the last layer before it that has and is of the same name. gate_projection: the output's gate is
+    a projection of its own.
     """
 
     heads: int  # N
@@ -39,13 +41,14 @@ class AttentionSpec:
     options: AttentionOptions = field(default_factory=AttentionOptions)
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: Literal["head", "projection"] | None = None
+    qk_norm: Literal["head", "projection", "unit"] | None = None
     fused: bool = False
     gate: bool = False
     values: Literal["projected", "keys"] = "projected"
     v_norm: bool = False
     shared: str | None = None
     own_keys: bool = True
+    gate_projection: bool = False
 
     output: ClassVar[str] = "o"  # the projection behind attention
 
@@ -63,7 +66,9 @@ class AttentionSpec:
         if not self.own_keys:
             return {"q": queries}
         own = {"q": queries, "k": keys}
-        return own if self.values == "keys" else own | {"v": keys}
+        if self.values != "keys":
+            own["v"] = keys
+        return own | {"attention_gate": self.inner} if self.gate_projection else own
 
     @property
     def arrays(self) -> AttentionSpec:
@@ -104,8 +109,8 @@ class NormSpec:
     """The layer's root-mean-square norms.
 
     pre: of what attention and the feed-forward network read. post: of what they give, before it is
-    added. late_cast: the weight is applied in float32, before the cast. offset: the weight is 1 +
-    what is stored.
+    added; post_eps: their eps, where it is another. late_cast: the weight is applied in float32,
+    before the cast. offset: the weight is 1 + what is stored.
     """
 
     eps: float
@@ -113,6 +118,7 @@ class NormSpec:
     post: bool = False
     late_cast: bool = False
     offset: bool = False
+    post_eps: float | None = None
 
 
 @dataclass(frozen=True)

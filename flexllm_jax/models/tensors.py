@@ -42,7 +42,7 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     biased = mixer_of(spec).biased(spec)
     norms = config.names.norms(config.layers[layer])
     sizes = dict.fromkeys(norms, config.d_model)
-    if spec.qk_norm:
+    if "q_norm" in norms:
         heads = (1, 1) if spec.qk_norm == "head" else (spec.heads, spec.kv_heads)
         sizes |= {"q_norm": heads[0] * spec.head_dim, "k_norm": heads[1] * spec.head_dim}
     if config.layers[layer].scalar:

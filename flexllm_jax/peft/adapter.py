@@ -12,7 +12,7 @@ rank] and B [rank, d_out] are in the orientation of the base kernels (PEFT store
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -26,10 +26,19 @@ from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.names import HEAD, PROJECTIONS, ROOTS
 
+
 # The names that PEFT's `target_modules` knows -> those in the parameter tree.
-TARGET_MODULES: Mapping[str, str] = MappingProxyType(
-    {path.rpartition(".")[2]: module for module, path in PROJECTIONS.items()} | {HEAD: "head"}
-)
+def _target_modules() -> Iterator[tuple[str, str]]:
+    """By the ends of their paths; that of a gate of attention is longer, as it has the name of the
+    feed-forward network's."""
+    first: dict[str, str] = {}
+    for module, path in PROJECTIONS.items():
+        end = path.rpartition(".")[2]
+        yield (end if first.setdefault(end, module) == module else path), module
+    yield HEAD, "head"
+
+
+TARGET_MODULES: Mapping[str, str] = MappingProxyType(dict(_target_modules()))
 
 
 def named_modules(names: Collection[str], model: ModelConfig) -> tuple[str, ...]:
@@ -38,7 +47,7 @@ def named_modules(names: Collection[str], model: ModelConfig) -> tuple[str, ...]
     seven are all of every model. AdapterError for a name that means none."""
     whole = {name for name, parts in FUSED_MODULES.items() if set(parts) <= set(names)}
     modules = {n: m for n, m in TARGET_MODULES.items() if m in model.projections}
-    own = [name for name in modules if name in names or name in whole]
+    own = [name for name in modules if {name, name.rpartition(".")[2]} & {*names, *whole}]
     meant = {*own, *(part for name in own for part in FUSED_MODULES.get(name, ()))}
     if unknown := [name for name in names if name not in meant]:
         raise AdapterError(

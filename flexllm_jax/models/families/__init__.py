@@ -14,20 +14,21 @@ from flexllm_jax.models.families.llama import (
     QWEN2,
     QWEN3,
 )
+from flexllm_jax.models.families.muse import MUSE, MUSE_WRAPPER
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
         *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
-        *(GEMMA4, GEMMA4_UNIFIED),
+        *(GEMMA4, GEMMA4_UNIFIED, MUSE),
     )
 }
 # Models of more than text, of which the text's part is served.
 WRAPPERS: dict[str, Wrapper] = {
     wrapper.architecture: wrapper
     for wrapper in (
-        *GEMMA4_WRAPPERS,
+        *(*GEMMA4_WRAPPERS, MUSE_WRAPPER),
         Wrapper(
             "Gemma 3 with vision", "gemma3", "Gemma3ForConditionalGeneration", text="gemma3_text"
         ),

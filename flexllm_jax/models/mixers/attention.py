@@ -18,7 +18,8 @@ class AttentionMixer(Mixer):
 
     def biased(self, spec: AttentionSpec) -> frozenset[str]:
         """See `Mixer`."""
-        own = spec.projected if spec.qkv_bias else ()
+        own = spec.projected if spec.qkv_bias else {}
+        own = own.keys() - {"attention_gate"}
         return frozenset((*own, *(["o"] if spec.o_bias else [])))
 
     def add_parameters(
@@ -29,7 +30,7 @@ class AttentionMixer(Mixer):
         dtype: jax.typing.DTypeLike,
     ) -> None:
         """Norms of queries and keys."""
-        if spec.qk_norm:
+        if spec.qk_norm in ("head", "projection"):
             sizes = spec.inner, spec.kv_heads * spec.head_dim
             if spec.qk_norm == "head":
                 sizes = (spec.head_dim,) * 2
@@ -52,7 +53,9 @@ class AttentionMixer(Mixer):
             qkv = outputs["qkv"]
             q, *own = jnp.split(qkv, [spec.inner, (qkv.shape[1] + spec.inner) // 2], axis=1)
         else:
-            q, *own = (outputs[name] for name in spec.projected)
+            q, *own = (outputs[name] for name in ("q", "k", "v") if name in outputs)
+        if spec.gate_projection:
+            gate = tap("attention_gate", outputs["attention_gate"])
         if spec.gate:  # of each head the query, then its gate
             q, gate = jnp.split(q.reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
             q, gate = (x.reshape(-1, spec.inner) for x in (q, gate))
@@ -82,6 +85,8 @@ class AttentionMixer(Mixer):
         x = x.reshape(x.shape[0], -1, spec.head_dim)
         if spec.qk_norm == "head":
             x = getattr(layer, norm)(x)
+        if spec.qk_norm == "unit":
+            x = unit_norm(x, layer.spec.norm.eps)
         return x if spec.rope is None else spec.rope.pair(x)
 
     def gated(
