@@ -42,7 +42,7 @@ SERVER_FLOORS: tuple[tuple[str, ...], ...] = (
     (f"{SERVER}.inference", f"{SERVER}.finetuning"),
     (f"{SERVER}.database",),
     (f"{SERVER}.metrics",),
-    (f"{SERVER}.request_metrics",),
+    (f"{SERVER}.request_metrics", f"{SERVER}.traces", f"{SERVER}.visible_metrics"),
     (f"{SERVER}.engines",),
     (f"{SERVER}.http",),
 )

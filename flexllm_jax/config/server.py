@@ -136,6 +136,12 @@ class ServerSection(Section):
         description="Origins whose pages may call the server from a browser (CORS): "
         "https://example.org, or * for all. None: it is off.",
     )
+    otlp_traces_endpoint: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Where OpenTelemetry's traces are sent: http://localhost:4318/v1/traces, OTLP "
+        "over HTTP. null: there are none.",
+    )
     trust_request_chat_template: Bool = Field(
         default=False,
         description="Whether requests may bring a `chat_template`: a program, run without limits "

@@ -71,6 +71,8 @@ class Server:
         )
         self.engines.on_ready.append(self._engine_started)
         self.engines.on_stats.append(self.metrics.take)
+        if self.metrics.traces is not None:
+            self.engines.on_stats.append(self.metrics.traces.take)
         self.engines.on_lost.append(self.metrics.engine_lost)
         folder = config.output_dir.absolute() / "server"
         folder.mkdir(parents=True, exist_ok=True)

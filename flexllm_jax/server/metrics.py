@@ -8,13 +8,10 @@ from __future__ import annotations
 import time
 from collections import Counter as Counts
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
 
 from flexllm_jax.config import Config
 from flexllm_jax.server.engine_metrics import StateMetrics, add_total
@@ -22,6 +19,8 @@ from flexllm_jax.server.engines.client import EngineClient
 from flexllm_jax.server.engines.protocol import Stats, Step
 from flexllm_jax.server.http.access import Admitted
 from flexllm_jax.server.request_metrics import COUNTS, FAST, RequestHistograms
+from flexllm_jax.server.traces import traces_to
+from flexllm_jax.server.visible_metrics import ADAPTER_LISTS, VisibleMetrics
 
 _ATTAINMENT_WINDOW = 1000
 JOB_STATES = (
@@ -36,7 +35,6 @@ JOB_STATES = (
 _PHASES = ("forward", "backward", "answers")  # of finetuning, by which its tokens are counted
 _ENDED_JOBS = 100  # that have labels of their own
 _DRAFTS = ("drafts", "draft_tokens", "accepted_tokens")  # of speculative decoding
-_LISTS = ("running_lora_adapters", "waiting_lora_adapters")
 
 
 class Latencies(NamedTuple):
@@ -57,6 +55,8 @@ class ServerMetrics:
         self._slos = {"standard": config.scheduler.slo, **config.scheduler.slo_classes}
         self._model = model_name
         self._slots = config.adapters.slots
+        endpoint = config.server.otlp_traces_endpoint
+        self.traces = traces_to(endpoint) if endpoint else None
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, labels, registry=registry)
@@ -97,7 +97,7 @@ class ServerMetrics:
             "vllm:lora_requests_info",
             "Adapters of the requests at hand; the value is the time.",
             "max_lora",
-            *_LISTS,
+            *ADAPTER_LISTS,
         )
         self.finetune_tokens = counter(
             "flexllm:finetune_tokens", "Finetuning tokens computed.", "job", "phase"
@@ -160,7 +160,9 @@ class ServerMetrics:
     def render(self, sees: Callable[[str], bool] | None = None) -> bytes:
         """The text of /metrics. With `sees`: of jobs and adapters those that it says yes to; tokens
         of all other jobs are one sum, of the job ""."""
-        return generate_latest(self.registry if sees is None else _Visible(self.registry, sees))
+        return generate_latest(
+            self.registry if sees is None else VisibleMetrics(self.registry, sees)
+        )
 
     # -- from the engine --------------------------------------------------------------------------
 
@@ -205,8 +207,8 @@ class ServerMetrics:
             if tokens := step.decode_tokens + step.prefill_tokens:
                 self.step_tokens.labels(*own).observe(tokens)
             self.preemptions.labels(*own).inc(step.preempted)
-            for name, drafts in self.drafts.items() if step.drafts else ():
-                drafts.labels(*own).inc(getattr(step, name))
+            for what, drafts in self.drafts.items() if step.drafts else ():
+                drafts.labels(*own).inc(getattr(step, what))
             self.step_seconds.labels(step_kind(step), name).observe(step.measured_s)
             error = abs(step.predicted_s - step.measured_s) / max(step.measured_s, 1e-9)
             self.prediction_error.labels(name).observe(error)
@@ -358,36 +360,13 @@ class RequestMetrics:
             metrics.note_slo(self._slo, metrics.meets(self._slo, ttft, tpot), ttft, tpot)
         elif reason == "error":
             metrics.note_slo(self._slo, False, time.monotonic() - self._arrival, None)
+        if metrics.traces is not None:
+            told = {"gen_ai.request.model": self._adapter or model, "slo": self._slo}
+            told |= {"gen_ai.usage.input_tokens": self._prompt_tokens, "finish_reason": reason}
+            told |= {"gen_ai.usage.output_tokens": self._tokens}
+            times = self._arrival, self._queued_s, self._first_at, self._last_at
+            metrics.traces.output(*times, told)
         self._batch.end(self._tokens)
-
-
-class _Visible(Collector):
-    """Metrics without the jobs and adapters that are not to be seen."""
-
-    def __init__(self, registry: CollectorRegistry, sees: Callable[[str], bool]):
-        self._registry, self._sees = registry, sees
-
-    def collect(self) -> Iterator[Metric]:
-        """All families."""
-        for family in self._registry.collect():
-            shown, others = [], Counts[tuple]()
-            for sample in family.samples:
-                name = sample.labels.get("job", sample.labels.get("adapter"))
-                if name is None or (name and self._sees(name)):
-                    shown.append(sample._replace(labels=self._names(sample.labels)))
-                elif sample.name.endswith("_total"):
-                    rest = {**sample.labels, "job": ""}
-                    others[sample.name, tuple(rest.items())] += sample.value  # type: ignore[assignment]
-            shown += [Sample(name, dict(rest), total) for (name, rest), total in others.items()]
-            family.samples = shown
-            yield family
-
-    def _names(self, labels: Mapping[str, str]) -> dict[str, str]:
-        """Labels with lists of adapters, of which those to be seen stay."""
-        return {
-            label: ",".join(filter(self._sees, text.split(","))) if label in _LISTS else text
-            for label, text in labels.items()
-        }
 
 
 def step_kind(step: Step) -> str:

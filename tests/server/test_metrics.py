@@ -10,6 +10,7 @@ from flexllm_jax.config import build_config
 from flexllm_jax.server import metrics as metrics_module
 from flexllm_jax.server.engines.protocol import JobReport, States, Stats
 from flexllm_jax.server.metrics import ServerMetrics
+from flexllm_jax.server.visible_metrics import VisibleMetrics
 from tests.server.running import KEY, make_config
 
 ENGINE = SimpleNamespace(name="0", info=None)
@@ -36,7 +37,7 @@ def take(metrics, *jobs):
 def series(metrics, sees=None):
     """Lines of jobs: {(name, job, phase): value}."""
     found = {}
-    for family in metrics_module._Visible(metrics.registry, sees or (lambda name: True)).collect():
+    for family in VisibleMetrics(metrics.registry, sees or (lambda name: True)).collect():
         for sample in family.samples:
             if "job" in sample.labels and not sample.name.endswith("_created"):
                 key = sample.labels["job"], sample.labels.get("phase", "loss")

@@ -173,7 +173,10 @@ def _take_places() -> None:
     helpers.__dict__["RemoteOpenAIServer"] = RemoteOpenAIServer
     helpers.__dict__["ROCM_EXTRA_ARGS"] = []
     for name in ("multi_gpu_only", "requires_fp8", "create_new_process_for_each_test"):
-        helpers.__dict__[name] = lambda function: function
+        # Decorators, with arguments or without.
+        helpers.__dict__[name] = lambda function=None, **_: (
+            function or (lambda decorated: decorated)
+        )
     helpers.__dict__["__getattr__"] = _named
     sys.meta_path.insert(0, _Vllm())
     sys.modules["tests.utils"] = helpers
