@@ -338,3 +338,16 @@ def test_what_a_sampler_says_is_what_training_sees(client, llm, start, tmp_path)
         seen[sampler] = trained
         client.delete(at)
     assert np.abs(seen["first"][:18] - seen["second"][:18]).max() > 1e-3
+
+
+def test_scoring_a_text_computes_its_tokens_and_no_more(llm):
+    """The token that is sampled beside it is that of a row which is there anyway."""
+
+    def computed():
+        return sum(use.tokens for use in llm.engine.buckets.values())
+
+    before = computed()
+    (scored,) = llm.generate(
+        random_prompts([50])[0], SamplingParams(max_tokens=1, prompt_logprobs=0)
+    )
+    assert len(scored.prompt_logprobs) == computed() - before == 50
