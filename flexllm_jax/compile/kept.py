@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from jax._src import compilation_cache, lru_cache
 from jax._src.compilation_cache_interface import CacheInterface
-from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib import lapack, xla_client  # pyright: ignore[reportPrivateImportUsage]
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class KeptPrograms:
         self._file = folder.expanduser() / "programs" / digest.hexdigest()[:32]
         self._entries: dict[str, tuple[str, bytes]] = self._read()
         self._added = False
+        if device.platform == "cpu":
+            # A program finds LAPACK where lowering has looked for it; one that is kept is not
+            # lowered, and would call nothing.
+            lapack._lapack.initialize()
         _note_keys(device.client)
 
     def load(self, name: str, signature: str) -> jax.stages.Compiled | None:

@@ -1,6 +1,8 @@
 """A second start takes over the programs of the first, untraced; only those that are the same."""
 
 import logging
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,6 +161,35 @@ def test_a_folder_that_cannot_be_written(start, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         check(start()[0])
     assert "could not be kept in" in caplog.text
+
+
+# Solves a triangular system by a program that is kept in the folder named; whether it was.
+SOLVES = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from flexllm_jax.compile.buckets import Program, compile_programs, use_persistent_cache
+from flexllm_jax.compile.kept import KeptPrograms
+
+def solve(a, b):
+    return jax.lax.linalg.triangular_solve(a, b, left_side=True, lower=True)
+
+use_persistent_cache(Path(sys.argv[1]))
+kept = KeptPrograms(Path(sys.argv[1]), "solve", jax.devices()[0])
+shape = jax.ShapeDtypeStruct((2, 2), jnp.float32)
+found = bool(kept._entries)
+listed = [Program("solve", solve, (shape, shape))]
+program = compile_programs(listed, progress=False, kept=kept)["solve"]
+print(found, program(2 * jnp.eye(2), jnp.ones((2, 2)))[0, 0])
+"""
+
+
+def test_another_process_calls_what_solves_systems(tmp_path):
+    """What it calls is found while it is lowered, which another process does not do."""
+    command = [sys.executable, "-c", SOLVES, str(tmp_path)]
+    for kept in (False, True):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.stdout.split() == [str(kept), "0.5"], (run.returncode, run.stderr[-500:])
 
 
 def test_an_engine_that_starts_again_traces_no_program(llama: Path, tmp_path: Path) -> None:
