@@ -11,7 +11,13 @@ from typing import Literal
 
 import jax
 
-KERNELS = ("ragged_paged_attention", "attention_backward", "grouped_lora", "layer_passes")
+KERNELS = (
+    "ragged_paged_attention",
+    "attention_backward",
+    "gated_delta",
+    "grouped_lora",
+    "layer_passes",
+)
 TENSOR_PARALLEL = (1, 2, 4)
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from kernels_pallas import tuning
-
-KERNELS = ("ragged_paged_attention", "attention_backward", "grouped_lora", "layer_passes")
+from kernels_pallas.cases import KERNELS
 
 
 @pytest.fixture

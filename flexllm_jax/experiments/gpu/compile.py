@@ -62,6 +62,7 @@ _ENGINE_CONFIG = {
 }
 _ENGINE_PAGES = 4096
 _QUICK_LAYERS = 4
+_QUICK_MODELS = ("llama-3.1-8b/tp1", "qwen3.5-9b/tp1")
 COLUMNS = (
     "chip",
     "program",
@@ -94,12 +95,12 @@ class Compilation:
 
 
 def kernel_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation]:
-    """Every case of every kernel, or those of one model and of odd shapes."""
+    """Every case of every kernel, or those of one model of a kind and of odd shapes."""
     backend = Backend("pallas", chip_name(target.name))
     key = jax.eval_shape(lambda: jax.random.key(0))
     for kernel in KERNELS:
         for case in arg_specs(kernel).CASES:
-            skipped = quick and "/tp" in case.name and "llama-3.1-8b/tp1" not in case.name
+            skipped = quick and "/tp" in case.name and not case.name.startswith(_QUICK_MODELS)
             name = f"{kernel}/{case.name}"
             if match in name and chip_name(target.name) in case.chips and not skipped:
                 arguments = jax.eval_shape(case.make, key)

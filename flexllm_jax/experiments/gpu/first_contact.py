@@ -39,6 +39,9 @@ _CASES = (
     "ragged_paged_attention/llama-3.1-8b/tp1/mixed/page16",
     "attention_backward/llama-3.1-8b/tp1/last-1024-of-8192",
     "attention_backward/llama-3.1-8b/tp1/packed-512-of-4096",
+    "gated_delta/qwen3.5-9b/tp1/decode-64",
+    "gated_delta/qwen3.5-9b/tp1/mixed-64-448-512",
+    "gated_delta/qwen3.5-9b/tp1/window-1024-backward",
     "grouped_lora/llama-3.1-8b/tp1/qkv/decode-256-of-64",
     "grouped_lora/llama-3.1-8b/tp1/gate_up/decode-256-of-64",
     "grouped_lora/llama-3.1-8b/tp1/down/prefill-4096-of-4",
@@ -47,7 +50,8 @@ _CASES = (
     "layer_passes/llama-3.1-8b/tp1/gated-1024-backward",
     "layer_passes/llama-3.1-8b/tp1/rotate-256",
 )
-_OURS = ("attention", "grouped_lora", "add_norm", "gated", "rotate")  # how our kernels' names begin
+# How our kernels' names begin.
+_OURS = ("attention", "delta", "grouped_lora", "add_norm", "gated", "rotate")
 
 
 # -- kernels ---------------------------------------------------------------------------------------
