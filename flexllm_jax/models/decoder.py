@@ -182,7 +182,8 @@ class DecoderLayer(nnx.Module):
     ) -> Float[Array, "T D"]:
         """What tokens have for this layer alone, in the measure that the stream asks for it."""
         gate = bypass(x, {"token_gate": self.token_gate(x)})["token_gate"]
-        inner = gated(tap("token_gate", gate), own, self.backend, 1, self.spec.mlp.activation)[0]
+        factors = tap("token_gate", gate), as_array(own)
+        inner = gated(*factors, self.backend, 1, self.spec.mlp.activation)[0]
         name = "token_projection"
         y = bypass(inner, {name: self.token_projection(inner)})[name]
         return self.token_norm(as_array(tap("token_branch", y)))

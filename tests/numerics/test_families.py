@@ -74,7 +74,10 @@ def case(request, tmp_path_factory):
             model,
             dtype,
             bank,
-            saved_columns(Decoder(model, dtype), ("attended", "query", "residual")),
+            saved_columns(
+                Decoder(model, dtype),
+                ("attended", "query", "residual", "value", "token_gate", "attention_gate"),
+            ),
         ),
     )
     own.packed = pack(own.sizes, PAGES, own.tokens, TABLES, STEPS)

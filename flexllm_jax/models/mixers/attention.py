@@ -55,7 +55,7 @@ class AttentionMixer(Mixer):
         else:
             q, *own = (outputs[name] for name in ("q", "k", "v") if name in outputs)
         if spec.gate_projection:
-            gate = tap("attention_gate", outputs["attention_gate"])
+            gate = as_array(tap("attention_gate", outputs["attention_gate"]))
         if spec.gate:  # of each head the query, then its gate
             q, gate = jnp.split(q.reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
             q, gate = (x.reshape(-1, spec.inner) for x in (q, gate))
