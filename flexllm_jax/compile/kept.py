@@ -55,7 +55,7 @@ class KeptPrograms:
         if device.platform == "cpu":
             # A program finds LAPACK where lowering has looked for it; one that is kept is not
             # lowered, and would call nothing.
-            lapack._lapack.initialize()
+            lapack._lapack.initialize()  # pyright: ignore[reportPrivateImportUsage]
         _note_keys(device.client)
 
     def load(self, name: str, signature: str) -> jax.stages.Compiled | None:
