@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     SeedOssConfig,
     SiglipVisionConfig,
@@ -276,6 +277,24 @@ def make_muse_glimmer(path: Path, **options: Any) -> Path:
         "wrap": wrap,
     }
     return _make(MuseGlimmerTextConfig, path, **(fields | options))
+
+
+def make_qwen3_5(path: Path, **options: Any) -> Path:
+    """Write a Qwen3.5 checkpoint of text alone: a gated delta net, then attention with a gate."""
+    fields = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [1, 1, 2],
+        },
+    }
+    return _make(Qwen3_5TextConfig, path, **(fields | options))
 
 
 def _make(

@@ -20,9 +20,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
 from flexllm_jax.compile import whole_layer as layers
-from flexllm_jax.compile.whole_layer import ATTENTION, PAGES, MakeBypass, whole_layer
+from flexllm_jax.compile.whole_layer import (
+    ATTENTION,
+    DELTA,
+    PAGES,
+    MakeBypass,
+    delta_flops,
+    whole_layer,
+)
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.spec import LayerSpec
+from flexllm_jax.models.spec import AttentionSpec, LayerSpec
 
 INPUT = "x"  # the name of the layer's input
 _VIEWS = ("name", "reshape", "transpose", "squeeze", "expand_dims", "copy")
@@ -123,7 +130,10 @@ def trace_layer(
     """
     x = jax.ShapeDtypeStruct((tokens, decoder.config.d_model), decoder.dtype)
     positions = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    angles = jax.eval_shape(lambda positions: decoder.angles(positions, spec.mixer), positions)
+    mixer, angles = spec.mixer, None
+    window = mixer.options.window if isinstance(mixer, AttentionSpec) else None
+    if isinstance(mixer, AttentionSpec):
+        angles = jax.eval_shape(lambda positions: decoder.angles(positions, mixer), positions)
 
     width = spec.token_width
     own = None if width is None else jax.ShapeDtypeStruct((tokens, width), decoder.dtype)
@@ -139,7 +149,6 @@ def trace_layer(
             own=own,
         )
 
-    window = spec.mixer.options.window
     return trace(function, x, adapter, layer_params, (angles, own), window)
 
 
@@ -219,7 +228,11 @@ class _Reader:
             return inputs
         inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
         label = eqn.params.get("name", name) if inner is not None else name
-        if inner is not None and label not in ATTENTION and name in ("jit", "pjit", "closed_call"):
+        if (
+            inner is not None
+            and label not in (*ATTENTION, *DELTA)
+            and name in ("jit", "pjit", "closed_call")
+        ):
             closed = inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
             constants = [self.new(var.aval) for var in closed.jaxpr.constvars]
             return self.read(closed.jaxpr, constants + inputs)
@@ -247,6 +260,8 @@ class _Reader:
             most = min(self._window or tokens, tokens)
             pairs = most * (most + 1) / 2 + (tokens - most) * most
             return products * 2.0 * heads * head_dim * pairs
+        if label in DELTA:
+            return delta_flops(label, *(eqn.invars[i].aval.shape for i in (0, 2)))
         if label == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)

@@ -41,8 +41,13 @@ class Mesh:
                 f"parallel.tp={tp}: what this model's tokens have for single layers is not split "
                 "over devices; use parallel.tp=1"
             )
-        for kind in model.kinds:
-            sizes = {"num_heads": kind.mixer.heads, "d_ff": kind.mlp.d_ff}
+        if len(model.attention) < model.num_layers:
+            raise ParallelError(
+                f"parallel.tp={tp}: this model's gated delta nets are not split over devices; use "
+                "parallel.tp=1"
+            )
+        for attention, layer in zip(model.attention, model.layers, strict=True):
+            sizes = {"num_heads": attention.heads, "d_ff": layer.mlp.d_ff}
             for name, size in (sizes | {"vocab_size": model.vocab_size}).items():
                 if size % tp:
                     raise ParallelError(

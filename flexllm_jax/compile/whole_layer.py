@@ -15,11 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from flexllm_jax.models.bypass import BypassFunction
-from flexllm_jax.models.decoder import DecoderLayer, Tap
+from flexllm_jax.models.decoder import Tap
+from flexllm_jax.models.mixers.gated_delta import rule_inputs
 from flexllm_jax.models.rope import Angles
+from flexllm_jax.models.spec import GatedDeltaSpec
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.gated_delta import conv_window, delta_window, delta_window_backward
 from kernels_pallas.layer_options import AttentionOptions
 from kernels_pallas.layer_passes import rotate
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
@@ -27,6 +30,8 @@ from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 PAGES = "kv"  # the name of keys and values, which are in their pages
 # Operations of the trace that are not looked into.
 ATTENTION = ("attention_forward", "attention_gradient")
+DELTA = ("delta_forward", "delta_gradient")
+_CHUNK = 64  # tokens of the delta rule's chunk form
 
 MakeBypass = Callable[[Any], BypassFunction]
 
@@ -116,24 +121,80 @@ def _weights(bypass: BypassFunction) -> dict:
 causal_attention.defvjp(_forward, _backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def delta_of_sequence(q, k, v, log_decay, beta, backend: Backend) -> Float[Array, "T Hv dv"]:
+    """The gated delta rule over one whole sequence, with the engine's kernels."""
+    return delta_forward(q, k, v, log_decay, beta, backend)
+
+
+@partial(jax.jit, static_argnums=5)
+def delta_forward(q, k, v, log_decay, beta, backend: Backend):
+    """One operation of the trace."""
+    return delta_window(q, k, v, log_decay, beta, *_from_zeros(k, v), backend=backend)[0]
+
+
+@partial(jax.jit, static_argnums=6)
+def delta_gradient(q, k, v, log_decay, beta, d_out, backend: Backend):
+    """One operation of the trace."""
+    rest = _from_zeros(k, v)
+    return delta_window_backward(
+        *(q, k, v, log_decay, beta, *rest, d_out, jnp.zeros_like(rest[-1])), backend=backend
+    )[:5]
+
+
+def _from_zeros(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    tokens, heads, value_dim = v.shape
+    state = jnp.zeros((heads, k.shape[-1], value_dim), jnp.float32)
+    return jnp.arange(tokens) == 0, jnp.ones(tokens, bool), state
+
+
+def _delta_backward(backend, residuals, d_out):
+    return delta_gradient(*residuals, d_out, backend)
+
+
+delta_of_sequence.defvjp(
+    lambda *arguments: (delta_of_sequence(*arguments), arguments[:5]), _delta_backward
+)
+
+
+def delta_flops(label: str, keys: tuple[int, ...], values: tuple[int, ...]) -> float:
+    """FLOPs of one of `DELTA` in its chunk form, whose products are of a token with its chunk (of
+    queries and keys, of keys, of the triangle with keys, of both with values) and with the state
+    (three times); two and a half times that backward."""
+    (_, _, key_dim), (tokens, heads, value_dim) = keys, values
+    forward = 2.0 * tokens * heads * (_CHUNK * (3 * key_dim + 2 * value_dim) / 2)
+    forward += 6.0 * tokens * heads * key_dim * value_dim
+    return forward if label == DELTA[0] else 2.5 * forward
+
+
 def whole_layer(
-    layer: DecoderLayer,
+    layer: Any,
     x: Float[Array, "T D"],
-    angles: Angles,
+    angles: Angles | None,
     adapter: Any,
     bypass: MakeBypass,
     tap: Tap,
     backend: Backend = XLA,
     own: Float[Array, "T E"] | None = None,
 ) -> Float[Array, "T D"]:
-    """A decoder layer's output for one whole sequence; `bypass` makes its bypass of `adapter`.
-    own: what tokens have for this layer alone. A layer that reads the keys and values of another
-    reads zeros here."""
+    """A `DecoderLayer`'s output for one whole sequence; `bypass` makes its bypass of `adapter`.
+    angles: None where the layer does not attend. own: what tokens have for this layer alone. A
+    layer that reads the keys and values of another reads zeros here."""
     made = bypass(adapter)
-    attention = layer.spec.mixer
-    (q, *kept), gate, x = layer.project(x, made, tap, query_factor=angles.query_factor)
-    if not attention.own_keys:
-        kept = [jnp.zeros((q.shape[0], attention.kv_heads, attention.head_dim), q.dtype)] * 2
-    q, k = (rotate(heads, angles.rotation) for heads in (q, kept[0]))
-    mixed: Any = causal_attention(q, k, kept[1], adapter, bypass, attention.options, backend)
+    factor, spec = angles and angles.query_factor, layer.spec.mixer
+    projected, gate, x = layer.project(x, made, tap, query_factor=factor)
+    mixed: Any
+    if isinstance(spec, GatedDeltaSpec):
+        u, b, a = projected
+        before = jnp.zeros((spec.width - 1, u.shape[1]), u.dtype)
+        first = jnp.arange(u.shape[0]) == 0
+        convolved = conv_window(u, layer.conv.weight[...], before, first)
+        mixed = delta_of_sequence(*rule_inputs(layer, convolved, b, a), backend)
+    else:
+        assert angles is not None
+        q, *kept = projected
+        if not spec.own_keys:
+            kept = [jnp.zeros((q.shape[0], spec.kv_heads, spec.head_dim), q.dtype)] * 2
+        q, k = (rotate(heads, angles.rotation) for heads in (q, kept[0]))
+        mixed = causal_attention(q, k, kept[1], adapter, bypass, spec.options, backend)
     return layer.after_mixing(x, mixed, gate, made, tap, own=own)

@@ -25,18 +25,26 @@ TargetModule = Literal[
     "gate_up_proj",
     "per_layer_input_gate",
     "per_layer_projection",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_b",
+    "in_proj_a",
+    "out_proj",
 ]
-# What some models have as one projection, and its parts.
+_USUAL = get_args(TargetModule)[:7]
+# What some models have as one projection, and its parts. A layer that does not attend has others
+# than the usual seven, which mean them all together.
 FUSED_MODULES: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
+    **dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), _USUAL),
 }
 # PEFT's init_lora_weights; "default" is its `true`.
 LoraInit = Annotated[
     str, Field(pattern=r"^(default|gaussian|olora|pissa|pissa_niter_[1-9][0-9]?)$")
 ]
 AdapterKind = Literal["lora", "ia3", "bottleneck", "prefix"]
-ALL_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)[:7]  # "all-linear": no head
+ALL_MODULES: tuple[TargetModule, ...] = _USUAL  # "all-linear": no head
 
 
 class ConfigError(UserError):

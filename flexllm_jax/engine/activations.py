@@ -38,8 +38,8 @@ def layer_graph(sizes: EngineSizes, kind: int = 0) -> LayerGraph:
 
 
 def _most_keys(spec: LayerSpec) -> float:
-    attends = isinstance(spec.mixer, AttentionSpec)
-    return (spec.mixer.options.window or inf) if attends else 0
+    mixer = spec.mixer
+    return (mixer.options.window or inf) if isinstance(mixer, AttentionSpec) else 0
 
 
 @cache

@@ -11,7 +11,7 @@ from jax import lax
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.spec import AttentionSpec
+from flexllm_jax.models.spec import GatedDeltaSpec, MixerSpec
 
 
 class CacheError(UserError):
@@ -19,16 +19,24 @@ class CacheError(UserError):
 
 
 def page_shapes(
-    config: ModelConfig, dtype: jnp.dtype, num_pages: int, page_size: int
+    config: ModelConfig, dtype: jnp.dtype, num_pages: int, page_size: int, state_slots: int
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Per layer {"k", "v"} [P, B, K, H]; nothing for one that reads the keys of another."""
+    """What each layer keeps of sequences: attention's {"k", "v"} [P, B, K, H] in pages, nothing
+    where it reads the keys of another layer; of a gated delta net, in slots, {"state"} [X, Hv, dk,
+    dv] float32 and the last inputs of its convolution, {"conv"} [X, W - 1, C]."""
 
-    def pages(attention: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (num_pages, page_size, attention.kv_heads, attention.head_dim)
-        names = ("k", "v") if attention.own_keys else ()
+    def kept(mixer: MixerSpec) -> dict[str, jax.ShapeDtypeStruct]:
+        if isinstance(mixer, GatedDeltaSpec):
+            tail = (state_slots, mixer.width - 1, mixer.channels)
+            return {
+                "state": jax.ShapeDtypeStruct((state_slots, *mixer.state), jnp.float32),
+                "conv": jax.ShapeDtypeStruct(tail, dtype),
+            }
+        shape = (num_pages, page_size, mixer.kv_heads, mixer.head_dim)
+        names = ("k", "v") if mixer.own_keys else ()
         return dict.fromkeys(names, jax.ShapeDtypeStruct(shape, dtype))
 
-    return [pages(layer.mixer) for layer in config.layers]
+    return [kept(layer.mixer) for layer in config.layers]
 
 
 def copy_slot(states: list[dict], source: jax.Array, target: jax.Array) -> list[dict]:

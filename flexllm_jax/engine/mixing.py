@@ -4,16 +4,20 @@ sequences, and what it keeps of finetuning tokens beside activations."""
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.mixers.gated_delta import rule_inputs
 from flexllm_jax.models.rope import Angles
-from flexllm_jax.models.spec import AttentionSpec, MixerSpec
+from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec, MixerSpec
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.backend import Backend, are_merged
+from kernels_pallas.gated_delta import causal_conv, delta_rule
 from kernels_pallas.layer_passes import rotate, rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
+from kernels_pallas.rows import from_stored, set_rows
 
 
 class Mixed(NamedTuple):
@@ -32,7 +36,8 @@ class Mixed(NamedTuple):
 class StepMixing:
     """The mixing of one step, in layers of any kind; what layers share is made once.
 
-    backend: which kernels to use. passes: which for what goes once over the tokens.
+    rows: of requests. backend: which kernels to use. passes: which for what goes once over the
+    tokens.
     """
 
     def __init__(
@@ -40,10 +45,12 @@ class StepMixing:
         decoder: Decoder,
         inputs: StepInputs,
         page_tables: Int[Array, "S M"],
+        rows: int,
         backend: Backend,
         passes: Backend,
     ):
         self._inputs, self._page_tables = inputs, page_tables
+        self._sequences = _sequences(inputs, rows)
         self._backend, self._passes = backend, passes
         self._d_model = decoder.config.d_model
         ropes = {(a.rope, a.head_dim): a for a in decoder.config.attention}
@@ -53,17 +60,21 @@ class StepMixing:
 
     def query_factor(self, spec: MixerSpec) -> Float[Array, "T 1 1"] | None:
         """What a layer's queries are multiplied by."""
-        return self._angles_of(spec).query_factor
+        return self._angles_of(spec).query_factor if isinstance(spec, AttentionSpec) else None
 
     def __call__(
         self,
-        spec: MixerSpec,
+        layer: Any,
         projected: tuple[jax.Array, ...],
         cache: dict[str, jax.Array],
+        saved: dict[str, jax.Array] | None,
         adapters: Bypass | None,
     ) -> Mixed:
-        """Mix what `DecoderLayer.project` gave, with what the layer keeps in `cache` (donated)."""
-        return self._attend(spec, projected, cache, adapters)
+        """Mix what `DecoderLayer.project` gave, with what the layer keeps in `cache` (donated), and
+        keep what the backward needs in `saved` (donated)."""
+        if isinstance(layer.spec.mixer, GatedDeltaSpec):
+            return self._remember(layer, projected, cache, saved)
+        return self._attend(layer.spec.mixer, projected, cache, adapters)
 
     def _angles_of(self, spec: AttentionSpec) -> Angles:
         return self._angles[spec.rope, spec.head_dim]
@@ -110,3 +121,91 @@ class StepMixing:
             return False
         read = jax.ShapeDtypeStruct((len(projected[0]), self._d_model), projected[0].dtype)
         return are_merged(read, [heads[0].size for heads in projected])
+
+    def _remember(
+        self,
+        layer: Any,
+        projected: tuple[jax.Array, ...],
+        cache: dict[str, jax.Array],
+        saved: dict[str, jax.Array] | None,
+    ) -> Mixed:
+        """Move the states of the sequences over their tokens."""
+        inputs, own, (u, b, a) = self._inputs, self._sequences, projected
+        kept, slots = {}, (own.fresh, own.read, own.write)
+        windows, unit_tokens = None, u.shape[0]
+        if saved is not None:
+            windows = saved["state"]
+            unit_tokens = saved["activations"].shape[0] // windows.shape[0]
+            kept["tail"] = self._tails(u, cache["conv"], saved["tail"], unit_tokens)
+        convolved, tails = causal_conv(
+            *(u, layer.conv.weight[...], cache["conv"], inputs.query_starts, *slots),
+            inputs.num_sequences,
+            backend=self._backend,
+        )
+        out, state, windows = delta_rule(
+            *rule_inputs(layer, convolved, b, a),
+            *(cache["state"], inputs.query_starts, *slots),
+            *(inputs.num_decode, inputs.num_sequences, inputs.saved_row, windows),
+            unit_tokens=unit_tokens,
+            backend=self._backend,
+        )
+        if windows is not None:
+            kept["state"] = windows
+        return Mixed(out, {"state": state, "conv": tails}, {}, kept)
+
+    def _tails(
+        self,
+        u: Float[Array, "T C"],
+        tails: Float[Array, "X W_minus_1 C"],
+        saved: Float[Array, "V W_minus_1_C"],
+        unit_tokens: int,
+    ) -> Float[Array, "V W_minus_1_C"]:
+        """The last inputs of the convolution before each slice of a unit that begins in this step;
+        zeros before a sequence."""
+        inputs, own, (slices, _) = self._inputs, self._sequences, saved.shape
+        tokens, kept = u.shape[0], tails.shape[1]
+        row = inputs.saved_row
+        begins = (row % unit_tokens == 0) & (row < slices * unit_tokens)
+        which = jnp.where(begins, row // unit_tokens, slices + jnp.arange(tokens))
+        token = (
+            jnp.full(slices, tokens)
+            .at[which]
+            .set(jnp.arange(tokens), mode="drop", unique_indices=True)
+        )
+        sequence = jnp.searchsorted(inputs.query_starts[1:], token, side="right")
+        sequence = jnp.minimum(sequence, len(own.read) - 1)
+        before = jnp.arange(-kept, 0)
+        place = (token - inputs.query_starts[sequence])[:, None] + before  # in the sequence
+        here = u[jnp.clip(token[:, None] + before, 0, tokens - 1)]
+        old = from_stored(tails[own.read[sequence]])  # [V, W - 1, C]
+        old = jnp.take_along_axis(old, jnp.clip(kept + place, 0, kept - 1)[..., None], axis=1)
+        old = jnp.where(own.fresh[sequence][:, None, None], 0, old).astype(u.dtype)
+        values = jnp.where((place >= 0)[..., None], here, old).reshape(slices, -1)
+        number = jnp.arange(slices)
+        return set_rows(saved, jnp.where(token < tokens, number, slices + number), values)
+
+
+class _Sequences(NamedTuple):
+    """Where the states of a step's sequences are. fresh: one begins here. read, write: the slots of
+    its state before and after; it is not written past all slots."""
+
+    fresh: Bool[Array, " S"]
+    read: Int[Array, " S"]
+    write: Int[Array, " S"]
+
+
+def _sequences(inputs: StepInputs, rows: int) -> _Sequences:
+    """Requests have the slot of their row; of finetuning sequences only the first may go on from an
+    earlier step, and only the last be unfinished."""
+    lengths = inputs.query_starts[1:] - inputs.query_starts[:-1]
+    number = jnp.arange(lengths.shape[0])
+    trains = inputs.table >= rows
+    read, write = (rows + inputs.unfinished[i] for i in range(2))
+    last = number == inputs.num_sequences - 1
+    nowhere = jnp.iinfo(jnp.int32).max
+    lives = number < inputs.num_sequences
+    return _Sequences(
+        inputs.kv_lengths == lengths,
+        jnp.where(trains, read, inputs.table),
+        jnp.where(lives & (last | ~trains), jnp.where(trains, write, inputs.table), nowhere),
+    )

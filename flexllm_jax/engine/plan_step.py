@@ -74,6 +74,7 @@ class StepBuilder:
         self._tables = np.zeros((runner.sizes.rows, runner.sizes.pages_per_sequence), np.int32)
         # What the device's tables do not have yet: row, first column, pages.
         self._new_pages: list[tuple[int, int, Sequence[int]]] = []
+        self._unfinished = 0  # slot of the state of the finetuning sequence that goes on
 
     def build(
         self,
@@ -262,6 +263,7 @@ class StepBuilder:
         inputs.adapter[where] = current.job.bank_slot - 1
         inputs.saved_row[where] = forward.first_token_slot + np.arange(tokens.start, tokens.stop)
         start, row = 0, self._runner.sizes.rows
+        first_row = row
         for length, pages in zip(packed.lengths, current.pages, strict=True):
             first, last = max(start, tokens.start), min(start + length, tokens.stop)
             if first < last:
@@ -272,4 +274,8 @@ class StepBuilder:
                 self._new_pages.append((row, 0, pages))
                 sequences, row = sequences + 1, row + 1
             start += length
+        inputs.unfinished[0] = self._unfinished
+        if row - first_row > 1:  # what one sequence is read from, another is not written to
+            self._unfinished = 1 - self._unfinished
+        inputs.unfinished[1] = self._unfinished
         return sequences

@@ -222,7 +222,9 @@ class EngineSizes:
     def finetune_arrays(self) -> dict:
         """The buffers of the microbatches in work: {"saved": by layer, "flow"}."""
         model = self.decoder.config
-        saved = saved_shapes(model, self.stored, self.finetune_slots, self.columns)
+        saved = saved_shapes(
+            model, self.stored, self.finetune_slots, self.unit_tokens, self.columns
+        )
         flow = flow_shapes(model, self.stored, self.finetune_slots)
         if self.placement:
             saved = self.placement.own(saved)
@@ -296,7 +298,7 @@ class EngineSizes:
 
     def pages(self, num_pages: int) -> list:
         """The KV pages of all layers."""
-        pages = page_shapes(self.model, self.stored, num_pages, self.page_size)
+        pages = page_shapes(self.model, self.stored, num_pages, self.page_size, self.state_slots)
         return self.placement.pages(pages) if self.placement else pages
 
 

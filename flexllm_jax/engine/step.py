@@ -50,7 +50,8 @@ def forward_step(
         params: frozen parameters.
         bank: {"weights", "scales"} lists of stacks, or None: a step without adapters runs a program
             without bypasses.
-        pages: per layer {"k", "v"} [P, B, K, H] of a `stored_dtype`; donated.
+        pages: what each layer keeps of sequences (`cache.page_shapes`), of a `stored_dtype`;
+            donated.
         finetune: {"saved": per layer, "flow"} (see `finetune.buffers`), or None for a step
             without finetuning tokens; donated.
         last_tokens: newest token of each request row.
@@ -71,7 +72,7 @@ def forward_step(
     passes = XLA if bank is None else backend
     decoder = replace(decoder, backend=passes)
     config = decoder.config
-    mixing = StepMixing(decoder, inputs, page_tables, backend, passes)
+    mixing = StepMixing(decoder, inputs, page_tables, last_tokens.shape[0], backend, passes)
     x = decoder.embed(params, token)
     token_inputs = decoder.token_inputs(params, token, x)
 
@@ -94,7 +95,7 @@ def forward_step(
         factor = mixing.query_factor(spec.mixer)
         projected, gate, x = layer.project(x, bypass, activations.setdefault, y, factor)
         activations |= {"x": x, "token": own}
-        mixed = mixing(spec.mixer, projected, layer_pages, adapters)
+        mixed = mixing(layer, projected, layer_pages, layer_saved, adapters)
         rows = activations | mixed.rows
         x, y = layer.summands(x, mixed.output, gate, bypass, rows.setdefault, (), own)
         new_saved = None

@@ -65,6 +65,7 @@ class StepShape:
             "sample": (self.samples,),
             "num_decode": (),
             "num_sequences": (),
+            "unfinished": (2,),
         }
 
     @cached_property
@@ -88,8 +89,9 @@ class StepInputs:
     adapter: row of the bank, -1 for none. saved_row: the finetuning slot of a token, past the end
     for others. No two tokens have the same kv_slot or saved_row, not even in padding, so that XLA
     writes them with plain stores and not with compare-and-swap. table: the row of the page tables
-    that a sequence has. sample: the tokens whose outputs are sampled. The rest is as
-    `ragged_paged_attention` takes it.
+    that a sequence has. sample: the tokens whose outputs are sampled. unfinished: which of the two
+    slots holds the state of the finetuning sequence that an earlier step began, and which takes
+    that of the last one here. The rest is as `ragged_paged_attention` takes it.
     """
 
     token: Any
@@ -103,6 +105,7 @@ class StepInputs:
     sample: Any
     num_decode: Any
     num_sequences: Any
+    unfinished: Any
 
     @classmethod
     def cut(cls, vector, shape: StepShape) -> "StepInputs":

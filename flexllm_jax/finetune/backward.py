@@ -141,7 +141,7 @@ def layer_unit(
         return job_bypass(changed, is_token, backend, dropped, sums, index)
 
     mixing = unit_mixing(
-        *(decoder, spec.mixer, Slice(whole, start, slice_of, is_token)),
+        *(decoder, layer, Slice(whole, start, slice_of, is_token)),
         *(cache, saved, kept, bypass(own, {}), backend),
     )
     x = kept["x"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.spec import AttentionSpec, LayerSpec
+from flexllm_jax.models.spec import GatedDeltaSpec, LayerSpec, MixerSpec
 
 
 class MicrobatchTable(NamedTuple):
@@ -80,16 +80,23 @@ def columns_of_kind(decoder: Decoder, spec: LayerSpec, names: Collection[str]) -
 
 
 def saved_shapes(
-    config: ModelConfig, dtype: jnp.dtype, slots: int, columns: Columns
+    config: ModelConfig, dtype: jnp.dtype, slots: int, unit_tokens: int, columns: Columns
 ) -> list[dict[str, jax.ShapeDtypeStruct]]:
     """Shapes of what the forward keeps of each layer, in one array so that one write keeps it
-    all; attention's log-sum-exp goes with its output."""
+    all; attention's log-sum-exp goes with its output. Of a gated delta net the state before each
+    slice of a unit, and the last inputs of its convolution there, side by side."""
+    slices = slots // unit_tokens
 
     def shapes(spec: LayerSpec, own: dict[str, slice]) -> dict[str, jax.ShapeDtypeStruct]:
         width = max(c.stop for c in own.values())
         kept = {"activations": jax.ShapeDtypeStruct((slots, width), dtype)}
-        if "attended" in own:
-            kept["lse"] = jax.ShapeDtypeStruct((slots, spec.mixer.heads), jnp.float32)
+        mixer = spec.mixer
+        if isinstance(mixer, GatedDeltaSpec):
+            tail = (slices, (mixer.width - 1) * mixer.channels)
+            kept["state"] = jax.ShapeDtypeStruct((slices, *mixer.state), jnp.float32)
+            kept["tail"] = jax.ShapeDtypeStruct(tail, dtype)
+        elif "attended" in own:
+            kept["lse"] = jax.ShapeDtypeStruct((slots, mixer.heads), jnp.float32)
         return kept
 
     kinds = [shapes(spec, own) for spec, own in zip(config.kinds, columns, strict=True)]
@@ -100,10 +107,15 @@ def flow_shapes(config: ModelConfig, dtype: jnp.dtype, slots: int) -> dict[str, 
     """Shapes of what flows through the backward: `stream`, which holds the last layer's outputs and
     then gradients, of each layer's output in turn; each label's log-probability, 0 where there is
     none; and what a layer's mixer carries from one unit to the next, zeros between layers: dK and
-    dV of attention. `carried` is by `ModelConfig.mixers`."""
+    dV of attention; of a gated delta net the gradients of the state and of the last inputs of its
+    convolution, before the unit. `carried` is by `ModelConfig.mixers`."""
 
-    def carried(attention: AttentionSpec) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (slots, attention.kv_heads, attention.head_dim)
+    def carried(mixer: MixerSpec) -> dict[str, jax.ShapeDtypeStruct]:
+        if isinstance(mixer, GatedDeltaSpec):
+            tail = (1, (mixer.width - 1) * mixer.channels)
+            shapes = {"state": (1, *mixer.state), "tail": tail}
+            return {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in shapes.items()}
+        shape = (slots, mixer.kv_heads, mixer.head_dim)
         return dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct(shape, jnp.float32))
 
     return {

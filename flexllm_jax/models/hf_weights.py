@@ -69,7 +69,10 @@ def _leaf(tree: Any, path: tuple[str | int, ...]) -> Any:
 
 def abstract_parameters(config: ModelConfig, dtype: DTypeLike) -> Any:
     """Return the parameter tree with jax.ShapeDtypeStruct leaves: the layout, nothing allocated."""
-    return _tree(config, {t.path: jax.ShapeDtypeStruct(t.shape, dtype) for t in tensors(config)})
+    return _tree(
+        config,
+        {t.path: jax.ShapeDtypeStruct(t.shape, t.dtype(dtype)) for t in tensors(config)},
+    )
 
 
 def load_parameters(
@@ -211,7 +214,9 @@ def _load(
     else:
         array = jax.device_put(read_stored(directory, stored, tensor), source)
     # Waiting leaves no second transfer in flight, whose source would stay in host memory.
-    return _convert(tensor.transposed, jnp.dtype(dtype), sharding)(array).block_until_ready()
+    kept, shape = jnp.dtype(tensor.dtype(dtype)), tensor.shape
+    array = array.reshape(shape[::-1] if tensor.transposed else shape)
+    return _convert(tensor.transposed, kept, sharding)(array).block_until_ready()
 
 
 def _target(device: Any, path: tuple[str | int, ...]) -> Sharding | None:
@@ -273,7 +278,7 @@ def save_parameters(
     own = [
         _Output(
             tensor.name,
-            math.prod(tensor.shape) * kept.itemsize,
+            math.prod(tensor.shape) * jnp.dtype(tensor.dtype(kept)).itemsize,
             lambda tensor=tensor: _stored(
                 read(_leaf(params, tensor.path)), tensor, edit_kernel, kept
             ),
@@ -340,8 +345,9 @@ def _stored(
     edit_kernel: Callable[[int, str, np.ndarray], np.ndarray] | None,
     dtype: jnp.dtype,
 ) -> np.ndarray:
-    if edit_kernel is not None and tensor.transposed and tensor.path[0] == "layers":
+    if edit_kernel is not None and tensor.path[-1] == "kernel" and tensor.path[0] == "layers":
         _, layer, module, _ = tensor.path
         array = edit_kernel(int(layer), str(module), array)
-    array = array.astype(dtype, copy=False)
-    return np.ascontiguousarray(array.T) if tensor.transposed else array
+    array = array.astype(tensor.dtype(dtype), copy=False)
+    array = np.ascontiguousarray(array.T) if tensor.transposed else array
+    return array.reshape(tensor.stored_shape)

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from flexllm_jax.models.spec import AttentionSpec, LayerSpec
+from flexllm_jax.models.spec import GatedDeltaSpec, LayerSpec
 
+DELTA = "linear_attn"  # a gated delta net, inside of the checkpoint's layer
 # A layer's projections: the name in the parameter tree -> inside of the checkpoint's layer.
 PROJECTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -21,6 +22,11 @@ PROJECTIONS: Mapping[str, str] = MappingProxyType(
         "attention_gate": "self_attn.gate_proj",
         "token_gate": "per_layer_input_gate",
         "token_projection": "per_layer_projection",
+        "in_qkv": f"{DELTA}.in_proj_qkv",
+        "in_z": f"{DELTA}.in_proj_z",
+        "in_b": f"{DELTA}.in_proj_b",
+        "in_a": f"{DELTA}.in_proj_a",
+        "out": f"{DELTA}.out_proj",
     }
 )
 # A layer's norms: the name in the parameter tree -> inside of the checkpoint's layer; by which of
@@ -42,6 +48,7 @@ NORMS = {
     },
 }
 QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+DELTA_NORM = {"out_norm": f"{DELTA}.norm"}
 TOKEN_NORM = {"token_norm": "post_per_layer_input_norm"}
 SCALAR = "layer_scalar"
 # Before the layers, where tokens have something for single ones: the name in the parameter tree ->
@@ -88,7 +95,9 @@ class Names:
         """A layer's norms: their names in the parameter tree, and inside of the layer."""
         usual = dict(NORMS[layer.norm.pre, layer.norm.post])
         mixer = layer.mixer
-        if isinstance(mixer, AttentionSpec) and mixer.qk_norm in ("head", "projection"):
+        if isinstance(mixer, GatedDeltaSpec):
+            usual |= DELTA_NORM
+        elif mixer.qk_norm in ("head", "projection"):
             usual |= QK_NORMS
             if not mixer.own_keys:
                 del usual["k_norm"]

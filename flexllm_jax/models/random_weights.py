@@ -51,5 +51,7 @@ def _maker(
         "weight": lambda _: jnp.ones(shape, dtype),
         "scalar": lambda _: jnp.ones(shape, dtype),
         "bias": lambda _: jnp.zeros(shape, dtype),
+        "dt_bias": lambda _: jnp.ones(shape, dtype),
+        "log_a": lambda key: jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0)),
     }
     return jax.jit(values[kind], out_shardings=sharding)

@@ -87,7 +87,63 @@ class AttentionSpec:
         return replace(self, heads=self.heads // devices, kv_heads=self.kv_heads // kv_devices)
 
 
-MixerSpec = AttentionSpec
+@dataclass(frozen=True)
+class GatedDeltaSpec:
+    """A gated delta net: a short convolution of the inputs' projection, then the gated delta rule,
+    a recurrence whose state is a matrix for each value head.
+
+    beta_scale: of what is written to the state, beside the sigmoid.
+    """
+
+    key_heads: int  # each serves value_heads / key_heads heads of values
+    value_heads: int
+    key_dim: int  # of a head
+    value_dim: int
+    width: int  # of the convolution, in tokens
+    norm: NormSpec  # of each head of the output, before its gate
+    beta_scale: float = 1.0
+
+    output: ClassVar[str] = "out"
+
+    @property
+    def inner(self) -> int:
+        """Width of what the rule returns."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Width of what the convolution reads: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.inner
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Shape of a sequence's state, float32."""
+        return self.value_heads, self.key_dim, self.value_dim
+
+    @property
+    def projected(self) -> dict[str, int]:
+        """Widths of the projections before the rule: queries, keys and values; the output's gate;
+        what is written; what is forgotten."""
+        heads = self.value_heads
+        return {"in_qkv": self.channels, "in_z": self.inner, "in_b": heads, "in_a": heads}
+
+    @property
+    def arrays(self) -> GatedDeltaSpec:
+        """All that it says is of arrays."""
+        return self
+
+    @property
+    def carried(self) -> GatedDeltaSpec:
+        """As far as the gradients of states go."""
+        return self
+
+    def shard(self, devices: int, kv_devices: int) -> GatedDeltaSpec:
+        """What one device has of it."""
+        heads = self.key_heads // devices, self.value_heads // devices
+        return replace(self, key_heads=heads[0], value_heads=heads[1])
+
+
+MixerSpec = AttentionSpec | GatedDeltaSpec
 
 
 @dataclass(frozen=True)
@@ -130,7 +186,7 @@ class LayerSpec:
     there is none. scalar: whether the layer's output is multiplied by a stored number.
     """
 
-    mixer: AttentionSpec
+    mixer: MixerSpec
     mlp: MlpSpec
     norm: NormSpec
     residual_scale: float = 1.0

@@ -4,25 +4,39 @@ shape."""
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from jax.typing import DTypeLike
+
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.mixers import mixer_of
-from flexllm_jax.models.names import HEAD, PROJECTIONS, QK_NORMS, SCALAR, TOKEN_INPUTS
-from flexllm_jax.models.spec import AttentionSpec
+from flexllm_jax.models.names import DELTA, HEAD, PROJECTIONS, QK_NORMS, SCALAR, TOKEN_INPUTS
+from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter: where it is in the tree and in the checkpoint. `shape` is the tree's."""
+    """One parameter: where it is in the tree and in the checkpoint. `shape` is the tree's.
+
+    transposed: the checkpoint has its axes in the other order. between: axes of one element that
+    the checkpoint has before its last. exact: it is float32, whatever the model's dtype is.
+    """
 
     path: tuple[str | int, ...]
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
+    between: int = 0
+    exact: bool = False
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Its shape in the checkpoint."""
-        return self.shape[::-1] if self.transposed else self.shape
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return (*shape[:-1], *[1] * self.between, shape[-1])
+
+    def dtype(self, model: DTypeLike) -> DTypeLike:
+        """What it is in a model of that dtype."""
+        return np.float32 if self.exact else model
 
 
 def tensors(config: ModelConfig) -> Iterator[Tensor]:
@@ -42,7 +56,9 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     biased = mixer_of(spec).biased(spec)
     norms = config.names.norms(config.layers[layer])
     sizes = dict.fromkeys(norms, config.d_model)
-    if "q_norm" in norms:
+    if isinstance(spec, GatedDeltaSpec):
+        sizes["out_norm"] = spec.value_dim
+    elif "q_norm" in norms:
         heads = (1, 1) if spec.qk_norm == "head" else (spec.heads, spec.kv_heads)
         sizes |= {"q_norm": heads[0] * spec.head_dim, "k_norm": heads[1] * spec.head_dim}
     if config.layers[layer].scalar:
@@ -56,6 +72,13 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
         yield Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
         if module in biased:
             yield Tensor((*path, "bias"), f"{name}.bias", shape[1:])
+    if isinstance(spec, GatedDeltaSpec):
+        path, root = ("layers", layer), config.names.path(layer, DELTA)
+        weight = (spec.width, spec.channels)
+        yield Tensor((*path, "conv", "weight"), f"{root}.conv1d.weight", weight, True, between=1)
+        for name, stored in (("log_a", "A_log"), ("dt_bias", "dt_bias")):
+            where, shape = (*path, "decay", name), (spec.value_heads,)
+            yield Tensor(where, f"{root}.{stored}", shape, exact=True)
 
 
 def _token_tensors(config: ModelConfig) -> Iterator[Tensor]:

@@ -43,16 +43,17 @@ class Ia3Config(AdapterConfig):
         """Ones, as in PEFT: nothing is changed."""
         sites = [PEFT_SITES[name] for name in self.target_modules]
         return {
-            (layer, site): {"scale": np.ones(site_widths(model, layer)[site], np.float32)}
+            (layer, site): {"scale": np.ones(width, np.float32)}
             for layer in range(model.num_layers)
-            for site in sites
+            for site, width in site_widths(model, layer).items()
+            if site in sites
         }
 
 
 def site_widths(model: ModelConfig, layer: int) -> dict[str, int]:
     """Length of each site's scale in a layer."""
     shapes = model.kernel_shapes(layer)
-    return {site: shapes[module][1] for site, module in SCALED.items()}
+    return {site: shapes[module][1] for site, module in SCALED.items() if module in shapes}
 
 
 def ia3(weights: dict, scales: dict, adapter: Int[Array, " T"], outputs: Outputs) -> Outputs:

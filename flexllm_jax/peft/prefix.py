@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.spec import AttentionSpec
+from flexllm_jax.models.spec import AttentionSpec, MixerSpec
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
@@ -64,9 +64,11 @@ def shapes(model: ModelConfig, tokens: int) -> dict[str, tuple[int, ...]]:
     return {"k": shape, "v": shape}
 
 
-def unsupported(attention: AttentionSpec) -> str | None:
+def unsupported(attention: MixerSpec) -> str | None:
     """What of a model's attention has no meaning here yet; None: nothing. transformers counts the
     prefix among the keys of a window, and caps its scores too."""
+    if not isinstance(attention, AttentionSpec):
+        return "layers that do not attend"
     if attention.options.window is not None:
         return "a sliding window"
     if attention.rope is not None and attention.rope.reorders(attention.head_dim):

@@ -21,6 +21,9 @@ from flexllm_jax.experiments.demo.documents import ASSISTANT, END, SYSTEM, USER
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.models.mixers.gated_delta import rule_inputs
+from flexllm_jax.models.spec import GatedDeltaSpec
+from kernels_pallas.gated_delta import conv_window, delta_window
 from kernels_pallas.layer_passes import rotate
 
 VOCABULARY = 1024
@@ -80,6 +83,8 @@ def initial_parameters(config: ModelConfig, seed: int) -> Any:
 
     def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
         names = [getattr(key, "key", None) for key in path]
+        if "log_a" in names:
+            return np.log(rng.uniform(0.01, 1.0, shape.shape)).astype(np.float32)
         if len(shape.shape) == 1:
             return np.ones(shape.shape, np.float32)
         scale = 0.02 if "embed" in names else shape.shape[0] ** -0.5
@@ -104,10 +109,16 @@ def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Arr
     token_inputs = decoder.token_inputs(params, tokens, x)
     positions, kept = jnp.tile(places, batch), {}
     for i, (layer_params, spec) in enumerate(zip(params["layers"], config.layers, strict=True)):
-        layer, options = decoder.layer(layer_params, spec), spec.mixer.options
+        layer, mixer = decoder.layer(layer_params, spec), spec.mixer
+        if isinstance(mixer, GatedDeltaSpec):
+            projected, gate, x = layer.project(x)
+            mixed = _delta(layer, projected, documents)
+            x = layer.after_mixing(x, mixed, gate, own=token_inputs[i])
+            continue
+        options = mixer.options
         if options.soft_cap is not None:
             raise ValueError("a soft cap of scores is not in this attention: take another family")
-        angles = decoder.angles(positions, spec.mixer)
+        angles = decoder.angles(positions, mixer)
         (q, *own), gate, x = layer.project(x, query_factor=angles.query_factor)
         if own:
             kept[i] = rotate(own[0], angles.rotation), own[1]
@@ -125,6 +136,22 @@ def mean_loss(decoder: Decoder, params: Any, rows: jax.Array, documents: jax.Arr
         decoder.logits(params, x), rows[:, 1:].reshape(-1)
     )
     return losses.mean()
+
+
+def _delta(layer: Any, projected: tuple[jax.Array, ...], documents: jax.Array) -> jax.Array:
+    """The gated delta rule of rows of documents [B, S]; [B * S, Hv, dv]."""
+    spec: GatedDeltaSpec = layer.spec.mixer
+
+    def one_row(u: jax.Array, b: jax.Array, a: jax.Array, numbers: jax.Array) -> jax.Array:
+        first = jnp.diff(numbers, prepend=-1) != 0
+        before = jnp.zeros((spec.width - 1, spec.channels), u.dtype)
+        convolved = conv_window(u, layer.conv.weight[...], before, first)
+        state, is_token = jnp.zeros(spec.state, jnp.float32), jnp.ones_like(first)
+        return delta_window(*rule_inputs(layer, convolved, b, a), first, is_token, state)[0]
+
+    u, b, a = (x.reshape(*documents.shape, -1) for x in projected)
+    mixed = jax.vmap(one_row)(u, b, a, documents)
+    return mixed.reshape(-1, *mixed.shape[2:])
 
 
 def training_rows(

@@ -4,6 +4,7 @@ from flexllm_jax.models.families.dense import GRANITE, OLMO2, OLMO3, SEED_OSS, S
 from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
 from flexllm_jax.models.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WRAPPERS
+from flexllm_jax.models.families.hybrid import QWEN3_5
 from flexllm_jax.models.families.llama import (
     GLM4,
     LLAMA,
@@ -21,7 +22,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
         *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
-        *(GEMMA4, GEMMA4_UNIFIED, MUSE),
+        *(GEMMA4, GEMMA4_UNIFIED, MUSE, QWEN3_5),
     )
 }
 # Models of more than text, of which the text's part is served.
@@ -37,6 +38,12 @@ WRAPPERS: dict[str, Wrapper] = {
             "mistral3",
             "Mistral3ForConditionalGeneration",
             text="mistral",
+        ),
+        Wrapper(
+            "Qwen3.5 with vision",
+            "qwen3_5",
+            "Qwen3_5ForConditionalGeneration",
+            text="qwen3_5_text",
         ),
     )
 }

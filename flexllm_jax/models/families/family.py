@@ -43,6 +43,7 @@ OTHER_PARTS = frozenset(
         *("eoi_token_index", "boi_token_id", "eoi_token_id", "mm_tokens_per_image"),
         *("projector_hidden_act", "multimodal_projector_bias", "spatial_merge_size"),
         *("vision_feature_layer", "vision_feature_select_strategy"),
+        *("video_token_id", "vision_start_token_id", "vision_end_token_id"),
     }
 )
 

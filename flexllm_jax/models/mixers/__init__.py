@@ -5,12 +5,13 @@ the step's or the backward's as it reads what they keep, an output projection. W
 """
 
 from flexllm_jax.models.mixers.attention import AttentionMixer
+from flexllm_jax.models.mixers.gated_delta import GatedDeltaMixer
 from flexllm_jax.models.mixers.mixer import Mixer, Tap
-from flexllm_jax.models.spec import AttentionSpec, MixerSpec
+from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec, MixerSpec
 
 __all__ = ["Mixer", "Tap", "mixer_of"]
 
-_MIXERS: dict[type, Mixer] = {AttentionSpec: AttentionMixer()}
+_MIXERS: dict[type, Mixer] = {AttentionSpec: AttentionMixer(), GatedDeltaSpec: GatedDeltaMixer()}
 
 
 def mixer_of(spec: MixerSpec) -> Mixer:

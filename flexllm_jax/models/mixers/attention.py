@@ -47,7 +47,7 @@ class AttentionMixer(Mixer):
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Queries [T, N, H], keys and values [T, K, H], not rotated yet; and the output's gate
         [T, N H], if it has one."""
-        spec: AttentionSpec = layer.spec.mixer
+        spec: Any = layer.spec.mixer
         gate = None
         if spec.fused:
             qkv = outputs["qkv"]
