@@ -11,6 +11,8 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.families import FAMILIES
 from flexllm_jax.models.fields import ModelConfigError
 from flexllm_jax.models.rope import Llama3Scaling, ProportionalScaling, rotary_frequencies
+from flexllm_jax.models.spec import GatedDeltaSpec
+from kernels_pallas.layer_options import AttentionOptions
 from tests.checkpoints import LLAMA3_ROPE
 
 # config.json as published for these models (older transformers wrote them), shortened.
@@ -217,6 +219,14 @@ def assert_as_transformers_reads_it(directory):
     by_layer = theirs.per_layer_config if theirs.is_heterogeneous else [theirs] * ours.num_layers
     for i, (layer, kind) in enumerate(zip(ours.layers, kinds, strict=True)):
         attention, theirs_there = layer.mixer, by_layer[i]
+        if isinstance(attention, GatedDeltaSpec):
+            assert kind == "linear_attention"
+            assert attention.key_heads == theirs.linear_num_key_heads
+            assert attention.value_heads == theirs.linear_num_value_heads
+            assert attention.key_dim == theirs.linear_key_head_dim
+            assert attention.value_dim == theirs.linear_value_head_dim
+            assert attention.width == theirs.linear_conv_kernel_dim
+            continue
         assert attention.heads == theirs.num_attention_heads
         assert attention.kv_heads == theirs_there.num_key_value_heads
         head_dim = getattr(theirs_there, "head_dim", None)
@@ -236,7 +246,8 @@ def assert_as_transformers_reads_it(directory):
     if kinds := getattr(theirs, "layer_types", None):
         pairs = zip(slides, kinds, strict=True)
         slides = tuple(own if kind == "sliding_attention" else None for own, kind in pairs)
-    assert tuple(layer.mixer.options.window for layer in ours.layers) == slides
+    windows = (getattr(layer.mixer, "options", AttentionOptions()).window for layer in ours.layers)
+    assert tuple(windows) == slides
     return ours
 
 

@@ -44,6 +44,10 @@ LENGTHS, STEP, SLOTS, PAGE, PAGES = (29, 14), 16, 80, 8, 8
 TABLES = ([5, 2, 7, 0], [1, 6])
 # The first cuts a sequence, the last has the rest of one and of the other.
 STEPS = ([(0, 0, 16)], [(0, 16, 29), (1, 0, 3)], [(1, 3, 14)])
+SAVED = (
+    *("attended", "query", "residual", "value", "token_gate", "attention_gate"),
+    *("delta", "delta_gate"),
+)
 UNITS = (1, 5, 16, SLOTS)  # which divide the slots
 
 
@@ -74,10 +78,7 @@ def case(request, tmp_path_factory):
             model,
             dtype,
             bank,
-            saved_columns(
-                Decoder(model, dtype),
-                ("attended", "query", "residual", "value", "token_gate", "attention_gate"),
-            ),
+            saved_columns(Decoder(model, dtype), SAVED),
         ),
     )
     own.packed = pack(own.sizes, PAGES, own.tokens, TABLES, STEPS)

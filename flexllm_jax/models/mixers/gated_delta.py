@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from flexllm_jax.models.layers import RMSNorm
 from flexllm_jax.models.mixers.mixer import Mixer, Tap
 from flexllm_jax.models.spec import GatedDeltaSpec
+from kernels_pallas.rows import as_array
 
 _EPS = 1e-6  # in the length of queries and keys
 
@@ -62,8 +63,8 @@ class GatedDeltaMixer(Mixer):
         query_factor: Float[Array, "T 1 1"] | None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """What the convolution reads [T, C]; b and a [T, Hv]; and the output's gate [T, Hv dv]."""
-        mixed = tap("delta", outputs["in_qkv"]), outputs["in_b"], outputs["in_a"]
-        return mixed, tap("delta_gate", outputs["in_z"])
+        mixed = as_array(tap("delta", outputs["in_qkv"])), outputs["in_b"], outputs["in_a"]
+        return mixed, as_array(tap("delta_gate", outputs["in_z"]))
 
     def gated(
         self, layer: Any, mixed: Float[Array, "T Hv dv"], gate: jax.Array | None
