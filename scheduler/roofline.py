@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from scheduler.latency import LatencyModel
 
@@ -29,7 +30,7 @@ class DeviceSpec:
 @dataclass(frozen=True)
 class LayerCost:
     """A layer's sizes. own_keys: whether it writes keys and values, or reads those of another.
-    window: most keys that a query sees."""
+    window: most keys that a query sees. gate: whether its output has a gate, as wide as it is."""
 
     ffn: int
     heads: int
@@ -37,21 +38,80 @@ class LayerCost:
     head_dim: int
     own_keys: bool = True
     window: int | None = None
+    gate: bool = False
+
+    # Of recurrent states, what `DeltaCost` has.
+    state_bytes: ClassVar[int] = 0
+    state_flops: ClassVar[int] = 0
+    state_backward_flops: ClassVar[int] = 0
+
+    @property
+    def queries(self) -> int:
+        """Width of its queries, and of what it returns."""
+        return self.heads * self.head_dim
 
     @property
     def keys(self) -> int:
         """Width of the keys that it reads."""
         return self.kv_heads * self.head_dim
 
-    def parameters(self, d_model: int) -> int:
-        """Of its seven projections."""
-        attention = 2 * d_model * (self.heads * self.head_dim + self.own_keys * self.keys)
-        return attention + 3 * d_model * self.ffn
+    @property
+    def mixer_widths(self) -> tuple[int, ...]:
+        """What the projections before attention write."""
+        return (self.queries * (2 if self.gate else 1), *[self.keys] * (2 * self.own_keys))
 
-    def widths(self, d_model: int) -> int:
-        """What its projections read and write for a token."""
-        queries = self.heads * self.head_dim
-        return 5 * d_model + 2 * (queries + self.own_keys * self.keys) + 2 * d_model + 3 * self.ffn
+    @property
+    def inner(self) -> int:
+        """What the projection behind attention reads."""
+        return self.queries
+
+
+@dataclass(frozen=True)
+class DeltaCost:
+    """A layer's sizes whose mixer is a gated delta net: no keys, but a state of each sequence, a
+    float32 matrix for each value head."""
+
+    ffn: int
+    key_heads: int
+    value_heads: int
+    key_dim: int = 128
+    value_dim: int = 128
+
+    # Of attention.
+    queries: ClassVar[int] = 0
+    keys: ClassVar[int] = 0
+    window: ClassVar[None] = None
+
+    @property
+    def mixer_widths(self) -> tuple[int, ...]:
+        """What its projections write: queries, keys and values in one; the gate; beta; decay."""
+        channels = 2 * self.key_heads * self.key_dim + self.inner
+        return (channels, self.inner, self.value_heads, self.value_heads)
+
+    @property
+    def inner(self) -> int:
+        """What the projection behind the rule reads."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence."""
+        return 4 * self.value_heads * self.key_dim * self.value_dim
+
+    @property
+    def state_flops(self) -> int:
+        """Of a chunk's token: three products with the state, and four, two of each width, with the
+        half of its chunk that is before it."""
+        a_head = 6 * self.key_dim * self.value_dim + 2 * _CHUNK * (self.key_dim + self.value_dim)
+        return self.value_heads * a_head
+
+    @property
+    def state_backward_flops(self) -> int:
+        """The same of the backward: two products with the state that are the forward's, ten for the
+        gradients; of the half chunk five of values' width and eight of keys'."""
+        a_head = 24 * self.key_dim * self.value_dim
+        a_head += _CHUNK * (8 * self.key_dim + 5 * self.value_dim)
+        return self.value_heads * a_head
 
 
 @dataclass(frozen=True)
@@ -60,7 +120,7 @@ class ModelCost:
 
     name: str
     d_model: int
-    by_layer: tuple[LayerCost, ...]
+    by_layer: tuple[LayerCost | DeltaCost, ...]
     vocab: int
     dtype_bytes: int = 2
 
@@ -84,14 +144,37 @@ class ModelCost:
         """L."""
         return len(self.by_layer)
 
-    def total(self, of_layer: Callable[[LayerCost], float]) -> float:
+    @classmethod
+    def hybrid(
+        cls,
+        name: str,
+        layers: int,
+        d_model: int,
+        attention: LayerCost,
+        delta: DeltaCost,
+        vocab: int,
+    ) -> ModelCost:
+        """The last of each four layers attends."""
+        return cls(name, d_model, (*[delta] * 3, attention) * (layers // 4), vocab)
+
+    def total(self, of_layer: Callable[[LayerCost | DeltaCost], float]) -> float:
         """Of all layers."""
         return sum(map(of_layer, self.by_layer))
+
+    def projections(self, layer: LayerCost | DeltaCost) -> list[tuple[int, int]]:
+        """Widths, in and out, of a layer's projections."""
+        d = self.d_model
+        into = [(d, width) for width in (*layer.mixer_widths, layer.ffn, layer.ffn)]
+        return [*into, (layer.inner, d), (layer.ffn, d)]
 
     @property
     def layer_parameters(self) -> float:
         """Parameters of a layer's projections, in the mean."""
-        return self.total(lambda layer: layer.parameters(self.d_model)) / self.layers
+
+        def parameters(layer: LayerCost | DeltaCost) -> int:
+            return sum(d_in * d_out for d_in, d_out in self.projections(layer))
+
+        return self.total(parameters) / self.layers
 
     @property
     def head_parameters(self) -> int:
@@ -164,11 +247,34 @@ LLAMA_3_1_8B = ModelCost.alike("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128, 1282
 LLAMA_3_1_70B = ModelCost.alike("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128, 128256)
 QWEN2_5_14B = ModelCost.alike("Qwen2.5-14B", 48, 5120, 13824, 40, 8, 128, 152064)
 QWEN2_5_32B = ModelCost.alike("Qwen2.5-32B", 64, 5120, 27648, 40, 8, 128, 152064)
-MODELS = {m.name: m for m in (LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN2_5_14B, QWEN2_5_32B)}
+_OF_QWEN3_5 = {"kv_heads": 4, "head_dim": 256, "gate": True}
+QWEN3_5_4B, QWEN3_5_9B, QWEN3_5_27B = (
+    ModelCost.hybrid(
+        f"Qwen3.5-{size}",
+        layers,
+        d_model,
+        LayerCost(ffn, heads, **_OF_QWEN3_5),
+        DeltaCost(ffn, 16, values),
+        248320,
+    )
+    for size, layers, d_model, ffn, heads, values in (
+        ("4B", 32, 2560, 9216, 16, 32),
+        ("9B", 32, 4096, 12288, 16, 32),
+        ("27B", 64, 5120, 17408, 24, 48),
+    )
+)
+MODELS = {
+    m.name: m
+    for m in (
+        *(LLAMA_3_1_8B, LLAMA_3_1_70B, QWEN2_5_14B, QWEN2_5_32B),
+        *(QWEN3_5_4B, QWEN3_5_9B, QWEN3_5_27B),
+    )
+}
 
 # Over a row of logits. The noise of draws is no pass but about 100 operations for each logit, which
 # take as long as 8; the searches of top-k and top-p have 16 passes each.
 _PASSES = {"adjusted_rows": 4, "drawn_rows": 8, "filtered_rows": 36, "logprob_rows": 10}
+_CHUNK = 64  # tokens that a gated delta net takes at once
 _COLD_SPREAD = 1.0  # how far off a data sheet may be before anything is measured
 
 
@@ -207,8 +313,11 @@ def roofline(
         base[T]          step_s + ((2 T P / C)^p + (weight bytes / M)^p)^(1/p) + all-reduces of T
         decode_kv        KV bytes of a token / M
         chunk_kv         the same: a chunk reads its keys once
+        decode_tokens    bytes of a sequence's recurrent states, read and written / M
+        prefill_tokens, finetune_tokens   their products / (attention x FLOP/s)
         attention_pairs  4 H heads layers / (attention x FLOP/s), a half for causality
         layer_units      unit_s + (1 + recompute) x 2 U P_layer / C + unit_passes x U ffn bytes / M
+                         + products of recurrent states / (attention x FLOP/s)
                          + all-reduces of a layer
         loss_units       unit_s + 4 U V D / C: logits, and their gradient's sum over the head
         backward_pairs   five products where the forward has two
@@ -239,22 +348,29 @@ def roofline(
         both = (compute_s**p + read_s**p) ** (1 / p)
         return e.step_s + both + model.layers * all_reduce_s(tokens)
 
-    d_model, mean = model.d_model, 1 / model.layers
+    mean = 1 / model.layers
     ffn = mean * model.total(lambda layer: layer.ffn)
-    queries = mean * model.total(lambda layer: layer.heads * layer.head_dim)
-    widths = mean * model.total(lambda layer: layer.widths(d_model))
-    dropout_s = 2 * (5 * d_model + queries + ffn) * model.dtype_bytes / memory
+    queries = mean * model.total(lambda layer: layer.queries)
+    widths = mean * model.total(lambda layer: sum(map(sum, model.projections(layer))))
+    inputs = mean * model.total(lambda layer: sum(d_in for d_in, _ in model.projections(layer)))
+    dropout_s = 2 * inputs * model.dtype_bytes / memory
     attended = compute * (1.0 if e.attention is None else e.attention / e.compute)
     pair_s = 0.5 * 4 * queries / attended
     pass_s = ffn * model.dtype_bytes / memory  # of a token
     unit = (1 + e.recompute) * 2 * unit_tokens * model.layer_parameters / compute
     unit += e.unit_passes * unit_tokens * pass_s
+    states = mean * model.total(lambda layer: layer.state_backward_flops)
+    unit += unit_tokens * states / attended
+    state_s = model.total(lambda layer: layer.state_flops) / attended
     row_pass_s = 4 * model.vocab / (e.memory * device.bytes_per_s)
     sampled = {name: passes * row_pass_s for name, passes in _PASSES.items()}
     sampled["logprob_rows"] += 2 * model.head_parameters / compute
     return LatencyModel(
         {bucket: base_s(bucket) for bucket in buckets},
         {
+            "decode_tokens": 2 * model.total(lambda layer: layer.state_bytes) / memory,
+            "prefill_tokens": state_s,
+            "finetune_tokens": state_s,
             "decode_kv": model.kv_bytes / memory,
             "chunk_kv": model.kv_bytes / memory,
             "attention_pairs": model.layers * pair_s,

@@ -26,11 +26,11 @@ from flexllm_jax.engine.sizes import EngineSizes
 from flexllm_jax.engine.step_inputs import StepInputs, page_writes
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.losses import Loss
-from flexllm_jax.models.spec import LayerSpec
+from flexllm_jax.models.spec import GatedDeltaSpec, LayerSpec
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.version import __version__
 from scheduler.latency import COEFFICIENTS, LatencyModel, Sampling, StepFeatures
-from scheduler.roofline import LayerCost, ModelCost, find_device, roofline
+from scheduler.roofline import DeltaCost, LayerCost, ModelCost, find_device, roofline
 from scheduler.windows import KeyReads
 
 log = logging.getLogger(__name__)
@@ -105,10 +105,12 @@ def cold_model(runner: Runner) -> LatencyModel:
 def model_cost(sizes: EngineSizes) -> ModelCost:
     """What a roofline needs to know of the model."""
 
-    def cost(layer: LayerSpec) -> LayerCost:
-        own = layer.mixer
-        sizes = own.heads, own.kv_heads, own.head_dim
-        return LayerCost(layer.mlp.d_ff, *sizes, own.own_keys, own.options.window)
+    def cost(layer: LayerSpec) -> LayerCost | DeltaCost:
+        own, ffn = layer.mixer, layer.mlp.d_ff
+        if isinstance(own, GatedDeltaSpec):
+            return DeltaCost(ffn, own.key_heads, own.value_heads, own.key_dim, own.value_dim)
+        attention = own.heads, own.kv_heads, own.head_dim, own.own_keys, own.options.window
+        return LayerCost(ffn, *attention, gate=own.gate or own.gate_projection)
 
     model = sizes.model
     return ModelCost(

@@ -11,7 +11,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.families import FAMILIES
 from flexllm_jax.models.fields import ModelConfigError
 from flexllm_jax.models.rope import Llama3Scaling, ProportionalScaling, rotary_frequencies
-from flexllm_jax.models.spec import GatedDeltaSpec
+from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
 from kernels_pallas.layer_options import AttentionOptions
 from tests.checkpoints import LLAMA3_ROPE
 
@@ -227,11 +227,12 @@ def assert_as_transformers_reads_it(directory):
             assert attention.value_dim == theirs.linear_value_head_dim
             assert attention.width == theirs.linear_conv_kernel_dim
             continue
+        assert isinstance(attention, AttentionSpec)
         assert attention.heads == theirs.num_attention_heads
         assert attention.kv_heads == theirs_there.num_key_value_heads
         head_dim = getattr(theirs_there, "head_dim", None)
         assert attention.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
-        rope, own = theirs.rope_parameters, layer.mixer.rope
+        rope, own = theirs.rope_parameters, attention.rope
         rope = rope.get(kind, rope)
         assert own is not None
         assert own.theta == rope["rope_theta"]

@@ -12,6 +12,9 @@ from scheduler.roofline import (
     LLAMA_3_1_8B,
     QWEN2_5_14B,
     QWEN2_5_32B,
+    QWEN3_5_4B,
+    QWEN3_5_9B,
+    QWEN3_5_27B,
     Efficiency,
     find_device,
     roofline,
@@ -25,7 +28,15 @@ PERFECT = Efficiency(compute=1.0, memory=1.0, sharpness=64.0, step_s=0.0, unit_s
 
 
 @pytest.mark.parametrize(
-    ("model", "billions"), [(LLAMA_3_1_8B, 8.03), (QWEN2_5_14B, 14.8), (QWEN2_5_32B, 32.8)]
+    ("model", "billions"),
+    [
+        (LLAMA_3_1_8B, 8.03),
+        (QWEN2_5_14B, 14.8),
+        (QWEN2_5_32B, 32.8),
+        (QWEN3_5_4B, 4.21 + 0.64),  # with a second table of embeddings, which it has not
+        (QWEN3_5_9B, 8.95),
+        (QWEN3_5_27B, 26.9),
+    ],
 )
 def test_parameters_are_those_of_the_models(model, billions):
     embedding = model.head_parameters
@@ -44,6 +55,22 @@ def test_small_steps_read_the_weights_and_large_ones_compute():
     assert model.coefficients["decode_kv"] == pytest.approx(kv_s)
     unit_s = 2 * 512 * layers / 32 / 312e12
     assert model.coefficients["layer_units"] == pytest.approx(unit_s)
+
+
+def test_a_hybrid_reads_and_writes_its_states_and_has_keys_in_few_layers():
+    model = roofline(A100, QWEN3_5_9B, BUCKETS, 512, efficiency=PERFECT)
+    one = StepFeatures(128, decode_tokens=1, decode_kv=1000)
+    more_s = model.predict(one) - model.predict(StepFeatures(128))
+    states, keys = 24 * 2 * 2**21, 1000 * 8 * 2 * 4 * 256 * 2
+    assert more_s == pytest.approx((states + keys) / 2.039e12, rel=1e-6)
+    # A chunk's token costs what it costs however long the sequence is.
+    head = 3 * 2 * 128 * 128 + 2 * 2 * 64 * 128
+    chunk_s = model.predict(StepFeatures(2048, prefill_tokens=2000))
+    chunk_s -= model.predict(StepFeatures(2048))
+    assert chunk_s == pytest.approx(2000 * 24 * 32 * head / 312e12, rel=1e-6)
+    pair_s = 0.5 * 4 * 16 * 256 / 312e12
+    assert model.coefficients["attention_pairs"] == pytest.approx(8 * pair_s)
+    assert model.coefficients["backward_pairs"] == pytest.approx(2.5 * pair_s * 8 / 32)
 
 
 def test_sampling_costs_what_its_passes_over_the_logits_read():
