@@ -101,7 +101,7 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
         yield "a gate of attention's output"
     if attention.v_norm:
         yield "values normalized, too"
-    if len({(layer.mixer.head_dim, layer.mixer.kv_heads) for layer in layers}) > 1:
+    if len({(kind.head_dim, kind.kv_heads) for kind in kinds}) > 1:
         yield "heads of two sizes"
     if first.token_width:
         yield "inputs of each token for single layers"

@@ -26,8 +26,9 @@ def complete(folder: Path, seed: int) -> None:
         write_questions(folder, make_people(random.Random(seed)))
 
 
-def make(folder: Path, steps: int, seed: int, seconds: float) -> None:
-    """Make everything in `folder`, which appears only when it is whole."""
+def make(folder: Path, steps: int, seed: int, seconds: float, family: str = "llama") -> None:
+    """Make everything in `folder`, which appears only when it is whole; family: the model's, one of
+    `model.FAMILIES`."""
     rng = random.Random(seed)
     people = make_people(rng)
     texts = iter(lambda: document(rng, people), None)
@@ -36,7 +37,7 @@ def make(folder: Path, steps: int, seed: int, seconds: float) -> None:
     building.mkdir(parents=True)
     sample = [document(rng, people) for _ in range(4000)]
     tokenizer = train_tokenizer(sample)
-    config = write_config(building / "config", tokenizer)
+    config = write_config(building / "config", tokenizer, family)
     columns = (
         TextColumn("[progress.description]{task.description}"),
         BarColumn(),

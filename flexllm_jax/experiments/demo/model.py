@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
+)
 
 from flexllm_jax.experiments.demo.documents import ASSISTANT, END, SYSTEM, USER
 from flexllm_jax.models.config import ModelConfig
@@ -29,6 +37,27 @@ from kernels_pallas.layer_passes import rotate
 VOCABULARY = 1024
 ROW = 128  # tokens of a training row
 ROWS_PER_STEP = 8
+# What the demo's model may look like: transformers' configuration and model, and fields of theirs.
+FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], str, dict[str, Any]]] = {
+    "llama": (LlamaConfig, "LlamaForCausalLM", {}),
+    "mistral": (MistralConfig, "MistralForCausalLM", {"sliding_window": 64}),
+    "gemma": (
+        Gemma3TextConfig,
+        "Gemma3ForCausalLM",
+        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "qwen3.5": (
+        Qwen3_5TextConfig,
+        "Qwen3_5ForCausalLM",
+        {
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{{ message['content'] }}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -52,9 +81,11 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def write_config(folder: Path, tokenizer: Any) -> ModelConfig:
-    """Write config.json, generation_config.json and the tokenizer; return the config as read."""
-    config = LlamaConfig(
+def write_config(folder: Path, tokenizer: Any, family: str = "llama") -> ModelConfig:
+    """Write config.json, generation_config.json and the tokenizer; return the config as read.
+    family: one of `FAMILIES`."""
+    config_class, architecture, own = FAMILIES[family]
+    config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=512,
@@ -68,8 +99,9 @@ def write_config(folder: Path, tokenizer: Any) -> ModelConfig:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        architectures=["LlamaForCausalLM"],
+        architectures=[architecture],
         dtype="float32",
+        **own,
     )
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
@@ -85,10 +117,11 @@ def initial_parameters(config: ModelConfig, seed: int) -> Any:
         names = [getattr(key, "key", None) for key in path]
         if "log_a" in names:
             return np.log(rng.uniform(0.01, 1.0, shape.shape)).astype(np.float32)
-        if len(shape.shape) == 1:
-            return np.ones(shape.shape, np.float32)
+        if len(shape.shape) == 1:  # weights of norms, some of which add 1 to what is stored
+            offset = config.layers[0].norm.offset and "out_norm" not in names
+            return np.full(shape.shape, 0.0 if offset else 1.0, np.float32)
         scale = 0.02 if "embed" in names else shape.shape[0] ** -0.5
-        if "o" in names or "down" in names:
+        if {"o", "out", "down"} & {*names}:
             scale /= (2 * config.num_layers) ** 0.5
         return rng.normal(0, scale, shape.shape).astype(np.float32)
 
