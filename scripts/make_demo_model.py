@@ -2,12 +2,12 @@
 
 A Llama of 1.8 million parameters, or as small a model of another family, is trained for about a
 minute on a made-up world (people with a city, a job and a pet; cities, animals, numbers) and
-written as a Hugging Face checkpoint. Asked about a person it answers in two sentences. The finetuning rows ask the same and answer with a
-record (`Anna: city = Lima | job = baker | pet = cat`), which it never does; the validation rows ask
-about other people, so a right answer needs both the new behaviour and what the base model knows.
-Questions that it has not heard are to be learnt from rewards. Beside them lie a bursty trace and
-prompts. Nothing is downloaded, everything follows from the seed, and a folder that exists is left
-alone.
+written as a Hugging Face checkpoint. Asked about a person it answers in two sentences. The
+finetuning rows ask the same and answer with a record (`Anna: city = Lima | job = baker | pet =
+cat`), which it never does; the validation rows ask about other people, so a right answer needs both
+the new behaviour and what the base model knows. Questions that it has not heard are to be learnt
+from rewards. Beside them lie a bursty trace and prompts. Nothing is downloaded, everything follows
+from the seed, and a folder that exists is left alone.
 """
 
 from __future__ import annotations
