@@ -292,6 +292,7 @@ def make_qwen3_5(path: Path, **options: Any) -> Path:
             "rope_theta": 1e4,
             "partial_rotary_factor": 0.5,
             "mrope_section": [1, 1, 2],
+            "mrope_interleaved": True,
         },
     }
     return _make(Qwen3_5TextConfig, path, **(fields | options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ def plot_plan(plan: Plan, file: Path) -> None:
 def _plot_memory(engine: PlannedEngine, axis: Axes) -> None:
     sizes = {**engine.parts, "KV pages": engine.num_pages * engine.page_bytes}
     bottom = 0.0
-    colours = dict(zip(sizes, PALETTE, strict=True))
+    colours = dict(zip(sizes, itertools.cycle(PALETTE), strict=False))
     for name, size in sizes.items():
         axis.bar(0, size / _GB, bottom=bottom, color=colours[name], width=0.6, label=name)
         bottom += size / _GB

@@ -151,7 +151,7 @@ def _rope(
             own.number("llama_4_scaling_beta"),
             own.positive_int("original_max_position_embeddings"),
         )
-    own.refuse_unread(f"the RoPE of kind {kind!r}", ("mrope_section",))
+    own.refuse_unread(f"the RoPE of kind {kind!r}", ("mrope_section", "mrope_interleaved"))
     return RopeSpec(
         theta,
         scaling,
