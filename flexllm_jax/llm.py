@@ -13,6 +13,8 @@ out between two steps.
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from flexllm_jax.engine.job_handle import JobHandle
 from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
 from flexllm_jax.engine.outputs import CompletionOutput, RequestOutput
 from flexllm_jax.engine.prompts import read_prompt, read_prompts
+from flexllm_jax.engine.reasoning import ReasoningParser, Thinking, find_thinking
 from flexllm_jax.engine.request import RequestState
 from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.structured_outputs import literal
 from flexllm_jax.engine.tracking import JobTracking
 from flexllm_jax.finetune.create import create_job
 from flexllm_jax.finetune.job import FinetuneJob
@@ -160,13 +164,17 @@ class LLM:
         prompt that can never be served; nothing is generated then.
         """
         prompts = read_prompts(prompts)
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        if len(sampling_params) != len(prompts):
-            raise ValueError(
-                f"sampling_params has {len(sampling_params)} entries for {len(prompts)} prompts: "
-                f"give one for all or one for each"
-            )
+        return self._answer(
+            prompts, _for_each(sampling_params, len(prompts)), adapter, [None] * len(prompts)
+        )
+
+    def _answer(
+        self,
+        prompts: Sequence[Any],
+        sampling_params: Sequence[SamplingParams],
+        adapter: str | None,
+        thinkings: Sequence[Thinking | None],
+    ) -> list[RequestOutput]:
         requests = [
             self._requests(prompt, params, adapter, None)
             for prompt, params in zip(prompts, sampling_params, strict=True)
@@ -174,12 +182,15 @@ class LLM:
         futures = self.submit_all([request for group in requests for request in group])
         self._raise_refused(futures)
         states = iter([future.result() for future in futures])
-        return [self._output([next(states) for _ in group]) for group in requests]
+        return [
+            self._output([next(states) for _ in group], thinking)
+            for group, thinking in zip(requests, thinkings, strict=True)
+        ]
 
     def chat(
         self,
         messages: Sequence[Any],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: str | None = None,
         *,
         tools: Sequence[Any] | None = None,
@@ -188,12 +199,19 @@ class LLM:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking_token_budget: int | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several, through the tokenizer's chat template.
 
-        The prompt is that of the HTTP server for the same fields. Raises ValueError for what the
-        template has no place for.
+        The prompt is that of the HTTP server for the same fields, and what a model thinks before it
+        answers is told apart in the same way, as `reasoning`: a structured output binds what comes
+        after it, and `thinking_token_budget` ends it. `sampling_params`: one for all, or one for
+        each conversation. Calls of tools stay text. Raises ValueError for what the template has no
+        place for.
         """
+        budget = thinking_token_budget
+        if budget is not None and self.template.reads("thinking_budget"):
+            chat_template_kwargs = {"thinking_budget": budget, **(chat_template_kwargs or {})}
         several = bool(messages) and isinstance(messages[0], list | tuple)
         prompts = [
             self.template.render(
@@ -205,28 +223,57 @@ class LLM:
             for conversation in (messages if several else [messages])
         ]
         tokens = [encode_text(self.tokenizer, p, add_special_tokens=False) for p in prompts]
-        return self.generate(tokens, sampling_params, adapter)
+        source = self.template.source() if chat_template is None else chat_template
+        thinkings = [find_thinking(source, prompt, budget) for prompt in prompts]
+        if budget is not None and None in thinkings:
+            raise ValueError(
+                "thinking_token_budget: the answer begins with no thought that is known as one; "
+                "leave it out"
+            )
+        bound = [
+            self._bind_answer(params, thinking)
+            for params, thinking in zip(
+                _for_each(sampling_params, len(prompts)), thinkings, strict=True
+            )
+        ]
+        return self._answer(tokens, bound, adapter, thinkings)
 
-    def _output(self, states: list[RequestState]) -> RequestOutput:
+    def _bind_answer(self, params: SamplingParams, thinking: Thinking | None) -> SamplingParams:
+        """A structure is of the answer, not of the thought before it."""
+        if thinking is None:
+            return params
+        structure = thinking.before(params.structured_outputs, partial(literal, self.tokenizer))
+        return replace(params, structured_outputs=structure)
+
+    def _output(self, states: list[RequestState], thinking: Thinking | None) -> RequestOutput:
         first = states[0]
         if error := next((state.error for state in states if state.error), None):
             raise RuntimeError(f"request failed: {error}")
         params, timing = first.params, first.timing
+        said = [self._said(state, thinking) for state in states]
         return RequestOutput(
             prompt_token_ids=list(first.prompt),
             outputs=[
                 CompletionOutput(
                     token_ids=state.output,
-                    text=state.text(self.engine.detokenizer),
+                    text=text,
                     finish_reason=state.finish_reason,
                     logprobs=None if params.logprobs is None else state.logprobs,
+                    reasoning=thought or None,
                 )
-                for state in states
+                for state, (thought, text) in zip(states, said, strict=True)
             ],
             prompt_logprobs=None if params.prompt_logprobs is None else first.prompt_logprobs,
             ttft_s=timing.ttft_s,
             tpot_s=timing.tpot_s,
         )
+
+    def _said(self, state: RequestState, thinking: Thinking | None) -> tuple[str, str]:
+        """What is thought in an output, and what is said."""
+        if thinking is None:
+            return "", state.text(self.engine.detokenizer)
+        text = state.text(self.engine.detokenizer, thinking.marks)
+        return ReasoningParser(thinking).push(text, final=True)
 
     # -- finetuning and adapters ------------------------------------------------------------------
 
@@ -313,3 +360,16 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _for_each(
+    given: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    if len(given) != count:
+        raise ValueError(
+            f"sampling_params has {len(given)} entries for {count} prompts: give one for all or "
+            f"one for each"
+        )
+    return given

@@ -7,12 +7,14 @@ from flexllm_jax.engine.request import TokenLogprobs
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One output of a prompt. `logprobs`: for each token, token id -> log-probability."""
+    """One output of a prompt. `logprobs`: for each token, token id -> log-probability.
+    `reasoning`: what `LLM.chat` tells apart from `text` as a thought before it; None: nothing."""
 
     token_ids: list[int]
     text: str
     finish_reason: str | None
     logprobs: list[TokenLogprobs] | None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class RequestOutput:
     def text(self) -> str:
         """Text of the first output."""
         return self.outputs[0].text
+
+    @property
+    def reasoning(self) -> str | None:
+        """What was thought before the first output's text."""
+        return self.outputs[0].reasoning
 
     @property
     def token_ids(self) -> list[int]:

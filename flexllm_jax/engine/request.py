@@ -4,7 +4,7 @@ The scheduler knows tokens and pages; this knows sampling, stop conditions and l
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -122,14 +122,18 @@ class RequestState:
         if not self.params.stop:
             return None
         if self._text is None:
-            self._text = OutputText(
-                detokenizer,
-                self.prompt,
-                self.params.stop,
-                self.params.min_tokens,
-                include_stop=self.params.include_stop_str_in_output,
-            )
+            self._text = self._begin_text(detokenizer)
         return "stop" if self._text.push(token) else None
+
+    def _begin_text(self, detokenizer: Detokenizer, keep: Collection[str] = ()) -> OutputText:
+        return OutputText(
+            detokenizer,
+            self.prompt,
+            self.params.stop,
+            self.params.min_tokens,
+            include_stop=self.params.include_stop_str_in_output,
+            keep=keep,
+        )
 
     @property
     def _ended_by_token(self) -> bool:
@@ -137,14 +141,17 @@ class RequestState:
         last = self.output[-1:]
         return self.stop_ids.issuperset(last) and len(self.output) > self.params.min_tokens
 
-    def text(self, detokenizer: Detokenizer) -> str:
-        """The output as text, without special tokens; the stop token or string that ended it is
-        left out unless it was asked for."""
+    def text(self, detokenizer: Detokenizer, keep: Collection[str] = ()) -> str:
+        """The output as text, without special tokens but those that `keep` names; the stop token or
+        string that ended it is left out unless it was asked for."""
         if self._text is not None and self._text.stopped:
-            return self._text.text
+            text = self._begin_text(detokenizer, keep) if keep else self._text
+            for token in self.output if keep else ():
+                text.push(token)
+            return text.text
         left_out = self._ended_by_token and not self.params.include_stop_str_in_output
         tokens = self.output[:-1] if left_out else self.output
-        return detokenizer.output_text(self.prompt, tokens)
+        return detokenizer.output_text(self.prompt, tokens, keep)
 
 
 def top_logprobs(

@@ -117,6 +117,12 @@ def quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def literal(tokenizer: Any, text: str) -> str:
+    """`text` in a Lark grammar: if it is a token by its id, as models write it."""
+    token = tokenizer.backend_tokenizer.token_to_id(text)
+    return quote(text) if token is None else f"<[{token}]>"
+
+
 def _lark_of(grammar: str) -> str:
     """A grammar in EBNF, in Lark's syntax."""
     if len(grammar) > _MOST_EBNF:

@@ -55,10 +55,12 @@ class Detokenizer:
         """The text of tokens, special ones included."""
         return self.backend.decode(list(tokens), skip_special_tokens=False)
 
-    def output_text(self, prompt: Sequence[int], output: Sequence[int]) -> str:
-        """The text of a whole output, without special tokens."""
-        context = self.context(prompt)
-        tokens = [token for token in output if token not in self.special]
+    def output_text(
+        self, prompt: Sequence[int], output: Sequence[int], keep: Collection[str] = ()
+    ) -> str:
+        """The text of a whole output, without special tokens but those that `keep` names."""
+        context, special = self.context(prompt), self.special
+        tokens = [token for token in output if token not in special or special[token] in keep]
         return self.decode([*context, *tokens])[len(self.decode(context)) :]
 
     def _token_text(self, token: int) -> str:

@@ -61,8 +61,8 @@ def client(server):
 
 
 @pytest.fixture(scope="session")
-def thinking_server(chat_llama, tmp_path_factory):
-    """A server of a model whose template begins every answer with a thought, without keys."""
+def thinking_llama(chat_llama, tmp_path_factory):
+    """The tiny Llama with a template that begins every answer with a thought."""
     path = tmp_path_factory.mktemp("thinking") / "llama"
     shutil.copytree(chat_llama, path)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -73,9 +73,15 @@ def thinking_server(chat_llama, tmp_path_factory):
     assert TEMPLATE.endswith(opened)
     tokenizer.chat_template = TEMPLATE.replace(opened, f"<assistant>{thinks}{{% endif %}}")
     tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def thinking_server(thinking_llama, tmp_path_factory):
+    """A server of it, without keys."""
     # By the data sheet of a CPU drafts pay.
     more = {"server": {"model_name": "thinker"}, "scheduler": {"latency": "roofline"}}
-    config = make_config(path, tmp_path_factory.mktemp("thinks"), **more)
+    config = make_config(thinking_llama, tmp_path_factory.mktemp("thinks"), **more)
     with RunningServer(config) as running:
         yield running.wait_ready()
 

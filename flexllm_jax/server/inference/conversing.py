@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flexllm_jax.engine.reasoning import ReasoningParser, Thinking
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference.reasoning import ReasoningParser, Thinking
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest, CompletionRequest
 from flexllm_jax.server.inference.tools.formats import Format

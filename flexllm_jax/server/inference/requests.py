@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from flexllm_jax.config import Config
+from flexllm_jax.engine.reasoning import Thinking
 from flexllm_jax.engine.sampling_params import SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
 from flexllm_jax.models.detokenizer import Detokenizer, OutputText
@@ -29,7 +30,6 @@ from flexllm_jax.server.inference.logprobs import (
     prompt_table,
     report_token,
 )
-from flexllm_jax.server.inference.reasoning import Thinking
 from flexllm_jax.server.inference.schema import (
     ChatCompletionRequest,
     InferenceRequest,

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from flexllm_jax.engine.structured_outputs import quote
+from flexllm_jax.engine.reasoning import Thinking, find_thinking
+from flexllm_jax.engine.structured_outputs import literal
 from flexllm_jax.models.chat_template import ChatTemplate
 from flexllm_jax.models.detokenizer import Detokenizer
 from flexllm_jax.models.messages import ConversationError, read_conversation
 from flexllm_jax.models.tokenizer import encode_texts, token_starts
 from flexllm_jax.server.http.errors import ApiError
-from flexllm_jax.server.inference.reasoning import Thinking, find_thinking
 from flexllm_jax.server.inference.tools.formats import Format, find_format
 
 _LONG_TEXT = 4000  # characters; tokenizing them takes about a millisecond
@@ -85,9 +85,8 @@ class TextCodec:
         return text
 
     def literal(self, text: str) -> str:
-        """`text` in a Lark grammar: if it is a token by its id, as models write it."""
-        token = self.backend.token_to_id(text)
-        return quote(text) if token is None else f"<[{token}]>"
+        """`text` in a Lark grammar."""
+        return literal(self.tokenizer, text)
 
     def thinks(self) -> bool:
         """Whether answers may begin with thoughts that are told apart."""

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import read_messages
-from flexllm_jax.server.inference.reasoning import (
+from flexllm_jax import SamplingParams
+from flexllm_jax.engine.reasoning import (
     FORMATS,
     ReasoningParser,
     Thinking,
     find_thinking,
 )
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.messages import read_messages
+from tests.engines import start_engine
 from tests.server.inference.test_tool_calls import PLACES, cut
 from tests.small_tokenizers import byte_level_tokenizer
 
@@ -149,6 +151,36 @@ def test_a_thought_is_told_apart(thinking_client):
 
     hidden = ask(**ASK, extra_body=extra | {"include_reasoning": False}).choices[0].message
     assert hidden.content == choice.message.content and not hasattr(hidden, "reasoning")
+
+
+def test_the_python_api_tells_thoughts_apart_as_the_server_does(
+    thinking_client, thinking_llama, tmp_path
+):
+    ask = thinking_client.chat.completions.create
+    messages = ASK["messages"]
+    with start_engine(thinking_llama, tmp_path) as llm:
+        answers = StructuredOutputsParams(choice=("yes", "no"))
+        params = [
+            SamplingParams(max_tokens=40, structured_outputs=answers),
+            SamplingParams(max_tokens=5, stop=("never",)),
+        ]
+        short, cut_off = llm.chat([messages] * 2, params, thinking_token_budget=5)
+        told = ask(**ASK, extra_body=CHOICE | {"thinking_token_budget": 5}).choices[0].message
+        assert (short.reasoning, short.text) == (told.reasoning, told.content)
+        assert short.reasoning and short.text in ("yes", "no")
+        told = ask(**ASK, max_tokens=5, extra_body={"thinking_token_budget": 5}).choices[0].message
+        assert (cut_off.reasoning, cut_off.text) == (told.reasoning, "") and told.content is None
+        # A stop string ends a thought, too; a prompt that thinks no more has an answer alone.
+        stop = SamplingParams(max_tokens=5, stop=(short.reasoning[:2],))
+        (stopped,) = llm.chat(messages, stop)
+        assert (stopped.reasoning, stopped.text, stopped.finish_reason) == (None, "", "stop")
+        off = {"enable_thinking": False}
+        (plain,) = llm.chat(messages, params[0], chat_template_kwargs=off)
+        assert plain.reasoning is None and plain.text in ("yes", "no")
+        with pytest.raises(ValueError, match="thinking_token_budget: the answer begins with no"):
+            llm.chat(messages, params[0], chat_template_kwargs=off, thinking_token_budget=5)
+        with pytest.raises(ValueError, match="sampling_params has 2 entries for 1 prompts"):
+            llm.chat(messages, params)
 
 
 def test_an_answer_without_thinking(thinking_client):

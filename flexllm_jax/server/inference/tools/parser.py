@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from flexllm_jax.models.marks import overlap
 from flexllm_jax.server.inference.tools.formats import NAME, Format
-from flexllm_jax.server.inference.tools.marks import overlap
 from flexllm_jax.server.inference.tools.values import Schema, properties_of, value_of
 
 _NEXT = re.compile(r"\s*\}?\s*;?\s*")  # between two of Llama's calls

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from flexllm_jax.server.inference.tools.marks import overlap
+from flexllm_jax.models.marks import overlap
 
 
 @dataclass(frozen=True)
