@@ -31,6 +31,7 @@ from transformers import (
     MuseGlimmerVisionConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoHybridConfig,
     Phi3Config,
     PixtralVisionConfig,
     PreTrainedConfig,
@@ -296,6 +297,22 @@ def make_qwen3_5(path: Path, **options: Any) -> Path:
         },
     }
     return _make(Qwen3_5TextConfig, path, **(fields | options))
+
+
+def make_olmo_hybrid(path: Path, **options: Any) -> Path:
+    """Write an OLMo Hybrid checkpoint: a gated delta net whose projections are apart, then
+    attention that is told no positions."""
+    fields = {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": None},
+        "rms_norm_eps": 0.02,  # a delta net's norm has another
+        "pad_token_id": 0,
+    }
+    return _make(OlmoHybridConfig, path, **(fields | options))
 
 
 def _make(

@@ -116,7 +116,9 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
     ]:
         yield f"{' and '.join(fused)} in one projection"
     if norm.post:
-        yield "norms before and behind" if norm.pre else "norms behind alone"
+        where = "norms before and behind" if norm.pre else "norms behind alone"
+        alike = all(layer.norm.post for layer in layers)
+        yield where if alike else f"{where} where layers attend"
     if norm.offset:
         yield "norms' weights are 1 + what is stored"
     if first.mlp.activation != "silu":

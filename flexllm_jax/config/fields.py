@@ -30,6 +30,9 @@ TargetModule = Literal[
     "in_proj_b",
     "in_proj_a",
     "out_proj",
+    "g_proj",
+    "b_proj",
+    "a_proj",
 ]
 _USUAL = get_args(TargetModule)[:7]
 # What some models have as one projection, and its parts. A layer that does not attend has others

@@ -61,7 +61,9 @@ def create_job(
         adapter = load_adapter(config.init_adapter, model, model_path)
         adapter = _with_dropout(adapter, config.peft.lora_dropout)
     else:
-        adapter = _fresh_adapter(_adapter_config(config.peft), model, model_path, config.seed)
+        adapter = _fresh_adapter(
+            _adapter_config(config.peft, model), model, model_path, config.seed
+        )
     if config.optimizer.b_lr_ratio != 1 and adapter.config.kind != "lora":
         raise AdapterError(
             f"optimizer.b_lr_ratio={config.optimizer.b_lr_ratio}: an adapter of kind "
@@ -123,7 +125,7 @@ def _with_dropout(adapter: Adapter, lora_dropout: float | None) -> Adapter:
     return replace(adapter, config=replace(adapter.config, lora_dropout=lora_dropout))
 
 
-def _adapter_config(peft: PeftConfig) -> AdapterConfig:
+def _adapter_config(peft: PeftConfig, model: ModelConfig) -> AdapterConfig:
     """What the adapter of a job is to be."""
     if peft.type == "ia3":
         return Ia3Config()
@@ -141,4 +143,5 @@ def _adapter_config(peft: PeftConfig) -> AdapterConfig:
         layers_to_transform=peft.layers_to_transform,
         init=peft.init,
         lora_dropout=peft.lora_dropout or 0.0,
+        names=model.names,
     )

@@ -145,18 +145,19 @@ class ModelConfig:
         generation = _read_json(generation_file) if generation_file.is_file() else {}
         eos = generation.get("eos_token_id")
         vocab_size = fields.positive_int("vocab_size")
+        layers = family.layers(fields)
         config = cls(
             architecture=family.architecture,
             vocab_size=vocab_size,
             d_model=fields.positive_int("hidden_size"),
-            layers=family.layers(fields),
+            layers=layers,
             head=family.head(fields),
             max_position_embeddings=fields.positive_int("max_position_embeddings"),
             eos_token_ids=_end_tokens(
                 fields.get("eos_token_id") if eos is None else eos, vocab_size
             ),
             bos_token_id=fields.get("bos_token_id"),
-            names=replace(family.names, **names),
+            names=replace(family.names, **names).of(layers),
             **family.around(fields),
         )
         fields.refuse_unread(family.architecture, family.harmless)

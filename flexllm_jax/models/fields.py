@@ -63,6 +63,11 @@ class Fields:
         value = self._raw.get(field)
         return default if value is None else value
 
+    def is_null(self, field: str) -> bool:
+        """Whether it is there, and null: to few fields that is something else than the default."""
+        self._read.add(field)
+        return field in self._raw and self._raw[field] is None
+
     def error(self, field: str, reason: str) -> ModelConfigError:
         """An error that names a field with its value."""
         return ModelConfigError(f"{self._name} {field}={self._raw.get(field)!r} {reason}")

@@ -21,17 +21,32 @@ class WeightsError(UserError):
 
 
 class Stored(NamedTuple):
-    """Where a tensor is: in which file, and by which name."""
+    """Where a tensor is: in which file, and by which name. rest: of one that is stored in parts,
+    those behind the first, along its first axis there."""
 
     file: str
     name: str
+    rest: "tuple[Stored, ...]" = ()
 
 
 def checkpoint_files(directory: Path) -> dict[str, Stored]:
     """Where each tensor of the checkpoint is stored, by the name that transformers has for it; from
     the index if there is one."""
-    files = _files(directory)
-    return {name_in_memory(name): Stored(file, name) for name, file in files.items()}
+    found: dict[str, dict[int, Stored]] = {}
+    for name, file in _files(directory).items():
+        own, part = name_in_memory(name)
+        found.setdefault(own, {})[part] = Stored(file, name)
+    inorder = {name: [parts[i] for i in sorted(parts)] for name, parts in found.items()}
+    return {name: first._replace(rest=tuple(rest)) for name, (first, *rest) in inorder.items()}
+
+
+def stored_rows(directory: Path, stored: Stored) -> list[int]:
+    """Of each part of a stored tensor, the length of its first axis."""
+    rows = []
+    for part in (stored, *stored.rest):
+        with open_file(directory / part.file) as checkpoint:
+            rows.append(checkpoint.get_slice(part.name).get_shape()[0])
+    return rows
 
 
 def _files(directory: Path) -> dict[str, str]:
@@ -67,27 +82,41 @@ def open_file(file: Path) -> Any:
 
 def read_stored(directory: Path, stored: Stored, tensor: Tensor, part: Any = None) -> np.ndarray:
     """A stored tensor, or the part of it that a tuple of slices names."""
+    if stored.rest:
+        rows, (_, *others) = stored_rows(directory, stored), tensor.stored_shape
+        if sum(rows) != tensor.stored_shape[0]:
+            raise WeightsError(
+                f"{directory}: the parts of tensor {tensor.name} have {rows} rows, but config.json "
+                f"asks for {tensor.stored_shape[0]}"
+            )
+        parts = zip((stored, *stored.rest), rows, strict=True)
+        whole = np.concatenate([_read(directory, own, (n, *others)) for own, n in parts])
+        return whole if part is None else whole[part]
+    return _read(directory, stored, tensor.stored_shape, part)
+
+
+def _read(directory: Path, stored: Stored, shape: tuple[int, ...], part: Any = None) -> np.ndarray:
     # Opened for each tensor anew: a mapping kept open keeps the pages read in this process.
     file = directory / stored.file
     with open_file(file) as checkpoint:
         try:
             own = checkpoint.get_slice(stored.name)
             found, kind = tuple(own.get_shape()), own.get_dtype()
-            if found != tensor.stored_shape:
+            if found != shape:
                 raise WeightsError(
-                    f"{file}: tensor {tensor.name} has shape {list(found)}, but config.json asks "
-                    f"for {list(tensor.stored_shape)}"
+                    f"{file}: tensor {stored.name} has shape {list(found)}, but config.json asks "
+                    f"for {list(shape)}"
                 )
             if kind not in ("BF16", "F16", "F32", "F64"):
                 raise WeightsError(
-                    f"{file}: tensor {tensor.name} has dtype {kind}; use an unquantized checkpoint "
+                    f"{file}: tensor {stored.name} has dtype {kind}; use an unquantized checkpoint "
                     "(BF16, F16, F32)"
                 )
             if part is not None:
                 return own[part]
             return checkpoint.get_tensor(stored.name)
         except SafetensorError as error:
-            raise WeightsError(f"{file}: tensor {tensor.name} cannot be read: {error}") from None
+            raise WeightsError(f"{file}: tensor {stored.name} cannot be read: {error}") from None
 
 
 def read_kernel(path: str | Path, config: ModelConfig, layer: int, module: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from flexllm_jax.models.hf_tensors import (
     checkpoint_files,
     open_file,
     read_stored,
+    stored_rows,
 )
 from flexllm_jax.models.names import HEAD, WRAPPED
 from flexllm_jax.models.rope import rotary_frequencies
@@ -120,7 +121,7 @@ def _check_unexpected(directory: Path, config: ModelConfig, files: dict[str, Sto
         layers = f"{config.names.layers}."
         layer = name.removeprefix(layers).split(".")[0]
         in_layer = name.startswith(layers) and layer.isdigit()
-        file, stored = files[name]
+        file, stored, _ = files[name]
         with open_file(directory / file) as checkpoint:
             if name.endswith("rotary_emb.inv_freq"):
                 copied = _are_frequencies(checkpoint.get_tensor(stored), config)
@@ -186,16 +187,21 @@ def holds_tensor(path: str | Path, config: ModelConfig, name: str, other: Any) -
     stored = checkpoint_files(directory).get(name)
     if stored is None:
         return None
-    with open_file(directory / stored.file) as checkpoint:
-        own = checkpoint.get_slice(stored.name)
-        shape = own.get_shape()
-        if shape != other.get_shape():
-            return False
-        for at in range(0, shape[0], _ROWS_COMPARED):
-            rows = slice(at, min(at + _ROWS_COMPARED, shape[0]))
-            theirs = other[rows]
-            if not np.array_equal(own[rows].astype(theirs.dtype), theirs):
+    shape, start = other.get_shape(), 0
+    if sum(stored_rows(directory, stored)) != shape[0]:
+        return False
+    for part in (stored, *stored.rest):
+        with open_file(directory / part.file) as checkpoint:
+            own = checkpoint.get_slice(part.name)
+            count, *others = own.get_shape()
+            if others != shape[1:]:
                 return False
+            for at in range(0, count, _ROWS_COMPARED):
+                end = min(at + _ROWS_COMPARED, count)
+                theirs = other[start + at : start + end]
+                if not np.array_equal(own[at:end].astype(theirs.dtype), theirs):
+                    return False
+        start += count
     return True
 
 
@@ -263,17 +269,17 @@ def save_parameters(
         raise WeightsError(f"source_dir={source} has no config.json; give the base checkpoint")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WeightsError(f"out_dir={out} exists and is not empty; choose another or remove it")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    hidden = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if not file.name.endswith(".index.json"):
-                target = partial / file.relative_to(source)
+                target = hidden / file.relative_to(source)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
     kept = jnp.dtype(dtype or params["embed"]["weight"].dtype)
-    name_dtype(partial / "config.json", kept.name)
+    name_dtype(hidden / "config.json", kept.name)
 
     own = [
         _Output(
@@ -291,13 +297,13 @@ def save_parameters(
     names = [SINGLE] if count == 1 else names
     for file, shard in zip(names, shards, strict=True):
         arrays = {output.name: output.read() for output in shard}
-        save_file(arrays, partial / file, metadata={"format": "pt"})
+        save_file(arrays, hidden / file, metadata={"format": "pt"})
     if count > 1:
         total = sum(output.nbytes for shard in shards for output in shard)
         files = {o.name: file for file, shard in zip(names, shards, strict=True) for o in shard}
         index = {"metadata": {"total_size": total}, "weight_map": files}
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    partial.replace(out)
+        (hidden / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    hidden.replace(out)
 
 
 class _Output(NamedTuple):
@@ -309,14 +315,16 @@ class _Output(NamedTuple):
 
 
 def _as_in(source: Path, own: list[_Output], config: ModelConfig) -> list[_Output]:
-    """The tensors by the names that the checkpoint at `source` has for them, and what else it has
-    if it is of more than text."""
-    if not _is_wrapped(config):
-        return own
+    """The tensors by the names that the checkpoint at `source` has for them, in the parts that it
+    has, and what else it has if it is of more than text."""
+    if not any((source / name).is_file() for name in (SINGLE, INDEX)):
+        return own  # a configuration alone
     files = checkpoint_files(source)
-    named = [output._replace(name=files[output.name].name) for output in own]
+    named = [part for output in own for part in _in_parts(source, output, files.get(output.name))]
+    if not _is_wrapped(config):
+        return named
     for name in sorted(files.keys() - {output.name for output in own}):
-        file, stored = files[name]
+        file, stored, _ = files[name]
 
         def copied(file: str = file, stored: str = stored) -> np.ndarray:
             with open_file(source / file) as checkpoint:
@@ -324,6 +332,23 @@ def _as_in(source: Path, own: list[_Output], config: ModelConfig) -> list[_Outpu
 
         named.append(_Output(stored, copied().nbytes, copied))
     return named
+
+
+def _in_parts(source: Path, output: _Output, stored: Stored | None) -> list[_Output]:
+    if stored is None:
+        return [output]
+    if not stored.rest:
+        return [output._replace(name=stored.name)]
+    rows = stored_rows(source, stored)
+    ends = np.cumsum(rows)
+
+    def part(start: int, end: int) -> np.ndarray:
+        return np.ascontiguousarray(output.read()[start:end])
+
+    return [
+        _Output(own.name, output.nbytes * count // int(ends[-1]), partial(part, end - count, end))
+        for own, count, end in zip((stored, *stored.rest), rows, map(int, ends), strict=True)
+    ]
 
 
 def _shards(outputs: list[_Output], max_bytes: int) -> list[list[_Output]]:

@@ -1,12 +1,13 @@
 """The names of parameters in checkpoints, and so of the modules that PEFT's adapters are on."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from flexllm_jax.models.spec import GatedDeltaSpec, LayerSpec
 
-DELTA = "linear_attn"  # a gated delta net, inside of the checkpoint's layer
+# Attention, and a gated delta net, inside of the checkpoint's layer.
+ATTENTION, DELTA = "self_attn", "linear_attn"
 # A layer's projections: the name in the parameter tree -> inside of the checkpoint's layer.
 PROJECTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -27,6 +28,9 @@ PROJECTIONS: Mapping[str, str] = MappingProxyType(
         "in_b": f"{DELTA}.in_proj_b",
         "in_a": f"{DELTA}.in_proj_a",
         "out": f"{DELTA}.out_proj",
+        "delta_g": f"{DELTA}.g_proj",
+        "delta_b": f"{DELTA}.b_proj",
+        "delta_a": f"{DELTA}.a_proj",
     }
 )
 # A layer's norms: the name in the parameter tree -> inside of the checkpoint's layer; by which of
@@ -66,11 +70,18 @@ class Names:
     """What a family calls its modules.
 
     root: the decoder. changed: of a layer's modules, those that have another name than the usual
-    one: (in the parameter tree, inside of the checkpoint's layer).
+    one: (in the parameter tree, inside of the checkpoint's layer). delta: the layers whose mixer is
+    a gated delta net; what is attention's elsewhere is in it there.
     """
 
     root: str = "model"
     changed: tuple[tuple[str, str], ...] = ()
+    delta: frozenset[int] = frozenset()
+
+    def of(self, layers: Sequence[LayerSpec]) -> "Names":
+        """In a model of these layers."""
+        kinds = enumerate(layer.mixer for layer in layers)
+        return replace(self, delta=frozenset(i for i, m in kinds if isinstance(m, GatedDeltaSpec)))
 
     @property
     def layers(self) -> str:
@@ -110,7 +121,11 @@ class Names:
         "head", belongs to the layer after the last one."""
         if module == "head":
             return HEAD
-        return self.path(layer, dict(self.changed).get(module, PROJECTIONS[module]))
+        inside = dict(self.changed).get(module, PROJECTIONS[module])
+        mixer, _, name = inside.partition(".")
+        if mixer == ATTENTION and layer in self.delta:
+            inside = f"{DELTA}.{name}"
+        return self.path(layer, inside)
 
 
 USUAL, WRAPPED = ROOTS = Names(), Names("model.language_model")
@@ -120,10 +135,22 @@ _IN_FILES = {
     f"language_model.{HEAD}.": f"{HEAD}.",
 }
 
+# OLMo Hybrid's files have other names of norms, and the convolution of a gated delta net in parts,
+# one behind the other: (in a file, in memory, which part it is).
+_IN_LAYERS = (
+    (".attention_layer_norm.", ".input_layernorm.", 0),
+    (".feedforward_layer_norm.", ".post_attention_layernorm.", 0),
+    *((f".{DELTA}.{name}_conv1d.", f".{DELTA}.conv1d.", i) for i, name in enumerate("qkv")),
+)
 
-def name_in_memory(stored: str) -> str:
-    """What transformers calls a parameter that has this name in a file."""
+
+def name_in_memory(stored: str) -> tuple[str, int]:
+    """What transformers calls a parameter that has this name in a file, and which part of it that
+    is."""
+    for inside, own, part in _IN_LAYERS:
+        if inside in stored:
+            return stored.replace(inside, own), part
     for prefix, own in _IN_FILES.items():
         if stored.startswith(prefix):
-            return own + stored.removeprefix(prefix)
-    return stored
+            return own + stored.removeprefix(prefix), 0
+    return stored, 0

@@ -92,7 +92,8 @@ class GatedDeltaSpec:
     """A gated delta net: a short convolution of the inputs' projection, then the gated delta rule,
     a recurrence whose state is a matrix for each value head.
 
-    beta_scale: of what is written to the state, beside the sigmoid.
+    beta_scale: of what is written to the state, beside the sigmoid. fused: q, k and v are one
+    projection; else each is one of its own, as attention's.
     """
 
     key_heads: int  # each serves value_heads / key_heads heads of values
@@ -102,8 +103,12 @@ class GatedDeltaSpec:
     width: int  # of the convolution, in tokens
     norm: NormSpec  # of each head of the output, before its gate
     beta_scale: float = 1.0
+    fused: bool = True
 
-    output: ClassVar[str] = "out"
+    @property
+    def output(self) -> str:
+        """The projection behind the rule."""
+        return "out" if self.fused else "o"
 
     @property
     def inner(self) -> int:
@@ -124,8 +129,11 @@ class GatedDeltaSpec:
     def projected(self) -> dict[str, int]:
         """Widths of the projections before the rule: queries, keys and values; the output's gate;
         what is written; what is forgotten."""
-        heads = self.value_heads
-        return {"in_qkv": self.channels, "in_z": self.inner, "in_b": heads, "in_a": heads}
+        heads, keys = self.value_heads, self.key_heads * self.key_dim
+        if self.fused:
+            return {"in_qkv": self.channels, "in_z": self.inner, "in_b": heads, "in_a": heads}
+        rest = {"delta_g": self.inner, "delta_b": heads, "delta_a": heads}
+        return {"q": keys, "k": keys, "v": self.inner, **rest}
 
     @property
     def arrays(self) -> GatedDeltaSpec:

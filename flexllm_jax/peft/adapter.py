@@ -24,7 +24,7 @@ import numpy as np
 from flexllm_jax.config import ALL_MODULES, FUSED_MODULES, ranks_taken
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.names import HEAD, PROJECTIONS, ROOTS
+from flexllm_jax.models.names import HEAD, PROJECTIONS, ROOTS, USUAL, Names
 
 
 # The names that PEFT's `target_modules` knows -> those in the parameter tree.
@@ -125,7 +125,8 @@ class LoraConfig(AdapterConfig):
     when they are needed, which takes as long as who wrote them wants. `init`: `init_lora_weights`
     of PEFT, "default" for its true; with "pissa", "pissa_niter_N" and "olora" half of the rank is a
     start that is subtracted (`principal`). `lora_dropout`: what a job trains with (`dropout`); it
-    means nothing to an adapter that is served.
+    means nothing to an adapter that is served. `names`: what the model calls the modules that
+    patterns match.
     """
 
     r: int
@@ -140,6 +141,7 @@ class LoraConfig(AdapterConfig):
     resolved: Mapping[Site, tuple[int, float]] | None = field(
         default=None, compare=False, repr=False
     )
+    names: Names = field(default=USUAL, compare=False, repr=False)
 
     kind: ClassVar[str] = "lora"
 
@@ -187,16 +189,25 @@ class LoraConfig(AdapterConfig):
         """Rank of one projection's adapter; `module` is its name in the parameter tree ("q")."""
         if self.resolved is not None:
             return self.resolved[layer, module][0]
-        return _first_match(self.rank_pattern, (layer, module), self.r)
+        return self._first_match(self.rank_pattern, (layer, module), self.r)
 
     def scale(self, layer: int, site: str) -> float:
         """Factor on A @ B: alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA."""
         if self.resolved is not None:
             alpha = self.resolved[layer, site][1]
         else:
-            alpha = _first_match(self.alpha_pattern, (layer, site), self.alpha)
+            alpha = self._first_match(self.alpha_pattern, (layer, site), self.alpha)
         rank = self.rank(layer, site)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _first_match(self, patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
+        """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, from a dot;
+        the path is that in a model of text, or in one of more than text."""
+        paths = [replace(self.names, root=names.root).module_path(*site) for names in ROOTS]
+        for pattern, value in patterns.items():
+            if any(re.match(pattern.join(PATH_END), path) for path in paths):
+                return value
+        return default
 
     @property
     def from_base(self) -> bool:
@@ -254,15 +265,6 @@ class LoraConfig(AdapterConfig):
             a = a.astype(np.float32)
             weights[layer, module] = {"a": a, "b": np.zeros((rank, d_out), np.float32)}
         return weights
-
-
-def _first_match(patterns: Mapping[str, Any], site: Site, default: Any) -> Any:
-    """PEFT's rule (`get_pattern_key`): the first key that matches the path's end, from a dot; the
-    path is that in a model of text, or in one of more than text."""
-    for pattern, value in patterns.items():
-        if any(re.match(pattern.join(PATH_END), names.module_path(*site)) for names in ROOTS):
-            return value
-    return default
 
 
 def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

@@ -226,6 +226,8 @@ def assert_as_transformers_reads_it(directory):
             assert attention.key_dim == theirs.linear_key_head_dim
             assert attention.value_dim == theirs.linear_value_head_dim
             assert attention.width == theirs.linear_conv_kernel_dim
+            negative = getattr(theirs, "linear_allow_neg_eigval", False)
+            assert attention.beta_scale == (2.0 if negative else 1.0)
             continue
         assert isinstance(attention, AttentionSpec)
         assert attention.heads == theirs.num_attention_heads
@@ -234,7 +236,9 @@ def assert_as_transformers_reads_it(directory):
         assert attention.head_dim == (head_dim or theirs.hidden_size // theirs.num_attention_heads)
         rope, own = theirs.rope_parameters, attention.rope
         rope = rope.get(kind, rope)
-        assert own is not None
+        if own is None:
+            assert rope["rope_theta"] is None
+            continue
         assert own.theta == rope["rope_theta"]
         rotated = own.rotated or attention.head_dim
         if isinstance(own.scaling, ProportionalScaling):

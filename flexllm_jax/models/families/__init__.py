@@ -4,7 +4,7 @@ from flexllm_jax.models.families.dense import GRANITE, OLMO2, OLMO3, SEED_OSS, S
 from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
 from flexllm_jax.models.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WRAPPERS
-from flexllm_jax.models.families.hybrid import QWEN3_5
+from flexllm_jax.models.families.hybrid import OLMO_HYBRID, QWEN3_5
 from flexllm_jax.models.families.llama import (
     GLM4,
     LLAMA,
@@ -22,7 +22,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
         *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
-        *(GEMMA4, GEMMA4_UNIFIED, MUSE, QWEN3_5),
+        *(GEMMA4, GEMMA4_UNIFIED, MUSE, QWEN3_5, OLMO_HYBRID),
     )
 }
 # Models of more than text, of which the text's part is served.

@@ -18,7 +18,7 @@ from flexllm_jax.models.families.parts import (
 )
 from flexllm_jax.models.families.rope import read_rope, read_ropes
 from flexllm_jax.models.fields import Fields
-from flexllm_jax.models.spec import HeadSpec, LayerSpec
+from flexllm_jax.models.spec import HeadSpec, LayerSpec, NormSpec
 from kernels_pallas.layer_options import AttentionOptions
 
 
@@ -73,7 +73,7 @@ def _granite_head(fields: Fields) -> HeadSpec:
 
 def _olmo2(fields: Fields) -> tuple[LayerSpec, ...]:
     own = attention(fields, qk_norm="projection")
-    return alike(fields, LayerSpec(own, gated_mlp(fields), _olmo_norms(fields)))
+    return alike(fields, LayerSpec(own, gated_mlp(fields), olmo_norms(fields)))
 
 
 def _olmo3(fields: Fields) -> tuple[LayerSpec, ...]:
@@ -85,13 +85,14 @@ def _olmo3(fields: Fields) -> tuple[LayerSpec, ...]:
         LayerSpec(
             attention(fields, rope=ropes[kind], options=window(fields, kind), qk_norm="projection"),
             gated_mlp(fields),
-            _olmo_norms(fields),
+            olmo_norms(fields),
         )
         for kind in kinds
     )
 
 
-def _olmo_norms(fields: Fields) -> Any:
+def olmo_norms(fields: Fields) -> NormSpec:
+    """OLMo's norms of attention and of the feed-forward network: of what they give."""
     return norms(fields, pre=False, post=True, late_cast=True)
 
 

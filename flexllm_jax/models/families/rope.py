@@ -42,6 +42,14 @@ def read_rope(
     )
 
 
+def read_rope_or_none(fields: Fields) -> RopeSpec | None:
+    """The RoPE of all layers; None where its base frequency is null, which is no default then."""
+    name, rope = _object(fields)
+    inner = Fields(rope, f"config.json: {name}:")
+    given = inner if "rope_theta" in rope else fields
+    return None if given.is_null("rope_theta") else read_rope(fields)
+
+
 def read_ropes(
     fields: Fields, thetas: dict[str, float], head_dims: Mapping[str, int] | None = None
 ) -> dict[str, RopeSpec]:

@@ -1,4 +1,4 @@
-"""A gated delta net as a mixer (arXiv 2412.06464), as Qwen3.5 has it.
+"""A gated delta net as a mixer (arXiv 2412.06464), as Qwen3.5 and OLMo Hybrid have it.
 
 With u = x W, s = silu(conv(u)) = [q, k, v]: k and q have length 1 in each head, and q is divided by
 the root of its size; beta = sigmoid(b), g = -exp(log_a) softplus(a + dt_bias). The rule itself is
@@ -63,8 +63,9 @@ class GatedDeltaMixer(Mixer):
         query_factor: Float[Array, "T 1 1"] | None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """What the convolution reads [T, C]; b and a [T, Hv]; and the output's gate [T, Hv dv]."""
-        mixed = as_array(tap("delta", outputs["in_qkv"])), outputs["in_b"], outputs["in_a"]
-        return mixed, as_array(tap("delta_gate", outputs["in_z"]))
+        *qkv, gate, b, a = (outputs[name] for name in layer.spec.mixer.projected)
+        u = qkv[0] if len(qkv) == 1 else jnp.concatenate(qkv, axis=1)
+        return (as_array(tap("delta", u)), b, a), as_array(tap("delta_gate", gate))
 
     def gated(
         self, layer: Any, mixed: Float[Array, "T Hv dv"], gate: jax.Array | None
