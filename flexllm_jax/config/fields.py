@@ -41,6 +41,7 @@ FUSED_MODULES: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     **dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), _USUAL),
+    **dict.fromkeys(("g_proj", "b_proj", "a_proj"), _USUAL),
 }
 # PEFT's init_lora_weights; "default" is its `true`.
 LoraInit = Annotated[

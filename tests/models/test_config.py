@@ -429,6 +429,26 @@ def test_llama3_rope_scaling_under_its_older_names(tmp_path):
     assert rope and rope.scaling == Llama3Scaling(8.0, 1.0, 4.0, 32)
 
 
+def test_a_null_base_frequency_is_no_rope(tmp_path):
+    """To OLMo Hybrid; to others it is the default."""
+    config = {
+        **{"architectures": ["OlmoHybridForCausalLM"], "model_type": "olmo_hybrid"},
+        **{"hidden_size": 256, "intermediate_size": 96, "num_attention_heads": 8},
+        **{"num_hidden_layers": 3, "vocab_size": 128, "linear_allow_neg_eigval": False},
+    }
+    for change, theta in (
+        ({}, 1e4),
+        ({"rope_parameters": None}, 1e4),
+        ({"rope_theta": 2e5}, 2e5),
+        ({"rope_theta": None}, None),
+        ({"rope_parameters": {"rope_theta": None, "rope_type": "default"}}, None),
+        ({"rope_parameters": {"rope_theta": 3e5}, "rope_theta": None}, 3e5),
+    ):
+        read = assert_as_transformers_reads_it(write(tmp_path, config | change))
+        (attention,) = read.attention  # the last layer, where no fourth one is
+        assert (attention.rope and attention.rope.theta) == theta
+
+
 def test_which_projections_have_a_bias(tmp_path):
     def biases(config):
         read = ModelConfig.from_hf(write(tmp_path, config))

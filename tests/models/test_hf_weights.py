@@ -21,7 +21,7 @@ from flexllm_jax.models.hf_weights import (
     load_parameters,
     save_parameters,
 )
-from tests.checkpoints import make_llama, make_mistral, make_qwen2, make_qwen3
+from tests.checkpoints import make_llama, make_mistral, make_olmo_hybrid, make_qwen2, make_qwen3
 
 MODULES = {
     "pre_attn_norm": "input_layernorm",
@@ -195,6 +195,45 @@ def test_a_wrong_shape_is_named_with_both_shapes(tmp_path):
     assert "model.layers.0.mlp.gate_proj.weight" in message
     assert "[96, 64]" in message
     assert "[128, 64]" in message
+
+
+def test_a_convolution_in_parts_is_read_and_written_so(tmp_path):
+    """As published: transformers cuts it elsewhere, and has one more name for a norm."""
+    source = make_olmo_hybrid(tmp_path / "source")
+    delta, norms = "model.layers.0.linear_attn", "model.layers.1"
+
+    def as_published(tensors):
+        parts = [tensors.pop(f"{delta}.{name}_conv1d.weight") for name in "qkv"]
+        cut = torch.split(torch.cat(parts), [16, 16, 64])
+        for name, part in zip("qkv", cut, strict=True):
+            tensors[f"{delta}.{name}_conv1d.weight"] = part.clone()
+        norm = tensors.pop(f"{norms}.feedforward_layer_norm.weight")
+        tensors[f"{norms}.post_attention_layernorm.weight"] = norm
+
+    rewrite(source, as_published)
+    config, params = ModelConfig.from_hf(source), load(source)
+    theirs = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    convolution, first, second = params["layers"][0]["conv"]["weight"], *params["layers"]
+    expected = theirs[f"{delta}.conv1d.weight"].numpy()[:, 0].T
+    np.testing.assert_array_equal(convolution, expected)
+    for norm, name in (
+        (first["pre_attn_norm"], "model.layers.0.input_layernorm"),
+        (first["pre_mlp_norm"], "model.layers.0.post_attention_layernorm"),
+        (second["post_attn_norm"], f"{norms}.post_attention_layernorm"),
+    ):
+        np.testing.assert_array_equal(norm["weight"], theirs[f"{name}.weight"])
+
+    save_parameters(params, config, source, tmp_path / "saved", max_shard_bytes=60_000)
+    saved = {}
+    for file in (tmp_path / "saved").glob("*.safetensors"):
+        saved |= load_file(file)
+    stored = load_file(source / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(saved[name], stored[name]) for name in stored)
+    rewrite(source, lambda tensors: tensors.pop(f"{delta}.k_conv1d.weight"))
+    assert f"parts of tensor {delta}.conv1d.weight have [16, 64] rows, but config" in refusal(
+        source
+    )
 
 
 def test_quantized_tensors_are_refused(tmp_path):

@@ -28,7 +28,7 @@ from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 from flexllm_jax.peft.ia3 import Ia3Config
 from flexllm_jax.peft.prefix import PrefixConfig
 from flexllm_jax.peft.principal import initialize_from_base
-from tests.checkpoints import make_llama, make_qwen2
+from tests.checkpoints import make_llama, make_olmo_hybrid, make_qwen2
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Names in the parameter tree, written out by hand.
@@ -152,6 +152,30 @@ def test_of_overlapping_patterns_the_first_counts_after_export_too(base, tmp_pat
     assert_same_adapter(adapter, peft.PeftModel.from_pretrained(model, tmp_path))
     ranks = {key: weights["a"].shape[1] for key, weights in adapter.weights.items()}
     assert ranks == {(0, "q"): 3, (0, "up"): 2, (1, "q"): 3, (1, "up"): 5}
+
+
+def test_a_name_that_two_kinds_of_mixers_share_means_both(tmp_path):
+    """Also to patterns, by which they can be told apart."""
+    path = make_olmo_hybrid(tmp_path / "model")
+    config = ModelConfig.from_hf(path)
+    ranks = {"linear_attn.q_proj": 2, "self_attn.q_proj": 3, r"layers\.0\.linear_attn\..*": 5}
+    own = LoraConfig(
+        *(8, 8, ("q_proj", "v_proj")), rank_pattern=ranks, alpha_pattern=ranks, names=config.names
+    )
+    adapter = init_adapter(own, config, seed=0)
+    found = {key: weights["a"].shape[1] for key, weights in adapter.weights.items()}
+    assert found == {(0, "q"): 2, (0, "v"): 5, (1, "q"): 3, (1, "v"): 8}
+    save_adapter(adapter, config, path, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    theirs = {n: m.r["default"] for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    layers = "base_model.model.model.layers"
+    assert theirs == {
+        f"{layers}.0.linear_attn.q_proj": 2,
+        f"{layers}.0.linear_attn.v_proj": 5,
+        f"{layers}.1.self_attn.q_proj": 3,
+        f"{layers}.1.self_attn.v_proj": 8,
+    }
 
 
 def test_a_bfloat16_adapter_becomes_float32(base, tmp_path):
