@@ -159,9 +159,8 @@ def test_a_name_that_two_kinds_of_mixers_share_means_both(tmp_path):
     path = make_olmo_hybrid(tmp_path / "model")
     config = ModelConfig.from_hf(path)
     ranks = {"linear_attn.q_proj": 2, "self_attn.q_proj": 3, r"layers\.0\.linear_attn\..*": 5}
-    own = LoraConfig(
-        *(8, 8, ("q_proj", "v_proj")), rank_pattern=ranks, alpha_pattern=ranks, names=config.names
-    )
+    targets, names = ("q_proj", "v_proj"), config.names
+    own = LoraConfig(8, 8, targets, rank_pattern=ranks, alpha_pattern=ranks, names=names)
     adapter = init_adapter(own, config, seed=0)
     found = {key: weights["a"].shape[1] for key, weights in adapter.weights.items()}
     assert found == {(0, "q"): 2, (0, "v"): 5, (1, "q"): 3, (1, "v"): 8}
