@@ -4,6 +4,7 @@ to call a tool does, through the unmodified openai SDK."""
 import json
 from typing import Any
 
+import hypothesis
 import openai
 import pytest
 from hypothesis import given, settings
@@ -81,12 +82,22 @@ def test_llama_calls_are_found_however_the_text_is_cut(calls, places, name_first
 
 def written(form, calls):
     """Calls as models of a format write them."""
-    if form in ("granite", "mistral"):
+    if form in ("granite", "mistral", "phi"):
         items = [{"name": n, "arguments": a, "id": "abcdef123"} for n, a in calls]
         return BY_NAME[form].start + BY_NAME[form].opening + json.dumps(items)[1:]
     if form == "mistral_named":
         return "".join(f"[TOOL_CALLS]{n}[ARGS]{json.dumps(a)}" for n, a in calls)
     start, end = BY_NAME[form].start, BY_NAME[form].end
+    if form == "olmo":
+        lines = [
+            f"{n}({', '.join(f'{k}={json.dumps(v)}' for k, v in a.items())})" for n, a in calls
+        ]
+        return "\n".join([start, *lines, end])
+    if BY_NAME[form].quote:
+        inner = [",".join(f"{k}:{as_gemma(form, v)}" for k, v in a.items()) for _, a in calls]
+        return "".join(
+            f"{start}call:{n}{{{i}}}{end}" for (n, _), i in zip(calls, inner, strict=True)
+        )
     if form == "glm":
         pair = "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n"
         inner = ["".join(pair.format(k, as_text(v)) for k, v in a.items()) for _, a in calls]
@@ -97,6 +108,17 @@ def written(form, calls):
         inner = [f"{text}</function>\n" for text in inner]
         names = [f"\n<function={n}>\n" for n, _ in calls]
     return "\n".join(f"{start}{n}{i}{end}" for n, i in zip(names, inner, strict=True))
+
+
+def as_gemma(form, value):
+    mark = BY_NAME[form].quote
+    if isinstance(value, str):
+        return f"{mark}{value}{mark}"
+    if isinstance(value, list):
+        return f"[{','.join(as_gemma(form, v) for v in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{as_gemma(form, v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
 
 
 def as_text(value):
@@ -126,7 +148,27 @@ def test_calls_are_found_in_every_format(form, calls, places, before):
         assert loaded(found) == calls
 
 
-@pytest.mark.parametrize("form", ["glm", "qwen3_coder", "seed"])
+@settings(max_examples=60, deadline=None)
+@given(CALLS, PLACES)
+def test_python_literals_are_read_as_python_writes_them(calls, places):
+    calls = [(n, {f"a{i}": v for i, v in enumerate(a.values())}) for n, a in calls]
+    lines = [f"{n}({', '.join(f'{k}={v!r}' for k, v in a.items())})" for n, a in calls]
+    text = "\n".join(["<function_calls>", *lines, "</function_calls>"])
+    hypothesis.assume(text.count("</function_calls>") == 1)
+    assert parse("olmo", cut(text, places))[0] == ""
+    assert loaded(parse("olmo", cut(text, places))[1]) == calls
+
+
+def test_literals_that_are_no_json():
+    text = "<function_calls>get_weather(a=null, b=[true, -1.5e3,], c='\\'\\u00e9')</function_calls>"
+    calls = [("get_weather", {"a": None, "b": [True, -1500.0], "c": "'é"})]
+    assert loaded(parse("olmo", list(text))[1]) == calls
+    text = '<|tool_call>call:add{a:{b:[<|"|>}<tool_call<|"|>,{}],c:false},d:Rome}<tool_call|>'
+    calls = [("add", {"a": {"b": ["}<tool_call", {}], "c": False}, "d": "Rome"})]
+    assert loaded(parse("gemma4", list(text))[1]) == calls
+
+
+@pytest.mark.parametrize("form", ["glm", "qwen3_coder", "seed", "gemma4", "function_gemma", "olmo"])
 @pytest.mark.parametrize("marks_are_tokens", [True, False])
 def test_a_call_that_has_to_be_made_may_have_any_text(form, marks_are_tokens):
     """Where arguments are no JSON; the others are of their schema."""
@@ -138,7 +180,9 @@ def test_a_call_that_has_to_be_made_may_have_any_text(form, marks_are_tokens):
     def literal(text):
         return f"<[{tokenizer.convert_tokens_to_ids(text)}]>" if text in marks else quote(text)
 
-    structure = calls_of(given, {"add": {**SCHEMA, "required": ["s"]}}, literal, parallel=True)
+    listed = {"type": "array", "items": {"type": "boolean"}}
+    schema = {"properties": {**SCHEMA["properties"], "o": listed}, "required": ["s"]}
+    structure = calls_of(given, {"add": schema}, literal, parallel=True)
 
     def matches(*calls):
         matcher = LLMatcher(vocabulary, structure.to_grammar(), log_level=0)
@@ -147,8 +191,28 @@ def test_a_call_that_has_to_be_made_may_have_any_text(form, marks_are_tokens):
 
     one = ("add", {"s": 'any "text"\n<b>', "n": 3})
     assert matches(one) and matches(one, ("add", {"s": ""}))
+    assert matches(("add", {"s": "a", "o": [True, False]}))
     assert not matches(("add", {"s": "a", "n": "b"}))
     assert not matches(("add", {"n": 3})) and not matches(("mul", {"s": "a"}))
+
+
+def test_choices_of_gemmas_arguments():
+    tokenizer = byte_level_tokenizer()
+    schema = {
+        "properties": {"s": {"enum": ["a", "b"]}, "n": {"const": 3}, "o": {"type": "object"}},
+        "required": ["s"],
+    }
+    structure = calls_of(BY_NAME["gemma4"], {"add": schema}, quote, parallel=False)
+    vocabulary = from_tokenizer(tokenizer)
+
+    def matches(**given):
+        matcher = LLMatcher(vocabulary, structure.to_grammar(), log_level=0)
+        text = written("gemma4", [("add", given)])
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    assert matches(s="b") and matches(s="a", n=3, o={"k": [None, "<", {}]})
+    assert not matches(s="c") and not matches(s="a", n=4) and not matches(s="a", n="3")
 
 
 def test_text_after_calls():
@@ -178,6 +242,15 @@ def test_text_without_calls_stays_as_it_is(form, text, places):
         ("qwen3_coder", "<tool_call>\n<function=add>\n<parameter=a>\n1"),
         ("qwen3_coder", '<tool_call>{"name": "add"}</tool_call>'),
         ("glm", "<tool_call>two words</tool_call>"),
+        ("olmo", "<function_calls>add(a=b)</function_calls>"),
+        ("olmo", "<function_calls>add(1)</function_calls>"),
+        ("olmo", "<function_calls>add(a=" + "[" * 5000 + "</function_calls>"),
+        ("olmo", "<function_calls>\n</function_calls>"),
+        ("olmo", "<function_calls>add(a=1)"),
+        ("gemma4", "<|tool_call>call:add{a:1}}<tool_call|>"),
+        ("gemma4", "<|tool_call>call:add{a:" + "[" * 5000 + "<tool_call|>"),
+        ("function_gemma", "<start_function_call>call:add{<end_function_call>"),
+        ("phi", "functools and [more]"),
         ("hermes", "<tool_call>"),
         ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call> so'),
         ("hermes", '<tool_call>{"arguments": {}, "na'),
@@ -214,7 +287,11 @@ def test_one_call_alone_where_several_are_not_wanted():
         ("respond only with <|tool_call|> followed by a JSON list of tools used", "granite"),
         ("{{- '[TOOL_CALLS] [' }}", "mistral"),
         ("{{ '[TOOL_CALLS]' + name + '[ARGS]' + arguments }}", "mistral_named"),
-        ("<function_calls></function_calls>", None),  # OLMo 3's Python
+        ("Output any function calls within <function_calls></function_calls> XML tags", "olmo"),
+        ("{{- '<|tool_call>call:' + function['name'] + '{' -}}", "gemma4"),
+        ("{{- '<start_function_call>call:' + tool_call['name'] + '{' -}}", "function_gemma"),
+        ('formatted as functools[{"name": [function name], "arguments": [', "phi"),
+        ("<|tool|>{{ message['tools'] }}<|/tool|>", None),  # Phi-4-mini's own, which reads no tools
         ("{{ message['content'] }}", None),
     ],
 )

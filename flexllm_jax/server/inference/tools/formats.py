@@ -5,6 +5,8 @@
     named       START name [ARGS] {...}, one for each call
     parameters  START <function=name> <parameter=key> value </parameter> ... </function> END
     pairs       START name <arg_key> key </arg_key> <arg_value> value </arg_value> ... END
+    gemma       START call:name{key:QUOTEtextQUOTE,key:1} END
+    python      START name(key='text', key=1) END, with a call in each line
 
 Adding one of these is a row of `FORMATS`. What models of no row write stays text.
 """
@@ -26,15 +28,17 @@ _HEAD = (
 @dataclass(frozen=True)
 class Format:
     """One of them. Templates that ask for it have `asks` and `start`. Without a `start`, calls are
-    all of an output. `opening`, `key`: as templates write lists and objects."""
+    all of an output. `opening`, `key`: as templates write lists and objects. `quote`: the mark
+    around texts."""
 
     name: str
     asks: str
-    body: Literal["object", "list", "named", "parameters", "pairs"]
+    body: Literal["object", "list", "named", "parameters", "pairs", "gemma", "python"]
     start: str = ""
     end: str = ""
     opening: str = ""
     key: str = "arguments"
+    quote: str = ""
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -43,7 +47,8 @@ class Format:
             "named": ("[ARGS]", "[CALL_ID]"),
             "pairs": ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         }
-        return tuple(filter(None, (self.start, self.end, *inner.get(self.body, ()))))
+        marks = (self.start, self.end, self.quote, *inner.get(self.body, ()))
+        return tuple(filter(None, marks))
 
     @cached_property
     def head(self) -> re.Pattern[str] | None:
@@ -69,6 +74,17 @@ FORMATS = (
     # From its tokenizer's version 11 on: Mistral Small 3.2, Magistral, Devstral, Ministral 3
     Format("mistral_named", "[ARGS]", "named", "[TOOL_CALLS]"),
     Format("mistral", "[TOOL_CALLS]", "list", "[TOOL_CALLS]", opening=" ["),
+    Format("phi", "functools[", "list", "functools", opening="["),  # vLLM's template of Phi-4-mini
+    Format("olmo", "<function_calls>", "python", "<function_calls>", "</function_calls>"),  # OLMo 3
+    Format("gemma4", "call:", "gemma", "<|tool_call>", "<tool_call|>", quote='<|"|>'),
+    Format(
+        "function_gemma",
+        "call:",
+        "gemma",
+        "<start_function_call>",
+        "<end_function_call>",
+        quote="<escape>",
+    ),
     Format("llama", '"parameters": dictionary', "object", key="parameters"),  # Llama 3.1 and later
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.server.inference.tools.formats import Format
-from flexllm_jax.server.inference.tools.values import choices_of, is_text, properties_of
+from flexllm_jax.server.inference.tools.values import Schema, choices_of, is_text, properties_of
 
 # White space is as templates write it, which models are trained on.
 _SPACED = {
@@ -34,6 +34,8 @@ def calls_of(
     if form.body == "list":
         more = '(", " body)*' if parallel else ""
         rules.append(f'calls: {start} {quote(form.opening)} body {more} "]"')
+    elif form.body == "python":
+        rules.append(f'calls: {start} "\\n" body{"+" if parallel else ""} {end}')
     elif not form.start:
         rules.append("calls: body")
     else:
@@ -119,10 +121,76 @@ def _values(
     return " ".join(parts), rules
 
 
+def _gemma(
+    form: Format, i: int, name: str, schema: Mapping[str, Any] | None, literal: Any
+) -> list[str]:
+    mark = literal(form.quote)
+    inner = f"/(?s:.*)/ {mark}" if mark.startswith("<[") else f"inner{i}"
+    any_value = f"any{i}"
+
+    def write(rule: str, given: Schema) -> str:
+        choices = choices_of(given)
+        texts = {isinstance(value, str) for value in given.get("enum", [given.get("const")])}
+        if choices and texts == {True}:
+            return f"{rule}: {mark} ({' | '.join(map(quote, choices))}) {mark}"
+        if is_text(given):
+            return f"{rule}: {mark} text{i}"
+        plain = given.get("type") in ("integer", "number", "boolean", "null")
+        if plain or (choices and texts == {False}):
+            return f"{rule}: %json {json.dumps(dict(given))}"
+        return f"{rule}: {any_value}"
+
+    head = quote(f"call:{name}{{")
+    return [
+        f'function{i}: {head} first{i}_0 "}}"',
+        *_separated(i, schema, lambda key: quote(f"{key}:"), quote(","), write),
+        f"text{i}: {inner}",
+        *([] if mark.startswith("<[") else [f"inner{i}[suffix={mark}]: /(?s:.*)/"]),
+        f'{any_value}: {mark} text{i} | %json {{"type": ["number", "boolean", "null"]}} '
+        f'| "[" ({any_value} ("," {any_value})*)? "]" | "{{" (pair{i} ("," pair{i})*)? "}}"',
+        f'pair{i}: /[a-zA-Z0-9_.-]+/ ":" {any_value}',
+    ]
+
+
+def _python(
+    form: Format, i: int, name: str, schema: Mapping[str, Any] | None, literal: Any
+) -> list[str]:
+    def write(rule: str, given: Schema) -> str:
+        return f"{rule}: %json {json.dumps(dict(given) | _SPACED)}"
+
+    head = quote(f"{name}(")
+    return [
+        f'function{i}: {head} first{i}_0 ")\\n"',
+        *_separated(i, schema, lambda key: quote(f"{key}="), quote(", "), write),
+    ]
+
+
+def _separated(
+    i: int,
+    schema: Mapping[str, Any] | None,
+    opening: Callable[[str], str],
+    comma: str,
+    write: Callable[[str, Schema], str],
+) -> list[str]:
+    """Rules of the arguments of a function in the order of its schema with a comma between them,
+    of which the first is `first{i}_0`; `write` makes the rule of a value."""
+    given_required = (schema or {}).get("required")
+    required = given_required if isinstance(given_required, list) else []
+    rules, properties = [], properties_of(schema)
+    for j, (key, given) in enumerate(properties.items()):
+        own = f"{opening(key)} value{i}_{j} more{i}_{j + 1}"
+        leave = ("", "") if key in required else (f" | first{i}_{j + 1}", f" | more{i}_{j + 1}")
+        rules += [f"first{i}_{j}: {own}{leave[0]}", f"more{i}_{j}: {comma} {own}{leave[1]}"]
+        rules.append(write(f"value{i}_{j}", given))
+    return [*rules, *(f'{name}{i}_{len(properties)}: ""' for name in ("first", "more"))]
+
+
 _WRITERS: dict[str, Callable[..., list[str]]] = {
     "object": _object,
     "list": _object,
     "named": _named,
     "parameters": _parameters,
     "pairs": _pairs,
+    "gemma": _gemma,
+    "python": _python,
 }

@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flexllm_jax.models.marks import overlap
+from flexllm_jax.server.inference.tools.blocks import read_block
 from flexllm_jax.server.inference.tools.formats import NAME, Format
-from flexllm_jax.server.inference.tools.values import Schema, properties_of, value_of
+from flexllm_jax.server.inference.tools.values import Schema
 
 _NEXT = re.compile(r"\s*\}?\s*;?\s*")  # between two of Llama's calls
 # What may be after the arguments in an item of a list, such as its id.
 _TAIL = re.compile(r'\s*(?:,\s*"\w+"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[^"\[\]{},]*)\s*)*\}')
-_FUNCTION = re.compile(r"\s*<function=([^>]*)>(.*?)(?:</function>)?\s*", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>]*)>\n?(.*?)\n?</parameter>", re.DOTALL)
-_PAIRS = re.compile(r"\s*([^<]*?)\s*((?:<arg_key>.*)?)", re.DOTALL)
-_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
 
 
 @dataclass
@@ -163,14 +160,11 @@ class ToolCallParser:
         if not end and not final:
             return False
         inside = whole.removeprefix(self._form.start)
-        parameters = self._form.body == "parameters"
-        match = (_FUNCTION if parameters else _PAIRS).fullmatch(inside) if end else None
-        if match is None or not self._is_function(match[1]):
+        calls = read_block(self._form, inside, self._functions) if end else None
+        if not calls or not all(self._is_function(name) for name, _ in calls):
             return self._give_up()
-        schemas = properties_of(self._functions.get(match[1]))
-        pairs = (_PARAMETER if parameters else _PAIR).findall(match[2])
-        given = {key.strip(): value_of(schemas.get(key.strip()), text) for key, text in pairs}
-        self._tell_whole({"name": match[1], "arguments": given})
+        for name, given in calls:
+            self._tell_whole({"name": name, "arguments": given})
         self._held, self._state = rest, "text"
         return True
 

@@ -44,6 +44,11 @@ def value_of(schema: Schema | None, text: str) -> Any:
     if schema is not None and is_text(schema):
         return text
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return _PYTHON.get(text.strip(), text)
+
+
+def _refuse(name: str) -> None:
+    """Python reads NaN and Infinity, which are no JSON."""
+    raise ValueError(name)
