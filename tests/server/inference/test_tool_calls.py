@@ -251,6 +251,8 @@ def test_text_without_calls_stays_as_it_is(form, text, places):
         ("gemma4", "<|tool_call>call:add{a:" + "[" * 5000 + "<tool_call|>"),
         ("function_gemma", "<start_function_call>call:add{<end_function_call>"),
         ("phi", "functools and [more]"),
+        ("phi", "functools"),
+        ("mistral", "[TOOL_CALLS]"),
         ("hermes", "<tool_call>"),
         ("hermes", '<tool_call>{"name": 3, "arguments": {}}</tool_call> so'),
         ("hermes", '<tool_call>{"arguments": {}, "na'),

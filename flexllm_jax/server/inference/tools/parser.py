@@ -142,7 +142,7 @@ class ToolCallParser:
         if not final and (not inner or not inner[1:].strip()):
             return False
         value, length = _load(inner[1:])
-        if value is None and inner[0] in "[," and not final:
+        if value is None and inner[:1] in ("[", ",") and not final:
             return False
         if inner[:1] in ("[", ",") and self._tell_whole(value):
             self._held, self._state = inner[1 + length :], "between"
