@@ -49,7 +49,7 @@ def _row(family: Family) -> tuple[str, ...]:
         what = f"the usual seven, {what}" if what else "the usual seven"
     attention = _attending(layers)[0].mixer
     alone = attention.fused or layers[0].mlp.fused or attention.qk_norm == "projection"
-    alone = alone or layers[0].token_width
+    alone = alone or layers[0].token_width or len(_attending(layers)) < len(layers)
     return (
         family.title,
         f"`{family.architecture}`",

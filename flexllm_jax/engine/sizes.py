@@ -23,6 +23,7 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.dtype import engine_dtype
 from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.models.spec import AttentionSpec
 from flexllm_jax.peft import prefix
 from flexllm_jax.peft.adapter import named_modules
 from flexllm_jax.peft.bank import AdapterRow, BankShape, scale_shapes, weight_shapes
@@ -90,8 +91,10 @@ class EngineSizes:
                 "adapters.kinds: prefix has keys and values of one shape, and this model's layers "
                 "have several, or read those of others; drop it"
             )
-        if "ia3" in bank.kinds and any(
-            not {"k", "v", "up"} <= model.kernel_shapes(i).keys() for i in range(model.num_layers)
+        if "ia3" in bank.kinds and not all(
+            isinstance(spec.mixer, AttentionSpec)
+            and {"k", "v", "up"} <= spec.kernel_shapes(model.d_model).keys()
+            for spec in model.kinds
         ):
             raise ValueError(
                 "adapters.kinds: ia3 scales keys, values and inner activations apart, and this "

@@ -265,7 +265,9 @@ def test_exports_load_in_peft_and_transformers(case, tmp_path):
     [
         ("mistral", {"kinds": ["prefix"]}, "adapters.kinds: this model has a sliding window.*drop"),
         ("glm4", {"kinds": ["prefix"]}, "has rotary embeddings of some elements or of neighbours"),
-        ("phi3", {"kinds": ["ia3"]}, "adapters.kinds: ia3 scales keys.* are fused; drop it"),
+        ("phi3", {"kinds": ["ia3"]}, "adapters.kinds: ia3 scales keys.* are fused.*; drop it"),
+        ("qwen3_5", {"kinds": ["ia3"]}, "adapters.kinds: ia3 .* not in every layer; drop it"),
+        ("qwen3_5", {"kinds": ["prefix"]}, "adapters.kinds: this model has layers that do not"),
         ("phi3", {"target_modules": ["q_proj"]}, "no such module; use one or more of o_proj, "),
     ],
 )

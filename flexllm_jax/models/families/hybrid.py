@@ -35,6 +35,14 @@ def _delta(fields: Fields) -> GatedDeltaSpec:
     )
 
 
+def _layer_types(fields: Fields, default: list[str]) -> list[str]:
+    """The kind of each layer, of which some attend."""
+    kinds = layer_types(fields, default, (LINEAR, FULL))
+    if FULL not in kinds:
+        raise fields.error("layer_types", f"has no {FULL}; a model needs a layer that attends")
+    return kinds
+
+
 def _qwen3_5(fields: Fields) -> tuple[LayerSpec, ...]:
     """Three layers of a gated delta net to one that attends."""
     count = fields.positive_int("num_hidden_layers")
@@ -45,8 +53,7 @@ def _qwen3_5(fields: Fields) -> tuple[LayerSpec, ...]:
         FULL: attention(fields, rope=read_rope(fields, partial=True), qk_norm="head", gate=True),
     }
     mlp, norm = gated_mlp(fields), norms(fields, late_cast=True, offset=True)
-    kinds = layer_types(fields, kinds, tuple(own))
-    return tuple(LayerSpec(own[kind], mlp, norm) for kind in kinds)
+    return tuple(LayerSpec(own[kind], mlp, norm) for kind in _layer_types(fields, kinds))
 
 
 QWEN3_5 = Family(
@@ -84,7 +91,7 @@ def _olmo_hybrid(fields: Fields) -> tuple[LayerSpec, ...]:
         LINEAR: LayerSpec(delta, mlp, norms(fields, late_cast=True)),
         FULL: LayerSpec(attends, mlp, olmo_norms(fields)),
     }
-    return tuple(own[kind] for kind in layer_types(fields, kinds, tuple(own)))
+    return tuple(own[kind] for kind in _layer_types(fields, kinds))
 
 
 OLMO_HYBRID = Family(
