@@ -23,10 +23,11 @@ class ReasoningFormat:
 
 
 FORMATS = (
-    # Qwen3, SmolLM3, GLM-4.5 and later, OLMo 3, Phi-4-reasoning, DeepSeek-R1 and its pupils
+    # Qwen3, Qwen3.5, SmolLM3, GLM-4.5 and later, OLMo 3, Phi-4-reasoning, DeepSeek-R1
     ReasoningFormat("<think>", "</think>"),
     ReasoningFormat("<seed:think>", "</seed:think>"),  # Seed-OSS
     ReasoningFormat("[THINK]", "[/THINK]"),  # Magistral and Ministral
+    ReasoningFormat("Here is my thought process:", "Here is my response:"),  # Granite 3.2
 )
 
 

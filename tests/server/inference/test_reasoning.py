@@ -51,6 +51,14 @@ def test_a_text_without_thoughts_stays_as_it_is(text, places):
     assert split(Thinking(THINK, True), cut(text, places))[1] == ""
 
 
+def test_granites_sentences_are_marks():
+    granite = Thinking(FORMATS[-1], False)
+    text = "Here is my thought process: Here is it.\n\nHere is my response: Here is 4."
+    assert split(granite, list(text)) == ("Here is it.", "Here is 4.")
+    for other in ("Here is my dog: a", "So. Here is my response: a"):
+        assert split(granite, list(other)) == ("", other)
+
+
 @pytest.mark.parametrize("text", [" <thin", "<think", "so <think>a</think>b", "a</think>b"])
 def test_what_only_looks_like_a_thought_is_text(text):
     assert split(Thinking(THINK, False), list(text)) == ("", text)
@@ -65,6 +73,7 @@ def test_what_only_looks_like_a_thought_is_text(text):
         ("{{ message.content }}", "<think>", None),
         ("...<seed:think>...", "<seed:bos>assistant\n", False),
         ("...[THINK]...", "[/INST]", False),
+        ("Write your thoughts after 'Here is my thought process:' and", "assistant:", False),
     ],
 )
 def test_the_template_and_the_prompt_tell_how_an_answer_begins(template, prompt, begun):
