@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
 
 from flexllm_jax.engine.sampling_params import BIASES, SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
@@ -66,16 +66,31 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What an answer looks like: text, any JSON object, or JSON that has a schema."""
+    """What an answer looks like: text, any JSON object, or JSON that has a schema. For llama.cpp's
+    clients an object's schema is `schema`, for Text Generation Inference's (huggingface_hub) it is
+    `value`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(
+        default=None, validation_alias=AliasChoices("schema", "value")
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema goes with the type json_schema, and with no other")
+        if self.schema_ is not None and self.type != "json_object":
+            raise ValueError("schema, or value, goes with the type json_object, and with no other")
         return self
+
+    def wanted(self) -> dict[str, Any]:
+        """What an answer must match, as StructuredOutputsParams has it."""
+        if self.json_schema is not None:
+            return {"json": self.json_schema.schema_}
+        if self.schema_ is not None:
+            return {"json": self.schema_}
+        return {"json_object": True} if self.type == "json_object" else {}
 
 
 class CutPrompt(Body):
@@ -158,11 +173,7 @@ class InferenceRequest(CutPrompt):
     def format(self) -> StructuredOutputsParams | None:
         """What an answer must match. ValueError for what makes no sense."""
         form, given = self.response_format, self.structured_outputs
-        wanted: dict[str, Any] = {}
-        if form is not None and form.type == "json_object":
-            wanted = {"json_object": True}
-        elif form is not None and form.json_schema is not None:
-            wanted = {"json": form.json_schema.schema_}
+        wanted = {} if form is None else form.wanted()
         if given is None:
             return StructuredOutputsParams(**wanted) if wanted else None
         known = [each.name for each in fields(StructuredOutputsParams)]

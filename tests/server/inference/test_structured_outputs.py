@@ -9,10 +9,11 @@ import llguidance.hf as hf
 import numpy as np
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexllm_jax.engine.constraints import Constraint, Constraints
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers, quote
+from flexllm_jax.server.inference.schema import ResponseFormat
 from flexllm_jax.server.inference.tools.grammar import calls_of
 from tests.server.inference.test_tool_calls import BY_NAME, parse
 
@@ -76,6 +77,18 @@ def test_any_object(client):
     assert answer.choices[0].message.content.lstrip().startswith("{")
     answer = client.chat.completions.create(**ASK, response_format={"type": "text"}, max_tokens=8)
     assert not answer.choices[0].message.content.lstrip().startswith("{")
+
+
+def test_an_objects_schema_as_other_servers_clients_write_it():
+    schema = Pet.model_json_schema()
+    wanted = ResponseFormat.model_validate(schema_format(schema)).wanted()
+    for name in ("schema", "value"):
+        form = ResponseFormat.model_validate({"type": "json_object", name: schema})
+        assert form.wanted() == wanted == {"json": schema}
+        with pytest.raises(ValidationError, match="schema, or value, goes with the type json_obj"):
+            ResponseFormat.model_validate({"type": "text", name: schema})
+    assert ResponseFormat(type="json_object").wanted() == {"json_object": True}
+    assert ResponseFormat(type="text").wanted() == {}
 
 
 @pytest.mark.parametrize("model", ["tiny", "random"])
