@@ -1,10 +1,15 @@
-"""Every night: load generators that are too heavy for continuous integration, unmodified, against a
-server started as a user starts it, then a load of many clients beside finetuning jobs.
+"""Every night: other projects' programs and libraries, too heavy for continuous integration and
+unmodified, against a server started as a user starts it, then a load of many clients beside
+finetuning jobs.
 
-`vllm bench serve`, `guidellm`, `aiperf` and `st` (schemathesis) are programs looked up on PATH.
-Their requirements exclude one another, so install each in an environment of its own, as `pipx
-install` does. One that is missing is told and left out. The exit status is 1 when a client failed a
-request or counted other tokens than it asked for.
+`vllm bench serve`, `guidellm`, `aiperf`, `lm_eval` and `st` (schemathesis) are programs looked up
+on PATH. Their requirements exclude one another, so install each in an environment of its own, as
+`pipx install` does. One that is missing is told and left out. The exit status is 1 when a client
+failed a request or counted other tokens than it asked for.
+
+`--environments` is a folder with an environment for each library: `litellm/bin/python` and so on,
+for huggingface_hub, instructor, langchain, litellm, llama_index, outlines and pydantic_ai. Their
+prompts and answers need a `model.max_model_len` of 2048.
 
 tinker-cookbook's recipes are run where it is installed (tests/server/tinker/test_recipes.py says
 how), with a server of their own.
@@ -32,6 +37,7 @@ def main() -> int:
     """Run; returns the exit status."""
     parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/nightly"))
+    parser.add_argument("--environments", type=Path, help="a folder; none: without libraries")
     parser.add_argument("--vllm-sources", type=Path, help="a folder; none: without its tests")
     parser.add_argument("--no-load", action="store_true", help="leave our own load out")
     arguments = parser.parse_args()
@@ -39,7 +45,12 @@ def main() -> int:
     with needs_extra("load"):
         from flexllm_jax.experiments.load.client import first_model
         from flexllm_jax.experiments.load.generator import LoadShape
-        from flexllm_jax.experiments.load.outside_clients import outside_clients, run_recipes
+        from flexllm_jax.experiments.load.library_flows import LIBRARIES
+        from flexllm_jax.experiments.load.outside_clients import (
+            outside_clients,
+            run_library,
+            run_recipes,
+        )
         from flexllm_jax.experiments.load.run import run_load
         from flexllm_jax.experiments.load.server import ServerProcess
         from flexllm_jax.experiments.load.vllm_suite import run as run_vllms_tests
@@ -53,6 +64,10 @@ def main() -> int:
             told = client.run(out)
             failed |= told.startswith("FAILED")
             console.print(f"{client.name}: {told}", soft_wrap=True, highlight=False)
+        for library in LIBRARIES if arguments.environments else ():
+            told = run_library(library, arguments.environments, server.url, model, out)
+            failed |= told.startswith("FAILED")
+            console.print(f"{library}: {told}", soft_wrap=True, highlight=False)
         if arguments.vllm_sources:
             sources, checkpoint = arguments.vllm_sources.absolute(), config.model.path.absolute()
             counted, log = run_vllms_tests(sources, server.url, model, checkpoint, out)

@@ -3,8 +3,10 @@ short load on a server."""
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import isfunction
 from pathlib import Path
 from threading import Thread
 from typing import ClassVar
@@ -12,9 +14,15 @@ from typing import ClassVar
 import pytest
 
 from flexllm_jax.errors import UserError
+from flexllm_jax.experiments.load import library_flows
 from flexllm_jax.experiments.load.client import Completion, complete, open_clients, upload
 from flexllm_jax.experiments.load.generator import Load, LoadShape, Turn
-from flexllm_jax.experiments.load.outside_clients import OUTPUT, REQUESTS, OutsideClient
+from flexllm_jax.experiments.load.outside_clients import (
+    OUTPUT,
+    REQUESTS,
+    OutsideClient,
+    run_library,
+)
 from flexllm_jax.experiments.load.report import make_report
 from flexllm_jax.experiments.load.run import Jobs, run_load
 from flexllm_jax.experiments.load.server import Sample, ServerProcess
@@ -228,6 +236,24 @@ def test_another_projects_report_must_count_all_requests(
         )
         assert client.run(tmp_path).startswith(told)
     assert OutsideClient("no-such-program", []).run(tmp_path).startswith("left out")
+
+
+def test_a_library_runs_in_its_own_environment(tmp_path: Path) -> None:
+    """Here one without that library: each of its flows is told as failed."""
+    python = tmp_path / "outlines" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.base_prefix + "/bin/python3")
+    told = run_library("outlines", tmp_path, "http://127.0.0.1:1", "none", tmp_path)
+    assert told.startswith("FAILED: 0 of 3 flows; outlines_chat outlines_form outlines_kinds;")
+    assert "ModuleNotFoundError" in (tmp_path / "outlines.log").read_text()
+    assert run_library("litellm", tmp_path, "", "", tmp_path).startswith("left out")
+
+
+def test_every_flow_is_of_a_library() -> None:
+    names = [name for name, of in vars(library_flows).items() if isfunction(of)]
+    flows = [name for name in names if name != "main" and not name.startswith("_")]
+    of = {lib: [f for f in flows if f.startswith(f"{lib}_")] for lib in library_flows.LIBRARIES}
+    assert all(of.values()) and sum(map(len, of.values())) == len(flows) == 30
 
 
 def test_a_load_on_a_server_beside_a_job(tmp_path: Path, llama: Path) -> None:

@@ -58,8 +58,14 @@ FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], str, dict[str, Any]]]
         },
     ),
 }
+# Tools have a place in it, so that clients that bring some can be tried with it; the model itself
+# has never seen any, and calls one when it must (`tool_choice`).
 CHAT_TEMPLATE = (
+    "{% if tools %}<|system|>{{ tools | tojson }} are called as <tool_call></tool_call><|end|>"
+    "{% endif %}"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{{ message['content'] }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}"
     "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

@@ -1,8 +1,9 @@
-"""Other projects' load generators, unmodified: how each is called, and what its report must say.
+"""Other projects' programs and libraries, unmodified: how each is called, and what its report must
+say.
 
-`vllm bench serve`, `guidellm`, `aiperf` and `st` (schemathesis) are programs looked up on PATH.
-Their requirements exclude one another, so each is in an environment of its own. One that is missing
-is told and left out.
+`vllm bench serve`, `guidellm`, `aiperf`, `lm_eval` and `st` (schemathesis) are programs looked up
+on PATH; libraries are environments in a folder. Their requirements exclude one another, so each is
+in an environment of its own. One that is missing is told and left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from flexllm_jax.experiments.load import library_flows
 
 REQUESTS, CONCURRENCY, INPUT, OUTPUT = 100, 8, 64, 32
 
@@ -63,11 +68,26 @@ def run_recipes(tests: Path, out: Path) -> str:
     return f"ok: {last}" if ran.returncode == 0 else f"FAILED: {last}; see {log}"
 
 
+def run_library(library: str, environments: Path, url: str, model: str, out: Path) -> str:
+    """How a library's flows go, with the Python of `environments`/`library`: `ok`, `left out`, or
+    `FAILED` with those that did not pass. Its log is in `out`."""
+    python = environments / library / "bin" / "python"
+    if not python.exists():
+        return f"left out: there is no {python}"
+    log = out / f"{library}.log"
+    with log.open("w", encoding="utf-8") as output:
+        command = [str(python), "-P", library_flows.__file__, library, url, model]
+        ran = subprocess.run(command, stdout=output, stderr=output, cwd=out)
+    (*_, last) = log.read_text(encoding="utf-8").splitlines() or ["it said nothing"]
+    return f"ok: {last}" if ran.returncode == 0 else f"FAILED: {last}; see {log}"
+
+
 def outside_clients(url: str, model: str, tokenizer: Path, out: Path) -> Iterator[OutsideClient]:
     """The programs, set up for a server; their reports go to `out`."""
     yield _vllm(url, model, tokenizer, out)
     yield _guidellm(url, model, tokenizer, out)
     yield _aiperf(url, model, tokenizer, out)
+    yield _lm_eval(url, model, tokenizer, out)
     # What depends on more than a request's form may be refused: a model's length, a file's content.
     fuzzed = _words(exclude_checks="positive_data_acceptance", max_examples=30, warnings="off")
     yield OutsideClient("st", ["run", f"{url}/openapi.json", *fuzzed])
@@ -140,3 +160,41 @@ def _aiperf(url: str, model: str, tokenizer: Path, out: Path) -> OutsideClient:
         out / "aiperf" / "profile_export_aiperf.json",
         lambda told: (told["request_count"]["avg"], told["output_sequence_length"]["sum"]),
     )
+
+
+# Tasks of our own, since those that lm-eval has are loaded from a hub.
+_TASK = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}"}
+_TASKS: tuple[dict[str, Any], ...] = (
+    {
+        "task": "flows_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": [" Rome", " Lima", " Quito"],
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+    },
+    {
+        "task": "flows_generate",
+        "output_type": "generate_until",
+        "doc_to_target": "Rome",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": OUTPUT},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+)
+
+
+def _lm_eval(url: str, model: str, tokenizer: Path, out: Path) -> OutsideClient:
+    """Log-probabilities of choices, and texts up to a stop string."""
+    folder = out / "lm_eval"
+    folder.mkdir(exist_ok=True)
+    questions = [{"question": f"Question {at}: where does Laura live?"} for at in range(INPUT)]
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in questions), encoding="utf-8")
+    for task in _TASKS:
+        whole = _TASK | {"dataset_kwargs": {"data_files": {"test": str(rows)}}} | task
+        path = folder / f"{task['task']}.yaml"
+        path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+    named = f"model={model},base_url={url}/v1/completions,num_concurrent={CONCURRENCY}"
+    named += f",tokenizer_backend=huggingface,tokenizer={tokenizer}"
+    options = ["--model_args", named, "--include_path", str(folder)]
+    options += _words(model="local-completions", tasks=",".join(task["task"] for task in _TASKS))
+    return OutsideClient("lm_eval", options)
