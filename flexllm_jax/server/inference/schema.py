@@ -66,15 +66,12 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """What an answer looks like: text, any JSON object, or JSON that has a schema. For llama.cpp's
-    clients an object's schema is `schema`, for Text Generation Inference's (huggingface_hub) it is
-    `value`."""
+    """What an answer looks like: text, any JSON object, or JSON that has a schema, which an object
+    has as `schema` for llama.cpp's clients and as `value` for huggingface_hub's."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | None = Field(
-        default=None, validation_alias=AliasChoices("schema", "value")
-    )
+    schema_: dict[str, Any] | None = Field(None, validation_alias=AliasChoices("schema", "value"))
 
     @model_validator(mode="after")
     def _complete(self) -> ResponseFormat:
@@ -86,10 +83,9 @@ class ResponseFormat(Body):
 
     def wanted(self) -> dict[str, Any]:
         """What an answer must match, as StructuredOutputsParams has it."""
-        if self.json_schema is not None:
-            return {"json": self.json_schema.schema_}
-        if self.schema_ is not None:
-            return {"json": self.schema_}
+        schema = self.schema_ if self.json_schema is None else self.json_schema.schema_
+        if schema is not None:
+            return {"json": schema}
         return {"json_object": True} if self.type == "json_object" else {}
 
 
