@@ -115,9 +115,10 @@ class JobWriter:
     def _write_result(
         self, job: FinetuneJob, snapshot: dict, info: dict, give_up_at: float | None = None
     ) -> None:
+        again = give_up_at is not None
         if give_up_at is None:
             give_up_at = time.monotonic() + self.keep_trying_s
-        elif not self.give_up(job):
+        elif job.name not in self._unwritten:
             return  # it was cancelled, or all is stopped
         folder = self._config.output_dir / job.name / "adapter"
         try:
@@ -125,12 +126,14 @@ class JobWriter:
             self._save(job, job.step, snapshot, info)
             job.adapter_dir = self.export(job, snapshot, folder)
         except Exception as error:  # a full disk, a lost device: of many kinds
+            if again and not self.give_up(job):
+                return  # it was cancelled meanwhile
             what = f"job {job.name!r} is trained, but its adapter could not be written to {folder}"
             if time.monotonic() < give_up_at:
+                self._unwritten[job.name] = job  # before it is told: who reads that may cancel it
                 job.note(f"{what} ({_one_line(error)}); it is tried again")
-                self._unwritten[job.name] = job
-                again = (self._write_result, job, snapshot, info, give_up_at)
-                timer = threading.Timer(_AGAIN_S, self._submit, again)
+                later = (self._write_result, job, snapshot, info, give_up_at)
+                timer = threading.Timer(_AGAIN_S, self._submit, later)
                 timer.daemon = True
                 timer.start()
                 return
@@ -138,7 +141,8 @@ class JobWriter:
             log.error("%s", reason)
             job.finish(JobStatus.FAILED, reason)
         else:
-            job.finish(JobStatus.SUCCEEDED)
+            if not again or self.give_up(job):
+                job.finish(JobStatus.SUCCEEDED)
 
     def _submit(self, *work: Any) -> None:
         """In a timer's thread: hand work to the writer, unless all has stopped meanwhile."""

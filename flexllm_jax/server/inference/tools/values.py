@@ -4,9 +4,11 @@ values of a schema."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+_MOST_REFERENCES = 16  # one after the other
 _PYTHON = {"True": True, "False": False, "None": None}
 
 Schema = Mapping[str, Any]
@@ -20,9 +22,21 @@ def properties_of(schema: Schema | None) -> dict[str, Schema]:
         return {}
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
     return {
-        name: {**shared, **given} if isinstance(given, Mapping) else shared
+        name: {**shared, **_referred(given, shared)} if isinstance(given, Mapping) else shared
         for name, given in properties.items()
     }
+
+
+def _referred(given: Schema, shared: Schema) -> Schema:
+    """What a reference means, with what stands beside it; one that leads nowhere stays."""
+    for _ in range(_MOST_REFERENCES):
+        named = re.fullmatch(r"#/(\$defs|definitions)/([^/]+)", str(given.get("$ref")))
+        definitions = shared.get(named[1]) if named else None
+        target = definitions.get(named[2]) if named and isinstance(definitions, Mapping) else None
+        if not isinstance(target, Mapping):
+            break
+        given = {**target, **{key: value for key, value in given.items() if key != "$ref"}}
+    return given
 
 
 def is_text(schema: Schema) -> bool:
