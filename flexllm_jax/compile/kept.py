@@ -7,6 +7,7 @@ the device. Executables are read by JAX from its own cache. What does not fit, o
 is compiled as if nothing were kept, and takes its place.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -35,6 +36,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "jaxtyping", "numpy")
 _SUM_BYTES = hashlib.sha256().digest_size
 _UNREAD_S = 30 * 86400
 _looked_up = threading.local()
+_loading = threading.Lock()
 
 
 class KeptPrograms:
@@ -210,9 +212,11 @@ class _Unpickler(pickle.Unpickler):
         if pid[0] != "executable":
             raise pickle.UnpicklingError(f"{pid} is not here")
         devices = xla_client.DeviceList((self._device,))
-        found, _ = compilation_cache.get_executable_and_time(
-            pid[1], None, self._device.client, devices
-        )
+        # One after the other on a CPU, whose client has crashed while two threads did so.
+        with _loading if self._device.platform == "cpu" else contextlib.nullcontext():
+            found, _ = compilation_cache.get_executable_and_time(
+                pid[1], None, self._device.client, devices
+            )
         if found is None:
             raise pickle.UnpicklingError("JAX's cache no longer has it")
         return found
