@@ -7,6 +7,14 @@ from kernels_pallas.gated_delta.api import (
     delta_rule,
     delta_window,
     delta_window_backward,
+    inputs_before,
 )
 
-__all__ = ["causal_conv", "conv_window", "delta_rule", "delta_window", "delta_window_backward"]
+__all__ = [
+    "causal_conv",
+    "conv_window",
+    "delta_rule",
+    "delta_window",
+    "delta_window_backward",
+    "inputs_before",
+]

@@ -7,7 +7,7 @@ import jax
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.gated_delta import base, conv, pallas_backward, pallas_triton
 
-conv_window = conv.conv_window
+conv_window, inputs_before = conv.conv_window, conv.inputs_before
 
 
 def delta_rule(

@@ -10,6 +10,8 @@ decayed state before token i, solve a unit lower triangular system, from which t
 state after the chunk are products of matrices. Only chunks follow one another.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -228,13 +230,11 @@ def _one_chunk(state, segment, q, k, v, log_decay, beta):
     q, scores = jnp.repeat(q, group, axis=0), products(q, k)
     likeness, k = products(k, k), jnp.repeat(k, group, axis=0)
     expected = carried[..., None] * jnp.einsum("hik,hkv->hiv", k, state, precision=_EXACT)
-    u = lax.linalg.triangular_solve(
-        jnp.where(i > j, beta[..., None] * likeness * decay, 0),
-        beta[..., None] * (v - expected),
-        left_side=True,
-        lower=True,
-        unit_diagonal=True,
-    )
+    # Not solved by LAPACK: on a CPU its calls wait for threads of the pool that they run on, and as
+    # many at once as there are threads wait for ever.
+    system = jnp.where(i > j, beta[..., None] * likeness * decay, 0)
+    inverse = unit_lower_inverse(system, partial(jnp.matmul, precision=_EXACT))
+    u = jnp.matmul(inverse, beta[..., None] * (v - expected), precision=_EXACT)
     out = carried[..., None] * jnp.einsum("hik,hkv->hiv", q, state, precision=_EXACT)
     out += jnp.einsum("hij,hjv->hiv", scores * decay, u, precision=_EXACT)
     last = decay[:, -1, :, None]
@@ -242,6 +242,28 @@ def _one_chunk(state, segment, q, k, v, log_decay, beta):
         "hjk,hjv->hkv", last * k, u, precision=_EXACT
     )
     return jnp.moveaxis(out, 0, 1), state
+
+
+def unit_lower_inverse(
+    system: Float[Array, "*B C C"], product: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Float[Array, "*B C C"]:
+    """The inverse of the identity plus a strictly lower triangular matrix.
+
+    The inverses of the diagonal's blocks are merged, from one row up: (T - T M T) is the inverse of
+    a block of twice the size if T is that of its halves and M what lies below them. Unlike powers
+    of the matrix, which grow without bound where keys are alike, nothing in it is larger than the
+    inverses are. product: of two matrices.
+    """
+    axes = system.ndim - 2, system.ndim - 1
+    i, j = (lax.broadcasted_iota(jnp.int32, system.shape, axis) for axis in axes)
+    inverse = jnp.where(i == j, 1.0, jnp.where(i // 2 == j // 2, -system, 0.0))
+    half = 2
+    while half < system.shape[-1]:
+        below = (i // (2 * half) == j // (2 * half)) & (i // half != j // half)
+        half_way = product(inverse, jnp.where(below, system, 0.0))
+        inverse -= product(half_way, inverse)
+        half *= 2
+    return inverse
 
 
 class Span(NamedTuple):

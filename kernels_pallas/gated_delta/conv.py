@@ -55,15 +55,26 @@ def causal_conv(
         total += wide[kept - back] * before.astype(jnp.float32)
     out = jax.nn.silu(total).astype(u.dtype)
 
-    lengths = (query_starts[1:] - query_starts[:-1])[:, None]
-    place = lengths - kept + jnp.arange(kept)  # of the new tail in the sequence's new inputs
-    rows = jnp.clip(query_starts[:-1, None] + place, 0, tokens - 1)
-    from_old = jnp.take_along_axis(old, jnp.clip(kept + place, 0, kept - 1)[..., None], axis=1)
-    new = jnp.where((place >= 0)[..., None], u[rows], from_old)
+    new = inputs_before(u, old, query_starts[:-1], query_starts[1:])
     index = jnp.arange(sequences)
     written = (index < num_sequences) & (write_slot < tail.shape[0])
     slots = jnp.where(written, write_slot, tail.shape[0] + index)
     return out, set_rows(tail, slots, new)
+
+
+def inputs_before(
+    u: Float[Array, "T C"],
+    old: Float[Array, "N K_minus_1 C"],
+    starts: Int[Array, " N"],
+    ends: Int[Array, " N"],
+) -> Float[Array, "N K_minus_1 C"]:
+    """The last inputs of sequences before rows `ends` of a step: rows of u from `starts` on, and
+    those before the step, `old`."""
+    kept = old.shape[1]
+    place = (ends - starts)[:, None] - kept + jnp.arange(kept)  # in the sequence's rows
+    here = u[jnp.clip(starts[:, None] + place, 0, u.shape[0] - 1)]
+    from_old = jnp.take_along_axis(old, jnp.clip(kept + place, 0, kept - 1)[..., None], axis=1)
+    return jnp.where((place >= 0)[..., None], here, from_old)
 
 
 def conv_window(

@@ -3,10 +3,7 @@
 1. decode: a program has columns of one head's state of one sequence, reads them, moves them by one
    token, and writes them.
 2. prepare: a program has a chunk of one head, and does what does not depend on the state: the
-   decays, and the inverse of the chunk's triangular system. The inverses of the diagonal's blocks
-   are merged, from one row up: (T - T M T) is the inverse of a block of twice the size if T is that
-   of its halves and M what lies below them. Unlike powers of the matrix, which grow without bound
-   where keys are alike, nothing in it is larger than the inverses are.
+   decays, and the inverse of the chunk's triangular system.
 3. walk: a program has columns of one head's state of one sequence, and walks its chunks.
 
 Rows of a chunk that are not its own, and padding, are loaded as zeros, and so leave states alone.
@@ -22,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from kernels_pallas.backend import Backend
-from kernels_pallas.gated_delta.base import CHUNK, cut
+from kernels_pallas.gated_delta.base import CHUNK, cut, unit_lower_inverse
 from kernels_pallas.tuning import tiles
 
 _SHORT_CHUNKS = 16  # programs for them, and for sequences; they take turns where there are more
@@ -242,20 +239,10 @@ def _prepare_kernel(
 
 
 def _inverse(system, exactly: bool):
-    """The inverse of the identity plus a strictly lower triangular matrix. If not `exactly`, its
-    products are TF32's, whose errors are those of rounding it to bfloat16."""
-    size = system.shape[0]
-    i, j = (lax.broadcasted_iota(jnp.int32, system.shape, axis) for axis in (0, 1))
+    """`base.unit_lower_inverse`. If not `exactly`, its products are TF32's, whose errors are those
+    of rounding it to bfloat16."""
     precision = lax.Precision.HIGHEST if exactly else lax.DotAlgorithmPreset.TF32_TF32_F32
-    inverse = jnp.where(i == j, 1.0, jnp.where(i // 2 == j // 2, -system, 0.0))
-    half = 2
-    while half < size:
-        below = (i // (2 * half) == j // (2 * half)) & (i // half != j // half)
-        below = jnp.where(below, system, 0.0)
-        half_way = pltriton.dot(inverse, below, precision=precision)
-        inverse -= pltriton.dot(half_way, inverse, precision=precision)
-        half *= 2
-    return inverse
+    return unit_lower_inverse(system, partial(pltriton.dot, precision=precision))
 
 
 def _walk(
