@@ -43,11 +43,12 @@ class Snapshots:
     def covered(self, pages: Sequence[int]) -> int:
         """How many of a prefix's cached pages can be used: up to the last one with a snapshot."""
         count = len(pages)
-        while (
-            count and pages[count - 1] not in self._kept and pages[count - 1] not in self._passing
-        ):
+        while count and not self._has(pages[count - 1]):
             count -= 1
         return count
+
+    def _has(self, page: int) -> bool:
+        return page in self._kept or page in self._passing
 
     def read(self, page: int) -> int:
         """The slot of a page's snapshot, which is to be copied from."""
@@ -61,7 +62,7 @@ class Snapshots:
     def save(self, page: int, passing: bool) -> int | None:
         """A slot to copy the state at the end of a cached page to; None if it has one, or there is
         none for it. passing: made on the way."""
-        if page in self._kept or page in self._passing:
+        if self._has(page):
             return None
         if not self._free:
             if passing and not self._passing:
@@ -85,8 +86,8 @@ class Snapshots:
         """Where a prefill of positions [start, end) ends chunks to take snapshots, ascending.
 
         parting: where it parts from others that have computed the same up to there, or 0. The last
-        one is the last end of a page
-        that the same prompt can begin from, as one token must be left to compute.
+        one is the last end of a page that the same prompt can begin from, as one token must be left
+        to compute.
 
             every = 1024, pages of 16:  stops(0, 688, 2500)  ->  [688, 1024, 2048, 2496]
         """

@@ -14,7 +14,7 @@ from flexllm_jax.models.rope import Angles
 from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec, MixerSpec
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.backend import Backend, are_merged
-from kernels_pallas.gated_delta import causal_conv, delta_rule
+from kernels_pallas.gated_delta import causal_conv, delta_rule, inputs_before
 from kernels_pallas.layer_passes import rotate, rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
 from kernels_pallas.rows import from_stored, set_rows
@@ -163,8 +163,7 @@ class StepMixing:
         """The last inputs of the convolution before each slice of a unit that begins in this step;
         zeros before a sequence."""
         inputs, own, (slices, _) = self._inputs, self._sequences, saved.shape
-        tokens, kept = u.shape[0], tails.shape[1]
-        row = inputs.saved_row
+        tokens, row = u.shape[0], inputs.saved_row
         begins = (row % unit_tokens == 0) & (row < slices * unit_tokens)
         which = jnp.where(begins, row // unit_tokens, slices + jnp.arange(tokens))
         token = (
@@ -174,13 +173,9 @@ class StepMixing:
         )
         sequence = jnp.searchsorted(inputs.query_starts[1:], token, side="right")
         sequence = jnp.minimum(sequence, len(own.read) - 1)
-        before = jnp.arange(-kept, 0)
-        place = (token - inputs.query_starts[sequence])[:, None] + before  # in the sequence
-        here = u[jnp.clip(token[:, None] + before, 0, tokens - 1)]
-        old = from_stored(tails[own.read[sequence]])  # [V, W - 1, C]
-        old = jnp.take_along_axis(old, jnp.clip(kept + place, 0, kept - 1)[..., None], axis=1)
+        old = from_stored(tails[own.read[sequence]])
         old = jnp.where(own.fresh[sequence][:, None, None], 0, old).astype(u.dtype)
-        values = jnp.where((place >= 0)[..., None], here, old).reshape(slices, -1)
+        values = inputs_before(u, old, inputs.query_starts[sequence], token).reshape(slices, -1)
         number = jnp.arange(slices)
         return set_rows(saved, jnp.where(token < tokens, number, slices + number), values)
 

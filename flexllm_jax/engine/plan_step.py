@@ -263,7 +263,6 @@ class StepBuilder:
         inputs.adapter[where] = current.job.bank_slot - 1
         inputs.saved_row[where] = forward.first_token_slot + np.arange(tokens.start, tokens.stop)
         start, row = 0, self._runner.sizes.rows
-        first_row = row
         for length, pages in zip(packed.lengths, current.pages, strict=True):
             first, last = max(start, tokens.start), min(start + length, tokens.stop)
             if first < last:
@@ -275,7 +274,9 @@ class StepBuilder:
                 sequences, row = sequences + 1, row + 1
             start += length
         inputs.unfinished[0] = self._unfinished
-        if row - first_row > 1:  # what one sequence is read from, another is not written to
+        if (
+            row > self._runner.sizes.rows + 1
+        ):  # what one sequence is read from, another is not written to
             self._unfinished = 1 - self._unfinished
         inputs.unfinished[1] = self._unfinished
         return sequences

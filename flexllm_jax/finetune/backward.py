@@ -144,11 +144,9 @@ def layer_unit(
         *(decoder, layer, Slice(whole, start, slice_of, is_token)),
         *(cache, saved, kept, bypass(own, {}), backend),
     )
-    x = kept["x"]
+    x, factor = kept["x"], mixing.query_factor
     (projected, gate, _), pull_inputs = jax.vjp(
-        lambda own_x, *own: layer.project(
-            recalled(x, own_x), bypass(*own), tap, None, mixing.query_factor
-        ),
+        lambda own_x, *own: layer.project(recalled(x, own_x), bypass(*own), tap, None, factor),
         *(differentiable(x), own, first),
     )
     mixed, pull_mixing = mixing.forward(projected)

@@ -1,7 +1,10 @@
 """The mixing of a layer in a backward unit: computed again where it was not saved, and its
 backward, with what it carries from one slice of tokens to the one before."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.models.decoder import Decoder, DecoderLayer
 from flexllm_jax.models.mixers.gated_delta import rule_inputs
+from flexllm_jax.models.rope import Angles
 from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
@@ -41,45 +45,64 @@ class Pulled(NamedTuple):
     carried: dict[str, jax.Array]
 
 
-class UnitAttention:
-    """Attention of a unit's queries to the keys of their sequences, which are in pages.
+@dataclass(frozen=True)
+class UnitMixing(ABC):
+    """A layer's mixing in a unit.
 
-    cache: the layer's pages. saved: what the forward kept of the layer. kept: what it kept of the
-    unit's activations. bypass: of attention.
+    layer: a `DecoderLayer`. cache: what it keeps of sequences. saved: what the forward kept of it.
+    kept: what it kept of the unit's activations. bypass: of the mixing.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        layer: Any,
-        tokens: Slice,
-        cache: dict,
-        saved: dict,
-        kept: dict[str, Rows],
-        bypass: Bypass,
-        backend: Backend,
-    ):
-        self._tokens, self._bypass, self._backend = tokens, bypass, backend
-        self._cache, self._saved, self._kept = cache, saved, kept
-        self._spec: AttentionSpec = layer.spec.mixer
-        self._angles = decoder.angles(tokens.of(tokens.table.position), self._spec)
-        self.query_factor = self._angles.query_factor
+    decoder: Decoder
+    layer: Any
+    tokens: Slice
+    cache: dict[str, jax.Array]
+    saved: dict[str, jax.Array]
+    kept: dict[str, Rows]
+    bypass: Bypass
+    backend: Backend
+
+    @property
+    def query_factor(self) -> jax.Array | None:
+        """What queries are multiplied by."""
+        return None
+
+    @abstractmethod
+    def forward(
+        self, projected: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array | Rows, Callable[[jax.Array, dict], Pulled]]:
+        """What is mixed of the projections, and the backward: of the gradient of that and of what
+        is carried from the slice behind."""
+
+
+class UnitAttention(UnitMixing):
+    """Attention of a unit's queries to the keys of their sequences, which are in pages."""
+
+    @cached_property
+    def _angles(self) -> Angles:
+        positions = self.tokens.of(self.tokens.table.position)
+        return self.decoder.angles(positions, self.layer.spec.mixer)
+
+    @property
+    def query_factor(self) -> jax.Array | None:
+        """See `UnitMixing`."""
+        return self._angles.query_factor
 
     def forward(
         self, projected: tuple[jax.Array, ...]
     ) -> tuple[jax.Array | Rows, Callable[[jax.Array, dict], Pulled]]:
-        """What attention returned, and its backward: of the gradient of that and of what is
-        carried from the slice behind."""
-        options, bypass = self._spec.options, self._bypass
-        table, start = self._tokens.table, self._tokens.start
+        """See `UnitMixing`."""
+        spec: AttentionSpec = self.layer.spec.mixer
+        options, bypass = spec.options, self.bypass
+        table, start = self.tokens.table, self.tokens.start
         q = rotate(projected[0], self._angles.rotation)
-        where = (self._cache["k"], self._cache["v"], table.kv_slot)
-        where += (self._tokens.of(table.sequence_start), start)
-        if "attended" in self._kept:
-            attended = self._kept["attended"]
-            lse = Rows(self._saved["lse"], start, self._tokens.is_token, (0, q.shape[1]))
+        where = (self.cache["k"], self.cache["v"], table.kv_slot)
+        where += (self.tokens.of(table.sequence_start), start)
+        if "attended" in self.kept:
+            attended = self.kept["attended"]
+            lse = Rows(self.saved["lse"], start, self.tokens.is_token, (0, q.shape[1]))
         else:
-            attended, lse = attention_of_slice(q, *where, options=options, backend=self._backend)
+            attended, lse = attention_of_slice(q, *where, options=options, backend=self.backend)
             attended, lse = bypass.attend(q, attended, lse, options)
 
         def pull(d_attended: jax.Array, carried: dict) -> Pulled:
@@ -93,53 +116,36 @@ class UnitAttention:
                 carried["dk"],
                 carried["dv"],
                 options=options,
-                backend=self._backend,
+                backend=self.backend,
             )
             known = as_array(attended).reshape(q.shape), as_array(lse)
             dq, adapter = bypass.attend_backward(dq, q, *known, d_attended, options)
-            if not self._spec.own_keys:  # dK and dV stay, for the layer whose keys they are of
+            if not spec.own_keys:  # dK and dV stay, for the layer whose keys they are of
                 cos, sin = self._angles.rotation
                 return Pulled((rotate(dq, (cos, -sin)),), adapter, {"dk": dk, "dv": dv})
             *projected, dk, dv = rotate_back_and_clear(
-                dq, dk, dv, self._angles.rotation, start, backend=self._backend
+                dq, dk, dv, self._angles.rotation, start, backend=self.backend
             )
             return Pulled(tuple(projected), adapter, {"dk": dk, "dv": dv})
 
         return attended, pull
 
 
-class UnitDelta:
-    """The gated delta rule over a unit's tokens, from the state that the forward kept before them.
-
-    The arguments are those of `UnitAttention`.
-    """
-
-    query_factor = None
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        layer: Any,
-        tokens: Slice,
-        cache: dict,
-        saved: dict,
-        kept: dict[str, jax.Array],
-        bypass: Bypass,
-        backend: Backend,
-    ):
-        self._layer, self._tokens, self._saved, self._backend = layer, tokens, saved, backend
+class UnitDelta(UnitMixing):
+    """The gated delta rule over a unit's tokens, from the state that the forward kept before
+    them."""
 
     def forward(
         self, projected: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, Callable[[jax.Array, dict], Pulled]]:
-        """What the rule returned, and its backward, as of `UnitAttention`."""
-        layer, tokens, backend = self._layer, self._tokens, self._backend
+        """See `UnitMixing`."""
+        layer, tokens, backend = self.layer, self.tokens, self.backend
         units, begins = projected[0].shape[0], tokens.of(tokens.table.sequence_start)
         which, kept = tokens.start // units, layer.spec.mixer.width - 1
         first = begins == tokens.start + jnp.arange(units)
-        state = self._saved["state"][which]
+        state = self.saved["state"][which]
         # Inputs before the slice, as far as they are of the sequence that it begins with.
-        tail = from_stored(self._saved["tail"][which]).reshape(kept, -1)
+        tail = from_stored(self.saved["tail"][which]).reshape(kept, -1)
         of_sequence = (tokens.start + jnp.arange(-kept, 0) >= begins[0])[:, None]
 
         def inputs(u, b, a, tail):
@@ -166,9 +172,9 @@ class UnitDelta:
         return out, pull
 
 
-_KINDS: dict[type, Any] = {AttentionSpec: UnitAttention, GatedDeltaSpec: UnitDelta}
+_KINDS: dict[type, type[UnitMixing]] = {AttentionSpec: UnitAttention, GatedDeltaSpec: UnitDelta}
 
 
-def unit_mixing(decoder: Decoder, layer: DecoderLayer, *arguments: Any) -> Any:
-    """The mixing of a layer in a unit; the other arguments are its class's."""
+def unit_mixing(decoder: Decoder, layer: DecoderLayer, *arguments: Any) -> UnitMixing:
+    """The mixing of a layer in a unit; the other arguments are those of `UnitMixing`."""
     return _KINDS[type(layer.spec.mixer)](decoder, layer, *arguments)

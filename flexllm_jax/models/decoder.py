@@ -73,7 +73,7 @@ class DecoderLayer(nnx.Module):
         self.post_attn_norm, self.post_mlp_norm = (
             norm(d_model, spec=behind) if post else None for _ in range(2)
         )
-        biased, out = mixer.biased(spec.mixer), spec.mixer.output
+        biased, out = spec.mixer.biased, spec.mixer.output
         for name, width in spec.mixer.projected.items():
             setattr(self, name, Linear(d_model, width, dtype, name in biased))
         setattr(self, out, Linear(spec.mixer.inner, d_model, dtype, out in biased, axes))

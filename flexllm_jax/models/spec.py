@@ -71,6 +71,12 @@ class AttentionSpec:
         return own | {"attention_gate": self.inner} if self.gate_projection else own
 
     @property
+    def biased(self) -> frozenset[str]:
+        """Which of its projections have a bias."""
+        before = self.projected.keys() - {"attention_gate"} if self.qkv_bias else ()
+        return frozenset((*before, *([self.output] if self.o_bias else [])))
+
+    @property
     def arrays(self) -> AttentionSpec:
         """Without what changes no array that a layer has or keeps: options and rotary
         embeddings."""
@@ -139,6 +145,11 @@ class GatedDeltaSpec:
     def arrays(self) -> GatedDeltaSpec:
         """All that it says is of arrays."""
         return self
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """None of its projections has a bias."""
+        return frozenset()
 
     @property
     def carried(self) -> GatedDeltaSpec:

@@ -8,7 +8,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.mixers import mixer_of
 from flexllm_jax.models.names import DELTA, HEAD, PROJECTIONS, QK_NORMS, SCALAR, TOKEN_INPUTS
 from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
 
@@ -53,7 +52,6 @@ def tensors(config: ModelConfig) -> Iterator[Tensor]:
 
 def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
     spec = config.layers[layer].mixer
-    biased = mixer_of(spec).biased(spec)
     norms = config.names.norms(config.layers[layer])
     sizes = dict.fromkeys(norms, config.d_model)
     if isinstance(spec, GatedDeltaSpec):
@@ -70,7 +68,7 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
         name = config.names.module_path(layer, module)
         path = ("layers", layer, module)
         yield Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
-        if module in biased:
+        if module in spec.biased:
             yield Tensor((*path, "bias"), f"{name}.bias", shape[1:])
     if isinstance(spec, GatedDeltaSpec):
         path, root = ("layers", layer), config.names.path(layer, DELTA)

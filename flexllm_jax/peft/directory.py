@@ -92,10 +92,11 @@ class BankDirectory:
     def publish(self, name: str, config: AdapterConfig, shapes: Shapes) -> Published:
         """A new version of `name` in a free slot, current from now on."""
         slot = self._free_slot(f"adapter {name!r}")
-        self.versions[name] = self.versions.get(name, 0) + 1
+        published = self.number(name, config, shapes)
+        published.bank_slot = slot
         self._retire(name)
-        self.current[name] = Published(name, self.versions[name], slot, config, shapes)
-        return self.current[name]
+        self.current[name] = published
+        return published
 
     def number(self, name: str, config: AdapterConfig, shapes: Shapes) -> Published:
         """The next version of `name`, which has no slot before `hold`."""

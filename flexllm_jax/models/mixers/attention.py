@@ -16,12 +16,6 @@ from kernels_pallas.rows import Recalled, as_array
 class AttentionMixer(Mixer):
     """The layer's part of attention, before and behind; see `AttentionSpec`."""
 
-    def biased(self, spec: AttentionSpec) -> frozenset[str]:
-        """See `Mixer`."""
-        own = spec.projected if spec.qkv_bias else {}
-        own = own.keys() - {"attention_gate"}
-        return frozenset((*own, *(["o"] if spec.o_bias else [])))
-
     def add_parameters(
         self,
         layer: Any,

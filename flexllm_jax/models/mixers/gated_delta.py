@@ -39,10 +39,6 @@ class Decay(nnx.Module):
 class GatedDeltaMixer(Mixer):
     """The layer's part of the gated delta net; see `GatedDeltaSpec`."""
 
-    def biased(self, spec: GatedDeltaSpec) -> frozenset[str]:
-        """None."""
-        return frozenset()
-
     def add_parameters(
         self,
         layer: Any,

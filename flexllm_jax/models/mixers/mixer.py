@@ -19,10 +19,6 @@ class Mixer(ABC):
     """One kind; `layer` is a `DecoderLayer` that has it."""
 
     @abstractmethod
-    def biased(self, spec: Any) -> frozenset[str]:
-        """Which of the layer's projections have a bias, by their name in the parameter tree."""
-
-    @abstractmethod
     def add_parameters(
         self,
         layer: Any,

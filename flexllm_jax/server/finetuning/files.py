@@ -8,7 +8,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
@@ -70,15 +70,7 @@ class FileStore:
         if not known:
             return
 
-        def remove() -> None:
-            for path in self.folder.glob("file-*"):
-                if path.name not in known and path.stat().st_mtime < self._started - 1:
-                    path.unlink(missing_ok=True)
-
-        try:
-            await asyncio.to_thread(remove)
-        except OSError as error:
-            log.warning("leftovers of uploads stay: %s", error)
+        await remove_unknown(self.folder, "file-*", known, self._started)
 
     def path(self, file_id: str) -> Path:
         """Where the bytes of a file lie; only for ids that are in the database."""
@@ -181,6 +173,20 @@ class FileStore:
             for tidy in self.also_tidied:
                 await tidy()
             await asyncio.sleep(_EXPIRED_EVERY_S)
+
+
+async def remove_unknown(folder: Path, pattern: str, known: Set[str], started: float) -> None:
+    """Remove files that are not known and were there before this process `started`."""
+
+    def remove() -> None:
+        for path in folder.glob(pattern):
+            if path.name not in known and path.stat().st_mtime < started - 1:
+                path.unlink(missing_ok=True)
+
+    try:
+        await asyncio.to_thread(remove)
+    except OSError as error:
+        log.warning("leftovers of uploads stay: %s", error)
 
 
 def pieces(file: BinaryIO) -> Iterator[bytes]:

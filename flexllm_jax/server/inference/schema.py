@@ -384,7 +384,6 @@ class TokenizeRequest(CutPrompt):
     documents: Objects | None = None
     reasoning_effort: str | None = None
     thinking_token_budget: Count | None = None
-    thinking_token_budget: Count | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False

@@ -6,9 +6,7 @@ row, and the end of the upload are one transaction: after a kill there is the on
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
 import secrets
 import time
 from collections.abc import Iterator
@@ -20,13 +18,11 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from starlette.datastructures import UploadFile
 
 from flexllm_jax.server.database import Base, File, now
-from flexllm_jax.server.finetuning.files import FileStore, pieces
+from flexllm_jax.server.finetuning.files import FileStore, pieces, remove_unknown
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.http.forms import form_with_file
 from flexllm_jax.server.http.shares import fair_room
-
-log = logging.getLogger(__name__)
 
 LIFETIME_S = 3600
 _TOLD_S = 24 * 3600  # so long after its time is over it is told what became of an upload
@@ -211,16 +207,7 @@ class UploadStore:
         for owner, parts in await self._database.until_written(expire):
             self._remove(owner, parts)
         known = await self._database.run(lambda s: set(s.scalars(select(PartRow.id))))
-
-        def remove() -> None:
-            for path in self._folder.glob("part_*"):
-                if path.name not in known and path.stat().st_mtime < self._started - 1:
-                    path.unlink(missing_ok=True)
-
-        try:
-            await asyncio.to_thread(remove)
-        except OSError as error:
-            log.warning("leftovers of uploads stay: %s", error)
+        await remove_unknown(self._folder, "part_*", known, self._started)
 
     def _remove(self, owner: str | None, parts: list[PartRow], kept: int = 0) -> None:
         for part in parts:
