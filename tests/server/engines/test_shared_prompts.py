@@ -56,9 +56,9 @@ class Side:
 
 @pytest.fixture
 def side(llm, monkeypatch):
+    directory = llm.engine.adapters.directory
+    monkeypatch.setattr(directory, "rooms", [*directory.rooms])
     for holder, name in (
-        (llm.engine.adapters.directory, "evict"),
-        (llm.engine.adapters.directory, "num_evictable"),
         (llm.engine.trainer, "turns"),
         (llm.engine.trainer.writer, "on_checkpoint"),
         (llm.engine.trainer.writer, "keep_trying_s"),
