@@ -65,6 +65,7 @@ class Engine:
     def __init__(self, config: Config, tokenizer: Any, *, progress: bool = True):
         self.config, self.detokenizer = config, Detokenizer(tokenizer)
         started = time.monotonic()
+        gc.collect()  # an engine that was stopped lets go of what it had on the device
         self.runner = runner = make_runner(config, progress=progress)
         dtype = describe_dtype(config.model.dtype, config.model.path, runner.sizes.dtype)
         log.info("%s in %s", runner.memory.describe(), dtype)

@@ -6,6 +6,7 @@ cancelled by who has it; its call is then not made, its request dropped.
 """
 
 import contextlib
+import gc
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -194,6 +195,7 @@ class EngineLoop:
                 _resolve(future, future.state, self._error and self._stopped())
             if self._error:
                 self.engine.trainer.abandon(f"the engine failed: {self._error!r}")
+            gc.unfreeze()  # so that an engine to which nothing refers any more is collected
 
     def _answer_calls(self) -> bool:
         """Carry out what is queued, waiting for it when there is nothing else to do."""

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import pytest
 
+from flexllm_jax import SamplingParams
 from flexllm_jax.config import Config
 from flexllm_jax.engine import runner as runner_module
 from flexllm_jax.engine.activations import choose_saved, saved_names
@@ -25,7 +26,7 @@ from flexllm_jax.experiments.gpu.compile import engine_sizes
 from flexllm_jax.experiments.gpu.growth import RECORD
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import XLA
-from tests.engines import job_config, letter_rows, write_rows
+from tests.engines import job_config, letter_rows, random_prompts, start_engine, write_rows
 
 
 def arrays_on_device() -> int:
@@ -53,6 +54,19 @@ def test_the_plan_is_what_is_allocated(llm):
     # XLA counts a buffer's own size; it rounds none of them up.
     assert forward.argument_size_in_bytes == named - pending + runner.memory.pages + step
     assert f"{runner.memory.total / 2**20:,.1f} of" in runner.memory.describe()
+
+
+def test_an_engine_that_is_closed_leaves_nothing_on_the_device(llama, tmp_path):
+    """Neither arrays nor programs, as soon as nothing refers to it: the next has room."""
+    client = jax.devices()[0].client
+    before = arrays_on_device(), len(client.live_executables())
+    engine = start_engine(llama, tmp_path)
+    engine.generate(random_prompts([12]), SamplingParams(max_tokens=2))
+    assert arrays_on_device() > before[0]
+    engine.close()
+    del engine
+    assert arrays_on_device() == before[0]
+    assert len(client.live_executables()) <= before[1] + 16  # JAX keeps those of its own jits
 
 
 def test_a_job_takes_what_is_planned_for_one(llm, tmp_path):
