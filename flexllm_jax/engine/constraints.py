@@ -1,12 +1,13 @@
 """Which tokens may come next in an output, from all that its request says of it.
 
 A structure says it by a matcher, `allowed_token_ids` and `bad_words` of one token by a mask that
-stays, longer `bad_words` by the tokens before. Together they are bits that the sampler heeds.
+stays, longer `bad_words` by the tokens before, and `min_tokens` beside a structure by how many have
+come. Together they are bits that the sampler heeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,13 +28,18 @@ class Constraint:
     """What one output must keep to; it has taken in the tokens so far.
 
     matcher: of a structured output. fixed: the bits of tokens that may ever come. bad_words: of
-    several tokens; none may be the end of the output.
+    several tokens; none may be the end of the output. no_ends: beside a matcher, the bits of all
+    tokens but those that end the output, and of these one may come among the first `min_tokens`
+    only where nothing else may.
     """
 
     matcher: LLMatcher | None = None
     fixed: Int[np.ndarray, " W"] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    no_ends: Int[np.ndarray, " W"] | None = None
+    min_tokens: int = 0
     stuck: bool = False  # nothing was left to draw
+    _tokens: int = 0
     _output: list[int] = field(default_factory=list)
 
     @property
@@ -48,6 +54,7 @@ class Constraint:
 
     def consume(self, token: int) -> None:
         """The output has another token."""
+        self._tokens += 1
         if self.matcher:
             self.matcher.consume_token(token)
         if self.bad_words:
@@ -68,6 +75,10 @@ class Constraint:
                 bits[last // BITS] &= ~_bit(last)
         if self.reads_tokens and (self.fixed is not None or self.bad_words):
             self.stuck = not bits.any()
+        if self.no_ends is not None and self._tokens < self.min_tokens:
+            longer = bits & self.no_ends
+            if longer.any():
+                bits[:] = longer
 
 
 class Constraints:
@@ -96,6 +107,9 @@ class Constraints:
         if params.allowed_token_ids or single:
             fixed = self._fixed(params, single)
         first = Constraint(matcher, fixed, longer)
+        if matcher and params.min_tokens:
+            no_ends = self._all_but(params.stop_ids(self._ends))
+            first = replace(first, no_ends=no_ends, min_tokens=params.min_tokens)
         return [first, *(first.copy() for _ in range(count - 1))]
 
     def _bad_words(self, words: Sequence[str]) -> list[list[int]]:
@@ -113,14 +127,20 @@ class Constraints:
         return [word for word in found if max(word) < self._vocab_size]
 
     def _fixed(self, params: SamplingParams, barred: Sequence[int]) -> Int[np.ndarray, " W"]:
-        bits = np.full(self._words, 0 if params.allowed_token_ids else -1, np.int32)
-        for token in params.allowed_token_ids:
-            bits[token // BITS] |= _bit(token)
-        for token in barred:
-            bits[token // BITS] &= ~_bit(token)
+        bits = self._all_but(barred)
+        if params.allowed_token_ids:
+            bits &= ~self._all_but(params.allowed_token_ids)
         held = params.stop_ids(self._ends) if params.min_tokens else frozenset()
         if params.allowed_token_ids and held.issuperset({*params.allowed_token_ids} - {*barred}):
             raise ValueError("allowed_token_ids: bad_words and min_tokens leave none of them")
+        return bits
+
+    def _all_but(self, tokens: Iterable[int]) -> Int[np.ndarray, " W"]:
+        """The bits of all tokens but these, of which the model need not have each."""
+        bits = np.full(self._words, -1, np.int32)
+        for token in tokens:
+            if 0 <= token < self._vocab_size:
+                bits[token // BITS] &= ~_bit(token)
         return bits
 
     def allowed(

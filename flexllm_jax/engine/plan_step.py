@@ -231,7 +231,7 @@ class StepBuilder:
         rows.top_p[i], rows.min_p[i] = params.top_p, params.min_p
         rows.repetition[i] = params.repetition_penalty
         rows.presence[i], rows.frequency[i] = params.presence_penalty, params.frequency_penalty
-        if index < params.min_tokens:
+        if index < params.held_back:
             banned = sorted(state.stop_ids)[:BANNED]
             rows.banned[i, : len(banned)] = banned
 

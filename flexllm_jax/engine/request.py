@@ -94,7 +94,7 @@ class RequestState:
         if p.temperature > 0:
             filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
             return Sampling.FILTERED if filtered else Sampling.DRAWN
-        adjusted = p.has_row_state or index < p.min_tokens or self.constraint is not None
+        adjusted = p.has_row_state or index < p.held_back or self.constraint is not None
         return Sampling.ADJUSTED if adjusted else Sampling.GREEDY
 
     def take_logprobs(self, token: int, report: dict, row: int) -> None:
@@ -139,7 +139,7 @@ class RequestState:
     def _ended_by_token(self) -> bool:
         """Whether its last token is a stop token where one ends it."""
         last = self.output[-1:]
-        return self.stop_ids.issuperset(last) and len(self.output) > self.params.min_tokens
+        return self.stop_ids.issuperset(last) and len(self.output) > self.params.held_back
 
     def text(self, detokenizer: Detokenizer, keep: Collection[str] = ()) -> str:
         """The output as text, without special tokens but those that `keep` names; the stop token or

@@ -17,7 +17,8 @@ class SamplingParams:
     """How to sample a request's output; the names and meanings are vLLM's.
 
     max_tokens           most output tokens
-    min_tokens           no stop token before this many output tokens
+    min_tokens           no stop token before this many output tokens, unless structured_outputs
+                         let nothing else follow
     temperature          0 is greedy
     top_k                most likely tokens to draw from; 0 or -1: all
     top_p                probability mass to draw from
@@ -117,11 +118,6 @@ class SamplingParams:
         for name, (good, rule) in checks.items():
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
-        if self.structured_outputs and self.min_tokens:
-            raise ValueError(
-                f"min_tokens={self.min_tokens} cannot be had with structured_outputs, which say "
-                f"when an output is complete: leave it out"
-            )
 
     @property
     def has_row_state(self) -> bool:
@@ -133,6 +129,12 @@ class SamplingParams:
             or self.presence_penalty != 0.0
             or self.frequency_penalty != 0.0
         )
+
+    @property
+    def held_back(self) -> int:
+        """Output tokens before which the device draws no stop token: beside a structure the
+        constraint says it, which knows where only the end may follow."""
+        return 0 if self.structured_outputs else self.min_tokens
 
     @property
     def is_constrained(self) -> bool:
@@ -167,7 +169,7 @@ class SamplingParams:
     def check_banned(self, eos: tuple[int, ...]) -> None:
         """ValueError when min_tokens would have to hold back more tokens than the device can."""
         stops = len(self.stop_ids(eos))
-        if self.min_tokens and stops > BANNED:
+        if self.held_back and stops > BANNED:
             raise ValueError(
                 f"min_tokens={self.min_tokens} with {stops} stop tokens: at most {BANNED} can be "
                 f"held back; give fewer stop_token_ids"

@@ -212,9 +212,27 @@ def test_what_turns_out_to_be_too_much_fails_alone(llm, llama_reference):
     assert answer.outputs[0].token_ids == reference_greedy(llama_reference, PROMPTS[1], 9)
 
 
-def test_min_tokens_is_refused_with_a_structure():
-    with pytest.raises(ValueError, match="min_tokens=2 cannot be had with structured_outputs"):
-        matching({"regex": "a+"}, min_tokens=2)
+@pytest.mark.parametrize(
+    ("pattern", "least", "as_if"),
+    [("(ab|ba)*", 0, ""), ("(ab|ba)*", 5, "(ab|ba){3}"), ("[abc]{3}", 9, "[abc]{3}")],
+    ids=["none", "held back", "nothing else may follow"],
+)
+def test_min_tokens_holds_the_end_back(pattern, least, as_if, llm, llama_reference, expect):
+    """Where the structure lets the output go on; the bias makes it end as soon as it may."""
+    biases = {llm.tokenizer.eos_token_id: 100.0}
+    params = matching({"regex": pattern}, min_tokens=least, logit_bias=biases, n=2)
+    for output in llm.generate([PROMPTS[0]], params)[0].outputs:
+        assert output.token_ids == expect(llama_reference, PROMPTS[0], as_if)
+        assert output.finish_reason == "stop" and regex.fullmatch(as_if, output.text)
+
+
+def test_min_tokens_holds_stop_tokens_back(llm, texts):
+    """As many as there are: the device itself can hold back sixteen."""
+    (token,) = (token for token, text in texts.items() if text == "a")
+    others = {t for t, text in texts.items() if text not in "ab"}
+    stops = {"stop_token_ids": (token, *sorted(others)[:20]), "logit_bias": {token: 100.0}}
+    (answer,) = llm.generate([PROMPTS[0]], matching({"regex": "[ab]{8}"}, min_tokens=4, **stops))
+    assert answer.outputs[0].text == "bbbb" and answer.outputs[0].token_ids[4:] == [token]
 
 
 @pytest.mark.parametrize("field", ["json", "regex", "choice", "grammar"])
