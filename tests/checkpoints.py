@@ -21,6 +21,7 @@ from transformers import (
     Gemma4UnifiedTextConfig,
     Glm4Config,
     GraniteConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -179,6 +180,19 @@ def make_granite(path: Path, **options: Any) -> Path:
         "logits_scaling": 1.7,
     }
     return _make(GraniteConfig, path, **(multipliers | options))
+
+
+def make_granite_swa(path: Path, **options: Any) -> Path:
+    """Write a Granite checkpoint with sinks: a layer that is told no positions, and one with a
+    window of 9 and a theta of its own."""
+    fields: dict[str, Any] = {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 9,
+        "layer_rope_theta": [0, 1e3],
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.6,
+    }
+    return _make(GraniteSWAConfig, path, **(fields | options))
 
 
 def make_olmo2(path: Path, **options: Any) -> Path:
@@ -369,6 +383,8 @@ def _make(
                 parameter.copy_(norm * (not centred) + 0.3 * noise)
                 if "gemma4" in config.model_type and "q_norm" in name:
                     parameter.mul_(head_dim**-0.5)  # nothing else scales the scores
+            elif name.endswith("sinks"):  # of the size of a softmax's denominator
+                parameter.copy_(1.0 + noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             else:

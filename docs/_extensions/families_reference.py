@@ -99,6 +99,8 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
         yield f"norms of queries and keys over {over}"
     if attention.gate_projection:
         yield "a gate of attention's output"
+    if attention.sinks:
+        yield "sinks in the softmax"
     if attention.v_norm:
         yield "values normalized, too"
     if len({(kind.head_dim, kind.kv_heads) for kind in kinds}) > 1:

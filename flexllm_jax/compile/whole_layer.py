@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from flexllm_jax.models.bypass import BypassFunction
 from flexllm_jax.models.decoder import Tap
+from flexllm_jax.models.mixers.attention import sinks_of
 from flexllm_jax.models.mixers.gated_delta import rule_inputs
 from flexllm_jax.models.rope import Angles
 from flexllm_jax.models.spec import GatedDeltaSpec
@@ -36,29 +37,33 @@ _CHUNK = 64  # tokens of the delta rule's chunk form
 MakeBypass = Callable[[Any], BypassFunction]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def causal_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
+    sinks: Float[Array, " N"] | None,
     adapter: Any,
     bypass: MakeBypass,
     options: AttentionOptions,
     backend: Backend,
 ) -> Float[Array, "T NH"]:
     """Attention of one whole sequence, and its bypass, with the engine's kernels."""
-    return _forward(q, k, v, adapter, bypass, options, backend)[0]
+    return _forward(q, k, v, sinks, adapter, bypass, options, backend)[0]
 
 
-@partial(jax.jit, static_argnums=(3, 4))
-def attention_forward(q, k, v, options: AttentionOptions, backend: Backend):
+@partial(jax.jit, static_argnums=(4, 5))
+def attention_forward(q, k, v, sinks, options: AttentionOptions, backend: Backend):
     """One operation of the trace."""
     tokens, pages = q.shape[0], (_paged(k), _paged(v))
     zero, one = jnp.int32(0), jnp.int32(1)
     table = jnp.arange(pages[0].shape[0], dtype=jnp.int32)[None]
     starts, lengths = jnp.array([0, tokens], jnp.int32), jnp.array([tokens], jnp.int32)
     return ragged_paged_attention(
-        q, *pages, starts, lengths, table, zero, one, options=options, backend=backend
+        *(q, *pages, starts, lengths, table, zero, one),
+        sinks=sinks,
+        options=options,
+        backend=backend,
     )
 
 
@@ -90,27 +95,31 @@ def _paged(x: jax.Array) -> jax.Array:
     return x.reshape(-1, page_size, *x.shape[1:])
 
 
-def _forward(q, k, v, adapter, bypass, options, backend):
+def _forward(q, k, v, sinks, adapter, bypass, options, backend):
     # The names reach the arrays that the backward reads.
     k, v = checkpoint_name(k, PAGES), checkpoint_name(v, PAGES)
-    out, lse = attention_forward(q, k, v, options, backend)
+    out, lse = attention_forward(q, k, v, sinks, options, backend)
     if isinstance(made := bypass(adapter), Bypass):
         out, lse = made.attend(q, out, lse, options)
     # Flat, as the projection reads it, so that both keep the same array.
     out = checkpoint_name(out.reshape(q.shape[0], -1), "attended")
-    return out, (q, k, v, adapter, out, checkpoint_name(lse, "attended"))
+    return out, (q, k, v, sinks, adapter, out, checkpoint_name(lse, "attended"))
 
 
 def _backward(bypass, options, backend, residuals, d_out):
-    q, k, v, adapter, out, lse = residuals
+    q, k, v, sinks, adapter, out, lse = residuals
     out, d_out = out.reshape(q.shape), d_out.reshape(q.shape)
     dq, dk, dv = attention_gradient(q, k, v, out, lse, d_out, options, backend)
+    d_sinks = None
+    if sinks is not None:  # the share of a sink, whose value is zero, times what the others lose
+        delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+        d_sinks = -jnp.sum(jnp.exp(sinks - lse) * delta, axis=0).astype(sinks.dtype)
     if not isinstance(made := bypass(adapter), Bypass):
-        return dq, dk, dv, jax.tree.map(jnp.zeros_like, adapter)
+        return dq, dk, dv, d_sinks, jax.tree.map(jnp.zeros_like, adapter)
     dq, gradients = made.attend_backward(dq, q, out, lse, d_out, options)
     gradients = jax.tree.map(lambda g: g[None], gradients)  # the bypass is of one layer
     weights, pull = jax.vjp(lambda adapter: _weights(bypass(adapter)), adapter)
-    return dq, dk, dv, pull(jax.tree.map(jnp.zeros_like, weights) | gradients)[0]
+    return dq, dk, dv, d_sinks, pull(jax.tree.map(jnp.zeros_like, weights) | gradients)[0]
 
 
 def _weights(bypass: BypassFunction) -> dict:
@@ -196,5 +205,6 @@ def whole_layer(
         if not spec.own_keys:
             kept = [jnp.zeros((q.shape[0], spec.kv_heads, spec.head_dim), q.dtype)] * 2
         q, k = (rotate(heads, angles.rotation) for heads in (q, kept[0]))
-        mixed = causal_attention(q, k, kept[1], adapter, bypass, spec.options, backend)
+        sinks = sinks_of(layer)
+        mixed = causal_attention(q, k, kept[1], sinks, adapter, bypass, spec.options, backend)
     return layer.after_mixing(x, mixed, gate, made, tap, own=own)

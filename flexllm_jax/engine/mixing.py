@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from flexllm_jax.engine.step_inputs import StepInputs
 from flexllm_jax.models.decoder import Decoder
+from flexllm_jax.models.mixers.attention import sinks_of
 from flexllm_jax.models.mixers.gated_delta import rule_inputs
 from flexllm_jax.models.rope import Angles
 from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec, MixerSpec
@@ -74,19 +75,20 @@ class StepMixing:
         keep what the backward needs in `saved` (donated)."""
         if isinstance(layer.spec.mixer, GatedDeltaSpec):
             return self._remember(layer, projected, cache, saved)
-        return self._attend(layer.spec.mixer, projected, cache, adapters)
+        return self._attend(layer, projected, cache, adapters)
 
     def _angles_of(self, spec: AttentionSpec) -> Angles:
         return self._angles[spec.rope, spec.head_dim]
 
     def _attend(
         self,
-        spec: AttentionSpec,
+        layer: Any,
         projected: tuple[jax.Array, ...],
         cache: dict[str, jax.Array],
         adapters: Bypass | None,
     ) -> Mixed:
         """Write keys and values to their pages, and attend to those of the tokens before."""
+        spec: AttentionSpec = layer.spec.mixer
         inputs, rotation = self._inputs, self._angles_of(spec).rotation
         pages = [cache["k"], cache["v"]]
         if spec.own_keys:
@@ -106,6 +108,7 @@ class StepMixing:
             self._page_tables,
             inputs.num_decode,
             inputs.num_sequences,
+            sinks=sinks_of(layer),
             options=spec.options,
             backend=self._backend,
         )

@@ -87,7 +87,7 @@ class Placement:
 
     def parameters(self, abstract: dict) -> dict:
         """The parameters with their shardings: vocabularies by rows, projections by heads or inner
-        columns, o and down by the rows that read those."""
+        columns, o and down by the rows that read those, sinks by heads."""
 
         def spec(path: tuple) -> P:
             names = [str(getattr(key, "key", "")) for key in path]
@@ -104,6 +104,8 @@ class Placement:
             }.get(module)
             if columns is not None:
                 return P(None, columns) if kind == "kernel" else P(columns)
+            if kind == "sinks":
+                return P(ALL)
             if module in ("o", "down") and kind == "kernel":
                 return P(ALL, None)
             return P()

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.models.decoder import Decoder, DecoderLayer
+from flexllm_jax.models.mixers.attention import sinks_of
 from flexllm_jax.models.mixers.gated_delta import rule_inputs
 from flexllm_jax.models.rope import Angles
 from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
@@ -102,7 +103,8 @@ class UnitAttention(UnitMixing):
             attended = self.kept["attended"]
             lse = Rows(self.saved["lse"], start, self.tokens.is_token, (0, q.shape[1]))
         else:
-            attended, lse = attention_of_slice(q, *where, options=options, backend=self.backend)
+            own = {"sinks": sinks_of(self.layer), "options": options}
+            attended, lse = attention_of_slice(q, *where, **own, backend=self.backend)
             attended, lse = bypass.attend(q, attended, lse, options)
 
         def pull(d_attended: jax.Array, carried: dict) -> Pulled:

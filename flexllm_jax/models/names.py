@@ -55,6 +55,7 @@ QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
 DELTA_NORM = {"out_norm": f"{DELTA}.norm"}
 TOKEN_NORM = {"token_norm": "post_per_layer_input_norm"}
 SCALAR = "layer_scalar"
+SINKS = f"{ATTENTION}.sinks"
 # Before the layers, where tokens have something for single ones: the name in the parameter tree ->
 # inside of the decoder.
 TOKEN_INPUTS = {

@@ -50,6 +50,7 @@ def _maker(
         "matrix": lambda key: _STD * jax.random.normal(key, shape, dtype),
         "weight": lambda _: jnp.ones(shape, dtype),
         "scalar": lambda _: jnp.ones(shape, dtype),
+        "sinks": lambda _: jnp.zeros(shape, dtype),
         "bias": lambda _: jnp.zeros(shape, dtype),
         "dt_bias": lambda _: jnp.ones(shape, dtype),
         "log_a": lambda key: jnp.log(jax.random.uniform(key, shape, dtype, 0.01, 16.0)),

@@ -31,7 +31,8 @@ class AttentionSpec:
     of the values is normalized, without a weight. shared: a name for layers of which some read the
     keys and values of others; own_keys: whether the layer has some of its own, or reads those of
     the last layer before it that has and is of the same name. gate_projection: the output's gate is
-    a projection of its own.
+    a projection of its own. sinks: whether each head has a logit that joins its softmax and has no
+    value.
     """
 
     heads: int  # N
@@ -49,6 +50,7 @@ class AttentionSpec:
     shared: str | None = None
     own_keys: bool = True
     gate_projection: bool = False
+    sinks: bool = False
 
     output: ClassVar[str] = "o"  # the projection behind attention
 

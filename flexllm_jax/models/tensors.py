@@ -8,7 +8,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.names import DELTA, HEAD, PROJECTIONS, QK_NORMS, SCALAR, TOKEN_INPUTS
+from flexllm_jax.models.names import (
+    DELTA,
+    HEAD,
+    PROJECTIONS,
+    QK_NORMS,
+    SCALAR,
+    SINKS,
+    TOKEN_INPUTS,
+)
 from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
 
 
@@ -61,6 +69,8 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
         sizes |= {"q_norm": heads[0] * spec.head_dim, "k_norm": heads[1] * spec.head_dim}
     if config.layers[layer].scalar:
         yield Tensor(("layers", layer, "scalar"), config.names.path(layer, SCALAR), (1,))
+    if isinstance(spec, AttentionSpec) and spec.sinks:
+        yield Tensor(("layers", layer, "sinks"), config.names.path(layer, SINKS), (spec.heads,))
     for module, name in norms.items():
         path = ("layers", layer, module, "weight")
         yield Tensor(path, f"{config.names.path(layer, name)}.weight", (sizes[module],))

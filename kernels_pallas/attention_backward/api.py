@@ -3,17 +3,20 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.attention_backward import base, pallas_triton
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import as_array
+from kernels_pallas.sinks import join_sinks
 
 
 def attention_backward(
     *arguments: Any, options: AttentionOptions = FULL, backend: Backend = XLA
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `base.attention_backward`; out and lse may be `rows.Rows`."""
+    """See `base.attention_backward`; out and lse may be `rows.Rows`. Of attention with sinks, they
+    are what it returned with them (`join_sinks`)."""
     if backend.implementation == "pallas":
         return pallas_triton.attention_backward(*arguments, options=options, backend=backend)
     shape = arguments[0].shape
@@ -23,9 +26,16 @@ def attention_backward(
 
 
 def attention_of_slice(
-    *arguments: jax.Array, options: AttentionOptions = FULL, backend: Backend = XLA
+    *arguments: jax.Array,
+    sinks: jax.Array | None = None,
+    options: AttentionOptions = FULL,
+    backend: Backend = XLA,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `base.attention_of_slice`."""
+    """See `base.attention_of_slice`. sinks: as the forward had them."""
     if backend.implementation == "pallas":
-        return pallas_triton.attention_of_slice(*arguments, options=options, backend=backend)
-    return base.attention_of_slice(*arguments, options=options)
+        out, lse = pallas_triton.attention_of_slice(*arguments, options=options, backend=backend)
+    else:
+        out, lse = base.attention_of_slice(*arguments, options=options)
+    sequence_starts, first_row = arguments[4:6]
+    live = sequence_starts <= first_row + jnp.arange(out.shape[0])
+    return join_sinks(out, lse, sinks, live)

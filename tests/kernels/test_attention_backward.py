@@ -9,20 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kernels_pallas.attention_backward import base, pallas_triton
-from kernels_pallas.backend import Backend
+from kernels_pallas.attention_backward import attention_backward, attention_of_slice
+from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from tests.kernels.paged import PagePool
 
 # Every implementation of the contract.
-IMPLEMENTATIONS = {
-    "xla": base.attention_backward,
-    "pallas": partial(pallas_triton.attention_backward, backend=Backend("pallas", interpret=True)),
-}
-FORWARDS = {
-    "xla": base.attention_of_slice,
-    "pallas": partial(pallas_triton.attention_of_slice, backend=Backend("pallas", interpret=True)),
-}
+BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
 
 LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a slice's edge, some inside
 TOKENS = sum(LENGTHS)  # the rest of the slots is padding
@@ -39,12 +32,14 @@ class Shape:
     head_dim: int
     dtype: type
     tolerance: float
+    sinks: bool = False
 
 
 SHAPES = {
     "page16-gqa4-h64-float32": Shape(16, 4, 1, 64, np.float32, 2e-5),
     "page32-gqa7-h80-bfloat16": Shape(32, 14, 2, 80, ml_dtypes.bfloat16, 3e-2),
     "page128-gqa1-h16-float32": Shape(128, 2, 2, 16, np.float32, 2e-5),
+    "page16-gqa4-h64-float32-sinks": Shape(16, 4, 1, 64, np.float32, 2e-5, sinks=True),
 }
 CASES = [
     ("page16-gqa4-h64-float32", 64, FULL),
@@ -56,6 +51,8 @@ CASES = [
     ("page16-gqa4-h64-float32", 7, AttentionOptions(window=2)),
     ("page128-gqa1-h16-float32", 64, AttentionOptions(window=65, soft_cap=1.5, scale=0.3)),
     ("page32-gqa7-h80-bfloat16", 64, AttentionOptions(soft_cap=2.0)),
+    ("page16-gqa4-h64-float32-sinks", 64, FULL),
+    ("page16-gqa4-h64-float32-sinks", 7, AttentionOptions(window=21, soft_cap=1.5)),
 ]
 
 
@@ -68,10 +65,12 @@ class Problem:
     v_pages: np.ndarray
     kv_slots: np.ndarray
     gradients: dict  # dq, dk, dv [TOKENS, ...]
+    sinks: np.ndarray | None = None
 
 
-def dense_attention(q, k, v, starts, options):
-    """(output, log-sum-exp) of packed causal attention; float32, one score for every pair."""
+def dense_attention(q, k, v, starts, sinks, options):
+    """(output, log-sum-exp) of packed causal attention; float32, one score for every pair. A sink
+    is a score more in each row of its head, for a value of zeros."""
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
     token = jnp.arange(q.shape[0])
@@ -81,14 +80,18 @@ def dense_attention(q, k, v, starts, options):
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
     scores = jnp.where(visible, scores, -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=-1)
+    everywhere = scores
+    if sinks is not None:
+        more = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))
+        everywhere = jnp.concatenate([scores, more], axis=-1)
+    lse = jax.nn.logsumexp(everywhere, axis=-1)
     return jnp.einsum("nqk,knh->qnh", jnp.exp(scores - lse[..., None]), v), lse.T
 
 
 @partial(jax.jit, static_argnames="options")
-def dense_gradients(q, k, v, d_out, starts, options):
+def dense_gradients(q, k, v, d_out, starts, sinks, options):
     """Output, log-sum-exp, and the gradients of q, k and v."""
-    (out, lse), pull = jax.vjp(lambda *qkv: dense_attention(*qkv, starts, options), q, k, v)
+    (out, lse), pull = jax.vjp(lambda *qkv: dense_attention(*qkv, starts, sinks, options), q, k, v)
     return out, lse, pull((d_out, jnp.zeros_like(lse)))
 
 
@@ -104,7 +107,8 @@ def problem(name: str, options: AttentionOptions = FULL) -> Problem:
     firsts = np.cumsum((0, *LENGTHS))[:-1]
     starts = np.repeat(firsts, LENGTHS).astype(np.int32)
     exact = [x.astype(np.float32) for x in (q, k, v)]
-    out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), starts, options)
+    sinks = np.linspace(-4, 5, shape.heads, dtype=np.float32) if shape.sinks else None
+    out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), starts, sinks, options)
 
     pool = PagePool(64, shape.page_size, shape.kv_heads, shape.head_dim, shape.dtype, rng)
     kv_slots = np.zeros(SLOTS, np.int32)
@@ -131,10 +135,10 @@ def problem(name: str, options: AttentionOptions = FULL) -> Problem:
     }
     names = ("dq", "dk", "dv")
     gradients = dict(zip(names, map(np.asarray, gradients), strict=True))
-    return Problem(per_token, pool.k, pool.v, kv_slots, gradients)
+    return Problem(per_token, pool.k, pool.v, kv_slots, gradients, sinks)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=BACKENDS)
 def backward(request):
     """An implementation, compiled once for all tests of a shape."""
     return lambda *arguments, options=FULL: _compiled(request.param, options)(*arguments)
@@ -142,7 +146,8 @@ def backward(request):
 
 @cache
 def _compiled(name: str, options: AttentionOptions):
-    return jax.jit(partial(IMPLEMENTATIONS[name], options=options), donate_argnames=("dk", "dv"))
+    function = partial(attention_backward, options=options, backend=BACKENDS[name])
+    return jax.jit(function, donate_argnums=(9, 10))
 
 
 def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv, options=FULL):
@@ -242,12 +247,13 @@ def test_rows_that_no_query_sees_are_left_alone(backward):
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("implementation", FORWARDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "unit_tokens", "options"), CASES)
-def test_the_forward_of_a_slice(implementation, name, unit_tokens, options):
+def test_the_forward_of_a_slice(backend, name, unit_tokens, options):
     """Output and log-sum-exp are those of dense attention, and zeros in padding."""
     shape, whole = SHAPES[name], problem(name, options)
-    forward = jax.jit(partial(FORWARDS[implementation], options=options))
+    given = {"options": options, "backend": BACKENDS[backend], "sinks": whole.sinks}
+    forward = jax.jit(partial(attention_of_slice, **given))
     starts = range(0, SLOTS, unit_tokens)
     for start in starts[:: max(1, len(starts) // 8)]:
         rows = {key: x[start : start + unit_tokens] for key, x in whole.per_token.items()}

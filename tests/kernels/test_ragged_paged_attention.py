@@ -123,7 +123,9 @@ class Batches:
         return [q, pool.k, pool.v, starts, lengths, tables, *counts]
 
 
-def expected(sequence: Sequence, options: AttentionOptions = FULL) -> tuple[np.ndarray, np.ndarray]:
+def expected(
+    sequence: Sequence, options: AttentionOptions = FULL, sinks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Output [queries, N, H] and log-sum-exp [queries, N] of a sequence's queries."""
     keys, values, queries = (
         round_to(x, x.dtype) for x in (sequence.keys, sequence.values, sequence.queries)
@@ -139,9 +141,13 @@ def expected(sequence: Sequence, options: AttentionOptions = FULL) -> tuple[np.n
             scores = scores * (options.scale or head_dim**-0.5)
             if options.soft_cap is not None:
                 scores = options.soft_cap * np.tanh(scores / options.soft_cap)
-            weights = np.exp(scores - scores.max())
-            lse[i, head] = scores.max() + np.log(weights.sum())
-            out[i, head] = weights / weights.sum() @ values[visible, head // group]
+            largest = scores.max()
+            weights = np.exp(scores - largest)
+            total = weights.sum()
+            if sinks is not None:
+                total += np.exp(sinks[head] - largest)
+            lse[i, head] = largest + np.log(total)
+            out[i, head] = weights / total @ values[visible, head // group]
     return out, lse
 
 
@@ -149,9 +155,9 @@ def expected(sequence: Sequence, options: AttentionOptions = FULL) -> tuple[np.n
 def attend(request):
     """An implementation, compiled once for all tests of a shape; returns float32 arrays."""
 
-    def run(arguments, scales=(None, None), **options):
+    def run(arguments, scales=(None, None), sinks=None, **options):
         compiled = _compiled(request.param, tuple(options.items()))
-        outputs = compiled(*arguments, k_scales=scales[0], v_scales=scales[1])
+        outputs = compiled(*arguments, k_scales=scales[0], v_scales=scales[1], sinks=sinks)
         return [np.asarray(x, np.float32) for x in outputs]
 
     return run
@@ -209,6 +215,23 @@ def test_windows_soft_caps_and_scales(attend, options):
     for seed in range(3):
         batches = Batches(SHAPES[0], seed)
         check(attend, batches, *batches.random(), options=options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        (SHAPES[0], FULL),
+        (SHAPES[3], AttentionOptions(window=20, soft_cap=2.0, scale=0.3)),
+    ],
+    ids=["float32", "bfloat16-window-and-cap"],
+)
+def test_sinks(attend, shape, options):
+    """Some below all scores, and some far above them."""
+    for seed in range(3):
+        batches = Batches(shape, seed)
+        sinks = batches.rng.uniform(-30, 9, shape.heads).astype(shape.dtype)
+        given = {"options": options, "sinks": sinks.astype(np.float32)}
+        check(attend, batches, *batches.random(), **given)
 
 
 @pytest.mark.parametrize("stored", [np.int8, ml_dtypes.float8_e4m3fn], ids=lambda d: d.__name__)

@@ -1,6 +1,13 @@
 """The families of models: a row for each, and no other place that knows one by its name."""
 
-from flexllm_jax.models.families.dense import GRANITE, OLMO2, OLMO3, SEED_OSS, SMOLLM3
+from flexllm_jax.models.families.dense import (
+    GRANITE,
+    GRANITE_SWA,
+    OLMO2,
+    OLMO3,
+    SEED_OSS,
+    SMOLLM3,
+)
 from flexllm_jax.models.families.family import Family, Wrapper
 from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
 from flexllm_jax.models.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WRAPPERS
@@ -21,7 +28,7 @@ FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
-        *(SMOLLM3, SEED_OSS, GRANITE, OLMO2, OLMO3, GEMMA2, GEMMA3),
+        *(SMOLLM3, SEED_OSS, GRANITE, GRANITE_SWA, OLMO2, OLMO3, GEMMA2, GEMMA3),
         *(GEMMA4, GEMMA4_UNIFIED, MUSE, QWEN3_5, OLMO_HYBRID),
     )
 }

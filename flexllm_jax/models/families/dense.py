@@ -1,5 +1,5 @@
 """Dense families that differ from Llama in which layers rotate, in multipliers, in biases, or in
-where their norms stand: SmolLM3, Seed-OSS, Granite, OLMo 2 and 3."""
+where their norms stand: SmolLM3, Seed-OSS, Granite (with windows and sinks, too), OLMo 2 and 3."""
 
 from dataclasses import replace
 from typing import Any
@@ -56,10 +56,34 @@ def _seed_oss(fields: Fields) -> tuple[LayerSpec, ...]:
 
 
 def _granite(fields: Fields) -> tuple[LayerSpec, ...]:
-    scale = AttentionOptions(scale=fields.number("attention_multiplier", 1.0))
+    return alike(fields, _granite_layer(fields, AttentionOptions()))
+
+
+def _granite_layer(fields: Fields, options: AttentionOptions, **changes: Any) -> LayerSpec:
+    """`changes`: fields of AttentionSpec."""
+    options = replace(options, scale=fields.number("attention_multiplier", 1.0))
+    own = attention(fields, options=options, **changes)
     residual = fields.number("residual_multiplier", 1.0)
-    own = attention(fields, options=scale)
-    return alike(fields, LayerSpec(own, gated_mlp(fields), norms(fields), residual))
+    return LayerSpec(own, gated_mlp(fields), norms(fields), residual)
+
+
+def _granite_swa(fields: Fields) -> tuple[LayerSpec, ...]:
+    """A layer without a window to three with one; each may have a theta of its own, or no RoPE."""
+    count, rope = fields.positive_int("num_hidden_layers"), read_rope(fields)
+    kinds = [SLIDING if layer % 4 else FULL for layer in range(count)]
+    kinds = layer_types(fields, kinds, (FULL, SLIDING))
+    thetas = fields.get("layer_rope_theta", [rope.theta] * count)
+    if not isinstance(thetas, list) or len(thetas) != count:
+        raise fields.error("layer_rope_theta", f"must have {count} numbers, 0 for no RoPE")
+    return tuple(
+        _granite_layer(
+            fields,
+            window(fields, kind),
+            rope=replace(rope, theta=float(theta)) if theta else None,
+            sinks=True,
+        )
+        for kind, theta in zip(kinds, thetas, strict=True)
+    )
 
 
 def _granite_around(fields: Fields) -> dict[str, Any]:
@@ -132,6 +156,23 @@ GRANITE = Family(
     around=_granite_around,
     head=_granite_head,
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+)
+GRANITE_SWA = Family(
+    "Granite with sliding windows",
+    "granite_swa",
+    "GraniteSWAForCausalLM",
+    layers=_granite_swa,
+    around=_granite_around,
+    head=_granite_head,
+    defaults={
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "sliding_window": 128,
+        "bos_token_id": 100257,
+        "eos_token_id": 100257,
+    },
 )
 _OLMO = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279}
 OLMO2 = Family("OLMo 2", "olmo2", "Olmo2ForCausalLM", layers=_olmo2, defaults=_OLMO)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from flexllm_jax.models.layers import RMSNorm, unit_norm
@@ -23,7 +24,9 @@ class AttentionMixer(Mixer):
         norm: Callable[[int], RMSNorm],
         dtype: jax.typing.DTypeLike,
     ) -> None:
-        """Norms of queries and keys."""
+        """Norms of queries and keys; sinks."""
+        if spec.sinks:
+            layer.sinks = nnx.Param(jnp.zeros((spec.heads,), dtype))
         if spec.qk_norm in ("head", "projection"):
             sizes = spec.inner, spec.kv_heads * spec.head_dim
             if spec.qk_norm == "head":
@@ -89,3 +92,8 @@ class AttentionMixer(Mixer):
         """Attention's output, times the sigmoid of its gate."""
         flat = super().gated(layer, mixed, gate)
         return flat if gate is None else as_array(flat) * jax.nn.sigmoid(gate)
+
+
+def sinks_of(layer: Any) -> Float[Array, " N"] | None:
+    """The sinks of a layer that attends; None: it has none."""
+    return layer.sinks[...] if layer.spec.mixer.sinks else None
