@@ -48,7 +48,8 @@ def place(tmp_path_factory):
         {"role": "assistant", "content": "it is {n}"},
     ]
     rows = [[m | {"content": m["content"].format(n=i % 7)} for m in chats] for i in range(64)]
-    write(place / "HuggingFaceH4/no_robots/train.jsonl", [{"messages": row} for row in rows])
+    for split in ("train", "test"):
+        write(place / f"HuggingFaceH4/no_robots/{split}.jsonl", [{"messages": row} for row in rows])
     sums = [{"question": f"What is {i % 5}+1?", "answer": f"#### {i % 5 + 1}"} for i in range(128)]
     for split in ("train", "test"):
         write(place / f"openai/gsm8k/main/{split}.jsonl", sums)
@@ -113,6 +114,17 @@ def test_sl_loop_resumes_as_if_it_had_not_stopped(recipe, place):
     checkpoints.write_text("\n".join(kept) + "\n")
     parts = recipe(of("sl_loop"), "parts", max_steps=7, **options)
     assert [row["train_mean_nll"] for row in parts[-3:]] == pytest.approx(losses[-3:], rel=1e-6)
+
+
+def test_supervised_train_learns_and_evaluates(recipe, place):
+    sizes = {"batch_size": 8, "max_length": 256, "max_steps": 8, "eval_every": 4, "save_every": 4}
+    rows = recipe(of("chat_sl.train"), "chat", learning_rate=1e-3, **sizes)
+    losses = [row["train_mean_nll"] for row in rows if "train_mean_nll" in row]
+    held_out = [row["test/nll"] for row in rows if "test/nll" in row]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
+    assert held_out[-1] < held_out[0] - 0.1
+    saved = (place / "chat" / "checkpoints.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in saved] == ["000004", "final"]
 
 
 @pytest.mark.parametrize("loss_fn", ["importance_sampling", "cispo", "gspo"])
