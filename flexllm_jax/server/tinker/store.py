@@ -186,7 +186,9 @@ class Store:
         there = await asyncio.to_thread(lambda: {str(p) for p in self.folder.iterdir()})
         busy = set(self.in_use)  # before the rows are read: a folder is in one or the other
         named = await self._journal.read(_named_folders)
-        unnamed = sorted(there - busy - named - self.in_use)
+        known = busy | named | self.in_use
+        # What is half-written has the name that it will have, and a suffix.
+        unnamed = sorted(f for f in there if str(Path(f).with_suffix("")) not in known)
         for folder in unnamed:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
         return unnamed
