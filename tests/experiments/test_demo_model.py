@@ -13,12 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexllm_jax.experiments.demo.model import mean_loss
+from flexllm_jax.experiments.demo.model import (
+    FAMILIES,
+    initial_parameters,
+    mean_loss,
+    write_config,
+)
 from flexllm_jax.experiments.demo.task import HELD_OUT
 from flexllm_jax.finetune.data import load_dataset
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.hf_weights import load_parameters
+from flexllm_jax.models.hf_weights import load_parameters, save_parameters
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/make_demo_model.py"
 
@@ -39,17 +44,30 @@ def world(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_transformers_computes_what_was_trained(world: Path) -> None:
-    config = ModelConfig.from_hf(world / "model")
-    params = load_parameters(world / "model", config, jnp.float32)
-    rows = np.random.default_rng(0).integers(0, config.vocab_size, (2, 34), np.int32)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_computes_what_is_trained(family: str, world: Path, tmp_path: Path) -> None:
+    """A row of two documents, longer than a window: what is trained is the loss of each alone."""
+    folder = world / "model"
+    if family != "llama":  # a model that was not trained says as much
+        folder, config_folder = tmp_path / "model", tmp_path / "config"
+        tokenizer = AutoTokenizer.from_pretrained(world / "model")
+        made = write_config(config_folder, tokenizer, family)
+        save_parameters(initial_parameters(made, seed=1), made, config_folder, folder)
+    config = ModelConfig.from_hf(folder)
+    params = load_parameters(folder, config, jnp.float32)
+    first, length = 80, 120
+    row = np.random.default_rng(0).integers(0, config.vocab_size, length + 1, np.int32)
+    documents = jnp.asarray(np.arange(length) >= first, jnp.int32)
     decoder = Decoder(config, jnp.dtype(jnp.float32))
-    ours = mean_loss(decoder, params, jnp.asarray(rows), jnp.zeros((2, 33), jnp.int32))
-    model = AutoModelForCausalLM.from_pretrained(world / "model", dtype=torch.float32)
-    tokens = torch.tensor(rows.astype(np.int64))
-    with torch.no_grad():
-        theirs = model(input_ids=tokens, labels=tokens).loss
-    assert float(ours) == pytest.approx(theirs.item(), rel=1e-5)
+    ours = mean_loss(decoder, params, jnp.asarray(row[None]), documents[None])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses = []
+    for tokens in (row[: first + 1], row[first:]):
+        ids = torch.tensor(tokens[None].astype(np.int64))
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
+    theirs = np.average(losses, weights=[first, length - first])
+    assert float(ours) == pytest.approx(theirs, rel=1e-5)
 
 
 def test_every_row_asks_about_a_person_and_gets_the_record(world: Path) -> None:
