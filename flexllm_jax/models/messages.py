@@ -118,12 +118,13 @@ def _read_message(given: Any, where: str, field: str) -> dict[str, Any]:
     thought = message.get("reasoning_content", message.get("reasoning"))
     if isinstance(thought, str):
         message["reasoning_content"] = message["reasoning"] = thought
-    message["content"] = _read_content(message, where, field)
+    message["content"] = read_content(message, where, field)
     return message
 
 
-def _read_content(message: Mapping[str, Any], where: str, field: str) -> str:
-    """The text of a message. What an assistant called or refused stands for it."""
+def read_content(message: Mapping[str, Any], where: str, field: str) -> str:
+    """The text of a message. What an assistant called or refused stands for it. Raises
+    ConversationError."""
     content = message.get("content")
     if content is None and message.get("role") == "assistant":
         content = message.get("refusal")

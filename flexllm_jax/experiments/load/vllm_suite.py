@@ -4,10 +4,15 @@ The tests come from vLLM's source distribution, and are not changed but for the 
 They import vllm, whose place is taken by modules that know what the tests ask of it: a tokenizer, a
 vocabulary's size; and they start a server, whose place is taken by the one that runs. Tests that
 ask no server are left out.
+
+vLLM runs them with several models, of which some think before they answer and some do not. Where
+the server has an adapter `instruct`, it takes the place of those that do not.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import re
 import shutil
@@ -19,9 +24,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
+from urllib.request import urlopen
 
+PLAIN = "instruct"  # an adapter that does not think
 _FOLDER = Path("tests/entrypoints/openai")
-# Those about text; the others need images, audio, embeddings of prompts, tools of MCP or gpt-oss.
+# Those about text; the others need images, embeddings of prompts, tools that the server runs,
+# gpt-oss, or `/v1/decisions`.
 FILES = (
     *(
         f"chat_completion/test_{name}.py"
@@ -43,12 +51,23 @@ FILES = (
     "completion/test_prompt_validation.py",
     "completion/test_token_in_token_out.py",
     "models/test_models.py",
-    "responses/test_simple.py",
+    *(
+        f"responses/test_{name}.py"
+        for name in (
+            "basic",
+            "function_call",
+            "namespace_tool_separator",
+            "simple",
+            "stateful",
+            "structured_output",
+        )
+    ),
     "test_chunked_prompt.py",
     "test_return_token_ids.py",
     "test_return_tokens_as_ids.py",
 )
-_NAMES = re.compile(r'^(MODEL_NAME|MODEL|MODEL_PATH) = .*|"HuggingFaceH4/zephyr-7b-beta"', re.M)
+_MODELS = re.compile(r'"(?:Qwen|HuggingFaceH4|openai-community)/([\w.-]+)"')
+_THINKING = re.compile("Qwen3")  # of their models
 
 
 def run(sources: Path, url: str, model: str, checkpoint: Path, out: Path) -> tuple[str, str]:
@@ -60,9 +79,10 @@ def run(sources: Path, url: str, model: str, checkpoint: Path, out: Path) -> tup
     shutil.copy(sources / _FOLDER.parent / "conftest.py", copy / _FOLDER.parent)
     for package in ("tests", "tests/entrypoints"):
         (copy / package / "__init__.py").touch()
+    plain = PLAIN if PLAIN in _served(url) else model
     for path in copy.rglob("*.py"):
-        named = _NAMES.sub(
-            lambda m: f'{m[1]} = "{model}"' if m[1] else f'"{model}"', path.read_text("utf-8")
+        named = _MODELS.sub(
+            lambda m: f'"{model if _THINKING.match(m[1]) else plain}"', path.read_text("utf-8")
         )
         path.write_text(named, "utf-8")
     log = out / "vllm-tests.log"
@@ -75,6 +95,13 @@ def run(sources: Path, url: str, model: str, checkpoint: Path, out: Path) -> tup
         subprocess.run(command, cwd=copy, env=environment, stdout=output, stderr=output)
     (*_, last) = log.read_text("utf-8").splitlines() or [""]
     return last, str(log)
+
+
+def _served(url: str) -> dict[str, str]:
+    """The models of a server, and the folders they come from."""
+    with urlopen(f"{url}/v1/models") as answer:
+        models = json.load(answer)["data"]
+    return {each["id"]: each["root"] for each in models}
 
 
 # -- the plugin -----------------------------------------------------------------------------------
@@ -119,10 +146,20 @@ def _tokenizer(*_: Any, **__: Any) -> Any:
     return load_tokenizer(_checkpoint())
 
 
-_KNOWN = {
+class _Hub:
+    """Where adapters come from."""
+
+    def snapshot_download(self, **_: Any) -> str:
+        """The folder of an adapter that the tests name: those that are served have one folder."""
+        return list(_served(os.environ["SUITE_URL"]).values())[1]
+
+
+_KNOWN: dict[str, Any] = {
     "ModelConfig": _ModelConfig,
     "get_tokenizer": _tokenizer,
     "VLLMValidationError": ValueError,
+    "download_weights_from_hf": lambda name, **_: name,
+    "hf_api": _Hub,
 }
 
 
@@ -183,8 +220,13 @@ def _take_places() -> None:
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Leave out what asks no server."""
-    items[:] = [item for item in items if {"server", "client"} & set(item.fixturenames)]
+    """Leave out what asks no server, and what is asked again of one that makes watermarks."""
+    items[:] = [item for item in items if _asks(item) and "watermarked" not in item.name]
+
+
+def _asks(item: Any) -> bool:
+    fixtures = any("server" in name or "client" in name for name in item.fixturenames)
+    return fixtures or "RemoteOpenAIServer" in inspect.getsource(item.function)
 
 
 if "SUITE_URL" in os.environ:  # in pytest, and before it reads any conftest.py

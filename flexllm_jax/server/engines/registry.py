@@ -38,9 +38,13 @@ class ModelRegistry:
             a.name: ServedAdapter(a.name, a.name, str(a.path)) for a in config.adapters.preload
         }
 
-    def resolve(self, name: str, client: Client) -> ServedAdapter | None:
+    def named(self, name: str | None) -> str:
+        """The model that a request means, which need not name one: the base model."""
+        return self.base if name is None else name
+
+    def resolve(self, name: str | None, client: Client) -> ServedAdapter | None:
         """The adapter that a request's `model` means; None: the base model."""
-        if name == self.base:
+        if name in (None, self.base):
             return None
         adapter = self.adapters.get(name)
         if adapter is None or not client.may_see(adapter.owner):

@@ -171,6 +171,7 @@ _INFERENCE = (*WITH_BODY, 404, 429, 503)
 ANSWERS: Answers = {
     ("post", "/v1/completions"): ([Completion, EVENTS], _INFERENCE),
     ("post", "/v1/chat/completions"): ([ChatCompletion, EVENTS], _INFERENCE),
+    ("post", "/invocations"): ([ChatCompletion, Completion, EVENTS], _INFERENCE),
     ("get", "/v1/models"): ([ModelList], ()),
     ("get", "/v1/models/{name}"): ([Model], (404,)),
     ("delete", "/v1/models/{name}"): ([DeletedModel], (400, 404, 409, *WRITES)),

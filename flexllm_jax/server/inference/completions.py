@@ -85,7 +85,12 @@ class _Completion:
     """A request being answered."""
 
     def __init__(
-        self, body: CompletionRequest, answer: Answer, prompts: list[_Prompt], codec: TextCodec
+        self,
+        body: CompletionRequest,
+        answer: Answer,
+        prompts: list[_Prompt],
+        codec: TextCodec,
+        model: str,
     ):
         self.body, self.answer, self.prompts, self.codec = body, answer, prompts, codec
         self.only_echo = body.max_tokens == 0
@@ -98,7 +103,7 @@ class _Completion:
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": body.model,
+            "model": model,
         }
 
     def take(self, delta: Delta) -> str:
@@ -173,7 +178,8 @@ async def complete(
         body.logprobs if body.echo else None,
         structure=await inference.structure(client, body),
     )
-    completion = _Completion(body, answer, prompts, inference.codec)
+    model = inference.models.named(body.model)
+    completion = _Completion(body, answer, prompts, inference.codec, model)
     if body.stream:
         return sse.EventStream(_stream(completion), answer.close)
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flexllm_jax.engine.reasoning import ReasoningParser, Thinking
+from flexllm_jax.models.messages import read_content
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference
@@ -42,6 +43,7 @@ class _Output:
         self._calls = ToolCallParser(form, functions, parallel=parallel) if form else None
         self._thoughts = ReasoningParser(thinking) if thinking else None
         self._tells_thoughts = body.include_reasoning is not False
+        self._echo = _echoed(body)
 
     def take(self, delta: Delta) -> tuple[Said, bool]:
         """What a token adds, and whether it is a part of a thought."""
@@ -56,7 +58,16 @@ class _Output:
             parsed = self._calls.push(text, final=final)
             reason = "tool_calls" if reason == "stop" and self._calls.count else reason
         thought = thought if self._tells_thoughts else ""
-        return Said(delta, thought, parsed.text, parsed.calls, reason), thinks
+        text, self._echo = self._echo + parsed.text, ""
+        return Said(delta, thought, text, parsed.calls, reason), thinks
+
+
+def _echoed(body: ChatCompletionRequest) -> str:
+    """What an answer begins with: the last message, if that is asked for and the assistant's."""
+    *_, last = body.messages
+    if not body.echo or last.get("role") != "assistant":
+        return ""
+    return read_content(last, "messages[-1]", "messages")
 
 
 class ConversationAnswer:

@@ -383,7 +383,7 @@ class Inference:
         if outside is not None:
             raise ApiError(
                 400,
-                f"prompt has token id {outside}, the vocabulary has ids 0 to "
+                f"prompt: token id {outside} is out of vocabulary, which has ids 0 to "
                 f"{info.vocab_size - 1}: use this model's tokenizer",
                 param="prompt",
             )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Client, Known
@@ -38,6 +41,19 @@ def routes(inference: Inference, delete: Callable[[str, Client], Awaitable[None]
         request: Request, body: ChatCompletionRequest, client: Known
     ) -> Response:
         return await chat(request, body, client, inference)
+
+    @router.post("/invocations")
+    async def invocations(request: Request, body: dict[str, Any], client: Known) -> Response:
+        """The one path that Amazon SageMaker asks: a conversation has `messages`."""
+        try:
+            if "messages" in body:
+                conversation = ChatCompletionRequest.model_validate(body)
+                return await chat(request, conversation, client, inference)
+            completion = CompletionRequest.model_validate(body)
+        except ValidationError as error:
+            found = [{**e, "loc": ("body", *e["loc"])} for e in error.errors(include_url=False)]
+            raise RequestValidationError(found, body=body) from None
+        return await complete(request, completion, client, inference)
 
     @router.get("/v1/models")
     async def list_models(client: Known) -> Response:

@@ -108,7 +108,7 @@ class InferenceRequest(CutPrompt):
     they mean something."""
 
     model_config = ConfigDict(extra="allow")
-    model: str
+    model: str | None = Field(default=None, description="null: the model that is served.")
     temperature: Annotated[float, Field(ge=0)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
@@ -284,6 +284,7 @@ class ChatCompletionRequest(InferenceRequest):
     include_reasoning: bool | None = True
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = False
+    echo: bool | None = False
     add_special_tokens: bool | None = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None

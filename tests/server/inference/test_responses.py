@@ -89,6 +89,7 @@ def test_items_are_messages():
     [
         ({"input": [{"type": "computer_call_output"}]}, "'computer_call_output'"),
         ({"tools": [{"type": "web_search"}]}, "'web_search'; only functions"),
+        ({"tools": [{"type": "namespace", "name": "a"}]}, "a namespace must have"),
         ({"input": []}, "nothing to answer"),
         ({"prompt": {"id": "p"}}, "prompt: is not supported"),
         ({"n": 2}, "one output"),
@@ -174,6 +175,32 @@ def test_a_call_and_its_result(client):
     for choice in (named, {"type": "allowed_tools", "mode": "required", "tools": [named]}):
         chosen = client.responses.create(**ASK | CALL | {"tool_choice": choice})
         assert chosen.output[0].name == "get_weather"
+
+
+def test_functions_of_a_namespace(client):
+    """The model calls them by both names, as one."""
+    space = {"type": "namespace", "name": "weather", "tools": [WEATHER]}
+    response = client.responses.create(**ASK | CALL | {"tools": [space]})
+    (call,) = response.output
+    assert (call.name, call.namespace) == ("get_weather", "weather")
+    with client.responses.stream(**ASK | CALL | {"tools": [space]}) as stream:
+        added = [e.item for e in stream if e.type == "response.output_item.added"]
+    assert (added[0].name, added[0].namespace) == ("get_weather", "weather")
+    flat = WEATHER | {"name": "weather__get_weather"}
+    assert client.responses.create(**ASK | CALL | {"tools": [flat]}).output[0].name == flat["name"]
+    (message,) = to_messages([said(call)])
+    assert message["tool_calls"][0]["function"]["name"] == flat["name"]
+    chosen = {"type": "function", "name": "get_weather", "namespace": "weather"}
+    chosen = client.responses.create(**ASK | CALL | {"tools": [space], "tool_choice": chosen})
+    assert chosen.output[0].namespace == "weather"
+
+
+def test_the_tokens_behind_a_response(client, tokenizer):
+    fields = {"enable_response_messages": True}
+    response = client.responses.create(**ASK, extra_body=fields)
+    (given,), (made,) = response.input_messages, response.output_messages
+    assert given["message"] == tokenizer.decode(given["tokens"]) == "<user>Who?\n<assistant>"
+    assert len(made["tokens"]) == 12 and made["message"] == response.output_text
 
 
 def test_thoughts_are_items(thinking_client):
@@ -265,7 +292,7 @@ def test_a_response_in_the_background_is_cancelled(client):
     assert cancelled.status == "cancelled"
     assert client.responses.retrieve(response.id).status == "cancelled"
     foreground = client.responses.create(**ASK)
-    with pytest.raises(openai.BadRequestError, match="not in the background"):
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
         client.responses.cancel(foreground.id)
     with pytest.raises(openai.BadRequestError, match="background"):
         client.responses.create(**ASK, background=True, store=False)
@@ -296,7 +323,9 @@ def test_a_failure_is_told_and_kept():
 
     async def run():
         body = ResponseRequest.model_validate(ASK)
-        async for event in Responding(body, cast(Any, Failing()), cast(Any, None), save).events():
+        async for event in Responding(
+            body, cast(Any, Failing()), cast(Any, None), "tiny", save
+        ).events():
             events.append(event)
 
     with pytest.raises(ApiError, match="lost"):
@@ -332,7 +361,7 @@ async def _check_kept(database):
     failed = await store.get(client, "resp_2")
     assert failed["status"] == "failed" and "restarted" in failed["error"]["message"]
     await database.run(lambda s: s.execute(update(ResponseRow).values(expires_at=time.time())))
-    with pytest.raises(ApiError, match="there is no response"):
+    with pytest.raises(ApiError, match=r"Response with id .* not found"):
         await store.get(client, "resp_1")
     await store.save(client, failed | {"id": "resp_3"}, [])
     rows = await database.run(lambda s: [row.id for row in s.query(ResponseRow)])

@@ -149,6 +149,38 @@ def test_fields_of_several_types_name_them_all(server):
     assert missing == "response_format.type: got {}; Field required"
 
 
+def test_an_answer_may_begin_with_the_message_it_continues(client):
+    said = {"role": "assistant", "content": [{"type": "text", "text": "I am"}]}
+    ask, more = {"messages": [*MESSAGES, said]}, {"continue_final_message": True}
+    own = chat(client, more, **ask).choices[0].message.content
+    assert chat(client, more | {"echo": True}, **ask).choices[0].message.content == "I am" + own
+    chunks = list(chat(client, more | {"echo": True}, **ask, stream=True))
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == "I am" + own
+    users = [chat(client, {"echo": echo}).choices[0].message.content for echo in (False, True)]
+    assert users[0] == users[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("/v1/completions", {"prompt": PROMPT}), ("/v1/chat/completions", {"messages": MESSAGES})],
+)
+def test_invocations_are_both_and_a_model_need_not_be_named(server, path, asked):
+    def post(to, **fields):
+        body = {"max_tokens": 6, "temperature": 0, **asked, **fields}
+        status, _, answer = server.post(to, json.dumps(body).encode())
+        return status, json.loads(answer)
+
+    status, named = post(path, model="tiny")
+    (_, unnamed), (_, invoked) = post(path), post("/invocations")
+    told = [
+        (a["object"], a["model"], a["usage"]["prompt_tokens"]) for a in (named, unnamed, invoked)
+    ]
+    assert (status, told) == (200, told[:1] * 3)
+    assert named["choices"] == unnamed["choices"] == invoked["choices"]
+    assert post("/invocations", n=0) == post(path, n=0)
+    assert post("/invocations", n=0)[0] == 400
+
+
 def test_an_id_of_a_request_is_kept(server):
     given = {"X-Request-Id": "trace-1/a"}
     assert server.post("/detokenize", b'{"tokens": []}', **given)[1]["x-request-id"] == "trace-1/a"

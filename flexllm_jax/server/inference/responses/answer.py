@@ -24,7 +24,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-def describe(body: ResponseRequest) -> dict[str, Any]:
+def describe(body: ResponseRequest, model: str) -> dict[str, Any]:
     """A response that has no output yet."""
     text = body.text.model_dump(exclude_none=True) if body.text else {}
     reasoning = body.reasoning.model_dump() if body.reasoning else {"effort": None}
@@ -40,7 +40,7 @@ def describe(body: ResponseRequest) -> dict[str, Any]:
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "metadata": body.metadata or {},
-        "model": body.model,
+        "model": model,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": body.previous_response_id,
@@ -66,11 +66,13 @@ class Responding:
         body: ResponseRequest,
         answer: ConversationAnswer,
         codec: TextCodec,
+        model: str,
         save: Callable[[dict[str, Any]], Awaitable[None]],
     ):
-        self.response = describe(body)
+        self.response = describe(body, model)
         self._body, self._answer, self._codec, self._save = body, answer, codec, save
-        self._reports = body.wants_logprobs
+        self._reports, self._functions = body.wants_logprobs, body.namespaced
+        self._tokens = list[int]()
         self._items, self._ids = Items(), list[str]()
         self._logprobs: dict[int, list[dict[str, Any]]] = {}  # by item
         self._number = 0
@@ -84,6 +86,7 @@ class Responding:
         reason = "stop"
         try:
             async for said in self._answer:
+                self._tokens.append(said.delta.token)
                 entries = []
                 if self._reports and said.delta.report is not None and said.text:
                     detokenizer, count = self._codec.detokenizer, self._body.top_logprobs or 0
@@ -122,6 +125,10 @@ class Responding:
         response["output"] = [self._item(item, status) for item in self._items.items]
         if status == "completed":
             response["completed_at"] = int(time.time())
+        if self._body.enable_response_messages:
+            prompt = self._answer.tell_prompt()["prompt_token_ids"]
+            response["input_messages"] = [self._raw(prompt)]
+            response["output_messages"] = [self._raw(self._tokens)]
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         cached = used["prompt_tokens_details"]["cached_tokens"]
@@ -132,6 +139,15 @@ class Responding:
             "output_tokens_details": used["completion_tokens_details"],
             "total_tokens": used["total_tokens"],
         }
+
+    def _raw(self, tokens: list[int]) -> dict[str, Any]:
+        """Tokens as vLLM tells them."""
+        text = self._codec.detokenizer.decode(tokens)
+        return {"type": "raw_message_tokens", "message": text, "tokens": tokens}
+
+    def _function(self, item: Item) -> dict[str, Any]:
+        """How a client names the function of a call."""
+        return self._functions.get(item.name, {"name": item.name})
 
     def _event(self, kind: str, **fields: Any) -> Event:
         event = {"type": f"response.{kind}", "sequence_number": self._number, **fields}
@@ -170,7 +186,7 @@ class Responding:
                 logprobs = self._logprobs.get(item.index, [])
                 yield self._event("output_text.done", **part, text=item.text, logprobs=logprobs)
             else:
-                told = {"name": item.name, "arguments": item.text}
+                told = self._function(item) | {"arguments": item.text}
                 yield self._event("function_call_arguments.done", **place, **told)
             if item.kind != "call":
                 yield self._event("content_part.done", **part, part=self._part(item, item.text))
@@ -193,5 +209,5 @@ class Responding:
             return {**head, "type": "reasoning", "summary": [], "content": parts}
         if item.kind == "text":
             return {**head, "type": "message", "role": "assistant", "content": parts}
-        call = {"call_id": item.call_id, "name": item.name, "arguments": item.text}
+        call = {"call_id": item.call_id, **self._function(item), "arguments": item.text}
         return {**head, "type": "function_call", **call}

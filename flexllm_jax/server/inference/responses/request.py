@@ -35,7 +35,7 @@ class InputTokensRequest(Body):
     """POST /v1/responses/input_tokens."""
 
     model_config = ConfigDict(extra="allow")
-    model: str
+    model: str | None = Field(default=None, description="null: the model that is served.")
     input: str | Objects = Field(default_factory=list)
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=64)] | None = None
@@ -45,6 +45,19 @@ class InputTokensRequest(Body):
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     truncation: Literal["auto", "disabled"] | None = None
+
+    @property
+    def namespaced(self) -> dict[str, dict[str, Any]]:
+        """Of the names that the model calls functions of namespaces by: name and namespace."""
+        return {
+            _flat_name({**tool, "namespace": given.get("name")}): {
+                "name": tool.get("name"),
+                "namespace": given.get("name"),
+            }
+            for given in self.tools or ()
+            if given.get("type") == "namespace"
+            for tool in given.get("tools") or ()
+        }
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -67,7 +80,7 @@ class InputTokensRequest(Body):
         fields |= {
             "model": self.model,
             "messages": [*system, *to_messages([*before, *self.items])],
-            "tools": [_tool(tool) for tool in self.tools or ()] or None,
+            "tools": [tool for given in self.tools or () for tool in _tools(given)] or None,
             "tool_choice": _choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": _format(text.format),
@@ -91,6 +104,9 @@ class ResponseRequest(InputTokensRequest):
     store: bool | None = True
     stream: bool | None = False
     background: bool | None = False
+    enable_response_messages: bool | None = Field(
+        default=False, description="Tell the tokens of prompt and output, and what they read."
+    )
 
     @property
     def wants_logprobs(self) -> bool:
@@ -109,23 +125,42 @@ class ResponseRequest(InputTokensRequest):
             logprobs=logprobs,
             top_logprobs=self.top_logprobs if logprobs else None,
             stream=self.stream,
+            return_token_ids=self.enable_response_messages,
         )
+
+
+def _tools(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A function, or those of a namespace."""
+    if given.get("type") == "namespace":
+        inner = given.get("tools")
+        if not isinstance(inner, list) or not all(isinstance(tool, dict) for tool in inner):
+            message = "tools: a namespace must have a name, and tools, a list of functions"
+            raise ApiError(400, message, param="tools")
+        return [_tool({**tool, "namespace": given.get("name")}) for tool in inner]
+    return [_tool(given)]
 
 
 def _tool(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("type") != "function":
         kind = given.get("type")
-        raise ApiError(400, f"tools: got {kind!r}; only functions are supported", param="tools")
-    names = ("name", "description", "parameters", "strict")
+        message = f"tools: got {kind!r}; only functions, and namespaces of them, are supported"
+        raise ApiError(400, message, param="tools")
+    names = ("description", "parameters", "strict")
     function = {name: given[name] for name in names if given.get(name) is not None}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": {"name": _flat_name(given), **function}}
+
+
+def _flat_name(given: Mapping[str, Any]) -> Any:
+    """The name that the model calls a function by: with its namespace, as vLLM has it."""
+    name, namespace = given.get("name"), given.get("namespace")
+    return name if namespace is None else f"{namespace}__{name}"
 
 
 def _choice(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     if given.get("type") == "function":
-        return {"type": "function", "function": {"name": given.get("name")}}
+        return {"type": "function", "function": {"name": _flat_name(given)}}
     if given.get("type") == "allowed_tools":
         tools = given.get("tools")
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -165,7 +200,7 @@ def to_messages(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             elif kind == "reasoning":
                 turn["reasoning_content"] = _thought(item)
             else:
-                function = {"name": item.get("name"), "arguments": item.get("arguments")}
+                function = {"name": _flat_name(item), "arguments": item.get("arguments")}
                 call = {"id": item.get("call_id"), "type": "function", "function": function}
                 turn.setdefault("tool_calls", []).append(call)
         else:

@@ -65,7 +65,7 @@ class Responses:
     async def start(self, body: ResponseRequest, client: Client) -> ConversationAnswer:
         """Begin to answer. ApiError."""
         if body.background and body.store is False:
-            message = "background: a response that is not stored cannot be read later; store it"
+            message = "background can only be used when `store` is true: it is read later"
             raise ApiError(400, message, param="background")
         try:
             json.dumps(body.model_dump(), ensure_ascii=False).encode()  # as it is told again
@@ -85,7 +85,8 @@ class Responses:
             if body.store is not False:
                 await self.store.save(client, response, asked)
 
-        return Responding(body, answer, self._inference.codec, save)
+        model = self._inference.models.named(body.model)
+        return Responding(body, answer, self._inference.codec, model, save)
 
     async def run(
         self, client: Client, responding: Responding, answer: ConversationAnswer
@@ -120,7 +121,7 @@ class Responses:
                 await running.responding.cancelled()
         response = await self.store.get(client, response_id)
         if not response["background"]:
-            message = f"response {response_id} is not in the background: it cannot be cancelled"
+            message = "Cannot cancel a synchronous response."  # OpenAI's words
             raise ApiError(400, message, param="response_id")
         return response
 

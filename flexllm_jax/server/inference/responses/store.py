@@ -111,5 +111,5 @@ def with_id(item: dict[str, Any]) -> dict[str, Any]:
 def _find(session: Session, client: Client, response_id: str) -> ResponseRow:
     row = session.get(ResponseRow, response_id)
     if row is None or row.expires_at < time.time() or not client.may_see(row.owner):
-        raise ApiError(404, f"there is no response {response_id!r:.80}", param="response_id")
+        raise ApiError(404, f"Response with id {response_id!r:.80} not found.", param="response_id")
     return row
