@@ -9,6 +9,9 @@ import jax
 # XLA makes one product of those that read the same when all but one have no more bytes than this
 # (`xla_gpu_dot_merger_threshold_mb`). Each output alone would then be a copy.
 _MERGED_BYTES = 32 * 2**20
+# It reads the weights of such a product where they are if each has whole tiles of columns. If not,
+# it copies all of them first, so those of other widths are kept apart (`models.layers.Linear`).
+MERGED_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -46,5 +49,7 @@ def select_backend(kernels: Literal["auto", "xla", "pallas"], device: Any) -> Ba
 
 def are_merged(x: jax.Array | jax.ShapeDtypeStruct, widths: Sequence[int]) -> bool:
     """Whether XLA makes one product of those of x that have so many columns."""
+    if any(width % MERGED_COLUMNS for width in widths):
+        return False
     sizes = sorted(sum(x.shape) * width + x.size for width in widths)
     return len(sizes) > 1 and sizes[-2] * x.dtype.itemsize <= _MERGED_BYTES

@@ -1,10 +1,11 @@
 """Compile every kernel and the engine's programs for H100, H200 and A100, without a GPU.
 
 Each kernel compiles at the shapes of its `arg_specs.py`, the engine's programs at those of
-Llama-3.1-8B (nothing is allocated). Prints a table and writes it as JSON: shared memory, registers
-and spills of the kernels, temporary bytes, donated bytes updated in place, launches and how many of
-them no CUDA graph holds. Exit status 1 when something does not compile, spills much, is copied, or
-has grown by over 5 % since it was recorded (`flexllm_jax/experiments/gpu/compiled.json`).
+Llama-3.1-8B and of Qwen3.5-9B (nothing is allocated). Prints a table and writes it as JSON: shared
+memory, registers and spills of the kernels, temporary bytes, donated bytes updated in place,
+launches and how many of them no CUDA graph holds. Exit status 1 when something does not compile,
+spills much, is copied, or has grown by over 5 % since it was recorded
+(`flexllm_jax/experiments/gpu/compiled.json`).
 """
 
 import os

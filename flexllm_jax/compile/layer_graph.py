@@ -32,7 +32,10 @@ from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.spec import AttentionSpec, LayerSpec
 
 INPUT = "x"  # the name of the layer's input
-_VIEWS = ("name", "reshape", "transpose", "squeeze", "expand_dims", "copy")
+_VIEWS = (
+    *("name", "reshape", "transpose", "squeeze", "expand_dims", "copy"),
+    "optimization_barrier",
+)
 _MOVES = ("broadcast_in_dim", "concatenate", "convert_element_type", "slice", "pad", "gather")
 _PACKAGE = Path(__file__).parents[1]
 _OWN_FILES = (Path(__file__), Path(layers.__file__))  # whose lines say nothing of the model

@@ -18,7 +18,7 @@ from kernels_pallas.backend import Backend, are_merged
 from kernels_pallas.gated_delta import causal_conv, delta_rule, inputs_before
 from kernels_pallas.layer_passes import rotate, rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
-from kernels_pallas.rows import from_stored, set_rows
+from kernels_pallas.rows import set_rows
 
 
 class Mixed(NamedTuple):
@@ -134,13 +134,12 @@ class StepMixing:
     ) -> Mixed:
         """Move the states of the sequences over their tokens."""
         inputs, own, (u, b, a) = self._inputs, self._sequences, projected
-        kept, slots = {}, (own.fresh, own.read, own.write)
+        slots, kept = (own.fresh, own.read, own.write), {}
         windows, unit_tokens = None, u.shape[0]
         if saved is not None:
             windows = saved["state"]
             unit_tokens = saved["activations"].shape[0] // windows.shape[0]
-            kept["tail"] = self._tails(u, cache["conv"], saved["tail"], unit_tokens)
-        convolved, tails = causal_conv(
+        convolved, tails, before = causal_conv(
             *(u, layer.conv.weight[...], cache["conv"], inputs.query_starts, *slots),
             inputs.num_sequences,
             backend=self._backend,
@@ -152,20 +151,20 @@ class StepMixing:
             unit_tokens=unit_tokens,
             backend=self._backend,
         )
-        if windows is not None:
-            kept["state"] = windows
+        if saved is not None:
+            kept = {"state": windows, "tail": self._tails(u, before, saved["tail"], unit_tokens)}
         return Mixed(out, {"state": state, "conv": tails}, {}, kept)
 
     def _tails(
         self,
         u: Float[Array, "T C"],
-        tails: Float[Array, "X W_minus_1 C"],
+        before: Float[Array, "S W_minus_1 C"],
         saved: Float[Array, "V W_minus_1_C"],
         unit_tokens: int,
     ) -> Float[Array, "V W_minus_1_C"]:
         """The last inputs of the convolution before each slice of a unit that begins in this step;
-        zeros before a sequence."""
-        inputs, own, (slices, _) = self._inputs, self._sequences, saved.shape
+        before: those before the step, by sequence."""
+        inputs, (slices, _) = self._inputs, saved.shape
         tokens, row = u.shape[0], inputs.saved_row
         begins = (row % unit_tokens == 0) & (row < slices * unit_tokens)
         which = jnp.where(begins, row // unit_tokens, slices + jnp.arange(tokens))
@@ -174,11 +173,11 @@ class StepMixing:
             .at[which]
             .set(jnp.arange(tokens), mode="drop", unique_indices=True)
         )
-        sequence = jnp.searchsorted(inputs.query_starts[1:], token, side="right")
-        sequence = jnp.minimum(sequence, len(own.read) - 1)
-        old = from_stored(tails[own.read[sequence]])
-        old = jnp.where(own.fresh[sequence][:, None, None], 0, old).astype(u.dtype)
-        values = inputs_before(u, old, inputs.query_starts[sequence], token).reshape(slices, -1)
+        ends = inputs.query_starts[1:]
+        sequence = jnp.searchsorted(ends, token, side="right", method="compare_all")
+        sequence = jnp.minimum(sequence, len(before) - 1)
+        starts = inputs.query_starts[sequence]
+        values = inputs_before(u, before[sequence], starts, token).reshape(slices, -1)
         number = jnp.arange(slices)
         return set_rows(saved, jnp.where(token < tokens, number, slices + number), values)
 

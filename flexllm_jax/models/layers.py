@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from flexllm_jax.models.collectives import Axes
 from flexllm_jax.models.spec import NormSpec
-from kernels_pallas.backend import Backend
+from kernels_pallas.backend import MERGED_COLUMNS, Backend
 from kernels_pallas.layer_passes import add_norm
 from kernels_pallas.rows import Recalled
 
@@ -25,10 +25,12 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((d_in, d_out), dtype))
         if bias:
             self.bias = nnx.Param(jnp.zeros((d_out,), dtype))
-        self.has_bias, self.axes = bias, axes
+        self.has_bias, self.axes, self.alone = bias, axes, d_out % MERGED_COLUMNS != 0
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:
         """Apply the projection; the dtype is x's."""
+        if self.alone:  # XLA would copy the weights of all that read x
+            x = jax.lax.optimization_barrier(x)
         y = x @ self.kernel[...]
         if not self.has_bias:
             return y

@@ -9,8 +9,10 @@ from kernels_pallas.gated_delta.api import (
     delta_window_backward,
     inputs_before,
 )
+from kernels_pallas.gated_delta.base import CHUNK
 
 __all__ = [
+    "CHUNK",
     "causal_conv",
     "conv_window",
     "delta_rule",

@@ -33,6 +33,6 @@ def delta_window_backward(*arguments: jax.Array, backend: Backend = XLA) -> tupl
     return base.delta_window_backward(*arguments)
 
 
-def causal_conv(*arguments: jax.Array, backend: Backend = XLA) -> tuple[jax.Array, jax.Array]:
+def causal_conv(*arguments: jax.Array, backend: Backend = XLA) -> tuple[jax.Array, ...]:
     """See `conv.causal_conv`. XLA fuses it on every device."""
     return conv.causal_conv(*arguments)

@@ -21,7 +21,7 @@ def causal_conv(
     read_slot: Int[Array, " S"],
     write_slot: Int[Array, " S"],
     num_sequences: Int[Array, ""],
-) -> tuple[Float[Array, "T C"], Float[Array, "X K_minus_1 C"]]:
+) -> tuple[Float[Array, "T C"], Float[Array, "X K_minus_1 C"], Float[Array, "S K_minus_1 C"]]:
     """Convolve every sequence of a step.
 
     Args:
@@ -37,13 +37,17 @@ def causal_conv(
         num_sequences: sequences in use; later rows of the tables are ignored.
 
     Returns:
-        silu of the convolution in u's dtype, summed in float32; and the tails.
+        silu of the convolution in u's dtype, summed in float32; the tails; and by sequence the
+        inputs before the step, in u's dtype. Who read them from `tail` itself would have all of it
+        copied, as it is written.
     """
     tokens, sequences, kept = u.shape[0], fresh.shape[0], weight.shape[0] - 1
     token = jnp.arange(tokens, dtype=jnp.int32)
     owner = jnp.searchsorted(query_starts[1:], token, side="right", method="compare_all")
     owner = jnp.minimum(owner, sequences - 1)
     offset = token - query_starts[owner]
+    # Else XLA reads those of all layers at once, before the first.
+    u, tail = jax.lax.optimization_barrier((u, tail))
     old = jnp.where(fresh[:, None, None], 0, from_stored(tail[read_slot])).astype(u.dtype)
     wide = weight.astype(jnp.float32)
 
@@ -59,7 +63,7 @@ def causal_conv(
     index = jnp.arange(sequences)
     written = (index < num_sequences) & (write_slot < tail.shape[0])
     slots = jnp.where(written, write_slot, tail.shape[0] + index)
-    return out, set_rows(tail, slots, new)
+    return out, set_rows(tail, slots, new), old
 
 
 def inputs_before(

@@ -82,16 +82,32 @@ def test_a_job_takes_what_is_planned_for_one(llm, tmp_path):
     assert taken <= (memory.parts["jobs"] + memory.parts["copies"]) / memory.jobs
 
 
-def test_temporaries_are_reckoned_as_gpu_programs_were_compiled():
+ALL_KINDS = (
+    "forward",
+    "sample",
+    "unit/loss",
+    "unit/layer",
+    "optimizer_step",
+    "optimizer_step/muon",
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds"), (("llama-3.1-8b", ALL_KINDS), ("qwen3.5-9b", ("forward", "unit/layer")))
+)
+def test_temporaries_are_reckoned_as_gpu_programs_were_compiled(model, kinds):
     """`compiled.json` has what XLA made of the programs for an H200: no more than is reckoned, and
     of those that need most not much less."""
-    reckoned = reckon_temporaries(engine_sizes("h200", quick=True))
+    reckoned = reckon_temporaries(engine_sizes("h200", model, quick=True))
+    assert set(reckoned) == set(ALL_KINDS)
     recorded = json.loads(RECORD.read_text())["programs"]
-    for kind, most in reckoned.items():
+    for kind in kinds:
+        most = reckoned[kind]
         found = [
             program["temporary bytes"]
             for name, program in recorded.items()
-            if name.startswith(f"h200/engine/{kind}") and ("muon" in name) == ("muon" in kind)
+            if name.startswith(f"h200/engine/{model}/{kind}")
+            and ("muon" in name) == ("muon" in kind)
         ]
         assert found, kind
         assert 0.6 * most <= max(found) <= most, kind

@@ -337,7 +337,10 @@ def test_a_convolution_goes_on_where_it_was(backend, dtype):
         starts = np.array([0, lengths[0], *[sum(lengths)] * 2], np.int32)
         fresh = np.array([at == 0 for at in done] + [False])
         read, write = slot_of if done[1] == 2 else (slot_of[bool(done[1])],) * 2
-        out, tail = run(rows, weight, tail, starts, fresh, read, write, 2)
+        out, tail, before = run(rows, weight, tail, starts, fresh, read, write, 2)
+        for s, u in enumerate(sequences):
+            known = np.concatenate([np.zeros((kept, width), dtype), u[: done[s]]])[-kept:]
+            np.testing.assert_array_equal(before[s], known)
         for s, n in enumerate(lengths):
             outputs[s].append(np.asarray(out[starts[s] : starts[s] + n], np.float64))
             done[s] += n

@@ -1,14 +1,14 @@
 """Every kernel and the engine's programs, compiled for a GPU that is not there.
 
 Each kernel compiles at the shapes of its `arg_specs.py`, the engine's programs at those of
-Llama-3.1-8B (nothing is allocated). `targets/` describes the GPUs, as XLA's GpuTargetConfigProto.
-Faults are what does not compile, spills registers, or copies what it should update in place.
+Llama-3.1-8B and of a hybrid (nothing is allocated). `targets/` describes the GPUs, as XLA's
+GpuTargetConfigProto. Faults are what does not compile, spills registers, or copies what it should
+update in place.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,13 +24,13 @@ from rich.table import Table
 from flexllm_jax.config import Config
 from flexllm_jax.engine.programs import list_programs
 from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.experiments.gpu.llama_8b import write_config
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import Backend, chip_name
 from kernels_pallas.cases import KERNELS, arg_specs
 from kernels_pallas.gpu_target import CompiledProgram, Target, compile_for
 
 TARGETS = Path(__file__).parent / "targets"
+MODELS = Path(__file__).parents[3] / "configs" / "models"
 # The engine's programs that run in a step; their sizes are those of an 80 GB or larger GPU.
 _ENGINE_PROGRAMS = (
     "forward/base/256",
@@ -52,8 +52,20 @@ _ENGINE_PROGRAMS = (
     "begin_backward",
     "clear",
 )
+# Of a hybrid, those that its layers change; few of them are compiled with `quick`.
+_HYBRID_PROGRAMS = (
+    *("forward/base/256", "forward/adapters/256", "forward/base/2048", "forward/adapters/2048"),
+    *("unit/loss", "unit/layer", "unit/layer/1", "unit/layer/slices-8", "unit/layer/1/slices-8"),
+    *("copy_slot", "begin_backward", "clear", "commit", "optimizer_step"),
+)
+_HYBRID_QUICK = ("forward/base/256", "forward/adapters/2048", "unit/layer", "unit/layer/1")
+# Model -> its programs, and those with `quick`.
+_ENGINES = {
+    "llama-3.1-8b": (_ENGINE_PROGRAMS, _ENGINE_PROGRAMS),
+    "qwen3.5-9b": (_HYBRID_PROGRAMS, _HYBRID_QUICK),
+}
 _ENGINE_CONFIG = {
-    "model": {"path": "llama-3.1-8b", "dtype": "bfloat16", "max_model_len": 16384},
+    "model": {"path": "model", "dtype": "bfloat16", "max_model_len": 16384},
     "cache": {"page_size": 64},
     "adapters": {"slots": 8, "max_rank": 16},
     "scheduler": {"max_sequences": 256, "max_tokens_per_step": 2048},
@@ -108,29 +120,28 @@ def kernel_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation
                 yield Compilation(kernel, case.name, target, function, arguments, case.donated)
 
 
-def engine_sizes(chip: str, quick: bool) -> EngineSizes:
-    """Those of the engine whose programs are compiled, with the first of its layers if `quick`."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = ModelConfig.from_hf(write_config(Path(folder)))
+def engine_sizes(chip: str, name: str, quick: bool) -> EngineSizes:
+    """Those of the engine whose programs are compiled, with a model's first layers if `quick`."""
+    model = ModelConfig.from_hf(MODELS / name)
     if quick:
-        model = replace(model, layers=model.layers[:_QUICK_LAYERS])  # they are all alike
+        model = replace(model, layers=model.layers[:_QUICK_LAYERS])  # of each kind there is one
     config = Config.model_validate(_ENGINE_CONFIG)
     return EngineSizes.from_config(config, model, "gpu", Backend("pallas", chip_name(chip)))
 
 
 def engine_jobs(target: Target, match: str, quick: bool) -> Iterator[Compilation]:
-    """The engine's programs at the size of Llama-3.1-8B, or of a few of its layers."""
-    sizes = engine_sizes(target.name, quick)
-    for program in list_programs(sizes, _ENGINE_PAGES):
-        if program.name in _ENGINE_PROGRAMS and match in f"engine/{program.name}":
-            yield Compilation(
-                "engine",
-                program.name,
-                target,
-                program.function,
-                program.arguments,
-                program.donated,
-            )
+    """The engine's programs at the sizes of real models, or of a few of their layers."""
+    for model, (every, few) in _ENGINES.items():
+        wanted = {program: f"{model}/{program}" for program in (few if quick else every)}
+        if not any(match in f"engine/{name}" for name in wanted.values()):
+            continue
+        for program in list_programs(engine_sizes(target.name, model, quick), _ENGINE_PAGES):
+            name = wanted.get(program.name)
+            if name is not None and match in f"engine/{name}":
+                yield Compilation(
+                    *("engine", name, target),
+                    *(program.function, program.arguments, program.donated),
+                )
 
 
 def compile_job(job: Compilation) -> CompiledProgram | str:
