@@ -10,16 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.models.marks import overlap
 
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """The marks around a thought."""
+    """The marks around a thought, and the text that follows the first one."""
 
     start: str
     end: str
+    label: str = ""
+
+    @property
+    def opening(self) -> str:
+        """What is before a thought."""
+        return self.start + self.label
 
 
 FORMATS = (
@@ -27,6 +33,7 @@ FORMATS = (
     ReasoningFormat("<think>", "</think>"),
     ReasoningFormat("<seed:think>", "</seed:think>"),  # Seed-OSS
     ReasoningFormat("[THINK]", "[/THINK]"),  # Magistral and Ministral
+    ReasoningFormat("<|channel>", "<channel|>", "thought\n"),  # Gemma 4
     ReasoningFormat("Here is my thought process:", "Here is my response:"),  # Granite 3.2
 )
 
@@ -69,7 +76,8 @@ class Thinking:
             rules.append("answer: <[*]>*")
         else:
             rules.append(f"answer: /\\n{{0,2}}/ {answer.as_lark()}")
-        body = "thought answer" if self.begun else f"{start} thought answer | unthought"
+        label = f" {quote(self.form.label)}" if self.form.label else ""
+        body = "thought answer" if self.begun else f"{start}{label} thought answer | unthought"
         if not self.begun:
             other = f"(<[^{start[2:]} <[*]>*)?"  # begins with another token
             rules.append(f"unthought: {other if answer is None else answer.as_lark()}")
@@ -83,14 +91,14 @@ def find_thinking(template: str, prompt: str, budget: int | None = None) -> Thin
     end = prompt.rstrip()
     if form is None or end.endswith(form.end):
         return None
-    return Thinking(form, end.endswith(form.start), budget)
+    return Thinking(form, end.endswith(form.opening.rstrip()), budget)
 
 
 class ReasoningParser:
     """One output's text, piece by piece, split into what is thought and what is said."""
 
     def __init__(self, thinking: Thinking):
-        self._start, self._end = thinking.form.start, thinking.form.end
+        self._start, self._end = thinking.form.opening, thinking.form.end
         self.inside = thinking.begun
         self._decided = thinking.begun  # whether it is known if the output begins with a thought
         self._held = ""  # not decided yet

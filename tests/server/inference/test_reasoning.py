@@ -13,6 +13,7 @@ from llguidance.hf import from_tokenizer
 from flexllm_jax import SamplingParams
 from flexllm_jax.engine.reasoning import (
     FORMATS,
+    ReasoningFormat,
     ReasoningParser,
     Thinking,
     find_thinking,
@@ -39,7 +40,7 @@ def split(thinking, pieces):
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(FORMATS), st.booleans(), INNER, INNER, PLACES)
 def test_thoughts_are_found_however_the_text_is_cut(form, begun, thought, said, places):
-    text = ("" if begun else f"\n{form.start}") + f"\n{thought}\n{form.end}\n\n{said}"
+    text = ("" if begun else f"\n{form.opening}") + f"\n{thought}\n{form.end}\n\n{said}"
     for pieces in (cut(text, places), list(text)):
         assert split(Thinking(form, begun), pieces) == (thought.strip(), said.lstrip())
 
@@ -73,6 +74,10 @@ def test_what_only_looks_like_a_thought_is_text(text):
         ("{{ message.content }}", "<think>", None),
         ("...<seed:think>...", "<seed:bos>assistant\n", False),
         ("...[THINK]...", "[/INST]", False),
+        ("...<|channel>thought\\n<channel|>...", "<|turn>model\n", False),
+        ("...<|channel>thought\\n<channel|>...", "<|channel>thought\n", True),
+        ("...<|channel>thought\\n<channel|>...", "<|channel>thought\n<channel|>", None),
+        ("...<|channel|>analysis...", "<|start|>assistant", None),  # gpt-oss
         ("Write your thoughts after 'Here is my thought process:' and", "assistant:", False),
     ],
 )
@@ -101,6 +106,9 @@ def test_an_answers_form_binds_no_thought(special):
     assert not matches(inside, yes, "a</think>maybe")
     assert matches(free, yes, "no") and matches(free, yes, "<think>a</think>no")
     assert not matches(free, yes, "<think>no")
+    labelled = Thinking(ReasoningFormat("<think>", "</think>", "thought\n"), False)
+    assert matches(labelled, yes, "<think>thought\na</think>no") and matches(labelled, yes, "no")
+    assert not matches(labelled, yes, "<think>a</think>no")
     for answer in (yes, None):
         for begun in (True, False):
             start, short = "" if begun else "<think>", Thinking(THINK, begun, 3)
