@@ -22,7 +22,14 @@ from flexllm_jax.server.app import Server
 _SHELVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Inference",
-        ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/models"),
+        (
+            "/v1/completions",
+            "/v1/chat/completions",
+            "/v1/responses",
+            "/v1/messages",
+            "/invocations",
+            "/v1/models",
+        ),
     ),
     ("Tokens", ("/tokenize", "/detokenize", "/tokenizer_info")),
     ("Files", ("/v1/files", "/v1/uploads")),
