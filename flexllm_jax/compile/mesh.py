@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flexllm_jax.errors import UserError
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.spec import GatedDeltaSpec, LayerSpec
 
 
 class ParallelError(UserError):
@@ -26,34 +27,12 @@ class Mesh:
     @classmethod
     def of(cls, model: ModelConfig, tp: int) -> "Mesh":
         """The mesh of a model. ParallelError, in one line, when it does not divide."""
-        if any(attention.qk_norm == "projection" for attention in model.attention):
-            raise ParallelError(
-                f"parallel.tp={tp}: this model's norms of queries and keys are over all heads, "
-                "which are not split over devices; use parallel.tp=1"
-            )
-        if model.projections.keys() & {"qkv", "gate_up"}:
-            raise ParallelError(
-                f"parallel.tp={tp}: this model's fused projections are not split over devices; use "
-                "parallel.tp=1"
-            )
-        if any(layer.token_width for layer in model.layers):
-            raise ParallelError(
-                f"parallel.tp={tp}: what this model's tokens have for single layers is not split "
-                "over devices; use parallel.tp=1"
-            )
-        if len(model.attention) < model.num_layers:
-            raise ParallelError(
-                f"parallel.tp={tp}: this model's gated delta nets are not split over devices; use "
-                "parallel.tp=1"
-            )
-        for attention, layer in zip(model.attention, model.layers, strict=True):
-            sizes = {"num_heads": attention.heads, "d_ff": layer.mlp.d_ff}
-            for name, size in (sizes | {"vocab_size": model.vocab_size}).items():
-                if size % tp:
-                    raise ParallelError(
-                        f"parallel.tp={tp} does not divide the model's {name}={size}: use a "
-                        "divisor of it"
-                    )
+        if model.token_table is not None:
+            _check(tp, "vocab_size_per_layer_input", model.token_table)
+        _check(tp, "vocab_size", model.vocab_size)
+        for layer in model.layers:
+            for name, size in _split_sizes(layer).items():
+                _check(tp, name, size)
         all_heads = sorted({attention.kv_heads for attention in model.attention})
         for heads in all_heads:
             if heads % tp and tp % heads:
@@ -68,4 +47,29 @@ class Mesh:
                 f"kv heads, which are not split alike; use a divisor of {all_heads[0]}"
             )
         kv = over.pop()
+        own = [layer.mixer for layer in model.layers if isinstance(layer.mixer, GatedDeltaSpec)]
+        if kv < tp and not all(delta.fused for delta in own):
+            raise ParallelError(
+                f"parallel.tp={tp}: keys of this model's gated delta nets are split over {tp} "
+                f"devices and those of attention over {kv}, and both have adapters of one name; "
+                f"use a divisor of {kv}"
+            )
         return cls(kv, tp // kv)
+
+
+def _split_sizes(layer: LayerSpec) -> dict[str, int]:
+    """What of a layer is split over all devices, by the name of its size in config.json."""
+    mixer, sizes = layer.mixer, {"d_ff": layer.mlp.d_ff}
+    if isinstance(mixer, GatedDeltaSpec):  # heads of values are a multiple
+        return sizes | {"linear_num_key_heads": mixer.key_heads}
+    if mixer.fused:  # keys lie with queries: no device has them without its own
+        sizes |= {"num_kv_heads": mixer.kv_heads}
+    return sizes | {"num_heads": mixer.heads}
+
+
+def _check(tp: int, name: str, size: int) -> None:
+    """ParallelError for a size that does not divide."""
+    if size % tp:
+        raise ParallelError(
+            f"parallel.tp={tp} does not divide the model's {name}={size}: use a divisor of it"
+        )

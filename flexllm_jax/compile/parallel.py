@@ -15,7 +15,10 @@ from enum import Enum
 from flexllm_jax.compile.mesh import Mesh, ParallelError
 from flexllm_jax.models.config import ModelConfig
 
-ROW_PARALLEL = ("o", "down")
+ROW_PARALLEL = ("o", "out", "down")
+# Of what tokens have for single layers: so narrow that an all-reduce would cost more than all of it
+# on every device.
+REPLICATED = ("token_gate", "token_projection")
 # Of one device in a ring of n, times the tensor's bytes over n.
 _RING = {
     "all-reduce": lambda n: 2 * (n - 1),
@@ -261,7 +264,7 @@ def joins(model: ModelConfig, mesh: Mesh, sites: tuple[str, ...]) -> list[Join]:
             d = model.d_model
             found.append(Join(site, d, d, R, R, mesh.tp, linear=False))
             continue
-        states = (P, S) if site in ROW_PARALLEL else (R, P)
+        states = (P, S) if site in ROW_PARALLEL else (R, R if site in REPLICATED else P)
         parts = mesh.kv if site in ("k", "v") else mesh.tp
         found.append(Join(site, *model.projections[site], *states, parts))
     return found

@@ -25,9 +25,10 @@ from jax.sharding import PartitionSpec as P
 
 from flexllm_jax.compile.buckets import Program
 from flexllm_jax.compile.mesh import Mesh, ParallelError
-from flexllm_jax.compile.parallel import ParallelPlan, WeightPlan, plan_parallel
+from flexllm_jax.compile.parallel import ROW_PARALLEL, ParallelPlan, WeightPlan, plan_parallel
 from flexllm_jax.config import Config
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.spec import AttentionSpec
 from flexllm_jax.peft.bank import BankShape
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,14 @@ log = logging.getLogger(__name__)
 KV, REPLICAS = "tp_kv", "tp_replicas"
 ALL = (KV, REPLICAS)
 GATHERED = "gathered"  # results that every device gets whole
+# What of a layer is split by columns; those of keys and values are replicated where there are more
+# devices than such heads.
+_COLUMNS = {
+    **dict.fromkeys(("q", "qkv", "attention_gate", "gate", "up", "gate_up"), ALL),
+    **dict.fromkeys(("in_qkv", "in_z", "in_b", "in_a", "delta_g", "delta_b", "delta_a"), ALL),
+    **dict.fromkeys(("conv", "decay"), ALL),
+    **dict.fromkeys(("k", "v"), KV),
+}
 
 
 @dataclass(frozen=True)
@@ -87,36 +96,39 @@ class Placement:
 
     def parameters(self, abstract: dict) -> dict:
         """The parameters with their shardings: vocabularies by rows, projections by heads or inner
-        columns, o and down by the rows that read those, sinks by heads."""
+        columns, those behind mixers and activations by the rows that read these, sinks by heads."""
 
-        def spec(path: tuple) -> P:
+        def spec(path: tuple, ndim: int) -> P:
             names = [str(getattr(key, "key", "")) for key in path]
-            module, kind = names[-2], names[-1]
+            module, kind = names[-2:]
             if module in ("embed", "head"):
                 return P(ALL, None)
-            columns = {
-                "q": ALL,
-                "k": KV,
-                "v": KV,
-                "gate": ALL,
-                "up": ALL,
-                "attention_gate": ALL,
-            }.get(module)
-            if columns is not None:
-                return P(None, columns) if kind == "kernel" else P(columns)
+            split = _COLUMNS if names[0] == "layers" else {}
+            if split and module in ("q_norm", "k_norm"):
+                layer = self.model.layers[path[1].idx]
+                whole = isinstance(layer.mixer, AttentionSpec) and layer.mixer.qk_norm != "head"
+                return P(split[module[0]]) if whole else P()
+            if module in split:
+                return P(*[None] * (ndim - 1), split[module])
             if kind == "sinks":
                 return P(ALL)
-            if module in ("o", "down") and kind == "kernel":
+            if split and module in ROW_PARALLEL and kind == "kernel":
                 return P(ALL, None)
             return P()
 
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self._placed(leaf, spec(path)), abstract
+            lambda path, leaf: self._placed(leaf, spec(path, leaf.ndim)), abstract
         )
 
     def pages(self, pages: list) -> list:
-        """KV pages [P, B, K, H], by heads."""
-        return jax.tree.map(lambda leaf: self._placed(leaf, P(None, None, KV)), pages)
+        """KV pages [P, B, K, H] and recurrent states [X, Hv, dk, dv] by heads, the last inputs of
+        convolutions [X, W - 1, C] by channels."""
+        specs = dict.fromkeys(("k", "v"), P(None, None, KV))
+        specs |= {"state": P(None, ALL), "conv": P(None, None, ALL)}
+        return [
+            {name: self._placed(leaf, specs[name]) for name, leaf in layer.items()}
+            for layer in pages
+        ]
 
     def own(self, arrays: Any) -> Any:
         """Arrays [S, X, ...] described as one device holds them, each with its own columns."""

@@ -332,6 +332,7 @@ def bank_shape(config: Config, model: ModelConfig) -> BankShape:
         kinds=config.adapters.kinds,
         bottleneck=config.adapters.max_bottleneck,
         prefix=config.adapters.max_prefix,
+        devices=config.parallel.tp,
     )
 
 

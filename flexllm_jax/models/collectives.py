@@ -25,6 +25,11 @@ def share_input(x: jax.Array, axes: Axes) -> jax.Array:
     return _share_input(x, axes) if axes else x
 
 
+def mean_of_devices(x: jax.Array, axes: Axes) -> jax.Array:
+    """The mean of all devices' x, which each of them reads; so is its gradient."""
+    return share_input(sum_outputs(x, axes), axes) / lax.axis_size(axes) if axes else x
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _sum_outputs(x: jax.Array, axes: Axes) -> jax.Array:
     return lax.psum(x, axes)

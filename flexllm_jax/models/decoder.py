@@ -268,7 +268,8 @@ class Decoder:
         if width is None:
             return [None] * layers
         own = params["token_inputs"]
-        embedded = own["embed"]["weight"][tokens] * jnp.asarray(width**0.5, x.dtype)
+        embedded = rows_of(own["embed"]["weight"], tokens, self.axes)
+        embedded = embedded * jnp.asarray(width**0.5, x.dtype)
         projected = scaled(x @ own["projection"]["kernel"], self.config.d_model**-0.5)
         graph = _norm_graph(width, self.config.layers[0].norm, self.dtype)
         by_layer = (x.shape[0], layers, width)

@@ -37,6 +37,7 @@ from flexllm_jax.models.hf_tensors import (
 )
 from flexllm_jax.models.names import HEAD, WRAPPED
 from flexllm_jax.models.rope import rotary_frequencies
+from flexllm_jax.models.shares import as_stored, own_columns
 from flexllm_jax.models.tensors import Tensor, tensors, unused_tensors
 
 logger = logging.getLogger(__name__)
@@ -214,15 +215,25 @@ def _load(
         spec = (*sharding.spec, None, None)[:2]
         source = NamedSharding(sharding.mesh, PartitionSpec(*spec[::-1]))
     if isinstance(source, NamedSharding):  # every device its part, one after the other
-        array = jax.make_array_from_callback(
-            tensor.stored_shape, source, lambda part: read_stored(directory, stored, tensor, part)
-        )
+        devices = _devices(source, tensor.stored_shape, axis=0)  # where its columns are there
+
+        def read(part: Any) -> np.ndarray:
+            runs = own_columns(tensor.parts, devices, part[0]) if devices > 1 else [part[0]]
+            own = [read_stored(directory, stored, tensor, (run, *part[1:])) for run in runs]
+            return own[0] if len(own) == 1 else np.concatenate(own)
+
+        array = jax.make_array_from_callback(tensor.stored_shape, source, read)
     else:
         array = jax.device_put(read_stored(directory, stored, tensor), source)
     # Waiting leaves no second transfer in flight, whose source would stay in host memory.
     kept, shape = jnp.dtype(tensor.dtype(dtype)), tensor.shape
     array = array.reshape(shape[::-1] if tensor.transposed else shape)
     return _convert(tensor.transposed, kept, sharding)(array).block_until_ready()
+
+
+def _devices(sharding: Any, shape: tuple[int, ...], axis: int) -> int:
+    """Over how many devices an axis is split."""
+    return shape[axis] // sharding.shard_shape(shape)[axis]
 
 
 def _target(device: Any, path: tuple[str | int, ...]) -> Sharding | None:
@@ -286,7 +297,7 @@ def save_parameters(
             tensor.name,
             math.prod(tensor.shape) * jnp.dtype(tensor.dtype(kept)).itemsize,
             lambda tensor=tensor: _stored(
-                read(_leaf(params, tensor.path)), tensor, edit_kernel, kept
+                _as_stored(_leaf(params, tensor.path), tensor, read), tensor, edit_kernel, kept
             ),
         )
         for tensor in tensors(config)
@@ -362,6 +373,14 @@ def _shards(outputs: list[_Output], max_bytes: int) -> list[list[_Output]]:
         shards[-1].append(output)
         size += output.nbytes
     return shards
+
+
+def _as_stored(
+    array: jax.Array, tensor: Tensor, read: Callable[[jax.Array], np.ndarray]
+) -> np.ndarray:
+    """A parameter on the host, its columns in the checkpoint's order."""
+    devices = _devices(array.sharding, array.shape, axis=-1) if tensor.parts else 1
+    return as_stored(read(array), tensor.parts, devices) if devices > 1 else read(array)
 
 
 def _stored(

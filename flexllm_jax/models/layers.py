@@ -62,6 +62,14 @@ class RMSNorm(nnx.Module):
         backward."""
         return add_norm(x, y, self._weight, self.spec.eps, backend, readers)
 
+    def part(self, x: Float[Array, "T D"], mean_square: Float[Array, "T 1"]) -> Float[Array, "T D"]:
+        """Normalize some of the columns, by the mean square of all; as `__call__` else."""
+        weight, wide = self._weight, x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(mean_square + self.spec.eps)
+        if weight.dtype != x.dtype:
+            return (weight * wide).astype(x.dtype)
+        return weight * wide.astype(x.dtype)
+
     @property
     def _weight(self) -> Float[Array, " D"]:
         weight = self.weight[...]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from flexllm_jax.models.rope import RopeSpec
+from flexllm_jax.models.shares import Parts
 from kernels_pallas.layer_options import Activation, AttentionOptions
 
 if TYPE_CHECKING:  # who reads a config.json alone needs no JAX: functions that compute import it
@@ -64,13 +65,19 @@ class AttentionSpec:
         """Widths of the projections before attention, by their name in the parameter tree."""
         queries, keys = self.inner * (2 if self.gate else 1), self.kv_heads * self.head_dim
         if self.fused:
-            return {"qkv": queries + 2 * keys}
+            return {name: sum(parts) for name, parts in self.parts.items()}
         if not self.own_keys:
             return {"q": queries}
         own = {"q": queries, "k": keys}
         if self.values != "keys":
             own["v"] = keys
         return own | {"attention_gate": self.inner} if self.gate_projection else own
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """Of projections that give several things side by side, their widths."""
+        keys = self.kv_heads * self.head_dim
+        return {"qkv": (self.inner, keys, keys)} if self.fused else {}
 
     @property
     def biased(self) -> frozenset[str]:
@@ -125,8 +132,14 @@ class GatedDeltaSpec:
 
     @property
     def channels(self) -> int:
-        """Width of what the convolution reads: queries, keys and values."""
-        return 2 * self.key_heads * self.key_dim + self.inner
+        """Width of what the convolution reads."""
+        return sum(self.channel_parts)
+
+    @property
+    def channel_parts(self) -> Parts:
+        """Widths of its queries, keys and values."""
+        keys = self.key_heads * self.key_dim
+        return keys, keys, self.inner
 
     @property
     def state(self) -> tuple[int, int, int]:
@@ -142,6 +155,11 @@ class GatedDeltaSpec:
             return {"in_qkv": self.channels, "in_z": self.inner, "in_b": heads, "in_a": heads}
         rest = {"delta_g": self.inner, "delta_b": heads, "delta_a": heads}
         return {"q": keys, "k": keys, "v": self.inner, **rest}
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """See `AttentionSpec`."""
+        return {"in_qkv": self.channel_parts} if self.fused else {}
 
     @property
     def arrays(self) -> GatedDeltaSpec:
@@ -179,6 +197,11 @@ class MlpSpec:
     def projected(self) -> dict[str, int]:
         """Widths of the projections before the activation."""
         return {"gate_up": 2 * self.d_ff} if self.fused else {"gate": self.d_ff, "up": self.d_ff}
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """See `AttentionSpec`."""
+        return {"gate_up": (self.d_ff, self.d_ff)} if self.fused else {}
 
 
 @dataclass(frozen=True)
@@ -224,6 +247,11 @@ class LayerSpec:
             "down": (mlp.d_ff, d_model),
             **self._token_branch(d_model),
         }
+
+    @property
+    def parts(self) -> dict[str, Parts]:
+        """Of projections that give several things side by side, their widths."""
+        return self.mixer.parts | self.mlp.parts
 
     def _token_branch(self, d_model: int) -> dict[str, tuple[int, int]]:
         width = self.token_width

@@ -17,6 +17,7 @@ from flexllm_jax.models.names import (
     SINKS,
     TOKEN_INPUTS,
 )
+from flexllm_jax.models.shares import Parts
 from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
 
 
@@ -26,6 +27,7 @@ class Tensor:
 
     transposed: the checkpoint has its axes in the other order. between: axes of one element that
     the checkpoint has before its last. exact: it is float32, whatever the model's dtype is.
+    parts: widths of what its columns are side by side, if that is more than one thing.
     """
 
     path: tuple[str | int, ...]
@@ -34,6 +36,7 @@ class Tensor:
     transposed: bool = False
     between: int = 0
     exact: bool = False
+    parts: Parts = ()
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -76,14 +79,15 @@ def _layer_tensors(config: ModelConfig, layer: int) -> Iterator[Tensor]:
         yield Tensor(path, f"{config.names.path(layer, name)}.weight", (sizes[module],))
     for module, shape in config.kernel_shapes(layer).items():
         name = config.names.module_path(layer, module)
-        path = ("layers", layer, module)
-        yield Tensor((*path, "kernel"), f"{name}.weight", shape, transposed=True)
+        path, parts = ("layers", layer, module), config.layers[layer].parts.get(module, ())
+        kernel = (*path, "kernel"), f"{name}.weight", shape
+        yield Tensor(*kernel, transposed=True, parts=parts)
         if module in spec.biased:
-            yield Tensor((*path, "bias"), f"{name}.bias", shape[1:])
+            yield Tensor((*path, "bias"), f"{name}.bias", shape[1:], parts=parts)
     if isinstance(spec, GatedDeltaSpec):
         path, root = ("layers", layer), config.names.path(layer, DELTA)
-        weight = (spec.width, spec.channels)
-        yield Tensor((*path, "conv", "weight"), f"{root}.conv1d.weight", weight, True, between=1)
+        conv = (*path, "conv", "weight"), f"{root}.conv1d.weight", (spec.width, spec.channels)
+        yield Tensor(*conv, transposed=True, between=1, parts=spec.channel_parts)
         for name, stored in (("log_a", "A_log"), ("dt_bias", "dt_bias")):
             where, shape = (*path, "decay", name), (spec.value_heads,)
             yield Tensor(where, f"{root}.{stored}", shape, exact=True)

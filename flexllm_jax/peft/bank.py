@@ -33,6 +33,7 @@ class BankShape:
     rank, modules   of LoRA: largest rank, and the projections (short names) there is room for
     bottleneck      largest width of a bottleneck
     prefix          most tokens of a prefix
+    devices         that the model is split over
     """
 
     rows: int
@@ -41,6 +42,7 @@ class BankShape:
     kinds: tuple[str, ...] = ("lora",)
     bottleneck: int = 64
     prefix: int = 32
+    devices: int = 1
 
     def sites(self, config: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
         """What a layer has of one adapter: site -> name -> padded shape."""
@@ -69,7 +71,9 @@ class BankShape:
 
     def stacks(self, config: ModelConfig) -> LayerStacks:
         """Which of those layers share their arrays; the head's is the last of them."""
-        return LayerStacks.of(self.by_layer(config))
+        layers = self.by_layer(config)
+        parts = [layer.parts for layer in config.layers] + [{}] * self.has_head
+        return LayerStacks.of(layers, parts, self.devices)
 
     @property
     def has_head(self) -> bool:
@@ -171,7 +175,7 @@ def to_row(adapter: Adapter, config: ModelConfig, shape: BankShape, name: str) -
     stacks = shape.stacks(config)
     for (layer, site), own in adapter.weights.items():
         stack, at = stacks.place(layer)
-        for key, array in own.items():
+        for key, array in stacks.for_devices(stack, {site: dict(own)})[site].items():
             values[stack][site][key][at][_corner(array.shape)] = array
         factors[stack][site][at] = adapter.config.scale(layer, site)
     return AdapterRow(values, factors)

@@ -2,10 +2,11 @@
 the layers leading, so that programs have few arguments and few launches, however many layers there
 are.
 
-Layers that differ (the output head, which has a layer of its own) are in stacks of their own.
+Layers that differ (the output head, which has a layer of its own) are in stacks of their own. Where
+the model is split over devices, columns lie as `models.shares` has them, and by layer as PEFT does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,24 +14,36 @@ import jax
 import numpy as np
 from jax import lax
 
+from flexllm_jax.models.shares import Parts, as_stored, by_device
+
 
 @dataclass(frozen=True)
 class LayerStacks:
-    """`layers`: which layers each stack holds, in their order."""
+    """layers: which layers each stack holds, in their order. parts: by stack, of the sites whose
+    projection gives several things side by side, their widths. devices: that the model is split
+    over."""
 
     layers: tuple[tuple[int, ...], ...]
+    parts: tuple[Mapping[str, Parts], ...] = ()
+    devices: int = 1
 
     @classmethod
-    def of(cls, layers: Sequence[Any]) -> "LayerStacks":
-        """Layers of which the same is said share a stack."""
+    def of(
+        cls,
+        layers: Sequence[Any],
+        parts: Sequence[Mapping[str, Parts]] | None = None,
+        devices: int = 1,
+    ) -> "LayerStacks":
+        """Layers of which the same is said share a stack; `parts`: by layer."""
+        parts = [{} for _ in layers] if parts is None else parts
         kinds: list[Any] = []
         stacks: list[list[int]] = []
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(zip(layers, parts, strict=True)):
             if layer not in kinds:
                 kinds.append(layer)
                 stacks.append([])
             stacks[kinds.index(layer)].append(number)
-        return cls(tuple(map(tuple, stacks)))
+        return cls(tuple(map(tuple, stacks)), tuple(own for _, own in kinds), devices)
 
     def place(self, layer: int) -> tuple[int, int]:
         """The stack that holds a layer, and where in it."""
@@ -43,21 +56,40 @@ class LayerStacks:
         """A tree on the host in which every list is one by layer, with lists of stacks instead."""
 
         def stack(layers: list) -> list:
-            return [
+            stacks = [
                 jax.tree.map(lambda *own: np.stack(own), *(layers[i] for i in own))
                 for own in self.layers
             ]
+            return [self.for_devices(i, own) for i, own in enumerate(stacks)]
 
         return _lists(stack, tree)
 
     def by_layer(self, tree: Any) -> Any:
-        """The reverse, without a copy."""
+        """The reverse, without a copy of what lies alike."""
         places = [self.place(layer) for layer in range(sum(map(len, self.layers)))]
 
         def unstack(stacks: list) -> list:
+            stacks = [self._ordered(as_stored, i, own) for i, own in enumerate(stacks)]
             return [jax.tree.map(lambda x, at=at: x[at], stacks[stack]) for stack, at in places]
 
         return _lists(unstack, tree)
+
+    def for_devices(self, stack: int, tree: Any) -> Any:
+        """What one stack (or one of its layers) has, {site: {name: array}}, as it lies on the
+        devices."""
+        return self._ordered(by_device, stack, tree)
+
+    def _ordered(self, change: Callable[..., np.ndarray], stack: int, tree: Any) -> Any:
+        """The tree with the columns of its projections changed: those of LoRA's B."""
+        parts = self.parts[stack] if self.devices > 1 and self.parts else {}
+        if not parts:
+            return tree
+
+        def own(path: tuple, x: Any) -> Any:
+            site, *name = (key.key for key in path)
+            return change(x, parts[site], self.devices) if site in parts and name == ["b"] else x
+
+        return jax.tree_util.tree_map_with_path(own, tree)
 
 
 def _lists(change: Any, tree: Any) -> Any:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from flexllm_jax import LLM, SamplingParams, StructuredOutputsParams
+from tests.engine.summands import add_summands, shardings
 from tests.engines import SEVEN, job_config, random_prompts, start_engine
 
 KINDS = {
@@ -69,23 +70,6 @@ def gradients(llm: LLM, job: dict, rows: Path) -> dict[str, np.ndarray]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(one):
             flat[f"{i}{jax.tree_util.keystr(path)}"] = leaf
     return flat
-
-
-def shardings(array: jax.Array) -> jax.sharding.Sharding:
-    return array.sharding
-
-
-def add_summands(
-    array: np.ndarray, sharding: jax.sharding.Sharding, shape: jax.ShapeDtypeStruct
-) -> np.ndarray:
-    """A gradient from its summands: the devices' with the same part of the weight, in turn."""
-    if array.shape == shape.shape:
-        return array
-    total = np.zeros(shape.shape, np.float32)
-    part = shape.sharding.devices_indices_map(shape.shape)
-    for device, summand in sharding.devices_indices_map(array.shape).items():
-        total[part[device]] += array[summand]
-    return total
 
 
 def buffers(llm: LLM) -> list:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from flexllm_jax.models.collectives import Axes, mean_of_devices
 from flexllm_jax.models.layers import RMSNorm, unit_norm
 from flexllm_jax.models.mixers.mixer import Mixer, Tap
 from flexllm_jax.models.spec import AttentionSpec
@@ -57,14 +58,15 @@ class AttentionMixer(Mixer):
             q, gate = jnp.split(q.reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
             q, gate = (x.reshape(-1, spec.inner) for x in (q, gate))
             gate = as_array(tap("attention_gate", gate))
-        q = self._by_heads(layer, as_array(tap("query", q)), "q_norm")
+        q = as_array(tap("query", q))
+        if own and spec.qk_norm:
+            own[0] = as_array(tap("key", own[0]))
+        q, *keys = self._normed(layer, q, *own[:1])
         if query_factor is not None:
             q = q * query_factor.astype(q.dtype)
         if not own:
             return (q,), gate
         k, v = own[0], own[-1]
-        if spec.qk_norm:
-            k = as_array(tap("key", k))
         if spec.values == "keys":
             v = k
         elif spec.v_norm:
@@ -72,13 +74,18 @@ class AttentionMixer(Mixer):
         v = v.reshape(v.shape[0], -1, spec.head_dim)
         if spec.v_norm:
             v = unit_norm(v, layer.spec.norm.eps)
-        return (q, self._by_heads(layer, k, "k_norm"), v), gate
+        return (q, *keys, v), gate
+
+    def _normed(self, layer: Any, *projected: Float[Array, "T X"]) -> list[Float[Array, "T N H"]]:
+        """Queries, and keys if there are some, normed, and in the order in which they are
+        rotated."""
+        norms = ("q_norm", "k_norm")[: len(projected)]
+        if layer.spec.mixer.qk_norm == "projection":
+            projected = _norm_whole([getattr(layer, n) for n in norms], projected, layer.axes)
+        return [self._by_heads(layer, x, n) for x, n in zip(projected, norms, strict=True)]
 
     def _by_heads(self, layer: Any, x: Float[Array, "T X"], norm: str) -> Float[Array, "T N H"]:
-        """Queries or keys, normed, and in the order in which they are rotated."""
         spec: AttentionSpec = layer.spec.mixer
-        if spec.qk_norm == "projection":
-            x = getattr(layer, norm)(x)
         x = x.reshape(x.shape[0], -1, spec.head_dim)
         if spec.qk_norm == "head":
             x = getattr(layer, norm)(x)
@@ -97,3 +104,17 @@ class AttentionMixer(Mixer):
 def sinks_of(layer: Any) -> Float[Array, " N"] | None:
     """The sinks of a layer that attends; None: it has none."""
     return layer.sinks[...] if layer.spec.mixer.sinks else None
+
+
+def _norm_whole(
+    norms: list[RMSNorm], projected: tuple[Float[Array, "T X"], ...], axes: Axes
+) -> tuple[Float[Array, "T X"], ...]:
+    """Queries and keys, each normed over all heads. Where each device has some of the heads, their
+    mean squares come from all devices in one all-reduce; every head of keys is on as many."""
+    both = list(zip(norms, projected, strict=True))
+    if not axes:
+        return tuple(norm(x) for norm, x in both)
+    wide = [x.astype(jnp.float32) for x in projected]
+    own = jnp.stack([jnp.mean(x * x, axis=-1, keepdims=True) for x in wide])
+    means = mean_of_devices(own, axes)
+    return tuple(norm.part(x, mean) for (norm, x), mean in zip(both, means, strict=True))
