@@ -27,11 +27,10 @@ def families_markdown() -> str:
             f"`{wrapper.architecture}`",
             f"the text's part, under `text_config`; `{wrapper.text}` where that does not say",
             "of that part",
-            "of that part",
         )
         for wrapper in WRAPPERS.values()
     ]
-    head = ("family", "`architectures`", "differs from Llama in", "sites of LoRA", "`parallel.tp`")
+    head = ("family", "`architectures`", "differs from Llama in", "sites of LoRA")
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
@@ -47,15 +46,11 @@ def _row(family: Family) -> tuple[str, ...]:
     what = ", ".join(f"`{site}`" for site in sites if set(usual) - set(sites) or site not in usual)
     if set(usual) <= set(sites):
         what = f"the usual seven, {what}" if what else "the usual seven"
-    attention = _attending(layers)[0].mixer
-    alone = attention.fused or layers[0].mlp.fused or attention.qk_norm == "projection"
-    alone = alone or layers[0].token_width or len(_attending(layers)) < len(layers)
     return (
         family.title,
         f"`{family.architecture}`",
         "; ".join([*_differences(layers), *_ends(around, head)]) or "nothing",
         f"{what}, `{HEAD}`",
-        "1" if alone else "any",
     )
 
 

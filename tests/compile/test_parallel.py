@@ -17,6 +17,7 @@ from flexllm_jax.compile.parallel import (
     plan_parallel,
 )
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.spec import GatedDeltaSpec, NormSpec
 from tests.small_models import small_model
 
 T, D_IN, RANK, D_OUT, TP = 3, 8, 4, 12, 4
@@ -198,11 +199,28 @@ def test_models_that_do_not_divide_are_refused_in_one_line(changes, tp, named):
     assert f"parallel.tp={tp}" in str(error.value)
 
 
-def test_norms_over_all_heads_are_refused():
+def with_mixers(*mixers, **fields) -> ModelConfig:
     one = model()
-    attention = replace(one.layers[0].mixer, qk_norm="projection")
-    layers = (replace(one.layers[0], mixer=attention),) * one.num_layers
-    with pytest.raises(
-        ParallelError, match=r"parallel.tp=2: .* over all heads.* use parallel.tp=1"
-    ):
-        Mesh.of(replace(one, layers=layers), 2)
+    layers = tuple(replace(one.layers[0], mixer=mixer) for mixer in mixers)
+    return replace(one, layers=layers, **fields)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fused", "tp", "named"),
+    [
+        ({"fused": True}, True, 4, "does not divide the model's num_kv_heads=2"),
+        ({}, True, 8, "does not divide the model's linear_num_key_heads=4"),
+        ({}, False, 4, "keys of .* gated delta nets .* over 4 devices and those of attention"),
+    ],
+)
+def test_mixers_that_do_not_divide_are_refused_in_one_line(changed, fused, tp, named):
+    delta = GatedDeltaSpec(4, 8, 8, 16, 4, NormSpec(1e-6), fused=fused)
+    attention = replace(model().attention[0], **changed)
+    with pytest.raises(ParallelError, match=f"parallel.tp={tp}.*{named}.* a divisor") as error:
+        Mesh.of(with_mixers(delta, attention), tp)
+    assert "\n" not in str(error.value)
+
+
+def test_tables_of_tokens_for_single_layers_must_divide():
+    with pytest.raises(ParallelError, match="vocab_size_per_layer_input=99"):
+        Mesh.of(with_mixers(model().attention[0], token_table=99), 2)

@@ -41,4 +41,3 @@ def test_sites_of_lora_are_the_projections_in_the_checkpoint(rows, family, tmp_p
 def test_it_says_what_a_family_does(rows):
     assert "a window in 6 of 12 layers; a soft cap of scores" in rows["Gemma2ForCausalLM"][2]
     assert rows["LlamaForCausalLM"][2] == "nothing"
-    assert rows["Phi3ForCausalLM"][4] == rows["Olmo3ForCausalLM"][4] == "1"

@@ -43,7 +43,8 @@ STEP, SLOTS, UNIT, PAGES = 16, 48, 16, 8
 TABLES = ([5, 2, 7, 0], [1, 6])
 # The first cuts a sequence, the last has the rest of one and of the other.
 STEPS = ([(0, 0, 16)], [(0, 16, 29), (1, 0, 3)], [(1, 3, 14)])
-SAVED = ("residual", "attended", "token_gate")  # of all else the backward computes the value again
+# Of all else the backward computes the value again.
+SAVED = ("residual", "attended", "attention_branch", "mlp_branch", "token_gate")
 FORWARD = f"forward/adapters/{STEP}"
 
 
