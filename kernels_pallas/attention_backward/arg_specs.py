@@ -12,6 +12,7 @@ import numpy as np
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.attention_backward.pallas_triton import tuning_key
 from kernels_pallas.cases import Case, ModelShape, model_shards
+from kernels_pallas.layer_options import FULL, AttentionOptions
 
 # Sequences of a few hundred tokens that fill a microbatch of 4096 up to some padding.
 PACKED = (700, 200, 450, 310, 620, 90, 540, 380, 260, 480)
@@ -71,9 +72,12 @@ def _case(
     page_size: int = 64,
     dtype=jnp.bfloat16,
     target: float = 0.0,
+    options: AttentionOptions = FULL,
 ) -> Case:
     tokens = np.arange(start, min(start + unit_tokens, sum(lengths)))
     firsts = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)[tokens]
+    if options.window is not None:
+        firsts = np.maximum(firsts, tokens - options.window + 1)
     pairs = int(np.sum(tokens + 1 - firsts)) * model.num_heads
     item = jnp.dtype(dtype).itemsize
     keys_read = int(tokens[-1] + 1 - firsts[0]) * model.num_kv_heads
@@ -82,7 +86,7 @@ def _case(
     values += keys_read * model.head_dim * (2 * item + 4 * 4)
     return Case(
         name,
-        attention_backward,
+        partial(attention_backward, options=options),
         lambda key: _make(key, model, lengths, slots, unit_tokens, start, page_size, dtype),
         flops=5.0 * 2 * pairs * model.head_dim,
         bytes=float(values),
@@ -92,13 +96,13 @@ def _case(
     )
 
 
-def _again(case: Case) -> Case:
+def _again(case: Case, options: AttentionOptions = FULL) -> Case:
     """The attention that the backward of a case belongs to, computed again: two of its five
     products; it reads q, keys and values and writes the output."""
     return replace(
         case,
         name=f"{case.name}/again",
-        function=attention_of_slice,
+        function=partial(attention_of_slice, options=options),
         make=lambda key: case.make(key)[:6],
         flops=case.flops * 2 / 5,
         bytes=case.bytes / 2,
@@ -118,9 +122,17 @@ def _cases() -> Iterator[Case]:
         yield packed(f"{model.name}/packed-512-of-4096", start=2048)
     model = next(model_shards())
     extra = partial(_case, lengths=PACKED, slots=4096, unit_tokens=512, start=3584)
-    for head_dim in (64, 80, 96, 256):
-        other = ModelShape(model.name, 0, 16, 4, head_dim, 0)
+    others = {h: ModelShape(model.name, 0, 16, 4, h, 0) for h in (64, 80, 96, 256, 512)}
+    for head_dim, other in others.items():
         yield extra(f"{model.name}/packed-512-of-4096/h{head_dim}", model=other)
+    yield _again(extra(f"{model.name}/packed-512-of-4096/h512", model=others[512]))
+    for name, shape, options in (
+        ("window", model, AttentionOptions(window=256)),
+        ("h256/window-and-cap", others[256], AttentionOptions(window=256, soft_cap=50.0)),
+    ):
+        case = extra(f"{model.name}/packed-512-of-4096/{name}", model=shape, options=options)
+        yield case
+        yield _again(case, options)
     yield extra(f"{model.name}/packed-512-of-4096/float32", model=model, dtype=jnp.float32)
     yield extra(f"{model.name}/packed-512-of-4096/page16", model=model, page_size=16)
     odd = partial(_case, model=model, lengths=(1000, 77), slots=1099, page_size=128)
@@ -144,7 +156,7 @@ DRY_RUN_CASES = (
 def tuning_keys(case: Case) -> tuple[str, ...]:
     """The entries of the tuning table that a case uses: of dq and of dkv; the forward takes dq's
     tiles, and has none of its own."""
-    if case.function is attention_of_slice:
+    if not case.donated:  # the forward
         return ()
     q = jax.eval_shape(case.make, jax.random.key(0))[0]
     dq, dkv = (tuning_key(kernel, q.shape[2], q.dtype) for kernel in ("dq", "dkv"))

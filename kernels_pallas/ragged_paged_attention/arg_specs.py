@@ -110,12 +110,16 @@ def _cases() -> Iterator[Case]:
         name = jnp.dtype(stored).name
         yield attention_case(f"decode-64x2048/{name}", model, decode, stored=stored)
         yield attention_case(f"mixed/{name}", model, mixed, stored=stored)
-    for heads, kv_heads, head_dim in ((32, 32, 64), (32, 8, 80), (28, 4, 96), (16, 8, 256)):
+    sizes = ((32, 32, 64), (32, 8, 80), (28, 4, 96), (16, 8, 256), (32, 4, 512))
+    for heads, kv_heads, head_dim in sizes:
         shape = ModelShape(
             f"heads{heads}-{kv_heads}-h{head_dim}", 4096, heads, kv_heads, head_dim, 1
         )
         yield attention_case("mixed", shape, mixed)
         yield attention_case("mixed/float32", shape, mixed, dtype=jnp.float32)
+    gemma2 = ModelShape("heads16-8-h256", 3584, 16, 8, 256, 1)
+    both = AttentionOptions(window=256, soft_cap=50.0)
+    yield attention_case("mixed/window-and-cap", gemma2, mixed, options=both)
 
 
 CASES = tuple(_cases())

@@ -39,6 +39,7 @@ SHAPES = {
     "page16-gqa4-h64-float32": Shape(16, 4, 1, 64, np.float32, 2e-5),
     "page32-gqa7-h80-bfloat16": Shape(32, 14, 2, 80, ml_dtypes.bfloat16, 3e-2),
     "page128-gqa1-h16-float32": Shape(128, 2, 2, 16, np.float32, 2e-5),
+    "page64-gqa2-h512-float32": Shape(64, 2, 1, 512, np.float32, 2e-5),
     "page16-gqa4-h64-float32-sinks": Shape(16, 4, 1, 64, np.float32, 2e-5, sinks=True),
 }
 CASES = [
@@ -51,6 +52,7 @@ CASES = [
     ("page16-gqa4-h64-float32", 7, AttentionOptions(window=2)),
     ("page128-gqa1-h16-float32", 64, AttentionOptions(window=65, soft_cap=1.5, scale=0.3)),
     ("page32-gqa7-h80-bfloat16", 64, AttentionOptions(soft_cap=2.0)),
+    ("page64-gqa2-h512-float32", 64, AttentionOptions(window=65, soft_cap=1.5)),
     ("page16-gqa4-h64-float32-sinks", 64, FULL),
     ("page16-gqa4-h64-float32-sinks", 7, AttentionOptions(window=21, soft_cap=1.5)),
 ]

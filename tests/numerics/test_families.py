@@ -7,7 +7,7 @@ original contexts, in steps that cut them. `test_gradients` has whole engines fo
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import jax
@@ -33,6 +33,8 @@ from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
 from kernels_pallas.backend import XLA
 from tests import checkpoints
 from tests.engines import SEVEN, load_base, load_with_adapter, reference_logits, save_random_adapter
+from tests.numerics import by_fields
+from tests.numerics.mutants import ARRAYS, CHANGES, mutants
 from tests.packing import pack
 
 FAMILIES = (
@@ -82,7 +84,11 @@ def case(request, tmp_path_factory):
         ),
     )
     own.packed = pack(own.sizes, PAGES, own.tokens, TABLES, STEPS)
-    own.forward, own.expected = forward(own, own.sizes), peft_gradients(own)
+    own.forward = forward(own, own.sizes)
+    reference = load_with_adapter(own.path, own.saved, torch.float64, is_trainable=True)
+    own.expected = peft_gradients(own, reference)
+    with reference.disable_adapter():
+        own.base_logits = reference_logits(reference, own.tokens[0])
     return own
 
 
@@ -218,9 +224,9 @@ def test_gradients_are_those_of_peft(case, unit, monkeypatch):
         assert error < 1e-4, (layer, module, factor, error)
 
 
-def peft_gradients(case):
+def peft_gradients(case, model=None):
     """Loss, and gradients of all factors in float64."""
-    model = load_with_adapter(case.path, case.saved, torch.float64, is_trainable=True)
+    model = model or load_with_adapter(case.path, case.saved, torch.float64, is_trainable=True)
     total, gradients = 0.0, {}
     for tokens in map(torch.tensor, case.tokens):
         logits = model(tokens[None]).logits[0, :-1]
@@ -233,6 +239,26 @@ def peft_gradients(case):
             site = next(s for s in case.adapter.weights if case.model.names.module_path(*s) == path)
             gradients[*site, factor[0].lower()] = parameter.grad.T.numpy()
     return total, gradients
+
+
+def test_no_field_could_be_another(case):
+    """What the tests of a family compare with tells it from all that differ in one field."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), case.params)
+    expected = case.base_logits
+
+    def error(model):
+        ours = by_fields.logits(model, params, case.tokens[0])
+        return np.abs(ours - expected).max() / np.abs(expected).max()
+
+    assert error(case.model) < 1e-5
+    for name, model in mutants(case.model):
+        assert error(model) > 1e-3, name  # ten times what it may be wrong by
+
+
+def test_every_field_of_a_layer_is_changed_or_says_where_arrays_are():
+    for kind, named in ARRAYS.items():
+        assert {field.name for field in fields(kind)} == named | CHANGES[kind].keys(), kind
+        assert not named & CHANGES[kind].keys()
 
 
 def clear(module):
