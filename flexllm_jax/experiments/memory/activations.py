@@ -213,7 +213,7 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     x = jax.ShapeDtypeStruct((tokens, model.d_model), sizes.dtype)
     # In the model's dtype: all layers share them, and no layer keeps a cast of its own.
     angle = jax.ShapeDtypeStruct((tokens, 1, model.head_dim), sizes.dtype)
-    angles = Angles(angle, angle)
+    angles = Angles(angle, angle)  # pyright: ignore[reportArgumentType]: shapes stand for arrays
     others = (params["layers"][0], weights, scales, angles, x)
 
     def bypass(adapter):
