@@ -27,6 +27,7 @@ from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.optimizer import checkpointed, without_gradient
 from flexllm_jax.finetune.resume import made_with
 from flexllm_jax.finetune.source import CannotGoOn, Step
+from flexllm_jax.models.hf_tensors import fingerprint
 from flexllm_jax.peft.bank import to_row, trained_ranks
 from flexllm_jax.peft.dropout import JobDropout
 from scheduler.coserving import Scheduler
@@ -48,6 +49,8 @@ class Trainer:
         release: Callable[[str], None],
     ):
         self._config, self._runner, self._scheduler = config, runner, scheduler
+        random = config.model.load_format == "dummy"
+        self._weights = "random" if random else fingerprint(config.model.path, runner.model)
         self._publish, self._release = publish, release
         self.jobs: dict[str, FinetuneJob] = {}
         self._queued: dict[int, tuple[FinetuneJob, PackedMicrobatch]] = {}
@@ -78,7 +81,7 @@ class Trainer:
         runner = self._runner
         check_job(job, runner.sizes)
         if isinstance(job.config, FinetuneConfig):
-            job.made_with = made_with(job, job.config, runner.sizes.bank)
+            job.made_with = made_with(job, job.config, runner.sizes.bank, self._weights)
         values, scales = to_row(job.adapter, runner.model, runner.sizes.bank, job.name)
         kept = {"master": values}
         versions = {}

@@ -1,10 +1,10 @@
 """What a checkpoint was made with, and whether a job of another configuration may go on from it.
 
 Everything that the saved arrays and the place in the data mean something by must be the same: the
-adapter, the bank's sizes, the method, the order of the rows. What only says how to go on may
-change: the optimizer's settings, batch_tokens, epochs or steps, weight and priority; the job then
-takes what is left of the data. Options of the dataset may change as long as its tokens stay the
-same.
+weights of the model, the adapter, the bank's sizes, the method, the order of the rows. What only
+says how to go on may change: the optimizer's settings, batch_tokens, epochs or steps, weight and
+priority; the job then takes what is left of the data. Options of the dataset may change as long as
+its tokens stay the same.
 """
 
 import dataclasses
@@ -22,11 +22,15 @@ from flexllm_jax.peft.bank import BankShape
 _DATA_OPTIONS = ("dataset", "format", "train_on", "max_seq_len")
 
 
-def made_with(job: FinetuneJob, config: FinetuneConfig, bank: BankShape) -> dict[str, Any]:
-    """What a job's checkpoints depend on, as JSON data by the field that sets it."""
+def made_with(
+    job: FinetuneJob, config: FinetuneConfig, bank: BankShape, weights: str
+) -> dict[str, Any]:
+    """What a job's checkpoints depend on, as JSON data by the field that sets it. weights: the
+    fingerprint of the model's."""
     peft = job.peft
     fields = {f"peft.{f.name}": getattr(peft, f.name) for f in dataclasses.fields(peft)}  # type: ignore[arg-type]
     fields |= {
+        "model.path": f"weights {weights}",
         "peft.type": peft.kind,
         "init_adapter": _crc32(job.adapter) if config.init_adapter else None,
         "seed": config.seed,

@@ -1,6 +1,7 @@
 """Where a checkpoint's tensors are stored, and one of them read, on the host."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +48,19 @@ def stored_rows(directory: Path, stored: Stored) -> list[int]:
         with open_file(directory / part.file) as checkpoint:
             rows.append(checkpoint.get_slice(part.name).get_shape()[0])
     return rows
+
+
+def fingerprint(path: str | Path, config: ModelConfig) -> str:
+    """What tells a checkpoint's weights from those of other models: a checksum of the first row of
+    each tensor, whatever files they lie in."""
+    directory, crc = Path(path), 0
+    files = checkpoint_files(directory)
+    for tensor in tensors(config):
+        if (stored := files.get(tensor.name)) is not None:  # a head may be the embeddings
+            with open_file(directory / stored.file) as checkpoint:
+                row = checkpoint.get_slice(stored.name)[:1]
+            crc = zlib.crc32(f"{tensor.name} {row.dtype}".encode() + row.tobytes(), crc)
+    return f"{crc:08x}"
 
 
 def _files(directory: Path) -> dict[str, str]:

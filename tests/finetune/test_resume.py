@@ -30,7 +30,7 @@ def rows(count=20, length=10, offset=0):
     return Dataset(None, "text", count, tuple(sequences), (), 0)  # type: ignore[arg-type]
 
 
-def make_job(peft=None, bank=BANK, data=None, start=None, **fields):
+def make_job(peft=None, bank=BANK, data=None, start=None, weights="1a2b3c4d", **fields):
     fields = {"name": "j", "dataset": "rows.jsonl", "epochs": 2, "batch_tokens": 40} | fields
     if "steps" in fields:
         del fields["epochs"]
@@ -39,7 +39,7 @@ def make_job(peft=None, bank=BANK, data=None, start=None, **fields):
     fields = FinetuneConfig(**fields)
     source = DatasetSource(fields, Supervised(), data or rows(), None, 96, 40)
     job = FinetuneJob(fields, config, adapter, source)
-    job.made_with = made_with(job, job.config, bank)
+    job.made_with = made_with(job, job.config, bank, weights)
     return job
 
 
@@ -69,6 +69,7 @@ def test_another_beta_is_refused_by_name():
 @pytest.mark.parametrize(
     ("field", "change"),
     [
+        ("model.path", {"weights": "5e6f7a8b"}),
         ("peft.r", {"peft": LoraConfig(**LORA | {"r": 8})}),
         ("peft.alpha", {"peft": LoraConfig(**LORA | {"alpha": 16.0})}),
         ("peft.use_rslora", {"peft": LoraConfig(**LORA, use_rslora=True)}),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flexllm_jax.models.config import ModelConfig
+from flexllm_jax.models.hf_tensors import fingerprint
 from flexllm_jax.models.hf_weights import (
     WeightsError,
     abstract_parameters,
@@ -179,6 +180,19 @@ def refusal(source):
         load(source)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_a_fingerprint_is_of_the_weights_whatever_files_they_lie_in(tmp_path):
+    path = make_llama(tmp_path / "one")
+    config = ModelConfig.from_hf(path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert fingerprint(tmp_path / "sharded", config) == fingerprint(path, config)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.add_(1e-3)  # as a merged adapter does
+    model.save_pretrained(tmp_path / "other")
+    assert fingerprint(tmp_path / "other", config) != fingerprint(path, config)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
