@@ -68,7 +68,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/python scripts/coserve.py --config $(QUICKSTART) --set finetune.jobs.0.resume=false \
 		--ask "Tell me about Sara." --ask "Who is Felix?" --ask "Tell me about Laura."
 
-demo-rl: $(VENV)/.runtime
+demo-rl: $(VENV)/.graders
 	$(BIN)/python scripts/make_demo_model.py --out $(DEMO)
 	$(BIN)/python scripts/coserve.py --config configs/reinforcement.yaml --set finetune.jobs.0.resume=false \
 		--ask "Which city, job and pet has Sara?" --ask "Which city, job and pet has Felix?" \
@@ -134,6 +134,10 @@ $(BIN)/python:
 $(VENV)/.runtime: pyproject.toml $(wildcard .ci/constraints/*.txt) | $(BIN)/python
 	@test -f $(LOCK) || echo "make: no $(LOCK): taking the newest versions that pyproject.toml allows"
 	$(PIP) install $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(VENV)/.graders: $(VENV)/.runtime
+	$(PIP) install $(CONSTRAINTS) --editable ".[graders]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime

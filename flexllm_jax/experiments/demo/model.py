@@ -37,14 +37,15 @@ from kernels_pallas.layer_passes import rotate
 VOCABULARY = 1024
 ROW = 128  # tokens of a training row
 ROWS_PER_STEP = 8
+WINDOW = 16  # of families that have one: shorter than a question with its answer
 # What the demo's model may look like: transformers' configuration and model, and fields of theirs.
 FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], str, dict[str, Any]]] = {
     "llama": (LlamaConfig, "LlamaForCausalLM", {}),
-    "mistral": (MistralConfig, "MistralForCausalLM", {"sliding_window": 64}),
+    "mistral": (MistralConfig, "MistralForCausalLM", {"sliding_window": WINDOW}),
     "gemma": (
         Gemma3TextConfig,
         "Gemma3ForCausalLM",
-        {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
     "qwen3.5": (
         Qwen3_5TextConfig,
