@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Cohere2Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -327,6 +328,18 @@ def make_olmo_hybrid(path: Path, **options: Any) -> Path:
         "pad_token_id": 0,
     }
     return _make(OlmoHybridConfig, path, **(fields | options))
+
+
+def make_cohere2(path: Path, **options: Any) -> Path:
+    """Write a Cohere 2 checkpoint: a layer with a window of 9, and one that is told no
+    positions."""
+    fields: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 9,
+        "logit_scale": 0.7,
+        "layer_norm_eps": 1e-3,
+    }
+    return _make(Cohere2Config, path, **(fields | options))
 
 
 def _make(

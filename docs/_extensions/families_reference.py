@@ -112,6 +112,10 @@ def _differences(layers: tuple[LayerSpec, ...]) -> Iterator[str]:
         name for name, part in (("q, k, v", attention), ("gate, up", first.mlp)) if part.fused
     ]:
         yield f"{' and '.join(fused)} in one projection"
+    if first.parallel:
+        yield "attention and the feed-forward network side by side, behind one norm"
+    if norm.centred:
+        yield "LayerNorm without a bias"
     if norm.post:
         where = "norms before and behind" if norm.pre else "norms behind alone"
         alike = all(layer.norm.post for layer in layers)

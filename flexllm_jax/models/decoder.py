@@ -69,7 +69,8 @@ class DecoderLayer(nnx.Module):
         mixer, norm = mixer_of(spec.mixer), partial(RMSNorm, spec=spec.norm, dtype=dtype)
         pre, post = spec.norm.pre, spec.norm.post
         behind = replace(spec.norm, eps=spec.norm.post_eps or spec.norm.eps)
-        self.pre_attn_norm, self.pre_mlp_norm = (norm(d_model) if pre else None for _ in range(2))
+        self.pre_attn_norm = norm(d_model) if pre else None
+        self.pre_mlp_norm = norm(d_model) if pre and not spec.parallel else None
         self.post_attn_norm, self.post_mlp_norm = (
             norm(d_model, spec=behind) if post else None for _ in range(2)
         )
@@ -153,7 +154,10 @@ class DecoderLayer(nnx.Module):
         y = self._branch(self.post_attn_norm, y, "attention_branch", tap)
         names = self.spec.mlp.projected
         readers = 1 + len(names)
-        if "residual" in recalled:  # then the norm is of what was recalled
+        if self.spec.parallel:
+            x, normed = self._normed(self.pre_attn_norm, x, None, readers)
+            x = x + y
+        elif "residual" in recalled:  # then the norm is of what was recalled
             x = tap("residual", as_array(x) + y)
             x, normed = self._normed(self.pre_mlp_norm, x, None, readers)
         else:

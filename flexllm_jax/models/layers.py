@@ -13,7 +13,7 @@ from flexllm_jax.models.collectives import Axes
 from flexllm_jax.models.spec import NormSpec
 from kernels_pallas.backend import MERGED_COLUMNS, Backend
 from kernels_pallas.layer_passes import add_norm
-from kernels_pallas.rows import Recalled
+from kernels_pallas.rows import Recalled, as_array
 
 
 class Linear(nnx.Module):
@@ -41,7 +41,8 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm (arXiv 1910.07467) over the last axis."""
+    """Root-mean-square norm (arXiv 1910.07467) over the last axis; with the mean taken off before,
+    it is LayerNorm (arXiv 1607.06450) without a bias."""
 
     def __init__(self, size: int, spec: NormSpec, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.ones((size,), dtype))
@@ -49,6 +50,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalize in float32; the result has x's dtype."""
+        if self.spec.centred:
+            return self._centred(x)
         return add_norm(x, None, self._weight, self.spec.eps)[1]
 
     def join(
@@ -60,7 +63,15 @@ class RMSNorm(nnx.Module):
     ) -> tuple[Float[Array, "T D"], ...]:
         """The residual x + y, and it normalized, for so many readers: one pass, and one
         backward."""
+        if self.spec.centred:  # XLA's: the pass has no kernel that takes the mean off
+            x = as_array(x) if y is None else as_array(x) + y
+            return x, *[self._centred(x)] * readers
         return add_norm(x, y, self._weight, self.spec.eps, backend, readers)
+
+    def _centred(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        return add_norm(wide, None, self._weight, self.spec.eps)[1].astype(x.dtype)
 
     def part(self, x: Float[Array, "T D"], mean_square: Float[Array, "T 1"]) -> Float[Array, "T D"]:
         """Normalize some of the columns, by the mean square of all; as `__call__` else."""

@@ -107,6 +107,8 @@ class Names:
         """A layer's norms: their names in the parameter tree, and inside of the layer."""
         usual = dict(NORMS[layer.norm.pre, layer.norm.post])
         mixer = layer.mixer
+        if layer.parallel:
+            del usual["pre_mlp_norm"]
         if isinstance(mixer, GatedDeltaSpec):
             usual |= DELTA_NORM
         elif mixer.qk_norm in ("head", "projection"):

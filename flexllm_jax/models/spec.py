@@ -206,11 +206,12 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """The layer's root-mean-square norms.
+    """The layer's norms: by the root of the mean square.
 
     pre: of what attention and the feed-forward network read. post: of what they give, before it is
     added; post_eps: their eps, where it is another. late_cast: the weight is applied in float32,
-    before the cast. offset: the weight is 1 + what is stored.
+    before the cast. offset: the weight is 1 + what is stored. centred: the mean is taken off
+    before.
     """
 
     eps: float
@@ -219,6 +220,7 @@ class NormSpec:
     late_cast: bool = False
     offset: bool = False
     post_eps: float | None = None
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,8 @@ class LayerSpec:
     multiplied by `residual_scale` before it is added.
 
     token_width: of what each token has for this layer alone, which a third branch reads; None:
-    there is none. scalar: whether the layer's output is multiplied by a stored number.
+    there is none. scalar: whether the layer's output is multiplied by a stored number. parallel:
+    whether the feed-forward network reads what the mixer does, the layer's input behind one norm.
     """
 
     mixer: MixerSpec
@@ -236,6 +239,7 @@ class LayerSpec:
     residual_scale: float = 1.0
     token_width: int | None = None
     scalar: bool = False
+    parallel: bool = False
 
     def kernel_shapes(self, d_model: int) -> dict[str, tuple[int, int]]:
         """[d_in, d_out] of the projections, by their name in the parameter tree."""

@@ -53,8 +53,10 @@ def _layer(layer: Any, spec: LayerSpec, x: np.ndarray, kept: dict, own: Any) -> 
         return y * spec.residual_scale
 
     mix = _delta if isinstance(spec.mixer, GatedDeltaSpec) else _attention
-    x = x + branch("post_attn_norm", mix(layer, spec, before("pre_attn_norm"), kept))
-    h = before("pre_mlp_norm")
+    h = before("pre_attn_norm")
+    x = x + branch("post_attn_norm", mix(layer, spec, h, kept))
+    if not spec.parallel:
+        h = before("pre_mlp_norm" if "pre_mlp_norm" in layer else "pre_attn_norm")
     if spec.mlp.fused:
         gate, up = np.split(_linear(layer["gate_up"], h), 2, axis=1)
     else:
@@ -179,6 +181,8 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 def _norm(x: np.ndarray, part: Any, spec: NormSpec, eps: float | None = None) -> np.ndarray:
+    if spec.centred:
+        x = x - x.mean(axis=-1, keepdims=True)
     return _rms(x, spec.eps if eps is None else eps) * (part["weight"] + spec.offset)
 
 

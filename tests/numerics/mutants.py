@@ -34,8 +34,14 @@ def _rope(value: rope.RopeSpec | None) -> list[Any]:
 CHANGES: dict[type, dict[str, Callable[[Any], list[Any]]]] = {
     ModelConfig: {"embed_scale": _one, "embed_norm": _off, "final_norm": _off},
     spec.HeadSpec: {"scale": _one, "soft_cap": _off},
-    spec.LayerSpec: {"residual_scale": _one, "token_width": _off, "scalar": _off},
-    spec.NormSpec: {"eps": _visible, "post_eps": _visible, "post": _off, "offset": _off},
+    spec.LayerSpec: {"residual_scale": _one, "token_width": _off, "scalar": _off, "parallel": _off},
+    spec.NormSpec: {
+        "eps": _visible,
+        "post_eps": _visible,
+        "post": _off,
+        "offset": _off,
+        "centred": _off,
+    },
     spec.MlpSpec: {"activation": lambda name: ["gelu_tanh" if name == "silu" else "silu"]},
     spec.AttentionSpec: {
         **{"rope": _rope, "qk_norm": _off, "qkv_bias": _off, "o_bias": _off, "gate": _off},

@@ -1,5 +1,6 @@
 """The families of models: a row for each, and no other place that knows one by its name."""
 
+from flexllm_jax.models.families.cohere import COHERE2
 from flexllm_jax.models.families.dense import (
     GRANITE,
     GRANITE_SWA,
@@ -29,7 +30,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
         *(SMOLLM3, SEED_OSS, GRANITE, GRANITE_SWA, OLMO2, OLMO3, GEMMA2, GEMMA3),
-        *(GEMMA4, GEMMA4_UNIFIED, MUSE, QWEN3_5, OLMO_HYBRID),
+        *(GEMMA4, GEMMA4_UNIFIED, MUSE, QWEN3_5, OLMO_HYBRID, COHERE2),
     )
 }
 # Models of more than text, of which the text's part is served.
