@@ -22,13 +22,30 @@ def declared(server):
 
 @pytest.fixture(scope="module")
 def known(client, tmp_path_factory):
-    """A file, a job and an upload, for requests that name one; no job is left running."""
-    rows = write_rows(tmp_path_factory.mktemp("fuzz") / "rows.jsonl", letter_rows(4))
+    """A file, a job, an upload, a batch and a response, for requests that name one; no job is left
+    running."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    rows = write_rows(folder / "rows.jsonl", letter_rows(4))
     file = client.files.create(file=rows, purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file.id)
     upload = {"bytes": 5, "filename": "a", "mime_type": "text/plain", "purpose": "batch"}
     uploads = [client.uploads.create(**upload).id, "upload_0"]
-    yield {"file_id": [file.id, "file-0"], "job_id": [job.id, "ftjob-0"], "upload_id": uploads}
+    ask = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
+    ask["body"] = {"model": "tiny", "prompt": "a", "max_tokens": 2}
+    asked = write_rows(folder / "requests.jsonl", [ask])
+    asked = client.files.create(file=asked, purpose="batch")
+    batch = client.batches.create(
+        input_file_id=asked.id, endpoint="/v1/completions", completion_window="24h"
+    )
+    response = client.responses.create(model="tiny", input="a", max_output_tokens=2)
+    yield {
+        "file_id": [file.id, "file-0"],
+        "job_id": [job.id, "ftjob-0"],
+        "upload_id": uploads,
+        "batch_id": [batch.id, "batch_0"],
+        "input_file_id": [asked.id, file.id, "file-0"],
+        "response_id": [response.id, "resp_0"],
+    }
     for job in client.fine_tuning.jobs.list():
         if job.status not in ("succeeded", "failed", "cancelled"):
             client.fine_tuning.jobs.cancel(job.id)
@@ -44,9 +61,12 @@ def aim(declared, known):
                 if names is not None:
                     parameter["schema"]["enum"] = names
     fields = {name: each.get("properties") for name, each in aimed["components"]["schemas"].items()}
-    for name in ("CompletionRequest", "ChatCompletionRequest", "CreateJob"):
-        fields[name]["model"]["enum"] = ["tiny", "random", "absent"]
+    for name, each in fields.items():
+        if "model" in (each or {}) and name in bodies(aimed):
+            needed = "model" in aimed["components"]["schemas"][name].get("required", ())
+            each["model"] = {"enum": ["tiny", "random", "absent", *([] if needed else [None])]}
     fields["CreateJob"]["training_file"]["enum"] = known["file_id"]
+    fields["CreateBatch"]["input_file_id"]["enum"] = known["input_file_id"]
     fields["CompletionRequest"].pop("best_of", None)  # refused
     fields["CompletionRequest"]["slo"] = {"enum": ["standard", None]}
     for both in fields["CompletionRequest"]:  # tried once is enough
@@ -57,11 +77,25 @@ def aim(declared, known):
     text = {"type": "string", "minLength": 1}
     texts = {"type": "array", "items": text, "minItems": 1, "maxItems": 2048}
     fields["CompletionRequest"]["prompt"] = {"anyOf": [text, texts, tokens]}
-    message = {"role": {"enum": ["system", "user", "assistant"]}, "content": text}
+    message = {"role": {"enum": ["system", "user", "assistant"]}, "content": {"type": "string"}}
     message = {"type": "object", "properties": message, "required": ["role", "content"]}
-    fields["ChatCompletionRequest"]["messages"]["items"] = message
+    for name in ("ChatCompletionRequest", "MessagesRequest", "CountTokensRequest"):
+        fields[name]["messages"]["items"] = message
+    for name in ("ResponseRequest", "InputTokensRequest"):
+        fields[name]["input"] = {
+            "anyOf": [text, {"type": "array", "items": message, "minItems": 1}]
+        }
+        fields[name]["previous_response_id"] = {"enum": [None, *known["response_id"]]}
     del fields["TokenizeRequest"]["messages"]  # which go with a prompt's absence
     return aimed
+
+
+def bodies(declared):
+    """The names of what requests send."""
+    operations = (each for path in declared["paths"].values() for each in path.values())
+    sent = [list(each.get("requestBody", {}).get("content", {}).values()) for each in operations]
+    references = [kind["schema"].get("$ref", "") for kinds in sent for kind in kinds]
+    return {reference.rpartition("/")[2] for reference in references}
 
 
 def test_every_route_declares_its_answers(declared):

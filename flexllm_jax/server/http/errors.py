@@ -67,11 +67,15 @@ class ApiError(Exception):
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
-    """Methods that the path of a request is for."""
+    """Methods that the path of a request is for: `/v1/responses/input_tokens` is none of
+    `/v1/responses/{response_id}`."""
+    having = [r for r in app.routes if r.matches(request.scope)[0] is not Match.NONE]
+    paths = [getattr(route, "path", None) for route in having]
+    own = [route for route, path in zip(having, paths, strict=True) if path == paths[0]]
 
     def is_for(method: str) -> bool:
         scope = {**request.scope, "method": method}
-        return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
+        return any(route.matches(scope)[0] is Match.FULL for route in own)
 
     return [method for method in _METHODS if is_for(method)]
 

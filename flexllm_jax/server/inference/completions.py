@@ -51,11 +51,11 @@ class _Choice:
         self.token_logprobs.append(report.logprob)
         top = None
         if report.logprob is not None and self.count is not None:
-            top = {}
-            itself = (report.token, report.text, report.logprob)
-            # The token itself is always among them; of tokens that look alike the likeliest counts.
-            for token, text, value in [*report.likeliest[: self.count], itself]:
-                top.setdefault(self.name(token, text), value)
+            # The token itself comes first; of tokens that look alike the likeliest counts.
+            top = {self.name(report.token, report.text): report.logprob}
+            for token, text, value in report.likeliest[: self.count]:
+                name = self.name(token, text)
+                top[name] = max(value, top.get(name, value))
         self.top_logprobs.append(top)
 
     def take_logprobs(self) -> dict[str, Any] | None:

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from flexllm_jax.engine.sampling_params import BIASES, SamplingParams
 from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
+from flexllm_jax.server.inference.response_format import ResponseFormat
 from flexllm_jax.server.inference.tools.formats import Format
 from flexllm_jax.server.inference.tools.grammar import calls_of
 from scheduler.drafts import MOST
@@ -54,39 +55,6 @@ class StreamOptions(Body):
     def running(self) -> bool:
         """Whether every chunk tells the usage so far, as vLLM has it."""
         return bool(self.include_usage and self.continuous_usage_stats)
-
-
-class JsonSchema(Body):
-    """Of a response format."""
-
-    name: str
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """What an answer looks like: text, any JSON object, or JSON that has a schema, which an object
-    has as `schema` for llama.cpp's clients and as `value` for huggingface_hub's."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | None = Field(None, validation_alias=AliasChoices("schema", "value"))
-
-    @model_validator(mode="after")
-    def _complete(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema goes with the type json_schema, and with no other")
-        if self.schema_ is not None and self.type != "json_object":
-            raise ValueError("schema, or value, goes with the type json_object, and with no other")
-        return self
-
-    def wanted(self) -> dict[str, Any]:
-        """What an answer must match, as StructuredOutputsParams has it."""
-        schema = self.schema_ if self.json_schema is None else self.json_schema.schema_
-        if schema is not None:
-            return {"json": schema}
-        return {"json_object": True} if self.type == "json_object" else {}
 
 
 class CutPrompt(Body):
@@ -137,6 +105,10 @@ class InferenceRequest(CutPrompt):
     return_tokens_as_token_ids: bool | None = False
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
+    # SGLang's, which mean the same
+    regex: str | None = None
+    ebnf: str | None = None
+    json_schema: str | None = None
     # ours
     logprobs_at_temperature: bool | None = Field(
         default=False,
@@ -150,6 +122,14 @@ class InferenceRequest(CutPrompt):
     slo: str | None = Field(
         default=None, description="Class of service: standard or one of scheduler.slo_classes."
     )
+
+    @model_validator(mode="after")
+    def _read_sglangs(self) -> InferenceRequest:
+        """What SGLang has as fields of a request are structured outputs."""
+        asked = {"regex": self.regex, "grammar": self.ebnf, "json": self.json_schema}
+        if asked := {kind: given for kind, given in asked.items() if given}:
+            self.structured_outputs = (self.structured_outputs or {}) | asked
+        return self
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

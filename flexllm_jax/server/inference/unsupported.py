@@ -48,13 +48,10 @@ _VLLM = (
 _SGLANG = (
     "custom_logit_processor",
     "custom_params",
-    "ebnf",
     "extra_key",
     "input_embeds",
-    "json_schema",
     "lora_path",
     "no_stop_trim",
-    "regex",
     "return_hidden_states",
     "sampling_seed",
     "session_params",

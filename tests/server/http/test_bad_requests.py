@@ -27,8 +27,8 @@ BAD = {
     "suffix": ("after", "suffix"),
     "stop_token_ids": ([-1], "stop_token_ids"),
     "repetition_penalty": (0, "repetition_penalty"),
-    "regex": ("a+", "regex"),
-    "ebnf": ("root ::= 'a'", "ebnf"),
+    "stop_regex": ("a+", "stop_regex"),
+    "regex": ("a(", "structured_outputs"),
     "cache_salt": ("mine", "cache_salt"),
     "priority": (1, "priority"),
     "thinking_token_budget": (0, "thinking_token_budget"),
@@ -43,7 +43,7 @@ BAD = {
 QUESTION = {"role": "user", "content": "a"}
 # In chat and, but for the sampling, in /tokenize.
 BAD_CHAT = {
-    "regex": ("a+", "regex"),
+    "stop_regex": ("a+", "stop_regex"),
     "cache_salt": ("mine", "cache_salt"),
     "priority": (-1, "priority"),
     "thinking_token_budget": (64, "thinking_token_budget"),

@@ -135,6 +135,21 @@ def test_a_grammar_in_ebnf(client):
         answer("root ::= " + '"a" ' * 3000)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"regex": "(yes|no)"},
+        {"ebnf": 'root ::= "yes" | "no"'},
+        {"json_schema": '{"const": "yes"}'},
+    ],
+)
+def test_structures_by_sglangs_names(client, fields):
+    text = complete(client, fields | {"ignore_eos": False}, max_tokens=12).choices[0].text
+    assert text.strip('"') in ("yes", "no")
+    with pytest.raises(openai.BadRequestError, match="exactly one of"):
+        complete(client, fields | {"structured_outputs": {"choice": ["yes"]}})
+
+
 def test_fields_of_several_types_name_them_all(server):
     def refused(**fields):
         body = json.dumps({"model": "tiny", "prompt": "a"} | fields).encode()
