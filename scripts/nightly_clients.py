@@ -16,7 +16,8 @@ how), with a server of their own.
 
 `--vllm-sources` is an unpacked source distribution of vLLM, whose tests of its server are then run
 against this one (with pytest-asyncio, httpx, requests and pybase64); what passed is printed, and
-the log says what did not.
+the log says what did not. An adapter `instruct`, if there is one, answers in place of those of
+vLLM's models that do not think.
 
     python scripts/nightly_clients.py --config configs/serve.yaml --out runs/nightly
 """

@@ -71,6 +71,7 @@ def routes(inference: Inference, delete: Callable[[str, Client], Awaitable[None]
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest, client: Known) -> Response:
         refuse_unsupported(body)
+        models.resolve(body.model, client)  # 404 for one that there is not
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give exactly one of prompt and messages", param="prompt")
         limit = inference.max_model_len()
@@ -98,6 +99,7 @@ def routes(inference: Inference, delete: Callable[[str, Client], Awaitable[None]
 
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest, client: Known) -> Response:
+        models.resolve(body.model, client)
         known = engines.info.vocab_size if engines.info else len(codec.tokenizer)
         if outside := [token for token in body.tokens if token >= known]:
             message = f"tokens: got {outside[0]}; the vocabulary has ids 0 to {known - 1}"

@@ -167,6 +167,17 @@ def test_unknown_models_and_paths(server, client):
 def test_a_method_that_is_not_for_a_path_is_told_those_that_are(server):
     status, headers, _ = server.post("/v1/models/tiny", b"{}")
     assert (status, headers["allow"]) == (405, "DELETE, GET")
+    put = urllib.request.Request(f"{server.url}/v1/responses/input_tokens", method="PUT")
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(put)
+    assert (error.value.code, error.value.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+def test_texts_of_an_unknown_model(server, path):
+    body = {"model": "absent", "prompt": "a", "tokens": [1]}
+    status, _, answer = server.post(path, json.dumps(body).encode())
+    assert (status, json.loads(answer)["error"]["param"]) == (404, "model")
 
 
 def test_whole_numbers_may_have_a_point(server):
