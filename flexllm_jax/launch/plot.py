@@ -1,7 +1,9 @@
-"""`report.png`: a run over time: throughput, latencies against their objectives, loss."""
+"""`report.png`: a run over time: throughput, latencies against their objectives, losses or
+rewards of jobs."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flexllm_jax.launch.run import Run
+from flexllm_jax.launch.run import Run, judged_by
 
 INFERENCE, FINETUNING, OBJECTIVE = "#2f6fb0", "#d9822b", "#b0332f"
 _BINS = 60
@@ -21,14 +23,14 @@ def write_plot(run: Run, out_dir: Path) -> Path:
     panels = [_throughput]
     if run.replay:
         panels += [_ttft, _tpot]
-    if any(job.losses for job in run.jobs):
-        panels.append(_loss)
+    measures = {judged_by(job) for job in run.jobs if job.metrics}
+    panels += [partial(_learning, measure=measure) for measure in sorted(measures)]
     figure = Figure(figsize=(9, 2.3 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for draw, axis in zip(panels, axes, strict=True):
         draw(axis, run)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=min(0, axis.dataLim.ymin))
         axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes[-1].set_xlabel("seconds")
     axes[-1].set_xlim(0, max(run.wall_s, 1e-3))
@@ -72,17 +74,20 @@ def _latency(axis: Axes, run: Run, name: str, objective_s: float) -> None:
     axis.set_ylabel(f"{name.removesuffix('_s').upper()}, ms")
 
 
-def _loss(axis: Axes, run: Run) -> None:
-    """The loss of every optimizer step of this run, and of the validations among them."""
+def _learning(axis: Axes, run: Run, measure: str) -> None:
+    """The loss or reward of every optimizer step of this run, and of the validations among them."""
     for job in run.jobs:
         times = np.array(job.step_times) - run.started
-        if not times.size:
+        if not times.size or judged_by(job) != measure:
             continue
-        first = len(job.losses) - len(times)
-        (line,) = axis.plot(times, job.losses[first:], linewidth=1.3, label=job.name)
+        values = [metrics[measure] for metrics in job.metrics]
+        first = len(values) - len(times)
+        (line,) = axis.plot(times, values[first:], linewidth=1.3, label=job.name)
         validated = [
-            (times[step - first - 1], loss) for step, loss in job.validation_losses if step > first
+            (times[step - first - 1], found[measure])
+            for step, found in job.validations
+            if step > first
         ]
         if validated:
             axis.plot(*np.array(validated).T, "o", color=line.get_color(), label="validation")
-    axis.set_ylabel("loss")
+    axis.set_ylabel(measure)

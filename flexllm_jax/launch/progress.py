@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from flexllm_jax.launch.replay import Replay
-from flexllm_jax.launch.run import Run
+from flexllm_jax.launch.run import Run, judged_by
 from flexllm_jax.launch.summary import number
 from flexllm_jax.llm import JobHandle
 
@@ -90,10 +90,11 @@ def _latencies(replay: Replay) -> str:
 def _job(job: JobHandle) -> str:
     text = f"{job.status}, " if job.status != "running" else ""
     text += f"step {job.steps}/{job.total_steps}"
-    if job.losses:
-        text += f", loss {job.losses[-1]:.3f}"
-    if job.validation_losses:
-        text += f", validation loss {job.validation_losses[-1][1]:.3f}"
+    measure = judged_by(job)
+    if job.metrics:
+        text += f", {measure} {job.metrics[-1][measure]:.3f}"
+    if job.validations:
+        text += f", validation {measure} {job.validations[-1][1][measure]:.3f}"
     text += f", {number(job.tokens_per_s)} tokens/s"
     if job.status == "running" and job.eta_s is not None:
         text += f", {_duration(job.eta_s)} left"

@@ -69,6 +69,13 @@ class Sample:
     finetune_tokens: int
 
 
+def judged_by(job: JobHandle) -> str:
+    """What tells how far a job is: its reward if it learns from one, whose loss says nothing of
+    that; else its loss."""
+    measured = [*job.metrics[-1:], *(found for _, found in job.validations[-1:])]
+    return "reward" if any("reward" in found for found in measured) else "loss"
+
+
 class Display(Protocol):
     """Shows a run while it goes on."""
 

@@ -68,7 +68,7 @@ def summary_table(report: dict[str, Any]) -> Table:
         losses, validated = job["losses"], job["validation_losses"]
         text = f"{job['status']}, {job['steps']}/{job['total_steps']} steps, "
         text += f"{job['tokens']:,} tokens ({number(job['tokens_per_s'])}/s)"
-        if losses:
+        if losses and not job["samples"]:
             text += f", loss {losses[0]:.3f} → {losses[-1]:.3f}"
         if validated:
             text += f", validation loss {validated[-1][1]:.3f}"
@@ -98,7 +98,7 @@ def _rewards(job: dict[str, Any]) -> str:
         rewards = [number(v["reward"]) for v in validations]
         text += f", in validation {' → '.join(rewards[:1] + rewards[1:][-1:])}"
     drift = sum(m["kl_sampler"] for m in metrics) / len(metrics)
-    text += f"; KL of sampler and trainer {drift:.6f}"
+    text += f"; KL of sampler and trainer {round(drift, 6) + 0.0:.6f}"
     seconds = job["tokens"] / job["tokens_per_s"] if job["tokens_per_s"] else 0.0
     if seconds:
         said = number(job["sampled_tokens"] / seconds)
@@ -107,9 +107,9 @@ def _rewards(job: dict[str, Any]) -> str:
 
 
 def _measured(job: dict[str, Any]) -> str:
-    """What the job's method reports besides the loss, of the last step and the last validation."""
+    """What else the job's method reports, of the last step and the last validation."""
     last = {"": job["metrics"][-1:], "validation ": job["validations"][-1:]}
-    own = ("loss", "gradient_norm", "step", "kl_sampler")
+    own = ("loss", "reward", "gradient_norm", "step", "kl_sampler")
     return ", ".join(
         f"{when}{name.replace('_', ' ')} {number(value)}"
         for when, entries in last.items()
