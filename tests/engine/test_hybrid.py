@@ -86,12 +86,15 @@ def test_several_turns_go_on_from_one_another(engine, reference, read):
 
 
 def test_the_preempted_go_on_as_if_nothing_had_been(engine, reference, read):
-    prompts = random_prompts([60, 61, 62, 63], seed=41)
-    futures = [engine.submit(p, SamplingParams(max_tokens=60, ignore_eos=True)) for p in prompts]
+    """Three sequences of 17 pages share 48: who lost its pages finds the snapshot behind its prompt
+    again, as the others need few of them."""
+    prompts = random_prompts([66, 67, 68], seed=41)
+    futures = [engine.submit(p, SamplingParams(max_tokens=66, ignore_eos=True)) for p in prompts]
     states = [future.result(120) for (future,) in futures]
     assert sum(state.preemptions for state in states), "none was preempted: nothing is shown"
+    assert read() >= 1, "prompts share nothing, so only who comes back could read one"
     for prompt, state in zip(prompts, states, strict=True):
-        assert state.output == reference_greedy(reference, prompt, 60)
+        assert state.output == reference_greedy(reference, prompt, 66)
 
 
 def test_a_job_beside_changes_no_answer(engine, reference, tmp_path):

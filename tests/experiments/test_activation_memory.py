@@ -5,17 +5,19 @@ import re
 import pytest
 
 from flexllm_jax.config import ConfigError
-from flexllm_jax.engine.activations import layer_graph
+from flexllm_jax.engine.activations import layer_graph, with_saved
 from flexllm_jax.experiments.memory.activations import (
     STAGES,
     Compiler,
     MemorySection,
+    held,
     make_sizes,
     measure,
 )
 from flexllm_jax.experiments.memory.report import conclusions, plot_memory
+from kernels_pallas.backend import XLA
 
-LAYERS, TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 3, 512, 64, 4, 2, 16
+LAYERS, TOKENS, D, HEADS, KV_HEADS, HEAD_DIM = 3, 512, 64, 4, 2, 32
 SECTION = MemorySection.model_validate(
     {
         "target": None,
@@ -25,10 +27,11 @@ SECTION = MemorySection.model_validate(
                 "architectures": ["LlamaForCausalLM"],
                 "vocab_size": 512,
                 "hidden_size": D,
-                "intermediate_size": 160,
+                "intermediate_size": 192,
                 "num_hidden_layers": LAYERS,
                 "num_attention_heads": HEADS,
                 "num_key_value_heads": KV_HEADS,
+                "head_dim": HEAD_DIM,
                 "max_position_embeddings": TOKENS,
                 "tie_word_embeddings": False,
             }
@@ -77,7 +80,7 @@ def test_what_is_held_is_what_was_asked_for(rows):
 @pytest.mark.parametrize(("stage", "arrays"), [(0, "kept"), (1, "needed")])
 def test_without_optimization_it_is_what_the_trace_says(rows, stage, arrays):
     """XLA's count of a layer's outputs, against the arrays found in the trace."""
-    bank = SECTION.bypasses["LoRA"].bank()
+    bank = SECTION.bypasses["LoRA"].bank(SECTION.model("small"))
     model = SECTION.model("small")
     graph = layer_graph(make_sizes(model, bank, TOKENS, TOKENS, Compiler(None).backend))
     own = set(getattr(graph, arrays)) | {graph.input}
@@ -114,3 +117,32 @@ def test_names_that_are_not_there():
         list(measure(SECTION, case, Compiler(None)))
     with pytest.raises(ConfigError, match=r"'huge' is not one of memory\.models"):
         SECTION.model("huge")
+
+
+def test_a_hybrid_keeps_a_state_for_each_slice():
+    """Beside its layers' inputs: states of its slots, and of the slices of a sequence."""
+    key_heads, value_heads, dk, dv, kernel = 2, 4, 8, 16, 4
+    hybrid = SECTION.models["small"] | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 4,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": kernel,
+        "linear_key_head_dim": dk,
+        "linear_value_head_dim": dv,
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+    }
+    model = SECTION.model_copy(update={"models": {"hybrid": hybrid}}).model("hybrid")
+    bank = SECTION.bypasses["LoRA"].bank(model)
+    few, many = (
+        with_saved(make_sizes(model, bank, tokens, 64, XLA), ()) for tokens in (TOKENS // 2, TOKENS)
+    )
+    channels = 2 * key_heads * dk + value_heads * dv
+    slot = 3 * (4 * value_heads * dk * dv + 2 * (kernel - 1) * channels)
+    kv = 2 * 2 * KV_HEADS * HEAD_DIM  # of the one layer that attends
+    assert held(few)[1:] == (TOKENS // 2 * kv, slot * (1 + 2 + TOKENS // 2 // 64))
+    assert held(many)[1:] == (TOKENS * kv, slot * (1 + 2 + TOKENS // 64))
+    carried = 4 * (value_heads * dk * dv + (kernel - 1) * channels)  # what no token adds to
+    fixed = 3 * slot + carried
+    assert held(many)[0] - fixed == 2 * (held(few)[0] - fixed)

@@ -22,12 +22,13 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flexllm_jax.compile.buckets import Program
 from flexllm_jax.compile.whole_layer import whole_layer
@@ -42,14 +43,14 @@ from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, no_tap
 from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.models.rope import Angles
-from flexllm_jax.peft.adapter import TARGET_MODULES
+from flexllm_jax.peft.adapter import named_modules
 from flexllm_jax.peft.bank import KINDS, BankShape
 from flexllm_jax.peft.stacks import shapes_of_one
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.gpu_target import Target, lower_only
 
 Row = dict[str, Any]
-STAGES = ("no optimization", "pruning", "rematerialization", "token-level")
+STAGES: tuple[str, ...] = ("no optimization", "pruning", "rematerialization", "token-level")
 _PAGE = 64
 
 
@@ -66,13 +67,12 @@ class BypassSection(Section):
     bottleneck_size: Int = Field(default=64, ge=1, description="Width of a bottleneck.")
     num_virtual_tokens: Int = Field(default=32, ge=1, description="Length of a prefix.")
 
-    def bank(self) -> BankShape:
-        """A bank of one adapter of this kind."""
-        modules = tuple(TARGET_MODULES[name] for name in self.target_modules)
+    def bank(self, model: ModelConfig) -> BankShape:
+        """A bank of one adapter of this kind for a model."""
         return BankShape(
             rows=1,
             rank=self.r,
-            modules=modules,
+            modules=named_modules(self.target_modules, model),
             kinds=(self.kind,),
             bottleneck=self.bottleneck_size,
             prefix=self.num_virtual_tokens,
@@ -86,6 +86,11 @@ class MemoryCaseSection(Section):
     tokens: Int = Field(ge=16, description="Length of the sequence.")
     unit_tokens: Int = Field(ge=16, description="Tokens of a backward unit; must divide `tokens`.")
     bypasses: tuple[str, ...] = Field(min_length=1, description="Names of `bypasses`.")
+    stages: tuple[str, ...] = Field(
+        default=STAGES,
+        min_length=1,
+        description="What is counted. The first two are of a model whose layers are all alike.",
+    )
     paper_bytes: dict[str, tuple[Float, Float, Float, Float]] = Field(
         default={}, description="Bypass -> the paper's bytes of the four stages."
     )
@@ -116,6 +121,15 @@ class MemorySection(Section):
         default=(), description="What rematerialization saves besides the layers' inputs."
     )
     cases: tuple[MemoryCaseSection, ...] = Field(min_length=1, description="The panels.")
+
+    @model_validator(mode="after")
+    def _everything_needs_all(self) -> MemorySection:
+        for case in self.cases:
+            if unknown := set(case.stages) - set(STAGES):
+                raise ValueError(f"cases: stages has {unknown}; use some of {', '.join(STAGES)}")
+            if case.inference_tokens is not None and set(case.stages) != set(STAGES):
+                raise ValueError("cases: inference_tokens compares all stages; leave stages out")
+        return self
 
     def model(self, name: str) -> ModelConfig:
         """A model of `models`."""
@@ -170,11 +184,13 @@ class Compiler:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes: held for all layers at once, of which keys and values; needed by one program on top,
-    and by which; and what must be computed again, FLOPs a token of all layers."""
+    """Bytes: held for all layers at once, of which keys and values, and recurrent states; needed by
+    one program on top, and by which; and what must be computed again, FLOPs a token of all layers.
+    """
 
     held: int
     kv: int
+    states: int
     working: int
     largest: str
     recomputed: float
@@ -255,7 +271,7 @@ def measure_whole(compiler: Compiler, sizes: EngineSizes, *, pruned: bool) -> St
     largest = max(working, key=lambda name: working[name])
     kv = 2 * tokens * model.num_kv_heads * model.head_dim * sizes.dtype.itemsize
     layers = model.num_layers
-    return StageMemory(layers * (kept + rows), layers * kv, working[largest], largest, 0.0)
+    return StageMemory(layers * (kept + rows), layers * kv, 0, working[largest], largest, 0.0)
 
 
 def _loss(decoder: Decoder, head: dict, x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -276,10 +292,17 @@ def measure_engine(compiler: Compiler, sizes: EngineSizes) -> StageMemory:
             _check_in_place(program, memory)
             working[program.name] = memory.temp_size_in_bytes
     largest = max(working, key=lambda name: working[name])
-    kv = tree_bytes(sizes.pages(num_pages))
     again = recomputed(sizes) / sizes.finetune_slots
-    held = tree_bytes(sizes.finetune_arrays) + kv
-    return StageMemory(held, kv, working[largest], largest, again)
+    return StageMemory(*held(sizes), working[largest], largest, again)
+
+
+def held(sizes: EngineSizes) -> tuple[int, int, int]:
+    """Bytes that the engine holds for all layers at once, of which keys and values, and recurrent
+    states: of the slices of the sequence, and of slots."""
+    slots, saved = sizes.states_bytes, sizes.finetune_arrays["saved"]
+    slices = tree_bytes([(saved[i]["state"], saved[i]["tail"]) for i in sizes.recurrent])
+    pages = tree_bytes(sizes.pages(sizes.finetune_slots // sizes.page_size))
+    return tree_bytes(sizes.finetune_arrays) + pages, pages - slots, slices + slots
 
 
 def _check_in_place(program: Program, memory: Any) -> None:
@@ -297,18 +320,23 @@ def measure(section: MemorySection, case: MemoryCaseSection, compiler: Compiler)
     for name in case.bypasses:
         if name not in section.bypasses:
             raise ConfigError(f"memory.cases: {name!r} is not one of memory.bypasses; add it there")
-        bank = section.bypasses[name].bank()
+        bank = section.bypasses[name].bank(model)
         whole, sliced = (
             make_sizes(model, bank, case.tokens, unit_tokens, compiler.backend)
             for unit_tokens in (case.tokens, case.unit_tokens)
         )
-        stages = (
-            measure_whole(compiler, whole, pruned=False),
-            measure_whole(compiler, whole, pruned=True),
-            measure_engine(compiler, with_saved(whole, section.saved)),
-            measure_engine(compiler, with_saved(sliced, section.saved)),
+        engines = (with_saved(sizes, section.saved) for sizes in (whole, sliced))
+        counts: tuple[Callable[[], StageMemory], ...] = (
+            partial(measure_whole, compiler, whole, pruned=False),
+            partial(measure_whole, compiler, whole, pruned=True),
+            *(partial(measure_engine, compiler, sizes) for sizes in engines),
         )
-        paper = case.paper_bytes.get(name, (None,) * len(STAGES))
+        stages = {
+            stage: count()
+            for stage, count in zip(STAGES, counts, strict=True)
+            if stage in case.stages
+        }
+        paper = dict(zip(STAGES, case.paper_bytes.get(name, (None,) * len(STAGES)), strict=True))
         same = {
             "model": case.model,
             "tokens": case.tokens,
@@ -316,19 +344,21 @@ def measure(section: MemorySection, case: MemoryCaseSection, compiler: Compiler)
             "window": case.unit_tokens,  # what reports called it first
             "bypass": name,
         }
-        for stage, memory, theirs in zip(STAGES, stages, paper, strict=True):
+        for stage, memory in stages.items():
             yield same | {
                 "stage": stage,
                 "bytes": memory.total,
                 "held": memory.held,
                 "kv": memory.kv,
+                "states": memory.states,
                 "working": memory.working,
                 "largest_program": memory.largest,
                 "recomputed_flops_per_token": memory.recomputed,
-                "paper_bytes": theirs,
+                "paper_bytes": paper[stage],
             }
         if case.inference_tokens is not None:
-            whole_memory = everything(sliced, stages[0], stages[-1], case.inference_tokens)
+            both = stages[STAGES[0]], stages[STAGES[-1]]
+            whole_memory = everything(sliced, *both, case.inference_tokens)
             yield same | {"stage": "everything in memory", "parts": whole_memory}
 
 

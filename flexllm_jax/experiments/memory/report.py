@@ -31,18 +31,22 @@ def stages_of(rows: list[Row], panel: tuple[str, int, str]) -> list[Row]:
 def memory_table(rows: list[Row], title: str) -> Table:
     """GB by stage, a line for each panel, the paper's in brackets."""
     table = Table(title=title)
-    for column in ("model", "tokens", "bypass", *SHORT.values(), "of it KV", "GFLOP/token again"):
+    columns = ("of it KV", "of it states", "KB/token", "GFLOP/token again")
+    for column in ("model", "tokens", "bypass", *SHORT.values(), *columns):
         table.add_column(column, justify="left" if column in ("model", "bypass") else "right")
     for panel in panels(rows):
         own = stages_of(rows, panel)
-        cells = [f"{row['bytes'] / 1e9:.2f}" + _paper(row) for row in own]
+        cells = dict.fromkeys(STAGES, "")
+        cells |= {row["stage"]: f"{row['bytes'] / 1e9:.2f}" + _paper(row) for row in own}
         last = own[-1]
         table.add_row(
             panel[0],
             f"{panel[1]:,}",
             panel[2],
-            *cells,
+            *cells.values(),
             f"{last['kv'] / 1e9:.2f}",
+            f"{last['states'] / 1e9:.2f}",
+            f"{last['bytes'] / panel[1] / 1e3:.0f}",
             f"{last['recomputed_flops_per_token'] / 1e9:.1f}",
         )
     return table
@@ -99,15 +103,16 @@ def plot_memory(rows: list[Row], file: Path, title: str) -> None:
         paper = any(row["paper_bytes"] for row in own)
         width = 0.4 if paper else 0.65
         largest = max(max(row["bytes"], row["paper_bytes"] or 0) for row in own) / 1e9
-        for at, row in enumerate(own):
+        for row in own:
+            at, first = STAGES.index(row["stage"]), row is own[0]
             ours = at - width / 2 if paper else at
             kv, total = row["kv"] / 1e9, row["bytes"] / 1e9
-            axis.bar(ours, total - kv, width, bottom=kv, color=OURS, label=_once(at, "ours"))
-            axis.bar(ours, kv, width, color=KV, label=_once(at, "of it keys and values"))
+            axis.bar(ours, total - kv, width, bottom=kv, color=OURS, label=_once(first, "ours"))
+            axis.bar(ours, kv, width, color=KV, label=_once(first, "of it keys and values"))
             _label(axis, ours, total)
             if row["paper_bytes"]:
                 theirs = row["paper_bytes"] / 1e9
-                axis.bar(at + width / 2, theirs, width, color=PAPER, label=_once(at, "paper"))
+                axis.bar(at + width / 2, theirs, width, color=PAPER, label=_once(first, "paper"))
                 _label(axis, at + width / 2, theirs)
         axis.set_title(f"{panel[0]}, {panel[1]:,} tokens, {panel[2]}", fontsize=10)
         axis.set_xticks(range(len(STAGES)), list(SHORT.values()), fontsize=8)
@@ -122,8 +127,8 @@ def plot_memory(rows: list[Row], file: Path, title: str) -> None:
     figure.savefig(file, dpi=130)
 
 
-def _once(index: int, label: str) -> str | None:
-    return label if index == 0 else None
+def _once(first: bool, label: str) -> str | None:
+    return label if first else None
 
 
 def _label(axis: Any, at: float, value: float) -> None:
