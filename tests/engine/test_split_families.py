@@ -30,11 +30,11 @@ _DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
 OPTIONS = {
     "qwen3_5": _DELTA,
     "olmo_hybrid": _DELTA | _HEADS,
-    "phi3": _HEADS,
+    "phi3": _HEADS | {"num_hidden_layers": 1},
     "gemma4": {
-        "num_hidden_layers": 3,
-        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-        "num_kv_shared_layers": 1,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
     },
     "gemma4_unified": {"num_global_key_value_heads": 2},
 }
