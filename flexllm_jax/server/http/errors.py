@@ -4,7 +4,7 @@ it the `"type": "error"` of Anthropic's."""
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -67,23 +67,13 @@ class ApiError(Exception):
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
-    """Methods that the path of a request is for: `/v1/responses/input_tokens` is a path of its own,
-    and none of `/v1/responses/{response_id}`."""
-    having = [each for each in _routes(app) if each.matches(request.scope)[0] is not Match.NONE]
-    own = [route for route in having if route.path == having[0].path]
+    """Methods that the path of a request is for."""
 
     def is_for(method: str) -> bool:
         scope = {**request.scope, "method": method}
-        return any(route.matches(scope)[0] is Match.FULL for route in own)
+        return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
     return [method for method in _METHODS if is_for(method)]
-
-
-def _routes(app: FastAPI) -> Iterator[Any]:
-    """The routes, in order, with those of routers, which newer FastAPI has as one each."""
-    for route in app.routes:
-        router = getattr(route, "original_router", None)
-        yield from router.routes if router else [route]
 
 
 def _is_of_a_type(error: Mapping[str, Any], body: Any) -> bool:

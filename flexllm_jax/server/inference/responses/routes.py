@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from flexllm_jax.server.http import sse
 from flexllm_jax.server.http.access import Known
@@ -60,7 +61,15 @@ class InputTokenCount(BaseModel):
     input_tokens: int
 
 
+class _ResponseId(StringConvertor):
+    """A part of a path that is no path of its own: only POST is for `input_tokens`."""
+
+    regex = "(?!input_tokens$)[^/]+"
+
+
+register_url_convertor("response", _ResponseId())
 _ONE = "/v1/responses/{response_id}"
+_ROUTE = "/v1/responses/{response_id:response}"
 ANSWERS: Answers = {
     ("post", "/v1/responses"): ([ResponseObject, EVENTS], (*WITH_BODY, 404, 429, *WRITES)),
     ("post", "/v1/responses/input_tokens"): ([InputTokenCount], (*WITH_BODY, 404, *READS)),
@@ -100,7 +109,7 @@ def routes(inference: Inference, responses: Responses) -> APIRouter:
         (tokens,) = await inference.encode(chat, [text], special=False)
         return sse.json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 
-    @router.get(_ONE)
+    @router.get(_ROUTE)
     async def retrieve(
         response_id: str,
         client: Known,
@@ -115,16 +124,16 @@ def routes(inference: Inference, responses: Responses) -> APIRouter:
         message = f"stream: response {response_id} is not running; read it without stream"
         raise ApiError(400, message, param="stream")
 
-    @router.delete(_ONE)
+    @router.delete(_ROUTE)
     async def delete(response_id: str, client: Known) -> Response:
         await responses.delete(client, response_id)
         return sse.json_response({"id": response_id, "object": "response", "deleted": True})
 
-    @router.post(f"{_ONE}/cancel")
+    @router.post(f"{_ROUTE}/cancel")
     async def cancel(response_id: str, client: Known) -> Response:
         return sse.json_response(await responses.cancel(client, response_id))
 
-    @router.get(f"{_ONE}/input_items")
+    @router.get(f"{_ROUTE}/input_items")
     async def input_items(
         response_id: str,
         client: Known,
