@@ -27,12 +27,12 @@ class Mesh:
     @classmethod
     def of(cls, model: ModelConfig, tp: int) -> "Mesh":
         """The mesh of a model. ParallelError, in one line, when it does not divide."""
-        if model.token_table is not None:
-            _check(tp, "vocab_size_per_layer_input", model.token_table)
-        _check(tp, "vocab_size", model.vocab_size)
         for layer in model.layers:
             for name, size in _split_sizes(layer).items():
                 _check(tp, name, size)
+        _check(tp, "vocab_size", model.vocab_size)
+        if model.token_table is not None:
+            _check(tp, "vocab_size_per_layer_input", model.token_table)
         all_heads = sorted({attention.kv_heads for attention in model.attention})
         for heads in all_heads:
             if heads % tp and tp % heads:
@@ -59,12 +59,12 @@ class Mesh:
 
 def _split_sizes(layer: LayerSpec) -> dict[str, int]:
     """What of a layer is split over all devices, by the name of its size in config.json."""
-    mixer, sizes = layer.mixer, {"d_ff": layer.mlp.d_ff}
+    mixer, inner = layer.mixer, {"d_ff": layer.mlp.d_ff}
     if isinstance(mixer, GatedDeltaSpec):  # heads of values are a multiple
-        return sizes | {"linear_num_key_heads": mixer.key_heads}
-    if mixer.fused:  # keys lie with queries: no device has them without its own
-        sizes |= {"num_kv_heads": mixer.kv_heads}
-    return sizes | {"num_heads": mixer.heads}
+        return {"linear_num_key_heads": mixer.key_heads} | inner
+    # Where keys lie with queries, no device has them without its own.
+    keys = {"num_kv_heads": mixer.kv_heads} if mixer.fused else {}
+    return {"num_heads": mixer.heads} | keys | inner
 
 
 def _check(tp: int, name: str, size: int) -> None:
