@@ -25,8 +25,8 @@ if TYPE_CHECKING:
         SimpoConfig,
         load_config,
     )
-    from flexllm_jax.engine.sampling_params import SamplingParams
-    from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+    from flexllm_jax.engine.sampling.params import SamplingParams
+    from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
     from flexllm_jax.llm import LLM, CompletionOutput, JobHandle, RequestOutput
     from flexllm_jax.peft.adapter import LoraConfig
 
@@ -42,8 +42,8 @@ _MODULES = {
         "SimpoConfig",
         "load_config",
     ),
-    "engine.sampling_params": ("SamplingParams",),
-    "engine.structured_outputs": ("StructuredOutputsParams",),
+    "engine.sampling.params": ("SamplingParams",),
+    "engine.sampling.structured_outputs": ("StructuredOutputsParams",),
     "llm": ("LLM", "CompletionOutput", "JobHandle", "RequestOutput"),
     "peft.adapter": ("LoraConfig",),
 }

@@ -20,25 +20,25 @@ from typing import Any
 
 from flexllm_jax.config import Config, FinetuneConfig, build_config
 from flexllm_jax.engine.engine import Engine
-from flexllm_jax.engine.job_handle import JobHandle
+from flexllm_jax.engine.jobs.handle import JobHandle
+from flexllm_jax.engine.jobs.tracking import JobTracking
 from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
 from flexllm_jax.engine.outputs import CompletionOutput, RequestOutput
 from flexllm_jax.engine.prompts import read_prompt, read_prompts
-from flexllm_jax.engine.reasoning import ReasoningParser, Thinking, find_thinking
 from flexllm_jax.engine.request import RequestState
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.engine.structured_outputs import literal
-from flexllm_jax.engine.tracking import JobTracking
+from flexllm_jax.engine.sampling.params import SamplingParams
+from flexllm_jax.engine.sampling.reasoning import ReasoningParser, Thinking, find_thinking
+from flexllm_jax.engine.sampling.structured_outputs import literal
 from flexllm_jax.finetune.create import create_job
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.games import Environment, Reward
 from flexllm_jax.finetune.reinforcement.make import Play
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.dtype import export_dtype
-from flexllm_jax.models.messages import read_conversation
-from flexllm_jax.models.tokenizer import encode_text, load_tokenizer
+from flexllm_jax.models.checkpoints.dtype import export_dtype
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import read_conversation
+from flexllm_jax.models.text.tokenizer import encode_text, load_tokenizer
 from flexllm_jax.peft.adapter import Adapter
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter, save_merged
 from flexllm_jax.trackers import kinds as trackers
 
 

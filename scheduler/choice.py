@@ -27,7 +27,7 @@ from functools import cache
 from typing import NamedTuple
 
 from scheduler.config import SchedulerConfig
-from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.latency.model import LatencyModel, StepFeatures
 from scheduler.progress import Progress
 
 

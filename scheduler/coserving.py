@@ -18,16 +18,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from scheduler.admission import check_microbatch, check_request
+from scheduler.cache.pages import PagePool
+from scheduler.cache.snapshots import Snapshots
 from scheduler.config import SchedulerConfig
 from scheduler.drafts import expected
 from scheduler.finetuning import FinetuneQueue, FinetuneWork
 from scheduler.inference import InferenceQueue
-from scheduler.latency import LatencyModel, StepFeatures
-from scheduler.pages import PagePool
+from scheduler.latency.model import LatencyModel, StepFeatures
 from scheduler.policies import CoServing, Policy, Step
 from scheduler.policies.policy import slack
 from scheduler.request import Chunk, Decode, Microbatch, Request, Sequence, Status, StepPlan
-from scheduler.snapshots import Snapshots
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 

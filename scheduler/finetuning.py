@@ -12,11 +12,11 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+from scheduler.cache.pages import PagePool
 from scheduler.choice import Allowance, choose
 from scheduler.config import SchedulerConfig
 from scheduler.jobs import JobTable
-from scheduler.latency import LatencyModel, StepFeatures
-from scheduler.pages import PagePool
+from scheduler.latency.model import LatencyModel, StepFeatures
 from scheduler.progress import Progress
 from scheduler.request import BackwardUnits, FinetuneForward, Microbatch, StepPlan
 

@@ -15,10 +15,10 @@ import math
 from dataclasses import replace
 from typing import Protocol
 
+from scheduler.cache.pages import PagePool
 from scheduler.config import SchedulerConfig
 from scheduler.drafts import PromptLookup
 from scheduler.jobs import JobTable
-from scheduler.pages import PagePool
 from scheduler.request import Chunk, Decode, Request, Sequence, Status
 
 # Snapshots of decoding sequences in one step: those that began together come to them together, and

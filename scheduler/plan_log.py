@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from scheduler.config import SchedulerConfig
 from scheduler.coserving import Scheduler
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.policies import make_policy
 from scheduler.request import Microbatch, Request, Sequence, Slo, StepPlan
 

@@ -14,7 +14,7 @@ import bisect
 import itertools
 
 from scheduler.config import SchedulerConfig
-from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.latency.model import LatencyModel, StepFeatures
 from scheduler.request import Microbatch
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from scheduler.drafts import PromptLookup
-from scheduler.latency import Sampling, StepFeatures
+from scheduler.latency.model import Sampling, StepFeatures
 
 _LONGEST_WAIT_S = 3600.0  # a request without a TTFT objective goes before one this much younger
 

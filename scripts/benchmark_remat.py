@@ -28,7 +28,7 @@ from flexllm_jax.config.cli import (
     run_script,
     without_jobs,
 )
-from flexllm_jax.engine.activations import layer_graph, saved_names
+from flexllm_jax.engine.memory.activations import layer_graph, saved_names
 from flexllm_jax.experiments.memory import remat, remat_speed
 
 

@@ -22,7 +22,7 @@ from flexllm_jax.config.cli import (
     run_script,
     shows_progress,
 )
-from flexllm_jax.engine.processes import follow
+from flexllm_jax.engine.device.processes import follow
 from flexllm_jax.launch.answers import answer_greedily, encode_prompts
 from flexllm_jax.launch.progress import ProgressDisplay
 from flexllm_jax.launch.run import Run, prepare

@@ -20,10 +20,10 @@ from flexllm_jax.config.cli import (
     run_script,
     without_jobs,
 )
+from flexllm_jax.models.checkpoints.dtype import export_dtype
+from flexllm_jax.models.checkpoints.hf_weights import load_parameters
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.dtype import export_dtype
-from flexllm_jax.models.hf_weights import load_parameters
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter, save_merged
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from flexllm_jax.config.cli import (
     run_script,
     shows_progress,
 )
-from flexllm_jax.engine.processes import follow
+from flexllm_jax.engine.device.processes import follow
 from flexllm_jax.launch.progress import ProgressDisplay
 from flexllm_jax.launch.run import Run, prepare
 from flexllm_jax.launch.summary import conclude

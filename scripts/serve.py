@@ -19,7 +19,7 @@ def main() -> int:
     """Serve; returns the exit status."""
     config = read_config(make_parser(__doc__).parse_args())
     if config.parallel.process_id:
-        from flexllm_jax.engine.processes import follow
+        from flexllm_jax.engine.device.processes import follow
 
         return follow(config)
     check_output_dir(config.output_dir)

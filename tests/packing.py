@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.engine.step_inputs import StepInputs
+from flexllm_jax.engine.memory.sizes import EngineSizes
+from flexllm_jax.engine.memory.step_inputs import StepInputs
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 

@@ -15,14 +15,14 @@ from flexllm_jax.config.fields import (
     TargetModule,
     ranks_taken,
 )
-from flexllm_jax.config.finetune import (
+from flexllm_jax.config.load import build_config, describe, load_config
+from flexllm_jax.config.sections.finetune import (
     FinetuneConfig,
     FinetuneSection,
     OptimizerConfig,
 )
-from flexllm_jax.config.load import build_config, describe, load_config
-from flexllm_jax.config.memory import AdaptersSection, CacheSection, PreloadedAdapter
-from flexllm_jax.config.method import (
+from flexllm_jax.config.sections.memory import AdaptersSection, CacheSection, PreloadedAdapter
+from flexllm_jax.config.sections.method import (
     METHODS,
     PREFERENCE_METHODS,
     DpoConfig,
@@ -33,19 +33,19 @@ from flexllm_jax.config.method import (
     SimpoConfig,
     SupervisedConfig,
 )
-from flexllm_jax.config.model import ModelSection, ParallelSection
-from flexllm_jax.config.peft import PeftConfig
-from flexllm_jax.config.scheduler import CompileSection, SchedulerSection, SloSection
-from flexllm_jax.config.server import ApiKey, LogSection, RaySection, ServerSection
-from flexllm_jax.config.tinker import TinkerSection
-from flexllm_jax.config.trackers import (
+from flexllm_jax.config.sections.model import ModelSection, ParallelSection
+from flexllm_jax.config.sections.peft import PeftConfig
+from flexllm_jax.config.sections.scheduler import CompileSection, SchedulerSection, SloSection
+from flexllm_jax.config.sections.server import ApiKey, LogSection, RaySection, ServerSection
+from flexllm_jax.config.sections.tinker import TinkerSection
+from flexllm_jax.config.sections.trackers import (
     MlflowSection,
     TensorboardSection,
     TrackersSection,
     WandbSection,
 )
+from flexllm_jax.config.sections.workload import ArrivalsConfig, WorkloadSection
 from flexllm_jax.config.tree import Config
-from flexllm_jax.config.workload import ArrivalsConfig, WorkloadSection
 
 __all__ = [
     "ALL_MODULES",

@@ -9,14 +9,14 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from flexllm_jax.config.fields import ConfigError, Section, ranks_taken, room_for
-from flexllm_jax.config.finetune import FinetuneSection
-from flexllm_jax.config.graders import GradersSection
-from flexllm_jax.config.memory import AdaptersSection, CacheSection
-from flexllm_jax.config.model import ModelSection, ParallelSection
-from flexllm_jax.config.scheduler import CompileSection, SchedulerSection
-from flexllm_jax.config.server import LogSection, RaySection, ServerSection
-from flexllm_jax.config.trackers import TrackersSection
-from flexllm_jax.config.workload import WorkloadSection
+from flexllm_jax.config.sections.finetune import FinetuneSection
+from flexllm_jax.config.sections.graders import GradersSection
+from flexllm_jax.config.sections.memory import AdaptersSection, CacheSection
+from flexllm_jax.config.sections.model import ModelSection, ParallelSection
+from flexllm_jax.config.sections.scheduler import CompileSection, SchedulerSection
+from flexllm_jax.config.sections.server import LogSection, RaySection, ServerSection
+from flexllm_jax.config.sections.trackers import TrackersSection
+from flexllm_jax.config.sections.workload import WorkloadSection
 
 
 class Config(Section):

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
-from flexllm_jax.engine.runner import Runner
+from flexllm_jax.engine.device.out_of_memory import OutOfMemory, room_for
+from flexllm_jax.engine.device.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import AdapterRow, from_row, to_row
 from flexllm_jax.peft.directory import BankDirectory, Published
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 
 
 class ServedAdapters:

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine import profile
-from flexllm_jax.engine.activations import describe_saved
 from flexllm_jax.engine.adapters import ServedAdapters
-from flexllm_jax.engine.constraints import Constraint, Constraints
-from flexllm_jax.engine.first_runs import run_all
+from flexllm_jax.engine.device import profile
+from flexllm_jax.engine.device.first_runs import run_all
+from flexllm_jax.engine.device.out_of_memory import OutOfMemory, is_intact, room_for
+from flexllm_jax.engine.device.processes import make_runner
 from flexllm_jax.engine.in_flight import (
     BucketUse,
     StepInFlight,
@@ -31,20 +31,20 @@ from flexllm_jax.engine.in_flight import (
     read_tokens,
     request_prompt_logprobs,
 )
-from flexllm_jax.engine.out_of_memory import OutOfMemory, is_intact, room_for
+from flexllm_jax.engine.jobs.trainer import Trainer
+from flexllm_jax.engine.memory.activations import describe_saved
 from flexllm_jax.engine.plan_step import PlannedStep, StepBuilder
-from flexllm_jax.engine.processes import make_runner
 from flexllm_jax.engine.reinforcement.rollouts import Rollouts
 from flexllm_jax.engine.reinforcement.versions import Versions
 from flexllm_jax.engine.request import RequestState
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.constraints import Constraint, Constraints
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
-from flexllm_jax.engine.trainer import Trainer
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
-from flexllm_jax.models.detokenizer import Detokenizer
-from flexllm_jax.models.dtype import describe_dtype
-from flexllm_jax.models.tokenizer import end_token_ids
+from flexllm_jax.models.checkpoints.dtype import describe_dtype
+from flexllm_jax.models.text.detokenizer import Detokenizer
+from flexllm_jax.models.text.tokenizer import end_token_ids
 from flexllm_jax.peft.directory import Published
 from scheduler.request import BackwardUnits, Request
 

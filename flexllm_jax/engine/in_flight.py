@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from flexllm_jax.engine.device.runner import Runner
 from flexllm_jax.engine.plan_step import PlannedStep, PromptTargets
 from flexllm_jax.engine.request import RequestState, top_logprobs
-from flexllm_jax.engine.runner import Runner
-from flexllm_jax.models.detokenizer import Detokenizer
+from flexllm_jax.models.text.detokenizer import Detokenizer
 from scheduler.request import StepPlan
 
 

@@ -14,10 +14,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.request import RequestState
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.constraints import Constraint
+from flexllm_jax.engine.sampling.params import SamplingParams
 
 Result = TypeVar("Result")
 

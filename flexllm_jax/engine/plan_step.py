@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from flexllm_jax.engine.constraints import Constraint
-from flexllm_jax.engine.microbatch_work import MicrobatchInWork
+from flexllm_jax.engine.device.runner import Runner
+from flexllm_jax.engine.jobs.microbatch_work import MicrobatchInWork
+from flexllm_jax.engine.memory.step_inputs import StepInputs, page_writes
 from flexllm_jax.engine.request import RequestState
-from flexllm_jax.engine.runner import Runner
-from flexllm_jax.engine.sampler import SamplingRows, row_biases
-from flexllm_jax.engine.sampling_params import BANNED, WANTED
-from flexllm_jax.engine.step_inputs import StepInputs, page_writes
+from flexllm_jax.engine.sampling.constraints import Constraint
+from flexllm_jax.engine.sampling.params import BANNED, WANTED
+from flexllm_jax.engine.sampling.sampler import SamplingRows, row_biases
 from flexllm_jax.peft.dropout import JobDropout
 from scheduler import request as planning
-from scheduler.latency import Sampling
+from scheduler.latency.model import Sampling
 from scheduler.request import Chunk, Decode, FinetuneForward, StepPlan
 
 

@@ -10,11 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
-from flexllm_jax.engine.constraints import Constraint
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.models.detokenizer import Detokenizer, OutputText
+from flexllm_jax.engine.sampling.constraints import Constraint
+from flexllm_jax.engine.sampling.params import SamplingParams
+from flexllm_jax.models.text.detokenizer import Detokenizer, OutputText
 from flexllm_jax.peft.directory import Published
-from scheduler.latency import Sampling
+from scheduler.latency.model import Sampling
 from scheduler.request import Slo
 from scheduler.slo import RequestTiming
 

@@ -3,10 +3,10 @@
 from typing import TextIO
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.profile import model_cost
-from flexllm_jax.engine.sizes import FINETUNE_SEQUENCES, EngineSizes
+from flexllm_jax.engine.device.profile import model_cost
+from flexllm_jax.engine.memory.sizes import FINETUNE_SEQUENCES, EngineSizes
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.plan_log import LoggedScheduler
 from scheduler.policies import make_policy
 from scheduler.request import Slo

@@ -11,7 +11,7 @@ import statistics
 import time
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.request import Microbatch, Request, Slo
 
 STEPS = 100

@@ -18,8 +18,8 @@ from flexllm_jax.finetune.dataset import DatasetSource, Method, Supervised
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.preference import Preference
 from flexllm_jax.finetune.reinforcement.make import Play, reinforcement_source
+from flexllm_jax.models.checkpoints.hf_tensors import read_kernel
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_tensors import read_kernel
 from flexllm_jax.peft.adapter import (
     Adapter,
     AdapterConfig,
@@ -28,7 +28,7 @@ from flexllm_jax.peft.adapter import (
     init_adapter,
 )
 from flexllm_jax.peft.bottleneck import BottleneckConfig
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from flexllm_jax.peft.ia3 import Ia3Config
 from flexllm_jax.peft.prefix import PrefixConfig
 from flexllm_jax.peft.principal import initialize_from_base

@@ -1,8 +1,8 @@
 """What a job does, as a sequence of microbatches and optimizer steps in order.
 
 A job is device state (`job.FinetuneJob`) and a source. The source owns the order and the numbers:
-data, losses, what a step divides by, the schedule; `engine.trainer` carries out what it hands over,
-and tells it the results in the same order.
+data, losses, what a step divides by, the schedule; `engine.jobs.trainer` carries out what it hands
+over, and tells it the results in the same order.
 """
 
 from __future__ import annotations

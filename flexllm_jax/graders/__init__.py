@@ -6,7 +6,7 @@ its grade. Nothing here knows an engine or a server: a model is a function that 
 
 from __future__ import annotations
 
-from flexllm_jax.config.graders import (
+from flexllm_jax.config.sections.graders import (
     GraderConfig,
     GradersSection,
     LabelModelConfig,

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from flexllm_jax.config.grader_models import LabelModelConfig, ScoreModelConfig
+from flexllm_jax.config.sections.grader_models import LabelModelConfig, ScoreModelConfig
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders.grade import Grade, GradingError, Sample, Usage, no_grade
 from flexllm_jax.graders.template import Template

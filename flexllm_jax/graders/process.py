@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flexllm_jax.config.graders import GradersSection
+from flexllm_jax.config.sections.graders import GradersSection
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders.grade import ErrorKind, Grade, GradingError, no_grade
 

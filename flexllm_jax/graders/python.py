@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flexllm_jax.config.graders import GradersSection, PythonConfig
+from flexllm_jax.config.sections.graders import GradersSection, PythonConfig
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders.grade import Grade, Sample, SampleError
 from flexllm_jax.graders.process import Processes

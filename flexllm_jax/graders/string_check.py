@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flexllm_jax.config.graders import StringCheckConfig
+from flexllm_jax.config.sections.graders import StringCheckConfig
 from flexllm_jax.graders.grade import Grade, Sample, grade_each
 from flexllm_jax.graders.template import Template
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-from flexllm_jax.config.graders import GradersSection, TextSimilarityConfig
+from flexllm_jax.config.sections.graders import GradersSection, TextSimilarityConfig
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import measures
 from flexllm_jax.graders.grade import Grade, GradingError, Sample

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from flexllm_jax.config import Config, ConfigError, PreloadedAdapter
 from flexllm_jax.config.cli import find_adapter
 from flexllm_jax.engine.outputs import RequestOutput
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.launch.replay import encode_prompt
 from flexllm_jax.launch.run import Inputs
 from flexllm_jax.llm import LLM
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.tokenizer import encode_text
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.tokenizer import encode_text
 
 ADAPTER = "requested"  # the name by which `with_adapter` has an adapter served
 

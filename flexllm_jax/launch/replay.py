@@ -20,13 +20,13 @@ import numpy as np
 
 from flexllm_jax.config import ConfigError, WorkloadSection
 from flexllm_jax.engine.loop import NewRequest, RequestFuture
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.llm import LLM
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import read_conversation
-from flexllm_jax.models.tokenizer import encode_text
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import read_conversation
+from flexllm_jax.models.text.tokenizer import encode_text
+from scheduler.simulation.workload import Arrival, Lengths, load_trace, make_arrivals
 from scheduler.slo import RequestTiming
-from scheduler.workload import Arrival, Lengths, load_trace, make_arrivals
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flexllm_jax.engine.cache import peak_memory
 from flexllm_jax.engine.in_flight import BucketUse
+from flexllm_jax.engine.memory.cache import peak_memory
 from flexllm_jax.launch.run import Run
 from flexllm_jax.llm import LLM, JobHandle
 from flexllm_jax.version import __version__

@@ -17,8 +17,8 @@ from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.launch.replay import Replay, ReplayRequest, prepare_requests
 from flexllm_jax.llm import LLM, JobHandle
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.tokenizer import load_tokenizer
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.models.text.tokenizer import load_tokenizer
+from flexllm_jax.peft.hf.peft import load_adapter
 from flexllm_jax.trackers import kinds as trackers
 
 _POLL_S = 0.1

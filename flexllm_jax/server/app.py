@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from sqlalchemy import select
 
 from flexllm_jax.config import Config, ConfigError
-from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.models.text.tokenizer import load_tokenizer
 from flexllm_jax.server.batches import answers as batches_answers
 from flexllm_jax.server.batches import routes as batches_routes
 from flexllm_jax.server.batches.runner import BatchRunner

@@ -19,7 +19,7 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from flexllm_jax.config.trackers import TensorboardSection
+from flexllm_jax.config.sections.trackers import TensorboardSection
 from flexllm_jax.trackers.tracker import Logged, Run, Sample
 
 _TEXT = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
-from flexllm_jax.config.trackers import MlflowSection
+from flexllm_jax.config.sections.trackers import MlflowSection
 from flexllm_jax.trackers.tracker import Logged, Run, Sample, flat
 
 _TAG = "flexllm_jax.run"

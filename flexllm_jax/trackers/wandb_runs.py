@@ -16,7 +16,7 @@ from pathlib import Path
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from flexllm_jax.config.trackers import WandbSection
+from flexllm_jax.config.sections.trackers import WandbSection
 from flexllm_jax.errors import UserError
 from flexllm_jax.trackers.tracker import Logged, Run, Sample
 

@@ -16,7 +16,7 @@ import bisect
 import math
 
 from scheduler.choice import NOTHING, Allowance
-from scheduler.latency import StepFeatures
+from scheduler.latency.model import StepFeatures
 from scheduler.policies.policy import STEADY, Step, slack
 from scheduler.request import Decode, Sequence, StepPlan
 

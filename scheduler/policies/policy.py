@@ -9,7 +9,7 @@ from typing import Protocol
 
 from scheduler.choice import Allowance
 from scheduler.config import SchedulerConfig
-from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.latency.model import LatencyModel, StepFeatures
 from scheduler.progress import Progress
 from scheduler.request import Chunk, Decode, Sequence, StepPlan
 

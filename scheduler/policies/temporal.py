@@ -11,7 +11,7 @@ import bisect
 import math
 
 from scheduler.choice import NOTHING, Allowance
-from scheduler.latency import StepFeatures
+from scheduler.latency.model import StepFeatures
 from scheduler.policies.policy import Step, slack
 from scheduler.progress import Progress
 from scheduler.request import Microbatch, StepPlan

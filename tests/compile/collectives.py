@@ -24,11 +24,11 @@ import jax.numpy as jnp
 
 from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.config import build_config
-from flexllm_jax.engine.activations import choose_saved
-from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.placement import plan_placement
-from flexllm_jax.engine.programs import list_programs
-from flexllm_jax.engine.sizes import EngineSizes, bank_shape
+from flexllm_jax.engine.device.programs import list_programs
+from flexllm_jax.engine.memory.activations import choose_saved
+from flexllm_jax.engine.memory.cache import tree_bytes
+from flexllm_jax.engine.memory.placement import plan_placement
+from flexllm_jax.engine.memory.sizes import EngineSizes, bank_shape
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import XLA
 

@@ -6,8 +6,8 @@ import pytest
 
 from flexllm_jax.compile.buckets import Program, compile_programs
 from flexllm_jax.config import build_config
-from flexllm_jax.engine.programs import list_programs
-from flexllm_jax.engine.sizes import EngineSizes, step_buckets
+from flexllm_jax.engine.device.programs import list_programs
+from flexllm_jax.engine.memory.sizes import EngineSizes, step_buckets
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import XLA
 

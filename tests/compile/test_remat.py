@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 from flexllm_jax.compile.layer_graph import INPUT, trace, trace_layer
 from flexllm_jax.compile.remat import Plan, all_plans, make_plan
 from flexllm_jax.compile.whole_layer import PAGES
+from flexllm_jax.models.checkpoints.hf_weights import abstract_parameters
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import KINDS, BankShape, weight_shapes
 from flexllm_jax.peft.bypass import Bypass
 from tests.small_models import small_model

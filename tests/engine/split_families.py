@@ -26,15 +26,15 @@ import numpy as np
 
 from flexllm_jax.compile.buckets import compile_programs
 from flexllm_jax.config import build_config
-from flexllm_jax.engine.placement import plan_placement
-from flexllm_jax.engine.programs import head_parameters, layer_program, list_programs
-from flexllm_jax.engine.sizes import EngineSizes, bank_shape
+from flexllm_jax.engine.device.programs import head_parameters, layer_program, list_programs
+from flexllm_jax.engine.memory.placement import plan_placement
+from flexllm_jax.engine.memory.sizes import EngineSizes, bank_shape
 from flexllm_jax.finetune.buffers import saved_columns
+from flexllm_jax.models.checkpoints.hf_weights import load_parameters
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES
 from flexllm_jax.peft.bank import from_row, to_row
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter, save_merged
 from kernels_pallas.backend import XLA
 from tests.engine.summands import add_summands, shardings
 from tests.packing import pack

@@ -11,18 +11,18 @@ import pytest
 
 from flexllm_jax.compile.remat import all_plans
 from flexllm_jax.config import Config
-from flexllm_jax.engine.activations import (
+from flexllm_jax.engine.device.programs import list_programs
+from flexllm_jax.engine.memory.activations import (
     choose_saved,
     describe_saved,
     layer_graph,
     saved_names,
     with_saved,
 )
-from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.memory import fixed_parts
-from flexllm_jax.engine.programs import list_programs
-from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.models.hf_weights import abstract_parameters
+from flexllm_jax.engine.memory.cache import tree_bytes
+from flexllm_jax.engine.memory.plan import fixed_parts
+from flexllm_jax.engine.memory.sizes import EngineSizes
+from flexllm_jax.models.checkpoints.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
 from kernels_pallas.backend import XLA
 from tests.numerics import dense

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flexllm_jax.engine import cutoffs
-from flexllm_jax.engine.cutoffs import kept
+from flexllm_jax.engine.sampling import cutoffs
+from flexllm_jax.engine.sampling.cutoffs import kept
 
 ROUNDING = 2e-6  # of a float32 sum of probabilities
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from flexllm_jax import SamplingParams
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from scheduler.latency import LatencyModel
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
+from scheduler.latency.model import LatencyModel
 from tests.engines import job_config, letter_rows, random_prompts, reference_greedy, write_rows
 
 # What a small random model says soon repeats, and so do these.

@@ -7,7 +7,7 @@ import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from scheduler.choice import Allowance
 from tests.engines import (
     given_back,

@@ -5,7 +5,7 @@ import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from tests.engines import (
     job_config,
     letter_rows,

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from flexllm_jax.engine.loop import EngineLoop, EngineStopped, NewRequest
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 
 REQUEST = NewRequest((1, 2), SamplingParams(), None, 0.0)
 SOON = 5.0

@@ -15,13 +15,13 @@ import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.config import Config
-from flexllm_jax.engine import runner as runner_module
-from flexllm_jax.engine.activations import choose_saved, saved_names
-from flexllm_jax.engine.cache import CacheError, tree_bytes
-from flexllm_jax.engine.memory import fixed_parts, memory_budget, plan_memory
-from flexllm_jax.engine.runner import Runner
-from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.engine.temporaries import reckon_temporaries
+from flexllm_jax.engine.device import runner as runner_module
+from flexllm_jax.engine.device.runner import Runner
+from flexllm_jax.engine.memory.activations import choose_saved, saved_names
+from flexllm_jax.engine.memory.cache import CacheError, tree_bytes
+from flexllm_jax.engine.memory.plan import fixed_parts, memory_budget, plan_memory
+from flexllm_jax.engine.memory.sizes import EngineSizes
+from flexllm_jax.engine.memory.temporaries import reckon_temporaries
 from flexllm_jax.experiments.gpu.compile import engine_sizes
 from flexllm_jax.experiments.gpu.growth import RECORD
 from flexllm_jax.models.config import ModelConfig

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from flexllm_jax import SamplingParams
+from flexllm_jax.engine.device.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.engine.loop import EngineStopped
-from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
 from tests.engines import job_config, letter_rows, random_prompts, start_engine, write_rows
 
 PARAMS = SamplingParams(max_tokens=8, ignore_eos=True)

@@ -13,14 +13,14 @@ import pytest
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.compile.buckets import Program, compile_programs
-from flexllm_jax.engine import runner as runner_module
-from flexllm_jax.engine.first_runs import run_all
-from flexllm_jax.engine.programs import list_programs
-from flexllm_jax.engine.runner import Runner
-from flexllm_jax.engine.sizes import EngineSizes
+from flexllm_jax.engine.device import runner as runner_module
+from flexllm_jax.engine.device.first_runs import run_all
+from flexllm_jax.engine.device.programs import list_programs
+from flexllm_jax.engine.device.runner import Runner
+from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.finetune.buffers import saved_columns
+from flexllm_jax.models.checkpoints.hf_weights import abstract_parameters
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.peft.bank import BankShape
 from tests.engines import job_config, letter_rows, random_prompts, start_engine, write_rows
 

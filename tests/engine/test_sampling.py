@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from flexllm_jax import SamplingParams
-from scheduler.latency import Sampling
+from scheduler.latency.model import Sampling
 from tests.engines import (
     random_prompts,
     reference_greedy,

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from flexllm_jax import SamplingParams
-from flexllm_jax.engine import profile
-from scheduler.latency import StepFeatures
+from flexllm_jax.engine.device import profile
+from scheduler.latency.model import StepFeatures
 from scheduler.plan_log import replay
 from tests.engines import (
     job_config,

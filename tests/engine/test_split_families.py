@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import TARGET_MODULES
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from tests import checkpoints
 from tests.engine.split_families import FORWARD, STEPS
 from tests.engines import load_base, load_with_adapter, reference_logprobs, save_random_adapter

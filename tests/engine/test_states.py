@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flexllm_jax.engine.cache import copy_slot
+from flexllm_jax.engine.memory.cache import copy_slot
 
 
 def test_a_slot_is_copied_in_place_in_all_layers():

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.sizes import EngineSizes
-from flexllm_jax.engine.step import write_pages
-from flexllm_jax.engine.step_inputs import PAGE_WRITES, page_writes
+from flexllm_jax.engine.device.step import write_pages
+from flexllm_jax.engine.memory.sizes import EngineSizes
+from flexllm_jax.engine.memory.step_inputs import PAGE_WRITES, page_writes
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import XLA
 

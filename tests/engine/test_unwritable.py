@@ -5,8 +5,8 @@ import time
 import pytest
 from safetensors import SafetensorError
 
-from flexllm_jax.engine import job_writer
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
+from flexllm_jax.engine.jobs import writer as job_writer
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter
 from tests.engines import job_config, letter_rows, start_engine, write_rows
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from flexllm_jax.config import ConfigError
-from flexllm_jax.engine.activations import layer_graph, with_saved
+from flexllm_jax.engine.memory.activations import layer_graph, with_saved
 from flexllm_jax.experiments.memory.activations import (
     STAGES,
     Compiler,

@@ -21,9 +21,9 @@ from flexllm_jax.experiments.demo.model import (
 )
 from flexllm_jax.experiments.demo.task import HELD_OUT
 from flexllm_jax.finetune.data import load_dataset
+from flexllm_jax.models.checkpoints.hf_weights import load_parameters, save_parameters
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.hf_weights import load_parameters, save_parameters
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/make_demo_model.py"
 

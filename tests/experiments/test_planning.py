@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from flexllm_jax.config import Config, ConfigError, build_config, load_config
-from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.memory.cache import tree_bytes
 from flexllm_jax.experiments.gpu.llama_8b import write_config
 from flexllm_jax.experiments.gpu.report import plot, predict
 from flexllm_jax.experiments.planning import load as loads
@@ -30,7 +30,7 @@ from flexllm_jax.experiments.planning.load import (
 from flexllm_jax.experiments.planning.make import choose_requests, make_plan
 from flexllm_jax.experiments.planning.report import print_plan
 from flexllm_jax.models.config import ModelConfig
-from scheduler.workload import Arrival
+from scheduler.simulation.workload import Arrival
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "docs/results/gpu"

@@ -9,7 +9,7 @@ from rich.console import Console
 from flexllm_jax.compile.layer_graph import INPUT
 from flexllm_jax.compile.remat import all_plans
 from flexllm_jax.config import Config, build_config
-from flexllm_jax.engine.activations import layer_graph
+from flexllm_jax.engine.memory.activations import layer_graph
 from flexllm_jax.experiments.memory import remat, remat_speed
 from tests.server.running import make_config
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexllm_jax.finetune.data import TrainingSequence, load_dataset
 from flexllm_jax.finetune.data.tokens import split_tokens
-from flexllm_jax.models.tokenizer import encode_text
+from flexllm_jax.models.text.tokenizer import encode_text
 from tests.models.test_tokenizer import CHATML, SPECIAL
 from tests.small_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 

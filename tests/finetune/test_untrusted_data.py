@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexllm_jax.finetune.data import DatasetError, formats, load_dataset, rows, tokens
 from flexllm_jax.finetune.data.chat import MOST_MESSAGES
 from flexllm_jax.finetune.data.rows import MOST_ROW_BYTES, read_rows
-from flexllm_jax.models.tokenizer import encode_texts
+from flexllm_jax.models.text.tokenizer import encode_texts
 from tests.finetune.test_data import CHATML
 from tests.small_tokenizers import byte_level_tokenizer
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
 from flexllm_jax.finetune.data import FORMATS, Dataset, DatasetError, load_dataset
 from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig, init_adapter
-from flexllm_jax.peft.hf_files import CONFIG
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
+from flexllm_jax.peft.hf.files import CONFIG
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.structures import StructureChecks

@@ -11,7 +11,7 @@ import time
 import jsonschema
 import pytest
 
-from flexllm_jax.config.graders import read_grader
+from flexllm_jax.config.sections.graders import read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Completion, GradingError, Question, Sample, Usage, make_grader
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flexllm_jax.config.graders import GradersSection, read_grader
+from flexllm_jax.config.sections.graders import GradersSection, read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Grade, Sample, make_grader
 from flexllm_jax.graders.confined.confinement import call_filter

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from flexllm_jax.config.graders import read_grader
+from flexllm_jax.config.sections.graders import read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Grade, Sample, make_grader
 

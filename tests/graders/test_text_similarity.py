@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flexllm_jax.config.graders import GradersSection, read_grader
+from flexllm_jax.config.sections.graders import GradersSection, read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Grade, Grader, Sample, make_grader, measures
 

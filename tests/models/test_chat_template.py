@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import ConversationError, read_conversation, read_tools
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import ConversationError, read_conversation, read_tools
 
 END = "{% if add_generation_prompt %}<assistant>{% endif %}"
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}" + END

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexllm_jax.models.detokenizer import Detokenizer, OutputText
+from flexllm_jax.models.text.detokenizer import Detokenizer, OutputText
 from tests.small_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 SENTENCEPIECE = sentencepiece_tokenizer(["\u2581the", "\u2581two"])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flexllm_jax.models.dtype import checkpoint_dtype, engine_dtype, export_dtype
+from flexllm_jax.models.checkpoints.dtype import checkpoint_dtype, engine_dtype, export_dtype
 from flexllm_jax.models.fields import ModelConfigError
 from tests.checkpoints import make_llama, save_tokenizer
 from tests.engines import save_random_adapter, start_engine

@@ -14,14 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_tensors import fingerprint
-from flexllm_jax.models.hf_weights import (
+from flexllm_jax.models.checkpoints.hf_tensors import fingerprint
+from flexllm_jax.models.checkpoints.hf_weights import (
     WeightsError,
     abstract_parameters,
     load_parameters,
     save_parameters,
 )
+from flexllm_jax.models.config import ModelConfig
 from tests.checkpoints import make_llama, make_mistral, make_olmo_hybrid, make_qwen2, make_qwen3
 
 MODULES = {

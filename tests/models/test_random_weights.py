@@ -6,9 +6,9 @@ import numpy as np
 from transformers import AutoConfig
 
 from flexllm_jax import SamplingParams
+from flexllm_jax.models.checkpoints.hf_weights import abstract_parameters
+from flexllm_jax.models.checkpoints.random_weights import random_parameters
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_weights import abstract_parameters
-from flexllm_jax.models.random_weights import random_parameters
 from tests.checkpoints import make_qwen2, save_tokenizer
 from tests.engines import random_prompts, start_engine
 

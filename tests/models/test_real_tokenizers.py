@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from flexllm_jax.engine.constraints import Constraints
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.engine.sampling.constraints import Constraints
+from flexllm_jax.engine.sampling.params import SamplingParams
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
 from flexllm_jax.finetune.data import load_dataset
-from flexllm_jax.models.detokenizer import Detokenizer, OutputText
-from flexllm_jax.models.tokenizer import encode_text, end_token_ids, token_starts
+from flexllm_jax.models.text.detokenizer import Detokenizer, OutputText
+from flexllm_jax.models.text.tokenizer import encode_text, end_token_ids, token_starts
 
 FOLDER = Path(__file__).resolve().parents[2] / "../shared/data/tokenizers"
 NAMES = ("qwen3", "deepseek_v3", "gptoss")

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from flexllm_jax.models.tokenizer import (
+from flexllm_jax.models.text.tokenizer import (
     encode_text,
     end_token_ids,
     load_tokenizer,
@@ -49,7 +49,7 @@ class TestLoading:
             import sys
             from flexllm_jax import LLM
             assert "transformers" not in sys.modules
-            from flexllm_jax.models.tokenizer import load_tokenizer
+            from flexllm_jax.models.text.tokenizer import load_tokenizer
             load_tokenizer({str(llama)!r})
             assert "transformers" in sys.modules and "torch" not in sys.modules
         """

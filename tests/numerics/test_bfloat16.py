@@ -9,7 +9,7 @@ from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from tests.engines import (
     SEVEN,
     job_config,

@@ -19,17 +19,17 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.programs import head_parameters, layer_program, list_programs
-from flexllm_jax.engine.sizes import EngineSizes
+from flexllm_jax.engine.device.programs import head_parameters, layer_program, list_programs
+from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.finetune import loss
 from flexllm_jax.finetune.buffers import saved_columns
+from flexllm_jax.models.checkpoints.hf_weights import load_parameters
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.models.families import FAMILIES as TABLE
-from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.adapter import TARGET_MODULES, LoraConfig, named_modules
 from flexllm_jax.peft.bank import BankShape, to_row
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter, save_merged
 from kernels_pallas.backend import XLA
 from tests import checkpoints
 from tests.engines import SEVEN, load_base, load_with_adapter, reference_logits, save_random_adapter

@@ -20,7 +20,7 @@ from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.peft.adapter import LoraConfig, init_adapter
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from scheduler.choice import Allowance
 from tests.checkpoints import make_llama, make_mistral, make_qwen2, make_qwen3, save_tokenizer
 from tests.engines import (

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from tests.engines import (
     SEVEN,
     SHORT,

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from flexllm_jax import SamplingParams
-from flexllm_jax.engine.programs import list_programs
+from flexllm_jax.engine.device.programs import list_programs
 from flexllm_jax.finetune import loss
 from flexllm_jax.finetune.buffers import MicrobatchTable
 from flexllm_jax.finetune.job import FinetuneJob
@@ -20,7 +20,7 @@ from flexllm_jax.finetune.losses import LOSSES, Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.finetune.optimizer import HYPERPARAMETERS
 from flexllm_jax.finetune.source import Step
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from tests.checkpoints import make_llama, save_tokenizer
 from tests.engines import (
     SEVEN,

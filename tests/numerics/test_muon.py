@@ -12,7 +12,7 @@ import pytest
 from flexllm_jax.finetune.checkpoint import CheckpointError
 from flexllm_jax.finetune.optimizer import learning_rate
 from flexllm_jax.peft.adapter import AdapterError
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from tests.checkpoints import make_llama, save_tokenizer
 from tests.engines import (
     job_config,

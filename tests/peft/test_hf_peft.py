@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from flexllm_jax.models.checkpoints.hf_tensors import read_kernel
+from flexllm_jax.models.checkpoints.hf_weights import load_parameters
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.hf_tensors import read_kernel
-from flexllm_jax.models.hf_weights import load_parameters
 from flexllm_jax.peft.adapter import (
     Adapter,
     AdapterError,
@@ -24,7 +24,7 @@ from flexllm_jax.peft.adapter import (
     merge_adapter,
 )
 from flexllm_jax.peft.bottleneck import BottleneckConfig
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter, save_merged
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter, save_merged
 from flexllm_jax.peft.ia3 import Ia3Config
 from flexllm_jax.peft.prefix import PrefixConfig
 from flexllm_jax.peft.principal import initialize_from_base

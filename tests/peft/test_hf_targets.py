@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from flexllm_jax.models.names import USUAL
 from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig
-from flexllm_jax.peft.hf_targets import target_fields, targeted_sites
+from flexllm_jax.peft.hf.targets import target_fields, targeted_sites
 from tests.small_models import small_model
 
 LAYERS = 3

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from flexllm_jax.peft import patterns
 from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig, init_adapter
-from flexllm_jax.peft.hf_files import CONFIG, WEIGHTS
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
+from flexllm_jax.peft.hf.files import CONFIG, WEIGHTS
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter
 from tests.peft.test_hf_targets import MODEL
 
 ENDLESS = "(([a-z_.0-9])+)+!"

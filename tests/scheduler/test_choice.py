@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scheduler.choice import Allowance, choose
 from scheduler.config import SchedulerConfig
-from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.latency.model import LatencyModel, StepFeatures
 from scheduler.progress import Progress
 from scheduler.request import Microbatch
 

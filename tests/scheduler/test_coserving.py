@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel, Sampling
+from scheduler.latency.model import LatencyModel, Sampling
 from scheduler.request import Microbatch, Slo, StepPlan
 from tests.scheduler.simulated_device import request
 

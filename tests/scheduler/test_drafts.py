@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.drafts import LONGEST, SHORTEST, PromptLookup
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.plan_log import LoggedScheduler, replay
 from scheduler.request import Slo
 from tests.scheduler.simulated_device import SimulatedEngine, request

@@ -7,10 +7,16 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from scheduler.fleet import AdapterAffinity, Fleet, LeastLoaded, ReplicaChange, RoundRobin
 from scheduler.request import Request
-from scheduler.simulator import request_of
-from scheduler.workload import Lengths, make_arrivals
+from scheduler.simulation.engine import request_of
+from scheduler.simulation.fleet import (
+    AdapterAffinity,
+    Fleet,
+    LeastLoaded,
+    ReplicaChange,
+    RoundRobin,
+)
+from scheduler.simulation.workload import Lengths, make_arrivals
 from tests.scheduler.test_simulator import make
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scheduler.coserving import Scheduler, SchedulerConfig
 from scheduler.jobs import JobTable
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.request import Microbatch, Request
 
 CONFIG = SchedulerConfig(

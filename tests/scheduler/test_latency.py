@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from scheduler.latency import LatencyModel, Sampling, StepFeatures
-from scheduler.least_squares import nonnegative_least_squares
+from scheduler.latency.least_squares import nonnegative_least_squares
+from scheduler.latency.model import LatencyModel, Sampling, StepFeatures
 
 
 def profile(noise=0.0, seed=0):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.pages import PagePool
+from scheduler.cache.pages import PagePool
 
 token_lists = st.lists(st.integers(0, 1), min_size=1, max_size=12)
 salts = st.sampled_from([None, "a", ("a", 2)])

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from scheduler.config import SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.plan_log import LoggedScheduler, replay
 from scheduler.request import Microbatch, Slo
 from tests.scheduler.simulated_device import SimulatedEngine, request

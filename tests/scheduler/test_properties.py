@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.policies import POLICIES, make_policy
 from scheduler.request import Microbatch, Slo
 from tests.scheduler.simulated_device import SimulatedEngine, request

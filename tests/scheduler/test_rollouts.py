@@ -7,8 +7,8 @@ import pytest
 from scheduler.coserving import Scheduler
 from scheduler.policies import make_policy
 from scheduler.request import Slo
-from scheduler.rollouts import RolloutBatch, RolloutSupply
-from scheduler.simulator import SimulatedEngine, replay, report
+from scheduler.simulation.engine import SimulatedEngine, replay, report
+from scheduler.simulation.rollouts import RolloutBatch, RolloutSupply
 from tests.scheduler.test_simulator import SLO, arrivals, make
 
 BATCH = RolloutBatch.of([(100, [20, 60, 40]), (90, [50, 10, 30])], 512)

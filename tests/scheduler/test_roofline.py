@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import Sampling, StepFeatures
-from scheduler.request import Slo
-from scheduler.roofline import (
+from scheduler.latency.model import Sampling, StepFeatures
+from scheduler.latency.roofline import (
     A100,
     LLAMA_3_1_8B,
     QWEN2_5_14B,
@@ -19,9 +18,10 @@ from scheduler.roofline import (
     find_device,
     roofline,
 )
-from scheduler.simulator import SimulatedEngine, replay, report
-from scheduler.supply import FinetuneSupply
-from scheduler.workload import Lengths, make_arrivals
+from scheduler.request import Slo
+from scheduler.simulation.engine import SimulatedEngine, replay, report
+from scheduler.simulation.supply import FinetuneSupply
+from scheduler.simulation.workload import Lengths, make_arrivals
 
 BUCKETS = (16, 128, 512, 2048)
 PERFECT = Efficiency(compute=1.0, memory=1.0, sharpness=64.0, step_s=0.0, unit_s=0.0)

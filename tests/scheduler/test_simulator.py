@@ -7,13 +7,13 @@ import math
 import pytest
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import StepFeatures
+from scheduler.latency.model import StepFeatures
+from scheduler.latency.roofline import A100, LLAMA_3_1_8B, Efficiency, roofline
 from scheduler.policies import POLICIES, make_policy
 from scheduler.request import Request, Slo
-from scheduler.roofline import A100, LLAMA_3_1_8B, Efficiency, roofline
-from scheduler.simulator import PerfectModel, SimulatedEngine, replay, report
-from scheduler.supply import FinetuneSupply
-from scheduler.workload import Lengths, make_arrivals
+from scheduler.simulation.engine import PerfectModel, SimulatedEngine, replay, report
+from scheduler.simulation.supply import FinetuneSupply
+from scheduler.simulation.workload import Lengths, make_arrivals
 
 SLO = Slo(0.05, 5.0)
 BUCKETS = (16, 64, 128, 192, 256, 320, 512, 2048)

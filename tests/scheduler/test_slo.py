@@ -7,7 +7,7 @@ import math
 import pytest
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.request import Slo
 from scheduler.slo import RequestTiming, summarize
 from tests.scheduler.simulated_device import request

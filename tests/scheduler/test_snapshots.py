@@ -8,10 +8,10 @@ import time
 
 import pytest
 
+from scheduler.cache.snapshots import Snapshots
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.request import Microbatch, Slo, StepPlan
-from scheduler.snapshots import Snapshots
 from tests.scheduler.simulated_device import SimulatedEngine, request
 
 ROWS = 4

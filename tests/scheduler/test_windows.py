@@ -3,10 +3,10 @@
 import pytest
 
 from scheduler.coserving import Scheduler, SchedulerConfig
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
+from scheduler.latency.roofline import A100, LayerCost, ModelCost, roofline
 from scheduler.policies import make_policy
 from scheduler.request import Request
-from scheduler.roofline import A100, LayerCost, ModelCost, roofline
 from scheduler.windows import KeyReads
 
 FULL, NARROW = LayerCost(1, 4, 2, 16), LayerCost(1, 4, 2, 8, window=5)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scheduler.workload import Arrival, Lengths, load_trace, make_arrivals
+from scheduler.simulation.workload import Arrival, Lengths, load_trace, make_arrivals
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"
 

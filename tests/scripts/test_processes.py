@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexllm_jax.engine.processes import LOST
+from flexllm_jax.engine.device.processes import LOST
 from tests.checkpoints import make_llama, save_tokenizer
 from tests.engines import free_port, random_prompts, reference_greedy
 from tests.scripts.workspace import Workspace, make_workspace

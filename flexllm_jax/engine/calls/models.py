@@ -28,9 +28,9 @@ from flexllm_jax.engine.calls.saved_state import (
     with_parts,
 )
 from flexllm_jax.engine.calls.turns import Model, ModelTurns, Parked
+from flexllm_jax.engine.device.out_of_memory import OutOfMemory, room_for
 from flexllm_jax.engine.engine import Engine
-from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
-from flexllm_jax.engine.sizes import FINETUNE_SEQUENCES
+from flexllm_jax.engine.memory.sizes import FINETUNE_SEQUENCES
 from flexllm_jax.errors import UserError
 from flexllm_jax.finetune.calls.data import GivenDatum, read_data, read_loss
 from flexllm_jax.finetune.calls.source import (

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import Adapter, AdapterError, LoraConfig, Weights
-from flexllm_jax.peft.hf_peft import load_adapter, save_adapter
+from flexllm_jax.peft.hf.peft import load_adapter, save_adapter
 
 STATE, MOMENTS = "state.json", "optimizer.safetensors"
 _PARTS = ("mu", "nu")  # of AdamW

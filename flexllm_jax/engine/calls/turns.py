@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import jax
 import numpy as np
 
-from flexllm_jax.engine.memory import models_at_once
-from flexllm_jax.engine.out_of_memory import OutOfMemory, room_for
+from flexllm_jax.engine.device.out_of_memory import OutOfMemory, room_for
+from flexllm_jax.engine.memory.plan import models_at_once
 from flexllm_jax.finetune.calls.source import CallSource
 from flexllm_jax.peft.directory import NoFreeSlot
 

@@ -10,10 +10,10 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.request import RequestState
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.engine.sampling.constraints import Constraint
+from flexllm_jax.engine.sampling.params import SamplingParams
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
 from flexllm_jax.finetune.reinforcement.prompts import PromptReader
 from flexllm_jax.graders import Completion, GradingError, Question, Usage
 from flexllm_jax.peft.directory import Published

@@ -17,15 +17,15 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from flexllm_jax.config import ReinforcementConfig
-from flexllm_jax.config.graders import asked_models
+from flexllm_jax.config.sections.graders import asked_models
 from flexllm_jax.engine.reinforcement.questions import Questions
 from flexllm_jax.engine.reinforcement.versions import Version
 from flexllm_jax.engine.request import RequestState
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.finetune.reinforcement.episodes import Episode, Group
 from flexllm_jax.finetune.reinforcement.source import ReinforcementSource
-from scheduler.rollouts import ROWS_LEFT
+from scheduler.simulation.rollouts import ROWS_LEFT
 
 if TYPE_CHECKING:
     from flexllm_jax.engine.engine import Engine

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from flexllm_jax.engine.runner import Runner
+from flexllm_jax.engine.device.runner import Runner
 from flexllm_jax.finetune.job import FinetuneJob
 from flexllm_jax.peft.directory import BankDirectory, NoFreeSlot, Published
 

@@ -22,11 +22,11 @@ from flexllm_jax.launch.run import Inputs, Run, prepare
 from flexllm_jax.llm import LLM
 from scheduler.config import SchedulerConfig
 from scheduler.coserving import Scheduler
-from scheduler.latency import LatencyModel, StepFeatures
+from scheduler.latency.model import LatencyModel, StepFeatures
 from scheduler.policies import make_policy
 from scheduler.request import Microbatch, Request
-from scheduler.simulator import PerfectModel, SimulatedEngine, report
-from scheduler.supply import TrainingSupply
+from scheduler.simulation.engine import PerfectModel, SimulatedEngine, report
+from scheduler.simulation.supply import TrainingSupply
 
 Row = dict[str, Any]
 _OBSERVED = 20_000  # steps whose times are kept

@@ -26,7 +26,7 @@ from flexllm_jax.experiments.simulation.calibration import PaperRowsSection
 from flexllm_jax.experiments.simulation.simulate import SimulationConfig
 from flexllm_jax.launch.replay import prepare_requests
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.models.text.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
 

@@ -23,11 +23,11 @@ from flexllm_jax.launch.replay import ReplayRequest
 from flexllm_jax.launch.run import Run, prepare
 from flexllm_jax.llm import LLM
 from scheduler.coserving import Scheduler
-from scheduler.latency import LatencyModel
+from scheduler.latency.model import LatencyModel
 from scheduler.policies import make_policy
 from scheduler.request import Request
-from scheduler.rollouts import ROWS_LEFT, RolloutBatch, RolloutSupply
-from scheduler.simulator import SimulatedEngine
+from scheduler.simulation.engine import SimulatedEngine
+from scheduler.simulation.rollouts import ROWS_LEFT, RolloutBatch, RolloutSupply
 
 _OBSERVED = 100_000  # steps whose times are kept
 _POLL_S = 0.05

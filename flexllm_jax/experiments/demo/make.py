@@ -17,7 +17,7 @@ from flexllm_jax.experiments.demo.documents import document
 from flexllm_jax.experiments.demo.model import train, train_tokenizer, training_rows, write_config
 from flexllm_jax.experiments.demo.task import write_questions, write_task, write_workload
 from flexllm_jax.experiments.demo.world import make_people
-from flexllm_jax.models.hf_weights import save_parameters
+from flexllm_jax.models.checkpoints.hf_weights import save_parameters
 
 
 def complete(folder: Path, seed: int) -> None:

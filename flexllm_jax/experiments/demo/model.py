@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from flexllm_jax.experiments.demo.documents import ASSISTANT, END, SYSTEM, USER
+from flexllm_jax.models.checkpoints.hf_weights import abstract_parameters
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder
-from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.models.mixers.gated_delta import rule_inputs
 from flexllm_jax.models.spec import GatedDeltaSpec
 from kernels_pallas.gated_delta import conv_window, delta_window

@@ -22,8 +22,8 @@ from rich.progress import track
 from rich.table import Table
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.programs import list_programs
-from flexllm_jax.engine.sizes import EngineSizes
+from flexllm_jax.engine.device.programs import list_programs
+from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import Backend, chip_name
 from kernels_pallas.cases import KERNELS, arg_specs

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, load_config
 from flexllm_jax.engine.loop import NewRequest
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.experiments.gpu.llama_8b import HF_CONFIG
 from flexllm_jax.llm import LLM, JobHandle
 

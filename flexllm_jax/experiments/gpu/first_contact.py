@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.experiments.gpu.engine import TOY_ENGINE, TOY_MODEL, MeasuredEngine, start
 from flexllm_jax.experiments.gpu.kernels import kernel_cases
 from flexllm_jax.experiments.gpu.measure import Notes, kernel_times, measure_roofline

@@ -35,8 +35,8 @@ from flexllm_jax.experiments.planning.make import choose_requests
 from flexllm_jax.experiments.simulation.report import figures
 from flexllm_jax.experiments.simulation.simulate import at_rate
 from flexllm_jax.launch.replay import Replay, ReplayRequest
+from scheduler.simulation.workload import Arrival
 from scheduler.slo import summarize
-from scheduler.workload import Arrival
 
 PARTS = ("generate", "finetuning", "traces", "adapters", "rollouts")
 _BATCH = 4  # sequences of an optimizer step: one goes forward while another goes backward

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from flexllm_jax.engine.cache import tree_bytes
+from flexllm_jax.engine.memory.cache import tree_bytes
 from flexllm_jax.experiments.gpu.engine import (
     ENGINE,
     TOY_ENGINE,

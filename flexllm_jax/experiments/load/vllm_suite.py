@@ -141,7 +141,7 @@ class _ModelConfig:
 
 
 def _tokenizer(*_: Any, **__: Any) -> Any:
-    from flexllm_jax.models.tokenizer import load_tokenizer
+    from flexllm_jax.models.text.tokenizer import load_tokenizer
 
     return load_tokenizer(_checkpoint())
 

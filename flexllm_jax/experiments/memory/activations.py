@@ -34,14 +34,14 @@ from flexllm_jax.compile.buckets import Program
 from flexllm_jax.compile.whole_layer import whole_layer
 from flexllm_jax.config import ConfigError, Section, TargetModule
 from flexllm_jax.config.fields import Float, Int
-from flexllm_jax.engine.activations import recomputed, with_saved
-from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.programs import head_parameters, layer_program, list_programs
-from flexllm_jax.engine.sizes import EngineSizes
+from flexllm_jax.engine.device.programs import head_parameters, layer_program, list_programs
+from flexllm_jax.engine.memory.activations import recomputed, with_saved
+from flexllm_jax.engine.memory.cache import tree_bytes
+from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.finetune.backward import job_bypass
+from flexllm_jax.models.checkpoints.hf_weights import abstract_parameters
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.decoder import Decoder, no_tap
-from flexllm_jax.models.hf_weights import abstract_parameters
 from flexllm_jax.models.rope import Angles
 from flexllm_jax.peft.adapter import named_modules
 from flexllm_jax.peft.bank import KINDS, BankShape

@@ -15,9 +15,9 @@ from flexllm_jax.compile.layer_graph import INPUT, LayerGraph
 from flexllm_jax.compile.remat import Plan
 from flexllm_jax.compile.whole_layer import PAGES
 from flexllm_jax.config import Config
-from flexllm_jax.engine.activations import choose_saved
-from flexllm_jax.engine.memory import memory_budget
-from flexllm_jax.engine.sizes import EngineSizes
+from flexllm_jax.engine.memory.activations import choose_saved
+from flexllm_jax.engine.memory.plan import memory_budget
+from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.models.config import ModelConfig
 from kernels_pallas.backend import select_backend
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from flexllm_jax.compile.layer_graph import INPUT
 from flexllm_jax.compile.remat import Plan
 from flexllm_jax.config import Config, ConfigError
-from flexllm_jax.engine.cache import tree_bytes
-from flexllm_jax.engine.runner import Runner
-from flexllm_jax.engine.step_inputs import StepInputs, page_writes
+from flexllm_jax.engine.device.runner import Runner
+from flexllm_jax.engine.memory.cache import tree_bytes
+from flexllm_jax.engine.memory.step_inputs import StepInputs, page_writes
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 

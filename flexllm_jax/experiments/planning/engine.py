@@ -2,7 +2,7 @@
 
 Its memory is planned by the engine's own planner, from the same shapes; its step times are a
 roofline of the chip's data sheet with what the engine was measured to reach of one
-(`scheduler.roofline.MEASURED`). Nothing is compiled or allocated.
+(`scheduler.latency.roofline.MEASURED`). Nothing is compiled or allocated.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.activations import choose_saved, recomputed, saved_names
-from flexllm_jax.engine.cache import CacheError
-from flexllm_jax.engine.memory import fixed_parts, memory_budget, plan_memory, planned_jobs
-from flexllm_jax.engine.placement import Placement, split
-from flexllm_jax.engine.profile import model_cost
-from flexllm_jax.engine.sizes import EngineSizes, bank_shape, step_buckets
+from flexllm_jax.engine.device.profile import model_cost
+from flexllm_jax.engine.memory.activations import choose_saved, recomputed, saved_names
+from flexllm_jax.engine.memory.cache import CacheError
+from flexllm_jax.engine.memory.placement import Placement, split
+from flexllm_jax.engine.memory.plan import fixed_parts, memory_budget, plan_memory, planned_jobs
+from flexllm_jax.engine.memory.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.experiments.gpu.compile import TARGETS
+from flexllm_jax.models.checkpoints.dtype import engine_dtype
 from flexllm_jax.models.config import ModelConfig
-from flexllm_jax.models.dtype import engine_dtype
 from kernels_pallas.backend import XLA, Backend, chip_name
-from scheduler import roofline as sheets
-from scheduler.latency import LatencyModel
-from scheduler.roofline import MEASURED, DeviceSpec, roofline
+from scheduler.latency import roofline as sheets
+from scheduler.latency.model import LatencyModel
+from scheduler.latency.roofline import MEASURED, DeviceSpec, roofline
 
 CHIPS = {"a100": sheets.A100, "h100": sheets.H100, "h200": sheets.H200}
 _JAX_SHARE = 0.92  # XLA_CLIENT_MEM_FRACTION, as `flexllm_jax` sets it
@@ -58,8 +58,8 @@ class AbsentDevice:
 
 @dataclass(frozen=True)
 class PlannedEngine:
-    """Bytes are of each device. parts: by purpose (`engine.memory.fixed_parts`). problem: why it
-    does not fit: as the engine would say, or its pages are too few for what is to run."""
+    """Bytes are of each device. parts: by purpose (`engine.memory.plan.fixed_parts`). problem: why
+    it does not fit: as the engine would say, or its pages are too few for what is to run."""
 
     config: Config
     device: AbsentDevice

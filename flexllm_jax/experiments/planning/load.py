@@ -1,5 +1,5 @@
-"""A planned engine under load: the scheduler's own code on a virtual clock (`scheduler.simulator`),
-one engine or as many as the requests need."""
+"""A planned engine under load: the scheduler's own code on a virtual clock
+(`scheduler.simulation.engine`), one engine or as many as the requests need."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from flexllm_jax.engine.profile import model_cost
+from flexllm_jax.engine.device.profile import model_cost
 from flexllm_jax.engine.scheduling import make_scheduler, slo_classes
 from flexllm_jax.experiments.planning.engine import PlannedEngine
 from flexllm_jax.experiments.simulation.report import figures
-from scheduler.fleet import Fleet, LeastLoaded
-from scheduler.latency import StepFeatures
-from scheduler.simulator import SimulatedEngine, report, request_of
-from scheduler.supply import FinetuneSupply
+from scheduler.latency.model import StepFeatures
+from scheduler.simulation.engine import SimulatedEngine, report, request_of
+from scheduler.simulation.fleet import Fleet, LeastLoaded
+from scheduler.simulation.supply import FinetuneSupply
+from scheduler.simulation.workload import Arrival, Lengths
 from scheduler.windows import KeyReads
-from scheduler.workload import Arrival, Lengths
 
 _NOISE = 0.03  # sigma of the logarithm of step times
 _ALONE_S = 30.0  # of the clock, in which finetuning alone is counted

@@ -18,7 +18,7 @@ from flexllm_jax.experiments.planning.load import (
 from flexllm_jax.experiments.planning.report import Plan
 from flexllm_jax.experiments.simulation.simulate import at_rate
 from flexllm_jax.launch.replay import read_arrivals
-from scheduler.workload import Arrival
+from scheduler.simulation.workload import Arrival
 
 # Chats where no trace is at hand, as long as ShareGPT's.
 _CHATS = {"process": "gamma", "cv": 2.0, "prompt_tokens": 250, "output_tokens": 325}

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flexllm_jax.config import FinetuneConfig, OptimizerConfig, PeftConfig, ReinforcementConfig
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.reinforcement.advantages import advantages, divisor, token_weight

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 
 TOKENS = 4096  # ids that prompts and rows are made of, each one letter of the tokenizer
 FIRST_LETTER = 0x4E00

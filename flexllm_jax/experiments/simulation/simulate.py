@@ -2,7 +2,7 @@
 
 The configuration (every field is described) names the device's data sheet, what a system makes of
 it, the engine's sizes, the policy, the workload and the fleet; `simulate` runs the scheduler's own
-code against it (`scheduler.simulator`) and returns what the engine would report.
+code against it (`scheduler.simulation.engine`) and returns what the engine would report.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pydantic import Field, model_validator
 from flexllm_jax.config import ConfigError, Section, SloSection, WorkloadSection
 from flexllm_jax.config.fields import Bool, Float, Int
 from flexllm_jax.launch.replay import read_arrivals
-from scheduler import roofline as sheets
 from scheduler.config import SchedulerConfig
 from scheduler.coserving import Scheduler
-from scheduler.fleet import ROUTERS, Fleet, ReplicaChange
-from scheduler.latency import LatencyModel
+from scheduler.latency import roofline as sheets
+from scheduler.latency.model import LatencyModel
+from scheduler.latency.roofline import Efficiency, roofline
 from scheduler.policies import POLICIES, make_policy
 from scheduler.request import Slo
-from scheduler.rollouts import ROWS_LEFT, RolloutBatch, RolloutSupply
-from scheduler.roofline import Efficiency, roofline
-from scheduler.simulator import PerfectModel, SimulatedEngine, report, request_of
-from scheduler.supply import FinetuneSupply, Supply
-from scheduler.workload import Arrival, Lengths
+from scheduler.simulation.engine import PerfectModel, SimulatedEngine, report, request_of
+from scheduler.simulation.fleet import ROUTERS, Fleet, ReplicaChange
+from scheduler.simulation.rollouts import ROWS_LEFT, RolloutBatch, RolloutSupply
+from scheduler.simulation.supply import FinetuneSupply, Supply
+from scheduler.simulation.workload import Arrival, Lengths
 
 DEVICES = {"a100": sheets.A100, "h100": sheets.H100, "h200": sheets.H200}
 MODELS = {name.lower(): model for name, model in sheets.MODELS.items()}
@@ -43,7 +43,7 @@ ARRANGEMENTS = (*POLICIES, *_SEPARATE, *_SPATIAL)
 
 
 class EfficiencySection(Section):
-    """What a system makes of its device; see `scheduler.roofline.Efficiency`."""
+    """What a system makes of its device; see `scheduler.latency.roofline.Efficiency`."""
 
     compute: Float = Field(default=0.5, gt=0, le=1, description="Share of the FLOP/s reached.")
     memory: Float = Field(default=0.7, gt=0, le=1, description="Share of the bytes/s reached.")

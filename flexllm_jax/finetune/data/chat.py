@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import Conversation, ConversationError, short
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import Conversation, ConversationError, short
 
 _WORD = "zqanswerqz"  # stands for an answer, to see what the template puts around it
 

@@ -31,8 +31,8 @@ from flexllm_jax.finetune.data.readers import Draft, Item, TokenDraft
 from flexllm_jax.finetune.data.rows import DatasetError, read_rows
 from flexllm_jax.finetune.data.table import FORMATS, read_row
 from flexllm_jax.finetune.data.tokens import CHARACTERS_PER_CALL, split_tokens
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.tokenizer import encode_text, end_token_ids
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.tokenizer import encode_text, end_token_ids
 
 ROWS_PER_TOKENIZER_CALL = 256
 ROWS_FOR_DETECTION = 100

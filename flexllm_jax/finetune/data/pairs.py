@@ -19,8 +19,8 @@ from flexllm_jax.finetune.data.readers import (
     read_row_conversation,
     with_context,
 )
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import read_messages
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import read_messages
 
 _ANSWERS = ("chosen", "rejected")
 

@@ -18,8 +18,8 @@ from flexllm_jax.finetune.data.chat import (
     conversation_segments,
     read_weight,
 )
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import (
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import (
     Conversation,
     ConversationError,
     read_documents,

@@ -22,8 +22,8 @@ from flexllm_jax.finetune.data.readers import (
     read_tokenized,
 )
 from flexllm_jax.finetune.data.rows import BadRow
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import ConversationError
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import ConversationError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from flexllm_jax.models.tokenizer import encode_texts
+from flexllm_jax.models.text.tokenizer import encode_texts
 
 CHARACTERS_PER_CALL = 2**21
 _BEFORE = ("\n", ".", "a")  # that few tokens of what follows have within them

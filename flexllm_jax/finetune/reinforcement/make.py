@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexllm_jax.config import FinetuneConfig, ReinforcementConfig
-from flexllm_jax.config.graders import GradersSection
+from flexllm_jax.config.sections.graders import GradersSection
 from flexllm_jax.finetune.data import DatasetError
 from flexllm_jax.finetune.reinforcement.games import (
     Asking,

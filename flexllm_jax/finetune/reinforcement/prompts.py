@@ -19,14 +19,14 @@ import numpy as np
 from flexllm_jax.config import ReinforcementConfig
 from flexllm_jax.finetune.data import DatasetError, SkippedRow
 from flexllm_jax.finetune.data.rows import BadRow, read_rows
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import (
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import (
     Conversation,
     ConversationError,
     read_conversation,
     read_messages,
 )
-from flexllm_jax.models.tokenizer import encode_text
+from flexllm_jax.models.text.tokenizer import encode_text
 
 Given = str | list[dict[str, Any]]  # a prompt: a text, or messages
 

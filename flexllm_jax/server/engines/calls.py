@@ -22,7 +22,7 @@ from flexllm_jax.finetune.reinforcement.make import Play
 from flexllm_jax.peft.adapter import Adapter
 from flexllm_jax.peft.bank import AdapterRow
 from flexllm_jax.peft.directory import NoFreeSlot
-from flexllm_jax.peft.hf_peft import is_adapter, load_adapter, save_adapter
+from flexllm_jax.peft.hf.peft import is_adapter, load_adapter, save_adapter
 from flexllm_jax.server.engines.facts import FactBook
 
 _FORGOTTEN_AFTER_S = 60.0  # a job's end

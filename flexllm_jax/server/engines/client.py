@@ -19,7 +19,7 @@ import zmq
 import zmq.asyncio
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.server.engines.local import LocalEngine
 from flexllm_jax.server.engines.protocol import (
     BAD_INPUT,

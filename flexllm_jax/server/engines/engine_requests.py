@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from flexllm_jax.engine.constraints import Constraint
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop, NewRequest, RequestFuture
 from flexllm_jax.engine.request import RequestState
+from flexllm_jax.engine.sampling.constraints import Constraint
 from flexllm_jax.server.engines.adapter_loads import AdapterLoads, Numbered
 from flexllm_jax.server.engines.calls import EngineCalls
 from flexllm_jax.server.engines.protocol import Event, Generate, Output, Outputs

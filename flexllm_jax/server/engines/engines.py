@@ -1,10 +1,10 @@
 """The engines of a server, one or several, as one: requests and adapters go through here.
 
 A request goes where its adapter's requests go, unless that engine is much busier than the others
-(`scheduler.fleet.AdapterAffinity`, which the simulator measures); one without an adapter goes to
-the least loaded. An adapter is a folder that all engines see: an engine loads it when a request
-brings its path, so what one has trained all serve. An engine that has ended, or does not answer,
-gets nothing new until it is back.
+(`scheduler.simulation.fleet.AdapterAffinity`, which the simulator measures); one without an adapter
+goes to the least loaded. An adapter is a folder that all engines see: an engine loads it when a
+request brings its path, so what one has trained all serve. An engine that has ended, or does not
+answer, gets nothing new until it is back.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.server.engines.client import EngineClient, EngineUnavailable, Generation
 from flexllm_jax.server.engines.protocol import Ready, Stats
 from flexllm_jax.server.engines.registry import ServedAdapter
-from scheduler.fleet import AdapterAffinity
 from scheduler.request import Request
+from scheduler.simulation.fleet import AdapterAffinity
 
 
 class Engines:

@@ -34,7 +34,7 @@ from flexllm_jax.config.cli import quiet_libraries
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.engine.loop import EngineLoop, EngineStopped
 from flexllm_jax.errors import UserError
-from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.models.text.tokenizer import load_tokenizer
 from flexllm_jax.server.engines.alone import lock_for_engine
 from flexllm_jax.server.engines.calls import EngineCalls
 from flexllm_jax.server.engines.engine_requests import EngineRequests

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.server.engines.training_messages import (
     TrainingCall,
     TrainingModelState,

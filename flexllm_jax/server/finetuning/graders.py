@@ -17,7 +17,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from flexllm_jax.config import Config
-from flexllm_jax.config.graders import GraderConfig, asked_models, nested_deeper, read_grader
+from flexllm_jax.config.sections.graders import (
+    GraderConfig,
+    asked_models,
+    nested_deeper,
+    read_grader,
+)
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Completion, Grade, Grader, Question, Sample, make_grader
 from flexllm_jax.graders.grade import ErrorKind

@@ -21,7 +21,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config
-from flexllm_jax.config.graders import asked_models
+from flexllm_jax.config.sections.graders import asked_models
 from flexllm_jax.server.database import Database, DatabaseUnavailable, JobRow
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines

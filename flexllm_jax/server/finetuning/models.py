@@ -14,7 +14,7 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from flexllm_jax.config.graders import asked_models
+from flexllm_jax.config.sections.graders import asked_models
 from flexllm_jax.server.database import CheckpointRow, Database, JobRow
 from flexllm_jax.server.engines.client import EngineUnavailable
 from flexllm_jax.server.engines.engines import Engines

@@ -17,7 +17,7 @@ from flexllm_jax.config import (
     ranks_taken,
 )
 from flexllm_jax.config.fields import room_for
-from flexllm_jax.config.graders import read_grader
+from flexllm_jax.config.sections.graders import read_grader
 from flexllm_jax.errors import UserError
 from flexllm_jax.graders import Completion, Grader, Question, make_grader
 from flexllm_jax.server.finetuning.methods import (

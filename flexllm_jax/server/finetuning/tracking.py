@@ -19,8 +19,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import Config, Section
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.models.detokenizer import Detokenizer
+from flexllm_jax.engine.sampling.params import SamplingParams
+from flexllm_jax.models.text.detokenizer import Detokenizer
 from flexllm_jax.server.database import (
     Database,
     DatabaseUnavailable,

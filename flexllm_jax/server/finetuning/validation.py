@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from flexllm_jax.config import METHODS, Config, ReinforcementConfig
-from flexllm_jax.config.graders import asked_models
+from flexllm_jax.config.sections.graders import asked_models
 from flexllm_jax.finetune.data import Dataset, DatasetError, load_dataset
 from flexllm_jax.finetune.data.questions import questions
 from flexllm_jax.finetune.data.rows import BadRow, read_rows

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from flexllm_jax.engine.reasoning import ReasoningParser, Thinking
-from flexllm_jax.models.messages import read_content
+from flexllm_jax.engine.sampling.reasoning import ReasoningParser, Thinking
+from flexllm_jax.models.text.messages import read_content
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.requests import Answer, Delta, Inference

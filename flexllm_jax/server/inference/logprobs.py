@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flexllm_jax.models.detokenizer import Detokenizer, OutputText
+from flexllm_jax.models.text.detokenizer import Detokenizer, OutputText
 
 Logprobs = dict[int, float]
 

@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 from flexllm_jax.config import Config
-from flexllm_jax.engine.reasoning import Thinking
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from flexllm_jax.models.detokenizer import Detokenizer, OutputText
+from flexllm_jax.engine.sampling.params import SamplingParams
+from flexllm_jax.engine.sampling.reasoning import Thinking
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
+from flexllm_jax.models.text.detokenizer import Detokenizer, OutputText
 from flexllm_jax.server.engines.client import EngineUnavailable, Generation
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.protocol import Output

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
-from flexllm_jax.engine.sampling_params import BIASES, SamplingParams
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
+from flexllm_jax.engine.sampling.params import BIASES, SamplingParams
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.server.http.body import Body
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.response_format import ResponseFormat

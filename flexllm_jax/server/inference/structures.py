@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from typing import Any
 
-from flexllm_jax.engine.structured_outputs import LIMITS, describe
-from flexllm_jax.models.tokenizer import end_token_ids
+from flexllm_jax.engine.sampling.structured_outputs import LIMITS, describe
+from flexllm_jax.models.text.tokenizer import end_token_ids
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from flexllm_jax.engine.reasoning import Thinking, find_thinking
-from flexllm_jax.engine.structured_outputs import literal
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.detokenizer import Detokenizer
-from flexllm_jax.models.messages import ConversationError, read_conversation
-from flexllm_jax.models.tokenizer import encode_texts, token_starts
+from flexllm_jax.engine.sampling.reasoning import Thinking, find_thinking
+from flexllm_jax.engine.sampling.structured_outputs import literal
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.detokenizer import Detokenizer
+from flexllm_jax.models.text.messages import ConversationError, read_conversation
+from flexllm_jax.models.text.tokenizer import encode_texts, token_starts
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.tools.formats import Format, find_format
 

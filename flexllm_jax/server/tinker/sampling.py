@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flexllm_jax.engine.sampling_params import TOP_LOGPROBS, SamplingParams
-from flexllm_jax.models.detokenizer import Detokenizer, OutputText
+from flexllm_jax.engine.sampling.params import TOP_LOGPROBS, SamplingParams
+from flexllm_jax.models.text.detokenizer import Detokenizer, OutputText
 from flexllm_jax.server.engines.client import Generation
 from flexllm_jax.server.engines.engines import Engines
 from flexllm_jax.server.engines.registry import ServedAdapter

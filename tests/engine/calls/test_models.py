@@ -9,7 +9,7 @@ import torch
 
 from flexllm_jax import SamplingParams
 from flexllm_jax.finetune.calls.source import ModelGone, NotFinite
-from flexllm_jax.peft.hf_peft import load_adapter
+from flexllm_jax.peft.hf.peft import load_adapter
 from tests.engine.calls.client import datum, distance, random_data
 from tests.engines import (
     job_config,

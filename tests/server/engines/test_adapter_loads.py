@@ -6,7 +6,7 @@ import time
 import pytest
 
 from flexllm_jax import ReinforcementConfig
-from flexllm_jax.models.tokenizer import load_tokenizer
+from flexllm_jax.models.text.tokenizer import load_tokenizer
 from flexllm_jax.server.engines import adapter_loads
 from flexllm_jax.server.engines.adapter_loads import AdapterLoads
 from flexllm_jax.server.engines.calls import EngineCalls

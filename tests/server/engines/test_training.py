@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flexllm_jax.config import build_config
-from flexllm_jax.engine.sampling_params import SamplingParams
+from flexllm_jax.engine.sampling.params import SamplingParams
 from flexllm_jax.server.engines.client import EngineClient, EngineRefused, EngineUnavailable
 from flexllm_jax.server.engines.registry import ServedAdapter
 from flexllm_jax.server.engines.training_client import TrainingFailed

@@ -11,16 +11,16 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 
 from flexllm_jax import SamplingParams
-from flexllm_jax.engine.reasoning import (
+from flexllm_jax.engine.sampling.reasoning import (
     FORMATS,
     ReasoningFormat,
     ReasoningParser,
     Thinking,
     find_thinking,
 )
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
-from flexllm_jax.models.chat_template import ChatTemplate
-from flexllm_jax.models.messages import read_messages
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
+from flexllm_jax.models.text.chat_template import ChatTemplate
+from flexllm_jax.models.text.messages import read_messages
 from tests.engines import start_engine
 from tests.server.inference.test_tool_calls import PLACES, cut
 from tests.small_tokenizers import byte_level_tokenizer

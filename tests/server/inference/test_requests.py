@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from flexllm_jax import SamplingParams
-from flexllm_jax.models.chat_template import ChatTemplate
+from flexllm_jax.models.text.chat_template import ChatTemplate
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference.requests import Inference
 from flexllm_jax.server.inference.schema import TokenizeRequest

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams
 from flexllm_jax.server.http.access import Client
 from flexllm_jax.server.http.errors import ApiError
 from flexllm_jax.server.inference import structures

@@ -11,8 +11,12 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from flexllm_jax.engine.constraints import Constraint, Constraints
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, TokenMatchers, quote
+from flexllm_jax.engine.sampling.constraints import Constraint, Constraints
+from flexllm_jax.engine.sampling.structured_outputs import (
+    StructuredOutputsParams,
+    TokenMatchers,
+    quote,
+)
 from flexllm_jax.server.inference.response_format import ResponseFormat
 from flexllm_jax.server.inference.tools.grammar import calls_of
 from tests.server.inference.test_tool_calls import BY_NAME, parse

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 
-from flexllm_jax.engine.sampling_params import SamplingParams
-from flexllm_jax.models.detokenizer import OutputText
-from flexllm_jax.models.tokenizer import encode_text, token_starts
+from flexllm_jax.engine.sampling.params import SamplingParams
+from flexllm_jax.models.text.detokenizer import OutputText
+from flexllm_jax.models.text.tokenizer import encode_text, token_starts
 from flexllm_jax.server.engines.protocol import Output
 from flexllm_jax.server.inference.chat import _Chat
 from flexllm_jax.server.inference.completions import _Completion, _Prompt

@@ -13,8 +13,8 @@ from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
-from flexllm_jax.engine.structured_outputs import quote
-from flexllm_jax.models.messages import read_messages
+from flexllm_jax.engine.sampling.structured_outputs import quote
+from flexllm_jax.models.text.messages import read_messages
 from flexllm_jax.server.inference.tools.formats import FORMATS, find_format
 from flexllm_jax.server.inference.tools.grammar import calls_of
 from flexllm_jax.server.inference.tools.parser import ToolCallParser, join_calls

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flexllm_jax.engine.structured_outputs import StructuredOutputsParams, quote
+from flexllm_jax.engine.sampling.structured_outputs import StructuredOutputsParams, quote
 from flexllm_jax.server.inference.tools.formats import Format
 from flexllm_jax.server.inference.tools.values import Schema, choices_of, is_text, properties_of
 

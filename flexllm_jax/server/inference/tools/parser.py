@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flexllm_jax.models.marks import overlap
+from flexllm_jax.models.text.marks import overlap
 from flexllm_jax.server.inference.tools.blocks import read_block
 from flexllm_jax.server.inference.tools.formats import NAME, Format
 from flexllm_jax.server.inference.tools.values import Schema

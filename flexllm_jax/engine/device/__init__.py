@@ -1,0 +1,1 @@
+"""The programs of an engine: placed, compiled, run, profiled."""

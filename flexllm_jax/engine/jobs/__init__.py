@@ -1,0 +1,1 @@
+"""Jobs in an engine: trained beside requests, written, followed, tracked."""

@@ -1,0 +1,1 @@
+"""What an engine has on its device: shapes, pools, activations, and the plan that they fit."""

@@ -1,0 +1,1 @@
+"""How a request's tokens are chosen: parameters, masks of structures, cutoffs, the sampler."""

@@ -1,0 +1,1 @@
+"""Adapters from and to PEFT's files."""

@@ -1,0 +1,1 @@
+"""How long a step takes: a model of it, fitted or from a chip's data sheet."""

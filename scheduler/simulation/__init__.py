@@ -1,0 +1,1 @@
+"""The scheduler on a virtual clock: one engine, a fleet, their workloads."""
