@@ -76,15 +76,14 @@ class Scheduler:
         """Share of the pages that are referenced; cached ones without reference do not count."""
         return 1 - self.pool.num_free / self.pool.num_pages
 
-    @property
     def reads_first(self) -> bool:
         """Whether the outstanding plans should be completed before the next is made: a draft is in
-        flight, or one could follow if the tokens were known."""
-        resting = self._draft_rest > 0
-        return any(
-            s.drafted or (not resting and s.in_flight and s.lookup and s.lookup.promises(s.tokens))
-            for s in self.inference.drafting
-        )
+        flight, or one could follow if the tokens were known. A call like the others: a draft that
+        was promised and does not come counts as one that failed."""
+        drafting, asks = self.inference.drafting, self._draft_rest == 0
+        unknown = [s for s in drafting if asks and s.in_flight and not s.drafted]
+        promised = [s for s in unknown if s.lookup and s.lookup.promises(s.tokens)]  # all are asked
+        return bool(promised) or any(s.drafted for s in drafting)
 
     @property
     def has_work(self) -> bool:

@@ -54,6 +54,12 @@ class LoggedScheduler(Scheduler):
             self._calls = []
         return plan
 
+    def reads_first(self) -> bool:
+        """See `Scheduler.reads_first`."""
+        if self.inference.drafting:
+            self._calls.append(["reads_first"])
+        return super().reads_first()
+
     def add(self, work: Request | Microbatch) -> None:
         """See `Scheduler.add`."""
         super().add(work)

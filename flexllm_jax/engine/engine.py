@@ -244,7 +244,7 @@ class Engine:
     def step(self) -> list[RequestState]:
         """Plan and dispatch a step, then read the one before; returns requests that finished."""
         self.progressed, finished = [], []
-        if self._in_flight and self.scheduler.reads_first:
+        if self._in_flight and self.scheduler.reads_first():
             finished = self._postprocess(self._in_flight.popleft())
         started = time.perf_counter()
         if self._reading:  # tokens will be read amid a step: what else changes jobs comes before

@@ -376,10 +376,12 @@ def _shards(outputs: list[_Output], max_bytes: int) -> list[list[_Output]]:
 
 
 def _as_stored(
-    array: jax.Array, tensor: Tensor, read: Callable[[jax.Array], np.ndarray]
+    array: jax.Array | np.ndarray, tensor: Tensor, read: Callable[[Any], np.ndarray]
 ) -> np.ndarray:
     """A parameter on the host, its columns in the checkpoint's order."""
-    devices = _devices(array.sharding, array.shape, axis=-1) if tensor.parts else 1
+    if not tensor.parts or isinstance(array, np.ndarray):
+        return read(array)
+    devices = _devices(array.sharding, array.shape, axis=-1)
     return as_stored(read(array), tensor.parts, devices) if devices > 1 else read(array)
 
 

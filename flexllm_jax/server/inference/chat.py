@@ -17,6 +17,7 @@ from flexllm_jax.server.inference.conversing import ConversationAnswer, Said, co
 from flexllm_jax.server.inference.logprobs import id_of_token, text_of_token, token_entry
 from flexllm_jax.server.inference.requests import Delta, Inference
 from flexllm_jax.server.inference.schema import ChatCompletionRequest
+from flexllm_jax.server.inference.text import TextCodec
 from flexllm_jax.server.inference.tools.parser import CallDelta, join_calls
 
 
@@ -24,11 +25,15 @@ class _Chat:
     """A request being answered."""
 
     def __init__(
-        self, body: ChatCompletionRequest, answer: ConversationAnswer, inference: Inference
+        self,
+        body: ChatCompletionRequest,
+        answer: ConversationAnswer,
+        codec: TextCodec,
+        model: str,
     ):
-        self.body, self.answer, self.codec = body, answer, inference.codec
+        self.body, self.answer, self.codec = body, answer, codec
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-        self.head["model"] = inference.models.named(body.model)
+        self.head["model"] = model
 
     def logprobs(self, delta: Delta) -> dict[str, Any] | None:
         """The log-probabilities of a token, as OpenAI shows them; None when not asked for."""
@@ -45,7 +50,8 @@ async def chat(
 ) -> Response:
     """Answer a chat request, at once or as a stream."""
     answer = await converse(body, client, inference)
-    conversation = _Chat(body, answer, inference)
+    model = inference.models.named(body.model)
+    conversation = _Chat(body, answer, inference.codec, model)
     if body.stream:
         return sse.EventStream(_stream(conversation), answer.close)
     try:

@@ -78,7 +78,7 @@ def completed(prompt: str | list[int], said: str, *, echo: bool = True) -> dict[
     )
     answer = answer_of(sent.tokens, said)
     body = CompletionRequest(model="m", prompt=prompt, logprobs=2, echo=echo)
-    completion = _Completion(body, answer, [sent], CODEC)
+    completion = _Completion(body, answer, [sent], CODEC, "m")
 
     async def run() -> None:
         async for delta in answer:
@@ -146,7 +146,7 @@ def test_bytes_in_a_chat_are_those_of_the_content() -> None:
     body = ChatCompletionRequest(
         model="m", messages=[{"role": "user", "content": "x"}], logprobs=True, top_logprobs=1
     )
-    conversation = _Chat(body, ConversationAnswer(body, answer, None, None), CODEC)
+    conversation = _Chat(body, ConversationAnswer(body, answer, None, None), CODEC, "m")
 
     async def run() -> tuple[str, list[dict[str, Any]]]:
         text, entries = "", []
