@@ -1,43 +1,20 @@
 """The families of models: a row for each, and no other place that knows one by its name."""
 
-from flexllm_jax.models.families.cohere import COHERE2
-from flexllm_jax.models.families.dense import (
-    GRANITE,
-    GRANITE_SWA,
-    OLMO2,
-    OLMO3,
-    SEED_OSS,
-    SMOLLM3,
-)
+from flexllm_jax.models.families import cohere, dense, gemma, gemma4, hybrid, llama, muse
 from flexllm_jax.models.families.family import Family, Wrapper
-from flexllm_jax.models.families.gemma import GEMMA2, GEMMA3
-from flexllm_jax.models.families.gemma4 import GEMMA4, GEMMA4_UNIFIED, GEMMA4_WRAPPERS
-from flexllm_jax.models.families.hybrid import OLMO_HYBRID, QWEN3_5
-from flexllm_jax.models.families.llama import (
-    GLM4,
-    LLAMA,
-    MINISTRAL,
-    MINISTRAL3,
-    MISTRAL,
-    PHI3,
-    QWEN2,
-    QWEN3,
-)
-from flexllm_jax.models.families.muse import MUSE, MUSE_WRAPPER
 
+# All that these modules have.
 FAMILIES: dict[str, Family] = {
-    family.architecture: family
-    for family in (
-        *(LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, GLM4),
-        *(SMOLLM3, SEED_OSS, GRANITE, GRANITE_SWA, OLMO2, OLMO3, GEMMA2, GEMMA3),
-        *(GEMMA4, GEMMA4_UNIFIED, MUSE, QWEN3_5, OLMO_HYBRID, COHERE2),
-    )
+    row.architecture: row
+    for module in (llama, dense, gemma, gemma4, muse, hybrid, cohere)
+    for row in vars(module).values()
+    if isinstance(row, Family)
 }
 # Models of more than text, of which the text's part is served.
 WRAPPERS: dict[str, Wrapper] = {
     wrapper.architecture: wrapper
     for wrapper in (
-        *(*GEMMA4_WRAPPERS, MUSE_WRAPPER),
+        *(*gemma4.GEMMA4_WRAPPERS, muse.MUSE_WRAPPER),
         Wrapper(
             "Gemma 3 with vision", "gemma3", "Gemma3ForConditionalGeneration", text="gemma3_text"
         ),
