@@ -21,6 +21,7 @@ from transformers import (
     Gemma4TextConfig,
     Gemma4UnifiedTextConfig,
     Glm4Config,
+    GlmConfig,
     GraniteConfig,
     GraniteSWAConfig,
     LlamaConfig,
@@ -160,6 +161,11 @@ def make_phi3(path: Path, **options: Any) -> Path:
 def make_glm4(path: Path, **options: Any) -> Path:
     """Write a GLM-4 checkpoint: gate and up fused, biases, RoPE of neighbours."""
     return _make(Glm4Config, path, **{"pad_token_id": 0, "rope_parameters": None, **options})
+
+
+def make_glm(path: Path, **options: Any) -> Path:
+    """Write a checkpoint of the GLM-4 before: without norms behind."""
+    return _make(GlmConfig, path, **{"pad_token_id": 0, "rope_parameters": None, **options})
 
 
 def make_smollm3(path: Path, **options: Any) -> Path:

@@ -76,12 +76,12 @@ def _phi3(fields: Fields) -> tuple[LayerSpec, ...]:
     return alike(fields, LayerSpec(own, gated_mlp(fields, fused=True), norms(fields)))
 
 
-def _glm4(fields: Fields) -> tuple[LayerSpec, ...]:
-    """Norms before and behind; RoPE of neighbours in a part of each head."""
+def _glm(fields: Fields, *, post: bool = False) -> tuple[LayerSpec, ...]:
+    """RoPE of neighbours in a part of each head. post: with norms behind, too."""
     rope = read_rope(fields, partial=True, neighbours=True)
     own = attention(fields, rope=rope, qkv_bias=fields.boolean("attention_bias"), o_bias=False)
     mlp = gated_mlp(fields, fused=True)
-    return alike(fields, LayerSpec(own, mlp, norms(fields, post=True)))
+    return alike(fields, LayerSpec(own, mlp, norms(fields, post=post)))
 
 
 _OF_MISTRAL = {
@@ -90,6 +90,15 @@ _OF_MISTRAL = {
     "sliding_window": 4096,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+_OF_GLM = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "rms_norm_eps": 0.00000015625,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+    "eos_token_id": [151329, 151336, 151338],
 }
 _QWEN = frozenset({"sliding_window", "max_window_layers", "use_sliding_window"})
 
@@ -171,7 +180,7 @@ GLM4 = Family(
     "GLM-4 (0414)",
     "glm4",
     "Glm4ForCausalLM",
-    layers=_glm4,
+    layers=lambda fields: _glm(fields, post=True),
     names=Names(
         changed=(
             ("post_attn_norm", "post_self_attn_layernorm"),
@@ -179,13 +188,6 @@ GLM4 = Family(
             ("post_mlp_norm", "post_mlp_layernorm"),
         )
     ),
-    defaults={
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "rms_norm_eps": 0.00000015625,
-        "attention_bias": True,
-        "partial_rotary_factor": 0.5,
-        "eos_token_id": [151329, 151336, 151338],
-    },
+    defaults=_OF_GLM,
 )
+GLM = Family("GLM-4 (before 0414)", "glm", "GlmForCausalLM", layers=_glm, defaults=_OF_GLM)
