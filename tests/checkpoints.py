@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Cohere2Config,
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -166,6 +167,11 @@ def make_glm4(path: Path, **options: Any) -> Path:
 def make_glm(path: Path, **options: Any) -> Path:
     """Write a checkpoint of the GLM-4 before: without norms behind."""
     return _make(GlmConfig, path, **{"pad_token_id": 0, "rope_parameters": None, **options})
+
+
+def make_ernie4_5(path: Path, **options: Any) -> Path:
+    """Write an ERNIE 4.5 checkpoint: RoPE of neighbours."""
+    return _make(Ernie4_5Config, path, **{"rope_parameters": None, **options})
 
 
 def make_smollm3(path: Path, **options: Any) -> Path:

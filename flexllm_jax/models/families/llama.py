@@ -1,5 +1,6 @@
-"""Llama 3.x, and the families that differ from it in biases, norms of queries and keys, or windows:
-Qwen2.5, Qwen3, Mistral; and in which projections are one: Phi-3 and 4, GLM-4."""
+"""Llama 3.x, and the families that differ from it in biases, norms of queries and keys, windows, or
+which elements rotate: Qwen2.5, Qwen3, Mistral, ERNIE; and in which projections are one: Phi-3 and
+4, GLM-4."""
 
 from typing import Any
 
@@ -22,6 +23,15 @@ from flexllm_jax.models.spec import LayerSpec
 
 def _llama(fields: Fields) -> tuple[LayerSpec, ...]:
     return alike(fields, LayerSpec(attention(fields), gated_mlp(fields), norms(fields)))
+
+
+def _ernie(fields: Fields) -> tuple[LayerSpec, ...]:
+    """RoPE of neighbours."""
+    fields.refuse("use_bias", "use a checkpoint whose projections have no biases")
+    own = attention(
+        fields, rope=read_rope(fields, 5e5, neighbours=True), qkv_bias=False, o_bias=False
+    )
+    return alike(fields, LayerSpec(own, gated_mlp(fields), norms(fields)))
 
 
 def _mistral(fields: Fields, *, growing: bool = False) -> tuple[LayerSpec, ...]:
@@ -108,6 +118,21 @@ LLAMA = Family(
     "LlamaForCausalLM",
     layers=_llama,
     defaults={"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+)
+ERNIE4_5 = Family(
+    "ERNIE 4.5, dense",
+    "ernie4_5",
+    "Ernie4_5ForCausalLM",
+    layers=_ernie,
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 )
 MISTRAL = Family(
     "Mistral",
