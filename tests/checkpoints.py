@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Cohere2Config,
+    CohereConfig,
     Ernie4_5Config,
     Gemma2Config,
     Gemma3Config,
@@ -340,6 +341,12 @@ def make_olmo_hybrid(path: Path, **options: Any) -> Path:
         "pad_token_id": 0,
     }
     return _make(OlmoHybridConfig, path, **(fields | options))
+
+
+def make_cohere(path: Path, **options: Any) -> Path:
+    """Write a Cohere checkpoint: one norm a layer, in which two things are side by side."""
+    fields = {"logit_scale": 0.7, "layer_norm_eps": 1e-3, "rope_parameters": None}
+    return _make(CohereConfig, path, **(fields | options))
 
 
 def make_cohere2(path: Path, **options: Any) -> Path:
