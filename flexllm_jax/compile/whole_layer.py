@@ -23,7 +23,7 @@ from flexllm_jax.models.spec import GatedDeltaSpec
 from flexllm_jax.peft.bypass import Bypass
 from kernels_pallas.attention_backward import attention_backward
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.gated_delta import conv_window, delta_window, delta_window_backward
+from kernels_pallas.gated_delta import CHUNK, conv_window, delta_window, delta_window_backward
 from kernels_pallas.layer_options import AttentionOptions
 from kernels_pallas.layer_passes import rotate
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
@@ -32,7 +32,6 @@ PAGES = "kv"  # the name of keys and values, which are in their pages
 # Operations of the trace that are not looked into.
 ATTENTION = ("attention_forward", "attention_gradient")
 DELTA = ("delta_forward", "delta_gradient")
-_CHUNK = 64  # tokens of the delta rule's chunk form
 
 MakeBypass = Callable[[Any], BypassFunction]
 
@@ -171,7 +170,7 @@ def delta_flops(label: str, keys: tuple[int, ...], values: tuple[int, ...]) -> f
     queries and keys, of keys, of the triangle with keys, of both with values) and with the state
     (three times); two and a half times that backward."""
     (_, _, key_dim), (tokens, heads, value_dim) = keys, values
-    forward = 2.0 * tokens * heads * (_CHUNK * (3 * key_dim + 2 * value_dim) / 2)
+    forward = 2.0 * tokens * heads * (CHUNK * (3 * key_dim + 2 * value_dim) / 2)
     forward += 6.0 * tokens * heads * key_dim * value_dim
     return forward if label == DELTA[0] else 2.5 * forward
 

@@ -274,9 +274,8 @@ class StepBuilder:
                 sequences, row = sequences + 1, row + 1
             start += length
         inputs.unfinished[0] = self._unfinished
-        if (
-            row > self._runner.sizes.rows + 1
-        ):  # what one sequence is read from, another is not written to
+        # What one sequence is read from, another is not written to.
+        if row > self._runner.sizes.rows + 1:
             self._unfinished = 1 - self._unfinished
         inputs.unfinished[1] = self._unfinished
         return sequences

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from flexllm_jax.models.collectives import Axes
 from flexllm_jax.models.spec import NormSpec
 from kernels_pallas.backend import MERGED_COLUMNS, Backend
-from kernels_pallas.layer_passes import add_norm
+from kernels_pallas.layer_passes import add_norm, normed
 from kernels_pallas.rows import Recalled, as_array
 
 
@@ -75,11 +75,8 @@ class RMSNorm(nnx.Module):
 
     def part(self, x: Float[Array, "T D"], mean_square: Float[Array, "T 1"]) -> Float[Array, "T D"]:
         """Normalize some of the columns, by the mean square of all; as `__call__` else."""
-        weight, wide = self._weight, x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(mean_square + self.spec.eps)
-        if weight.dtype != x.dtype:
-            return (weight * wide).astype(x.dtype)
-        return weight * wide.astype(x.dtype)
+        wide = x.astype(jnp.float32)
+        return normed(wide, mean_square, self._weight, self.spec.eps, x.dtype)
 
     @property
     def _weight(self) -> Float[Array, " D"]:

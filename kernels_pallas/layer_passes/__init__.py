@@ -6,6 +6,6 @@ from kernels_pallas.layer_passes.api import (
     rotate_and_write,
     rotate_back_and_clear,
 )
-from kernels_pallas.layer_passes.base import rotate
+from kernels_pallas.layer_passes.base import normed, rotate
 
-__all__ = ["add_norm", "gated", "rotate", "rotate_and_write", "rotate_back_and_clear"]
+__all__ = ["add_norm", "gated", "normed", "rotate", "rotate_and_write", "rotate_back_and_clear"]

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.layer_options import Activation
@@ -39,10 +40,22 @@ def add_norm(
     """
     total = x if y is None else x + y
     wide = total.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    if weight.dtype != total.dtype:
-        return total, (weight * wide).astype(total.dtype)
-    return total, weight * wide.astype(total.dtype)
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return total, normed(wide, mean_square, weight, eps, total.dtype)
+
+
+def normed(
+    wide: Float[Array, "*B D"],
+    mean_square: Float[Array, "*B 1"],
+    weight: Float[Array, " D"],
+    eps: float,
+    dtype: DTypeLike,
+) -> Float[Array, "*B D"]:
+    """The norm of `add_norm` for float32 values whose mean square is known; in `dtype`."""
+    wide = wide * jax.lax.rsqrt(mean_square + eps)
+    if weight.dtype != dtype:
+        return (weight * wide).astype(dtype)
+    return weight * wide.astype(dtype)
 
 
 def gated(

@@ -1,1 +1,1 @@
-"""The programs of an engine: placed, compiled, run, profiled."""
+"""The programs of an engine: compiled, run, profiled; what to do where memory ends."""

@@ -1,1 +1,1 @@
-"""What an engine has on its device: shapes, pools, activations, and the plan that they fit."""
+"""What an engine has on its devices, and where: shapes, pools, activations; a plan that fits."""

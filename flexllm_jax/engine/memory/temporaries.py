@@ -4,7 +4,7 @@ The page pool is sized before anything is compiled, as programs are compiled for
 upper bounds of what XLA has been seen to allocate: a forward's widest moment is its feed-forward, a
 backward unit's the feed-forward's gradients, beside what a gated delta net has mixed, or those of
 its states; sampling and a loss unit hold rows of logits. Once programs are compiled the engine
-takes their own numbers (`memory.plan_memory`).
+takes their own numbers (`plan.plan_memory`).
 """
 
 from math import prod
