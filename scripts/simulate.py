@@ -17,8 +17,9 @@ from flexllm_jax.config.cli import (
     run_script,
     shows_progress,
 )
+from flexllm_jax.experiments.simulation.config import SimulationConfig
 from flexllm_jax.experiments.simulation.report import comparison_table, figures, plot_series
-from flexllm_jax.experiments.simulation.simulate import Simulation, SimulationConfig, simulate
+from flexllm_jax.experiments.simulation.simulate import Simulation, simulate
 
 
 def main() -> int:

@@ -12,9 +12,11 @@ fleet for an hour affordable; tests hold both modes together.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,6 +144,10 @@ class SimulatedEngine:
         while self.now < until and not self._waits:
             self._step()
             self._land(until)
+
+    def pass_event(self) -> None:
+        """Take the steps up to and with the next event."""
+        self.advance(math.nextafter(self.next_event, math.inf))
 
     def finish(self, deadline: float = math.inf) -> None:
         """Go on until every request is answered, or until `deadline`."""
@@ -294,6 +300,18 @@ def replay(
         engine.advance(arrival.arrival_s)
         engine.add(request_of(arrival, str(index)))
     engine.finish(deadline_s)
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Look for cyclic garbage a hundred times less often: a simulation makes many objects and no
+    cycles, and JAX, where it is imported, has something to do at each collection."""
+    before = gc.get_threshold()
+    gc.set_threshold(100 * before[0], *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def report(engines: Sequence[SimulatedEngine], slo: Slo, wall_s: float) -> dict[str, Any]:

@@ -103,6 +103,40 @@ class ReplicaChange:
     change: int
 
 
+class Events:
+    """The next event of each engine, soonest first."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int]] = []  # those not in `_of` are void
+        self._of: dict[int, float] = {}
+
+    @property
+    def soonest(self) -> float:
+        """When the next one is; inf for none."""
+        heap, of = self._heap, self._of
+        while heap and of.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else math.inf
+
+    def put(self, index: int, at_s: float) -> None:
+        """An engine's next event is at `at_s`; inf: it has none."""
+        if at_s == math.inf:
+            self._of.pop(index, None)
+        elif self._of.get(index) != at_s:
+            self._of[index] = at_s
+            heapq.heappush(self._heap, (at_s, index))
+
+    def take(self, until: float) -> int | None:
+        """The engine whose event is the next one before `until`; it has none until it is put."""
+        heap, of = self._heap, self._of
+        while heap and heap[0][0] < until:
+            at_s, index = heapq.heappop(heap)
+            if of.get(index) == at_s:
+                del of[index]
+                return index
+        return None
+
+
 class Fleet:
     """`engines` engines made by `make_engine(index)`, and what the schedule adds.
 
@@ -124,8 +158,7 @@ class Fleet:
         self.router = router
         self._make_engine, self._serves, self._startup_s = make_engine, serves, startup_s
         self._load = np.zeros(0)
-        self._events: list[tuple[float, int]] = []  # a heap; those not in `_next_event` are void
-        self._next_event: list[float] = []  # of each engine, as last put in the heap
+        self._events = Events()
         self._draining: set[int] = set()
         self.stopped: dict[int, float] = {}  # engine -> when it was gone
         # (time, order, what to do then)
@@ -163,34 +196,26 @@ class Fleet:
 
     def finish(self, deadline: float = math.inf) -> None:
         """Go on until every request is answered, or until `deadline`."""
-        busy, events = [engine for engine in self.engines if engine.unfinished], self._events
+        busy = [engine for engine in self.engines if engine.unfinished]
         while busy:
             engine = busy[-1]
             if not engine.unfinished or engine.next_event == math.inf:  # done, or it never will be
                 busy.pop()
                 continue
-            while events[0][0] != self._next_event[events[0][1]]:
-                heapq.heappop(events)
-            now = events[0][0]
+            now = self._events.soonest
             if now >= deadline:
                 return
             self.advance(min(deadline, math.nextafter(now, math.inf)))
 
     def _schedule(self, index: int) -> None:
         """Note when the engine will have done something that concerns others."""
-        next_event = self.engines[index].next_event
-        if next_event != self._next_event[index]:
-            self._next_event[index] = next_event
-            heapq.heappush(self._events, (next_event, index))
+        self._events.put(index, self.engines[index].next_event)
 
     def _run(self, until: float) -> None:
         events, engines = self._events, self.engines
-        while events and events[0][0] < until:
-            at_s, index = heapq.heappop(events)
-            if at_s != self._next_event[index]:
-                continue
-            engine, self._next_event[index] = engines[index], math.inf
-            engine.advance(math.nextafter(at_s, math.inf))
+        while (index := events.take(until)) is not None:
+            engine = engines[index]
+            engine.pass_event()
             unfinished = engine.unfinished
             if self._load[index] < math.inf:
                 self._load[index] = unfinished
@@ -216,7 +241,6 @@ class Fleet:
         self.engines.append(engine)
         index = len(self.engines) - 1
         self._load = np.append(self._load, math.inf)
-        self._next_event.append(math.inf)
         self._schedule(index)
         return index
 

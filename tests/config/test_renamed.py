@@ -8,7 +8,7 @@ from flexllm_jax.config import Config, ConfigError, Section, build_config, load_
 from flexllm_jax.config.explain import walk
 from flexllm_jax.config.renamed import FIELDS, VALUES
 from flexllm_jax.experiments.comparison.experiment import BenchmarkConfig
-from flexllm_jax.experiments.simulation.simulate import SimulationConfig
+from flexllm_jax.experiments.simulation.config import SimulationConfig
 
 # The smallest tree that reads, and the tree's class, by first key of a field.
 ROOTS: dict[str, tuple[type[Section], dict[str, Any]]] = {

@@ -23,7 +23,7 @@ from flexllm_jax.experiments.comparison.targets import (
 )
 from flexllm_jax.experiments.memory.activations import MemorySection
 from flexllm_jax.experiments.simulation.calibration import PaperRowsSection
-from flexllm_jax.experiments.simulation.simulate import SimulationConfig
+from flexllm_jax.experiments.simulation.config import SimulationConfig
 from flexllm_jax.launch.replay import prepare_requests
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.models.text.tokenizer import load_tokenizer

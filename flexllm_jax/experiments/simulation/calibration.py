@@ -18,8 +18,9 @@ from pydantic import Field
 from scipy.optimize import minimize
 
 from flexllm_jax.config import Section, build_config
+from flexllm_jax.experiments.simulation.config import SimulationConfig
 from flexllm_jax.experiments.simulation.report import figures
-from flexllm_jax.experiments.simulation.simulate import MODELS, SimulationConfig, simulate
+from flexllm_jax.experiments.simulation.simulate import MODELS, simulate
 
 Row = dict[str, Any]
 _START = {"compute": 0.5, "memory": 0.7, "step_s": 3e-3}
