@@ -11,6 +11,7 @@ A kernel also reads a part of such an array where it lies (`Rows`), which XLA wo
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +100,27 @@ class Recalled:
         """As an array's; what is kept stays as it lies."""
         return Recalled(self.computed.reshape(*shape), self.kept)
 
+    def read(self) -> jax.Array:
+        """What was kept, as an array whose gradient is that of `computed`."""
+        return _recall(self.computed, self.kept.read().reshape(self.shape))
 
-def as_array(x: jax.Array | Rows | Recalled) -> jax.Array:
+
+class Readable(Protocol):
+    """What kernels read where it lies, or as it is computed; `read` makes it an array."""
+
+    def read(self) -> jax.Array:
+        """For those who read arrays alone."""
+        ...
+
+
+def as_array(x: jax.Array | Readable) -> jax.Array:
     """x for those who read arrays alone."""
-    if isinstance(x, Recalled):
-        return _recall(x.computed, x.kept.read().reshape(x.shape))
-    return x.read() if isinstance(x, Rows) else x
+    return x if isinstance(x, jax.Array) else x.read()
+
+
+def recall(x: Any) -> Any:
+    """x for those who read what is `Recalled` as an array, and anything else as it is."""
+    return as_array(x) if isinstance(x, Recalled) else x
 
 
 @jax.custom_vjp

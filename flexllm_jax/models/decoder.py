@@ -131,7 +131,7 @@ class DecoderLayer(nnx.Module):
         """The layer's output, from its input, what the mixing returned, its gate, and what tokens
         have for this layer alone; `recalled`: names of what the tap replaces."""
         x, y = self.summands(x, mixed, gate, bypass, tap, recalled, own)
-        return x if y is None else x + y
+        return x if y is None else x + as_array(y)
 
     def summands(
         self,
@@ -156,26 +156,29 @@ class DecoderLayer(nnx.Module):
         readers = 1 + len(names)
         if self.spec.parallel:
             x, normed = self._normed(self.pre_attn_norm, x, None, readers)
-            x = x + y
+            x = x + as_array(y)
         elif "residual" in recalled:  # then the norm is of what was recalled
-            x = tap("residual", as_array(x) + y)
+            x = tap("residual", as_array(x) + as_array(y))
             x, normed = self._normed(self.pre_mlp_norm, x, None, readers)
         else:
             x, normed = self._normed(self.pre_mlp_norm, x, y, readers)
             x = as_array(tap("residual", x))
         *inputs, h = normed
         outputs = tuple(self._projections(names, h, inputs, bypass).values())
-        gate, up = jnp.split(outputs[0], 2, axis=1) if self.spec.mlp.fused else outputs
+        if self.spec.mlp.fused:
+            gate, up = jnp.split(as_array(outputs[0]), 2, axis=1)
+        else:
+            gate, up = outputs
         factors = tap("gate", gate), tap("up", up)
         inner, low = gated(*factors, self.backend, 2, self.spec.mlp.activation)
         y = bypass(low, {"down": self.down(inner)}, join)["down"]
         y = self._branch(self.post_mlp_norm, y, "mlp_branch", tap)
         if own is not None:
-            x = x + y
+            x = x + as_array(y)
             y = self._token_branch(x, own, bypass, tap)
         if not self.spec.scalar:
             return x, y
-        return (x + y) * self.scalar[...], None
+        return (x + as_array(y)) * self.scalar[...], None
 
     def _token_branch(
         self,
@@ -196,7 +199,10 @@ class DecoderLayer(nnx.Module):
         self, norm: RMSNorm | None, y: Float[Array, "T D"], name: str, tap: Tap
     ) -> Float[Array, "T D"]:
         """What is added to the residual, from what attention or the feed-forward network gave."""
-        return scaled(y if norm is None else norm(as_array(tap(name, y))), self.spec.residual_scale)
+        if norm is not None:
+            y = norm(as_array(tap(name, y)))
+        factor = self.spec.residual_scale
+        return y if factor == 1.0 else scaled(as_array(y), factor)
 
     def _normed(
         self,
@@ -207,6 +213,7 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "T D"], list[Float[Array, "T D"]]]:
         """x + y, and its norm for each of its readers; where the model is split over devices, the
         gradients of all are added up before they are shared."""
+        y = None if y is None else as_array(y)
         if norm is None:
             x = as_array(x) if y is None else as_array(x) + y
             return x, [share_input(x, self.axes)] * readers
@@ -313,7 +320,7 @@ class Decoder:
     ) -> jax.Array:
         h = self.final_norm(params, x)
         logits = jnp.einsum("td,vd->tv", h, self.head(params), preferred_element_type=jnp.float32)
-        return self.config.head.cap(bypass(h, {"head": logits})["head"])
+        return self.config.head.cap(as_array(bypass(h, {"head": logits})["head"]))
 
 
 @cache

@@ -16,7 +16,7 @@ from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
 from flexllm_jax.peft.stacks import of_layer
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora
-from kernels_pallas.rows import from_stored
+from kernels_pallas.rows import as_array, from_stored
 
 # Site -> the projection whose output goes through it.
 FOLLOWS = {"bottleneck_o": "o", "bottleneck_down": "down"}
@@ -77,7 +77,7 @@ def bottleneck(
     changed = dict(outputs)
     for site, name in FOLLOWS.items():
         if site in weights and name in outputs:
-            own, present, y = weights[site], scales[site], outputs[name]
+            own, present, y = weights[site], scales[site], as_array(outputs[name])
             _, rows, size = own["down_bias"].shape
             eye = jnp.broadcast_to(jnp.eye(size, dtype=y.dtype), (1, rows, size, size))
             here = of_layer(present, layer)[:, None]

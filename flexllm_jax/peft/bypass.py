@@ -21,7 +21,7 @@ from flexllm_jax.peft.lora import lora
 from flexllm_jax.peft.stacks import of_layer
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
-from kernels_pallas.rows import Recalled
+from kernels_pallas.rows import Recalled, as_array
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Bypass:
             split=split,
         )
         outputs = ia3(*self._of_layer(SCALED), self.adapter, outputs)
-        outputs = {name: join(output) for name, output in outputs.items()}
+        if split:
+            outputs = {name: join(as_array(output)) for name, output in outputs.items()}
         return bottleneck(*stacked, outputs, self.layer, self.backend)
 
     def attend(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.adapter import AdapterConfig, AdapterError, Weights
-from kernels_pallas.rows import from_stored
+from kernels_pallas.rows import as_array, from_stored
 
 # Site -> the projection whose output it scales.
 SCALED = {"ia3_k": "k", "ia3_v": "v", "ia3_inner": "up"}
@@ -72,5 +72,6 @@ def ia3(weights: dict, scales: dict, adapter: Int[Array, " T"], outputs: Outputs
             factors = 1 + own * (from_stored(weights[site]["scale"]).astype(jnp.float32) - 1)
             rows = factors if len(factors) == 1 else factors[adapter]
             factor = jnp.where(adapter[:, None] < 0, 1.0, rows)
-            scaled[name] = outputs[name] * factor.astype(outputs[name].dtype)
+            output = as_array(outputs[name])
+            scaled[name] = output * factor.astype(output.dtype)
     return scaled

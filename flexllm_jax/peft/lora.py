@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.peft.dropout import Dropout
 from kernels_pallas.backend import XLA, Backend, are_merged
-from kernels_pallas.grouped_lora import grouped_lora, job_lora
+from kernels_pallas.grouped_lora import job_lora, low_rank_sums
 from kernels_pallas.rows import Recalled, as_array
 
 
@@ -25,7 +25,8 @@ def lora(
     *,
     split: bool = False,
 ) -> Outputs:
-    """`outputs` with the low-rank products of their input added.
+    """`outputs` with the low-rank products of their input added; or to be added by who reads them,
+    where they are no gradients' (`kernels_pallas.grouped_lora.low_rank_sums`).
 
     Args:
         weights: module -> {"a": [L, A, d_in, R], "b": [L, A, R, d_out]}; a module that is absent
@@ -57,7 +58,7 @@ def lora(
         if sums is None:
             read = as_array(read)
             merged = are_merged(read, [y.shape[1] for y in own])
-            added = grouped_lora(read, own, a, b, scale, adapter, backend, layer, merged=merged)
+            added = low_rank_sums(read, own, a, b, scale, adapter, backend, layer, merged=merged)
         else:
             a, b, scale = jax.tree.map(lambda w: w[:, 0], (a, b, scale))
             totals = _factors(sums, group)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.grouped_lora import base, block_backward, one_adapter, pallas_triton
+from kernels_pallas.grouped_lora import base, block_backward, one_adapter
+from kernels_pallas.grouped_lora.sums import LowRankSum, begin
 from kernels_pallas.rows import as_array, computed_and_kept
 
 
@@ -24,19 +25,34 @@ def grouped_lora(
     """See `base.grouped_lora`; without a `layer` a, b and scales have no leading axis of layers.
     Differentiable in x, ys, a and b; scales are constants. merged: whether ys are columns of one
     array (`backend.are_merged`)."""
+    a, b, scales, layer = _of_layers(a, b, scales, layer)
+    return _grouped_lora(x, ys, a, b, scales, adapter, layer, backend, merged)
+
+
+def low_rank_sums(
+    x, ys, a, b, scales, adapter, backend: Backend = XLA, layer=None, *, merged: bool = False
+) -> tuple[jax.Array | LowRankSum, ...]:
+    """`grouped_lora` for a forward alone, whose sums the passes that read them may add up. They
+    cannot be differentiated."""
+    a, b, scales, layer = _of_layers(a, b, scales, layer)
+    if _takes_xla(backend, a):
+        return base.grouped_lora(x, ys, a, b, scales, adapter, layer)
+    return begin(x, ys, a, b, scales, adapter, layer, backend, merged=merged).sums
+
+
+def _of_layers(a, b, scales, layer):
+    """The factors with a leading axis of layers, and which of them is meant."""
     if layer is None:
         a, b, scales = jax.tree.map(lambda w: w[None], (tuple(a), tuple(b), tuple(scales)))
         layer = 0
-    return _grouped_lora(x, ys, a, b, scales, adapter, jnp.int32(layer), backend, merged)
+    return a, b, scales, jnp.int32(layer)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _grouped_lora(x, ys, a, b, scales, adapter, layer, backend: Backend, merged: bool):
     if _takes_xla(backend, a):
         return base.grouped_lora(x, ys, a, b, scales, adapter, layer)
-    return pallas_triton.grouped_lora(
-        x, ys, a, b, scales, adapter, layer, backend, merged=merged and len(ys) > 1
-    )
+    return begin(x, ys, a, b, scales, adapter, layer, backend, merged=merged).arrays
 
 
 def _forward(x, ys, a, b, scales, adapter, layer, backend, merged):

@@ -1,6 +1,7 @@
 """Grouped LoRA at the shapes of real models, and the tiles to choose from."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,15 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.cases import Case, ModelShape, model_shards
-from kernels_pallas.grouped_lora import grouped_lora, job_lora, one_adapter
-from kernels_pallas.grouped_lora.blocks import block_map, block_rows
+from kernels_pallas.grouped_lora import grouped_lora, job_lora, low_rank_sums, one_adapter
+from kernels_pallas.grouped_lora.blocks import block_rows, blocks_of_all
 from kernels_pallas.grouped_lora.pallas_triton import padded_rank, tuning_key
+from kernels_pallas.grouped_lora.passes import pass_key
+from kernels_pallas.layer_passes import gated, rotate_and_write
+
+_PAGE, _HEAD = 64, 128
+# The projections whose sums a layer's next pass adds, and its name.
+_PASSES = {"qkv": "rotate", "gate_up": "gated"}
 
 
 def groups(model: ModelShape) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -38,8 +45,22 @@ def forward_and_backward(x, ys, a, b, scales, adapter, d_ys, totals, backend: Ba
 
 def map_blocks(adapter, scales, backend: Backend = XLA):
     """What all calls of a step share, and each pays when it is timed alone."""
-    num_tokens, num_adapters = adapter.shape[0], scales.shape[0]
-    return block_map(adapter, num_adapters, block_rows(num_tokens, num_adapters))
+    return blocks_of_all(adapter, scales.shape[0])
+
+
+def gated_sums(x, ys, a, b, scales, adapter, backend: Backend = XLA):
+    """A forward's feed-forward network between its products."""
+    gate, up = low_rank_sums(x, ys, a, b, scales, adapter, backend)
+    return gated(gate, up, backend)[0]
+
+
+def rotated_sums(
+    x, ys, a, b, scales, adapter, cos, sin, slots, k_pages, v_pages, backend: Backend = XLA
+):
+    """A forward's attention between its projections and itself."""
+    sums = low_rank_sums(x, ys, a, b, scales, adapter, backend)
+    q, k, v = (y.reshape(x.shape[0], -1, cos.shape[-1]) for y in sums)
+    return rotate_and_write(q, k, v, (cos, sin), slots, k_pages, v_pages, backend=backend)
 
 
 def base_projection(case: Case) -> Case:
@@ -85,6 +106,26 @@ def _make(key, tokens, d_in, d_outs, adapters, rank, dtype, unused=False, job=Fa
     a, b = jax.tree.map(lambda w: w.astype(jnp.float32), (a, b))
     d_ys = tuple(normal(tokens, d) for d in d_outs)
     return x, ys, a, b, scales, adapter, d_ys, jax.tree.map(jnp.ones_like, (a, b))
+
+
+def _passed_on(name: str, group: tuple[int, tuple[int, ...]], pass_: str, **sizes: Any) -> Case:
+    """A case of grouped LoRA whose sums go on to a layer's next pass, which adds them."""
+    case = _case(f"{name}/{pass_}", group, **sizes)
+    if pass_ == "gated":
+        return replace(case, function=gated_sums, donated=())
+
+    def make(key):
+        arguments = case.make(key)
+        _, (_, k, _), *_ = arguments
+        tokens, dtype = k.shape[0], k.dtype
+        angle = jax.random.normal(key, (tokens, 1, _HEAD // 2))
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        angles = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+        pages = jnp.zeros((tokens // _PAGE + 2, _PAGE, k.shape[1] // _HEAD, _HEAD), dtype)
+        slots = (jnp.arange(tokens, dtype=jnp.int32) * 2) % (pages.shape[0] * _PAGE + 7)
+        return *arguments, *angles, slots, pages, pages + 1
+
+    return replace(case, function=rotated_sums, make=make, donated=(9, 10))
 
 
 def _case(
@@ -138,7 +179,17 @@ def _cases() -> Iterator[Case]:
             yield case(f"{where}/decode-8-of-8", tokens=8, adapters=8)
             yield case(f"{where}/prefill-4096-of-4", tokens=4096, adapters=4)
             yield case(f"{where}/train-1024-backward", tokens=1024, adapters=1, backward=True)
+            if name in _PASSES:
+                sizes = {"tokens": 256, "adapters": 64}
+                yield _passed_on(f"{where}/decode-256-of-64", group, _PASSES[name], **sizes)
     model = next(model_shards())
+    for name, pass_ in _PASSES.items():
+        where, group = f"{model.name}/{name}", groups(model)[name]
+        for tokens, adapters, what in ((64, 16, "decode-64-of-16"), (2048, 4, "mixed-2048-of-4")):
+            yield _case(f"{where}/{what}", group, tokens, adapters)
+            yield _passed_on(f"{where}/{what}", group, pass_, tokens=tokens, adapters=adapters)
+        wide = {"tokens": 256, "adapters": 64, "rank": 64, "dtype": jnp.float32}
+        yield _passed_on(f"{where}/decode-256-of-64/float32", group, pass_, **wide)
     for name in ("qkv", "down"):
         for tokens, adapters, where in (
             (256, 64, f"{model.name}/{name}/decode-256-of-64"),
@@ -163,7 +214,7 @@ DRY_RUN_CASES = (
 
 
 def tuning_keys(case: Case) -> tuple[str, ...]:
-    """The entries of the tuning table that a case uses: of shrink and of expand, if any."""
+    """The entries of the tuning table that a case uses: of shrink, and of what adds to y."""
     if case.function is map_blocks:
         return ()
     x, _, a, *_ = jax.eval_shape(case.make, jax.random.key(0))
@@ -180,10 +231,12 @@ def tuning_keys(case: Case) -> tuple[str, ...]:
         return tuple(dict.fromkeys([*own, wide]))
     rows = block_rows(x.shape[0], num_adapters)
     ranks = [padded_rank(down.shape[2]) for down in a]
-    return (
-        tuning_key("shrink", rows, sum(ranks), x.dtype),
-        tuning_key("expand", rows, max(ranks), x.dtype),
-    )
+    last = {
+        grouped_lora: tuning_key("expand", rows, max(ranks), x.dtype),
+        gated_sums: pass_key("gated", rows, max(ranks), x.dtype),
+        rotated_sums: pass_key("rotate", rows, _HEAD, x.dtype),
+    }
+    return tuning_key("shrink", rows, sum(ranks), x.dtype), last[case.function]
 
 
 def candidates(key: str) -> Iterator[dict[str, int]]:
@@ -204,7 +257,13 @@ def candidates(key: str) -> Iterator[dict[str, int]]:
                         "num_warps": num_warps,
                         "num_stages": num_stages,
                     }
-    else:
-        for columns in (64, 128, 256, 512):
+    elif key.startswith("rotate"):
+        for heads in (1, 2, 4):
             for num_warps in (2, 4, 8):
-                yield {"columns": columns, "num_warps": num_warps, "num_stages": 1}
+                yield {"heads": heads, "num_warps": num_warps, "num_stages": 1}
+    else:
+        of_pass = [{"programs": n} for n in (264, 528, 1056)] if key.startswith("gated") else [{}]
+        for columns in (64, 128, 256, 512):
+            for own in of_pass:
+                for num_warps in (2, 4, 8):
+                    yield own | {"columns": columns, "num_warps": num_warps, "num_stages": 1}

@@ -1,7 +1,8 @@
 """Tokens grouped in blocks of one adapter each.
 
 Every call of a step with as many tokens and adapters makes the same map, from the same `adapter`
-alone, so XLA keeps one copy per step. It costs a few reductions: no sort, no scan, no loop on the
+alone, so XLA keeps one copy per step: that of all tokens (`blocks_of_all`), as a layer's passes go
+over those of no adapter too. It costs a few reductions: no sort, no scan, no loop on the
 device.
 """
 
@@ -45,6 +46,13 @@ def block_map(adapter: Int[Array, " T"], num_adapters: int, block_rows: int) -> 
         jnp.sum(end <= jnp.arange(num_blocks)[:, None], axis=1, dtype=jnp.int32),
         place,
     )
+
+
+def blocks_of_all(adapter: Int[Array, " T"], num_adapters: int) -> BlockMap:
+    """Blocks of every token of a step: tokens of no adapter are in blocks of adapter A, as if they
+    had one more, and blocks without tokens are of A + 1."""
+    rows = block_rows(adapter.shape[0], num_adapters)
+    return block_map(jnp.where(adapter < 0, num_adapters, adapter), num_adapters + 1, rows)
 
 
 def most_blocks(num_tokens: int, num_adapters: int, block_rows: int) -> int:

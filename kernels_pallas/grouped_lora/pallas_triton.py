@@ -5,13 +5,16 @@
 2. Expand: y_j += s_j @ b_j in place. One grid covers the output tiles of every projection, and each
    program adds up the partial sums of its rows: always in the same order.
 
-Both work on the blocks of `block_map`: a program gathers its block's tokens, reads its adapter's
-factors (of a stack of many layers, those of the layer) and nothing else. Tokens of no adapter are
-in no block, so their rows are never touched, and blocks without tokens leave at once.
+Both work on the blocks of `blocks_of_all`: a program gathers its block's tokens, reads its
+adapter's factors (of a stack of many layers, those of the layer) and nothing else. Blocks of no
+adapter leave at once, so rows of their tokens are never touched.
+
+What reads the sums next may add them itself (`sums.py`, `passes.py`), and expand is not run.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,39 +24,55 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.backend import Backend
-from kernels_pallas.grouped_lora.blocks import BlockMap, block_map, block_rows
+from kernels_pallas.grouped_lora.blocks import BlockMap
 from kernels_pallas.tuning import tiles
 
 MOST_SPLITS = 16
 
 
-def grouped_lora(
+def shrink(
     x: Float[Array, "T D"],
-    ys: Sequence[Float[Array, "T E"]],
     a: Sequence[Float[Array, "L A D R"]],
-    b: Sequence[Float[Array, "L A R E"]],
     scales: Sequence[Float[Array, "L A"]],
-    adapter: Int[Array, " T"],
+    blocks: BlockMap,
     layer: Int[Array, ""],
     backend: Backend,
-    *,
-    merged: bool,
-) -> tuple[Float[Array, "T E"], ...]:
-    """See `base.grouped_lora`. merged: ys are columns of one array, and would else be copies."""
+) -> Float[Array, "splits B M ranks"]:
+    """scale * x @ a by block, as partial sums over D, of all projections side by side."""
     num_adapters = a[0].shape[1]
-    blocks = block_map(adapter, num_adapters, block_rows(x.shape[0], num_adapters))
-    a, b, scales = ([w.reshape(-1, *w.shape[2:]) for w in factors] for factors in (a, b, scales))
-    first = jnp.reshape(layer * num_adapters, 1)  # row of the layer's first adapter
-    partial_sums = _shrink(x, a, scales, blocks, first, num_adapters, backend)
-    widths, outputs = [y.shape[1] for y in ys], list(ys)
-    if merged:
-        outputs = [jnp.concatenate(ys, axis=1)]
-    outputs = _expand(
-        partial_sums, outputs, widths, b, blocks, first, num_adapters, x.dtype, backend
-    )
-    if merged:
-        return tuple(jnp.split(outputs[0], [sum(widths[:j]) for j in range(1, len(ys))], axis=1))
-    return outputs
+    (a, scales), first = of_all_layers((a, scales), layer, num_adapters)
+    num_blocks, rows = blocks.tokens.shape
+    ranks = [padded_rank(down.shape[2]) for down in a]
+    tile = shrink_tiles(backend.chip, rows, sum(ranks), x.dtype)
+    steps = pl.cdiv(x.shape[1], tile["columns"])
+    splits, steps_each = splits_of(steps, num_blocks, tile["programs"])
+    return pl.pallas_call(
+        partial(
+            _shrink_kernel,
+            num_adapters=num_adapters,
+            ranks=ranks,
+            tile=tile["columns"],
+            steps=steps_each,
+        ),
+        grid=(num_blocks, splits),
+        out_shape=jax.ShapeDtypeStruct((splits, num_blocks, rows, sum(ranks)), jnp.float32),
+        compiler_params=compiler_params(tile),
+        interpret=backend.interpret,
+        name="grouped_lora_shrink",
+    )(blocks.tokens, blocks.adapter, first, x, *a, *scales)
+
+
+def of_all_layers(factors: Any, layer: Int[Array, ""], num_adapters: int) -> tuple[Any, jax.Array]:
+    """Factors [L, A, ...] as rows [L A, ...], and which row [1] is the layer's first adapter's."""
+    rows = jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), factors)
+    return rows, jnp.reshape(layer * num_adapters, 1)
+
+
+def splits_of(steps: int, num_blocks: int, programs: int) -> tuple[int, int]:
+    """How many programs share the steps over a row, where so many programs in all are enough, and
+    the steps of each."""
+    steps_each = pl.cdiv(steps, max(1, min(programs // num_blocks, MOST_SPLITS)))
+    return pl.cdiv(steps, steps_each), steps_each
 
 
 def tuning_key(kernel: str, rows: int, columns: int, dtype) -> str:
@@ -65,33 +84,6 @@ def tuning_key(kernel: str, rows: int, columns: int, dtype) -> str:
 def padded_rank(rank: int) -> int:
     """A product's sizes are powers of two from 16 up."""
     return max(16, pl.next_power_of_2(rank))
-
-
-def _shrink(
-    x, a, scales, blocks: BlockMap, first, num_adapters: int, backend: Backend
-) -> jax.Array:
-    """scale * x @ a by block, as partial sums over D [splits, B, M, ranks of all projections]."""
-    num_blocks, rows = blocks.tokens.shape
-    ranks = [padded_rank(down.shape[2]) for down in a]
-    tile = shrink_tiles(backend.chip, rows, sum(ranks), x.dtype)
-    steps = pl.cdiv(x.shape[1], tile["columns"])
-    splits = max(1, min(tile["programs"] // num_blocks, MOST_SPLITS))
-    steps_each = pl.cdiv(steps, splits)
-    splits = pl.cdiv(steps, steps_each)
-    return pl.pallas_call(
-        partial(
-            _shrink_kernel,
-            num_adapters=num_adapters,
-            ranks=ranks,
-            tile=tile["columns"],
-            steps=steps_each,
-        ),
-        grid=(num_blocks, splits),
-        out_shape=jax.ShapeDtypeStruct((splits, num_blocks, rows, sum(ranks)), jnp.float32),
-        compiler_params=_compiler_params(tile),
-        interpret=backend.interpret,
-        name="grouped_lora_shrink",
-    )(blocks.tokens, blocks.adapter, first, x, *a, *scales)
 
 
 def _shrink_kernel(
@@ -107,13 +99,13 @@ def _shrink_kernel(
     def _():
         tokens = tokens_ref[block, :]
         rows = tokens.shape[0]
-        row_in = partial(_row_in, adapter, first_ref[0], num_adapters)
+        own_row = partial(row_in, adapter, first_ref[0], num_adapters)
 
         def add_tile(step, sums):
             start = step * tile
             x = _load_rows(x_ref, tokens, start, tile)
             return tuple(
-                total + _dot(x, _load_factor(a_ref, row_in(a_ref), start, 0, tile, rank, x.dtype))
+                total + dot(x, _load_factor(a_ref, own_row(a_ref), start, 0, tile, rank, x.dtype))
                 for total, a_ref, rank in zip(sums, a_refs, ranks, strict=True)
             )
 
@@ -123,21 +115,33 @@ def _shrink_kernel(
         sums = lax.fori_loop(begin, end, add_tile, zeros)
         column = 0
         for total, scale_ref, rank in zip(sums, scale_refs, ranks, strict=True):
-            out_ref[split, block, :, pl.ds(column, rank)] = scale_ref[row_in(scale_ref)] * total
+            out_ref[split, block, :, pl.ds(column, rank)] = scale_ref[own_row(scale_ref)] * total
             column += rank
 
 
-def _expand(
-    partial_sums, ys, widths, b, blocks: BlockMap, first, num_adapters: int, dtype, backend: Backend
-) -> tuple:
-    """ys + s @ b in place, s the total of the partial sums; ys of so many columns, or one array
-    that has them all."""
+def expand(
+    shrunk: Float[Array, "splits B M ranks"],
+    ys: Sequence[Float[Array, "T E"]],
+    b: Sequence[Float[Array, "L A R E"]],
+    blocks: BlockMap,
+    layer: Int[Array, ""],
+    dtype: jnp.dtype,
+    backend: Backend,
+    *,
+    merged: bool,
+) -> tuple[Float[Array, "T E"], ...]:
+    """ys + s @ b in place, s the total of the partial sums, in `dtype`. merged: ys are columns of
+    one array, and would else be copies."""
+    num_adapters = b[0].shape[1]
+    b, first = of_all_layers(b, layer, num_adapters)
     num_blocks, rows = blocks.tokens.shape
     ranks = [padded_rank(up.shape[1]) for up in b]
     tile = expand_tiles(backend.chip, rows, max(ranks), dtype)
+    widths = [y.shape[1] for y in ys]
+    outputs = [jnp.concatenate(ys, axis=1)] if merged else list(ys)
     counts = [pl.cdiv(width, tile["columns"]) for width in widths]
     first_y = 4 + len(b)
-    return pl.pallas_call(
+    sums = pl.pallas_call(
         partial(
             _expand_kernel,
             num_adapters=num_adapters,
@@ -148,12 +152,15 @@ def _expand(
             dtype=dtype,
         ),
         grid=(num_blocks, sum(counts)),
-        out_shape=tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in ys),
-        input_output_aliases={first_y + j: j for j in range(len(ys))},
-        compiler_params=_compiler_params(tile),
+        out_shape=tuple(jax.ShapeDtypeStruct(y.shape, y.dtype) for y in outputs),
+        input_output_aliases={first_y + j: j for j in range(len(outputs))},
+        compiler_params=compiler_params(tile),
         interpret=backend.interpret,
         name="grouped_lora_expand",
-    )(blocks.tokens, blocks.adapter, first, partial_sums, *b, *ys)
+    )(blocks.tokens, blocks.adapter, first, shrunk, *b, *outputs)
+    if merged:
+        return tuple(jnp.split(sums[0], [sum(widths[:j]) for j in range(1, len(ys))], axis=1))
+    return tuple(sums)
 
 
 def _expand_kernel(
@@ -184,10 +191,10 @@ def _expand_kernel(
         if merged:
             index = index[0], sum(widths[:j]) + index[1]
         y = pltriton.load(y_ref.at[index], mask=mask, other=0.0)
-        row = _row_in(adapter, first_ref[0], num_adapters, b_ref)
+        row = row_in(adapter, first_ref[0], num_adapters, b_ref)
         up = _load_factor(b_ref, row, 0, start, rank, tile, dtype)
-        s = _total(sums_ref, block, tokens < y_ref.shape[0], column, rank).astype(dtype)
-        total = y.astype(jnp.float32) + _dot(s, up)
+        s = total_of(sums_ref, block, tokens < y_ref.shape[0], column, rank).astype(dtype)
+        total = y.astype(jnp.float32) + dot(s, up)
         pltriton.store(out_ref.at[index], total.astype(y.dtype), mask=mask)
 
     first, column = 0, 0
@@ -198,20 +205,20 @@ def _expand_kernel(
         first, column = first + count, column + rank
 
 
-def _row_in(adapter, first, num_adapters: int, ref):
+def row_in(adapter, first, num_adapters: int, ref):
     """An adapter's row in a stack of a layer's, or of many layers'."""
     return adapter if ref.shape[0] == num_adapters else first + adapter
 
 
-def _total(sums_ref, block, valid, column: int, rank: int) -> jax.Array:
+def total_of(sums_ref, block, valid, column: int, rank: int) -> jax.Array:
     """One projection's s of a block: its partial sums, first to last; zeros in empty rows."""
     splits, _, rows, _ = sums_ref.shape
     shape = (rows, rank)
-    row, rank_index = _iota(shape, 0), column + _iota(shape, 1)
+    row, rank_index = iota(shape, 0), column + iota(shape, 1)
     total = jnp.zeros(shape, jnp.float32)
     for split in range(splits):
         index = (jnp.full(shape, split), jnp.full(shape, block), row, rank_index)
-        total += pltriton.load(sums_ref.at[index], mask=_over_columns(valid, rank), other=0.0)
+        total += pltriton.load(sums_ref.at[index], mask=over_columns(valid, rank), other=0.0)
     return total
 
 
@@ -223,17 +230,17 @@ def _load_rows(ref, tokens, start, width: int) -> jax.Array:
 
 def _rows_index(ref, tokens, start, width: int, columns_of_all: int):
     shape = (tokens.shape[0], width)
-    columns = start + _iota(shape, 1)
-    mask = _over_columns(tokens < ref.shape[0], width)
+    columns = start + iota(shape, 1)
+    mask = over_columns(tokens < ref.shape[0], width)
     if columns_of_all % width:
         mask &= columns < columns_of_all
-    return (_over_columns(tokens, width), columns), mask
+    return (over_columns(tokens, width), columns), mask
 
 
 def _load_factor(ref, adapter, row, column, height: int, width: int, dtype) -> jax.Array:
     """A tile of one adapter's factor, with zeros beyond its last row and column."""
     shape = (height, width)
-    rows, columns = row + _iota(shape, 0), column + _iota(shape, 1)
+    rows, columns = row + iota(shape, 0), column + iota(shape, 1)
     mask = None
     for place, tile, size in ((rows, height, ref.shape[1]), (columns, width, ref.shape[2])):
         if size % tile:
@@ -243,15 +250,17 @@ def _load_factor(ref, adapter, row, column, height: int, width: int, dtype) -> j
     return pltriton.load(ref.at[index], mask=mask, other=other).astype(dtype)
 
 
-def _over_columns(vector, width: int) -> jax.Array:
+def over_columns(vector, width: int) -> jax.Array:
+    """A number of each row in all of so many columns."""
     return lax.broadcast_in_dim(vector, (vector.shape[0], width), (0,))
 
 
-def _iota(shape: tuple[int, int], dimension: int) -> jax.Array:
+def iota(shape: tuple[int, int], dimension: int) -> jax.Array:
+    """The rows' or the columns' numbers."""
     return lax.broadcasted_iota(jnp.int32, shape, dimension)
 
 
-def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
     """x @ y in float32, without TF32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return pltriton.dot(x, y, precision=precision)
@@ -266,7 +275,7 @@ def shrink_tiles(chip: str, rows: int, columns: int, dtype) -> dict[str, int]:
     itemsize = jnp.dtype(dtype).itemsize
     many_sums = rows * columns * itemsize > 16384 or (itemsize == 4 and rows == 64)
     default = {
-        "columns": _power_of_two(
+        "columns": power_of_two(
             12288 // (columns * itemsize), 64 // itemsize, 64 if rows == 64 else 128
         ),
         "programs": 512 if rows == 16 else 264,
@@ -284,17 +293,18 @@ def expand_tiles(chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
     """
     num_warps = 8 if rows == 64 else 4
     if jnp.dtype(dtype) == jnp.float32:
-        columns = _power_of_two(2048 // rank, 32, 64)
+        columns = power_of_two(2048 // rank, 32, 64)
     else:
-        columns = _power_of_two(min(8192 // rank, 2048 * num_warps // rows), 32, 256)
+        columns = power_of_two(min(8192 // rank, 2048 * num_warps // rows), 32, 256)
     default = {"columns": columns, "num_warps": num_warps, "num_stages": 1}
     return tiles("grouped_lora", chip, tuning_key("expand", rows, rank, dtype), default)
 
 
-def _power_of_two(size: int, least: int, most: int) -> int:
+def power_of_two(size: int, least: int, most: int) -> int:
     """The largest power of two up to size, between two others."""
     return min(max(1 << max(size, 1).bit_length() - 1, least), most)
 
 
-def _compiler_params(tile: dict[str, int]):
+def compiler_params(tile: dict[str, int]):
+    """A tile's, for Triton."""
     return pltriton.CompilerParams(num_warps=tile["num_warps"], num_stages=tile["num_stages"])

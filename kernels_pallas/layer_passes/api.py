@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.grouped_lora import LowRankSum, passes
+from kernels_pallas.grouped_lora.sums import call_of
 from kernels_pallas.layer_passes import base, pallas_triton
 from kernels_pallas.rows import Recalled, as_array, computed_and_kept
 
@@ -49,15 +51,18 @@ _add_norm.defvjp(_add_norm_forward, _add_norm_backward)
 
 
 def gated(
-    gate: jax.Array | Recalled,
-    up: jax.Array | Recalled,
+    gate: jax.Array | Recalled | LowRankSum,
+    up: jax.Array | Recalled | LowRankSum,
     backend: Backend = XLA,
     readers: int = 1,
     activation: base.Activation = "silu",
 ) -> tuple[jax.Array, ...]:
     """See `base.gated`; once for each of `readers`, as in `add_norm`. Its gradients are one pass;
     XLA's own forward is one, too. There is a kernel for silu alone. Both factors may be
-    `rows.Recalled`."""
+    `rows.Recalled`, or sums of grouped LoRA, which are added here."""
+    if activation == "silu" and (call := call_of(gate, up)) is not None:
+        return (passes.gated(call),) * readers
+    gate, up = (x.read() if isinstance(x, LowRankSum) else x for x in (gate, up))
     if backend.implementation == "xla" or activation != "silu":
         return (base.gated(as_array(gate), as_array(up), activation),) * readers
     (gate, kept_gate), (up, kept_up) = map(computed_and_kept, (gate, up))
@@ -89,9 +94,16 @@ def rotate_back_and_clear(*arguments, backend: Backend = XLA):
     return pallas_triton.rotate_back_and_clear(*arguments, backend=backend)
 
 
-def rotate_and_write(*arguments, backend: Backend = XLA, merged: bool = False):
+def rotate_and_write(q, k, v, *arguments, backend: Backend = XLA, merged: bool = False):
     """See `base.rotate_and_write`, which says what the arguments are; merged: whether q, k and v
-    are columns of one array."""
+    are columns of one array. They may be sums of grouped LoRA, which are added here."""
+    if (call := call_of(q, k, v)) is not None:
+        angles, slots, *pages = arguments
+        flat = [x.reshape(-1, *x.shape[2:]) for x in pages]
+        angles = pallas_triton.of_one_half(angles)
+        rotated, *written = passes.rotate_and_write(call, angles, slots, *flat)
+        return rotated, *(x.reshape(pages[0].shape) for x in written)
+    q, k, v = map(as_array, (q, k, v))
     if backend.implementation == "xla":
-        return base.rotate_and_write(*arguments)
-    return pallas_triton.rotate_and_write(*arguments, backend=backend, merged=merged)
+        return base.rotate_and_write(q, k, v, *arguments)
+    return pallas_triton.rotate_and_write(q, k, v, *arguments, backend=backend, merged=merged)

@@ -133,7 +133,7 @@ def rotate_and_write(q, k, v, angles, slots, k_pages, v_pages, backend: Backend,
     """See `base.rotate_and_write`; a program has the heads of a token. merged: q, k and v are
     columns of one array, and would else be copies."""
     tokens, num_heads, head_dim = q.shape
-    cos, sin = _of_one_half(angles)
+    cos, sin = of_one_half(angles)
     flat = [pages.reshape(-1, *pages.shape[2:]) for pages in (k_pages, v_pages)]
     heads, arrays = (0, 0, 0), [q, k, v]
     if merged:
@@ -171,7 +171,7 @@ def _rotate_and_write_kernel(*refs, first_heads: tuple[int, int, int]):
 def rotate_back_and_clear(dq, dk, dv, angles, start, backend: Backend):
     """See `base.rotate_back_and_clear`; a program has the heads of a token."""
     tokens, _, head_dim = dq.shape
-    cos, sin = _of_one_half(angles)
+    cos, sin = of_one_half(angles)
     own = (tokens, *dk.shape[1:])
     return pl.pallas_call(
         partial(_rotate_back_and_clear_kernel, interpret=backend.interpret),
@@ -231,7 +231,7 @@ def _rotate(
         pltriton.store(at, rotated.astype(out_ref.dtype), mask=inside & kept)
 
 
-def _of_one_half(angles) -> tuple[jax.Array, jax.Array]:
+def of_one_half(angles) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [T, H / 2]: XLA then makes no arrays of both halves."""
     cos, sin = angles
     half = cos.shape[-1] // 2

@@ -2,6 +2,7 @@
 per adapter."""
 
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import pytest
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import grouped_lora as api
-from kernels_pallas.grouped_lora import job_lora
+from kernels_pallas.grouped_lora import job_lora, low_rank_sums
 from kernels_pallas.grouped_lora.blocks import block_map
+from kernels_pallas.layer_passes import gated, rotate_and_write
+from kernels_pallas.rows import as_array
 from tests.kernels.paged import round_to
 
 BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
@@ -101,6 +104,68 @@ def test_outputs_that_are_columns_of_one_array():
     merged = jax.jit(partial(api, backend=BACKENDS["pallas"], merged=True))(*arguments)
     for one, other in zip(merged, _compiled("pallas")(*arguments), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads"),
+    ((ml_dtypes.bfloat16, (4, 2, 2)), (np.float32, (5, 3, 3))),
+    ids=("merged-bfloat16", "apart-float32"),
+)
+def test_sums_that_the_next_pass_adds(dtype, heads):
+    """The gated activations and the rotation take them as they would arrays: also of tokens that
+    have no adapter, and in a layer of several."""
+    head_dim, layer = 40, np.int32(1)
+    x, _, a, _, scales, adapter = problem(dtype)
+    x[adapter < 0] = np.nan
+    rng = np.random.default_rng(1)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32).astype(dtype)
+
+    def stacked(factors) -> tuple:
+        return tuple(jnp.stack([jnp.zeros_like(w), jnp.asarray(w)]) for w in factors)
+
+    ys = tuple(normal(TOKENS, n * head_dim) for n in heads)
+    up = tuple(normal(ADAPTERS, RANK, n * head_dim) for n in heads)
+    angle = rng.standard_normal((TOKENS, 1, head_dim // 2)).astype(np.float32)
+    cos, sin = np.cos(angle), np.sin(angle)
+    angles = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+    slots = rng.permutation(60)[:TOKENS].astype(np.int32)  # some past the 52 there are
+    pages = [jnp.asarray(normal(13, 4, heads[1], head_dim)) for _ in "kv"]
+
+    def passes(backend):
+        take: Any = partial(low_rank_sums, backend=backend, layer=layer)
+        factors = stacked(a), stacked(up), stacked(scales)
+        q, k, v = take(jnp.asarray(x), ys, *factors, adapter, merged=heads == (4, 2, 2))
+        q, k, v = (y.reshape(TOKENS, -1, head_dim) for y in (q, k, v))
+        pair = take(jnp.asarray(x), ys[1:], *(w[1:] for w in factors), adapter)
+        return (
+            *rotate_and_write(q, k, v, angles, slots, *pages, backend=backend),
+            *gated(pair[0], pair[1], backend),
+        )
+
+    expected, added = (jax.jit(passes, static_argnums=0)(b) for b in BACKENDS.values())
+    traced = jax.make_jaxpr(passes, static_argnums=0)(BACKENDS["pallas"])
+    assert "grouped_lora_expand" not in str(traced)
+    for one, other in zip(added, expected, strict=True):
+        assert_close(one, np.asarray(other, np.float32), TOLERANCE[dtype])
+
+
+def test_sums_are_added_once_for_whoever_reads_arrays():
+    arguments = problem(np.float32)
+    begin: Any = partial(low_rank_sums, backend=BACKENDS["pallas"])
+
+    def read(count: int) -> list:
+        first, *others = begin(*arguments)
+        return [as_array(x) for x in (first, *others, first.reshape(-1))[:count]]
+
+    traced = [str(jax.make_jaxpr(partial(read, count))()) for count in (1, 4)]
+    alone, every = (text.count("grouped_lora_expand") for text in traced)
+    assert alone == every > 0
+    *sums, flat = jax.jit(partial(read, 4))()
+    for out, expected in zip(sums, token_by_token(*arguments), strict=True):
+        assert_close(out, expected, TOLERANCE[np.float32])
+    np.testing.assert_array_equal(flat, sums[0].reshape(-1))
 
 
 @pytest.mark.parametrize("adapters", (ADAPTERS, 1))

@@ -1,6 +1,7 @@
 """How a step's tokens are mixed in a layer: what reads and writes that which the layer keeps of its
 sequences, and what it keeps of finetuning tokens beside activations."""
 
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from kernels_pallas.backend import Backend, are_merged
 from kernels_pallas.gated_delta import causal_conv, delta_rule, inputs_before
 from kernels_pallas.layer_passes import rotate, rotate_and_write
 from kernels_pallas.ragged_paged_attention import ragged_paged_attention
-from kernels_pallas.rows import set_rows
+from kernels_pallas.rows import as_array, set_rows
 
 
 class Mixed(NamedTuple):
@@ -99,7 +100,7 @@ class StepMixing:
                 merged=self._are_merged(spec, projected),
             )
         else:
-            q = rotate(projected[0], rotation)
+            q = rotate(as_array(projected[0]), rotation)
         attended, lse = ragged_paged_attention(
             q,
             *pages,
@@ -122,8 +123,9 @@ class StepMixing:
         changed = spec.qk_norm or spec.v_norm or spec.gate or spec.values == "keys"
         if changed or self.query_factor(spec) is not None:
             return False
-        read = jax.ShapeDtypeStruct((len(projected[0]), self._d_model), projected[0].dtype)
-        return are_merged(read, [heads[0].size for heads in projected])
+        tokens, dtype = projected[0].shape[0], projected[0].dtype
+        read = jax.ShapeDtypeStruct((tokens, self._d_model), dtype)
+        return are_merged(read, [prod(heads.shape[1:]) for heads in projected])
 
     def _remember(
         self,

@@ -21,7 +21,7 @@ from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.rows import set_rows
+from kernels_pallas.rows import as_array, set_rows
 
 
 def forward_step(
@@ -91,19 +91,26 @@ def forward_step(
                 dropped = dropout.of_layer(inputs.saved_row, layer_number, decoder.axes)
             adapters = Bypass(weights, scales, inputs.adapter, backend, dropped, layer=index)
         bypass = adapters or no_bypass
+        kept = () if layer_saved is None else columns[config.kinds.index(spec)]
         activations = {}
+
+        def tap(name, value):  # what is kept is an array, for whoever reads it
+            activations[name] = as_array(value) if name in kept else value
+            return activations[name]
+
         factor = mixing.query_factor(spec.mixer)
-        projected, gate, x = layer.project(x, bypass, activations.setdefault, y, factor)
+        projected, gate, x = layer.project(x, bypass, tap, y, factor)
         activations |= {"x": x, "token": own}
         mixed = mixing(layer, projected, layer_pages, layer_saved, adapters)
-        rows = activations | mixed.rows
-        x, y = layer.summands(x, mixed.output, gate, bypass, rows.setdefault, (), own)
+        activations |= mixed.rows
+        x, y = layer.summands(x, mixed.output, gate, bypass, tap, (), own)
+        y = None if y is None else as_array(y)
         new_saved = None
         if layer_saved is not None:
-            kept = [rows[name] for name in columns[config.kinds.index(spec)]]
-            rows["activations"] = jnp.concatenate(kept, axis=1)
+            arrays = [activations[name] for name in kept]
+            activations["activations"] = jnp.concatenate(arrays, axis=1)
             new_saved = mixed.saved | {
-                name: set_rows(slots, inputs.saved_row, rows[name])
+                name: set_rows(slots, inputs.saved_row, activations[name])
                 for name, slots in layer_saved.items()
                 if name not in mixed.saved
             }

@@ -12,7 +12,7 @@ from flexllm_jax.models.collectives import Axes, mean_of_devices
 from flexllm_jax.models.layers import RMSNorm, unit_norm
 from flexllm_jax.models.mixers.mixer import Mixer, Tap
 from flexllm_jax.models.spec import AttentionSpec
-from kernels_pallas.rows import Recalled, as_array
+from kernels_pallas.rows import Recalled, as_array, recall
 
 
 class AttentionMixer(Mixer):
@@ -48,21 +48,22 @@ class AttentionMixer(Mixer):
         spec: Any = layer.spec.mixer
         gate = None
         if spec.fused:
-            qkv = outputs["qkv"]
+            qkv = as_array(outputs["qkv"])
             q, *own = jnp.split(qkv, [spec.inner, (qkv.shape[1] + spec.inner) // 2], axis=1)
         else:
             q, *own = (outputs[name] for name in ("q", "k", "v") if name in outputs)
         if spec.gate_projection:
             gate = as_array(tap("attention_gate", outputs["attention_gate"]))
         if spec.gate:  # of each head the query, then its gate
-            q, gate = jnp.split(q.reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
+            q, gate = jnp.split(as_array(q).reshape(-1, spec.heads, 2 * spec.head_dim), 2, axis=-1)
             q, gate = (x.reshape(-1, spec.inner) for x in (q, gate))
             gate = as_array(tap("attention_gate", gate))
-        q = as_array(tap("query", q))
+        q = recall(tap("query", q))
         if own and spec.qk_norm:
-            own[0] = as_array(tap("key", own[0]))
+            own[0] = recall(tap("key", own[0]))
         q, *keys = self._normed(layer, q, *own[:1])
         if query_factor is not None:
+            q = as_array(q)
             q = q * query_factor.astype(q.dtype)
         if not own:
             return (q,), gate
@@ -73,7 +74,7 @@ class AttentionMixer(Mixer):
             v = as_array(tap("value", v))
         v = v.reshape(v.shape[0], -1, spec.head_dim)
         if spec.v_norm:
-            v = unit_norm(v, layer.spec.norm.eps)
+            v = unit_norm(as_array(v), layer.spec.norm.eps)
         return (q, *keys, v), gate
 
     def _normed(self, layer: Any, *projected: Float[Array, "T X"]) -> list[Float[Array, "T N H"]]:
@@ -81,17 +82,20 @@ class AttentionMixer(Mixer):
         rotated."""
         norms = ("q_norm", "k_norm")[: len(projected)]
         if layer.spec.mixer.qk_norm == "projection":
-            projected = _norm_whole([getattr(layer, n) for n in norms], projected, layer.axes)
+            whole = tuple(map(as_array, projected))
+            projected = _norm_whole([getattr(layer, n) for n in norms], whole, layer.axes)
         return [self._by_heads(layer, x, n) for x, n in zip(projected, norms, strict=True)]
 
     def _by_heads(self, layer: Any, x: Float[Array, "T X"], norm: str) -> Float[Array, "T N H"]:
         spec: AttentionSpec = layer.spec.mixer
         x = x.reshape(x.shape[0], -1, spec.head_dim)
         if spec.qk_norm == "head":
-            x = getattr(layer, norm)(x)
+            x = getattr(layer, norm)(as_array(x))
         if spec.qk_norm == "unit":
-            x = unit_norm(x, layer.spec.norm.eps)
-        return x if spec.rope is None else spec.rope.pair(x)
+            x = unit_norm(as_array(x), layer.spec.norm.eps)
+        if spec.rope is None or not spec.rope.reorders(spec.head_dim):
+            return x
+        return spec.rope.pair(as_array(x))
 
     def gated(
         self, layer: Any, mixed: Float[Array, "T N H"] | Recalled, gate: jax.Array | None

@@ -59,7 +59,7 @@ class GatedDeltaMixer(Mixer):
         query_factor: Float[Array, "T 1 1"] | None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """What the convolution reads [T, C]; b and a [T, Hv]; and the output's gate [T, Hv dv]."""
-        *qkv, gate, b, a = (outputs[name] for name in layer.spec.mixer.projected)
+        *qkv, gate, b, a = (as_array(outputs[name]) for name in layer.spec.mixer.projected)
         u = qkv[0] if len(qkv) == 1 else jnp.concatenate(qkv, axis=1)
         return (as_array(tap("delta", u)), b, a), as_array(tap("delta_gate", gate))
 
