@@ -35,8 +35,9 @@ from scheduler.simulation.engine import SimulatedEngine, rare_collections, reque
 from scheduler.simulation.fleet import Events
 from scheduler.simulation.workload import Arrival
 
-_AHEAD = 32  # undecided arrivals at most
-_NAP_S = 5e-5  # until a process looks again at what others say
+_AHEAD = 24  # undecided arrivals at most
+# Until a process looks again at what others say: longer each time, as their cores may be taken.
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 5e-5, 1e-3
 _WATCH = 1000  # arrivals, or naps, until it looks whether it is still wanted
 # What is said of an arrival is one number, which is read whole or not at all: the arrival's tag,
 # the load of the best engine, and its index; the smallest is the best.
@@ -203,8 +204,9 @@ class _Member:
         self._others = [other for other in range(self._size) if other != rank]
         self._times: list[float] = run.arrivals[:, 0].tolist()
         self._serving = len(range(rank, run.serves, self._size))
-        self._load = [0] * len(engines)  # unfinished requests
-        self._free = np.full(len(engines), math.inf)  # the same, inf where one cannot be held
+        # What is said of each: the smallest is the best.
+        self._words = [index * self._size + rank for index in range(len(engines))]
+        self._free = np.full(len(engines), math.inf)  # unfinished requests, inf: cannot be held
         self._free[: self._serving] = 0.0
         self._events = Events()
         for index, engine in enumerate(engines):
@@ -212,7 +214,7 @@ class _Member:
         self._held: deque[int] = deque()  # of each undecided arrival, -1: none
         self._decided = 0  # arrivals
         self._told = 0  # arrivals of which the best engine is said
-        self._naps = 0
+        self._naps = 0  # since the last arrival was decided
 
     def send_all(self) -> None:
         """Let all requests arrive."""
@@ -267,12 +269,16 @@ class _Member:
     def _pass_event(self, index: int) -> None:
         engine = self._engines[index]
         engine.pass_event()
-        self._load[index] = engine.unfinished
+        self._count(index)
+
+    def _count(self, index: int) -> None:
+        load = self._engines[index].unfinished
+        self._words[index] = load << _INDEX_BITS | index * self._size + self._rank
 
     def _release(self, index: int) -> None:
         """It may go on, and be held."""
         if index < self._serving:
-            self._free[index] = self._load[index]
+            self._free[index] = self._words[index] >> _INDEX_BITS
         self._events.put(index, self._engines[index].next_event)
 
     # ---- arrivals ----
@@ -292,22 +298,20 @@ class _Member:
         while self._held:
             number, mine = self._decided, self._held[0]
             slot, tag = number % 2, 1 + number // 2 % 3
-            best = _NOBODY
-            if mine >= 0:
-                best = self._load[mine] << _INDEX_BITS | mine * self._size + self._rank
+            best = word = self._words[mine] if mine >= 0 else _NOBODY
             if self._told == number:
                 # Whoever says something of the next but one has read this: all have said the next.
-                self._said[2 * self._rank + slot] = tag << _TAG_SHIFT | best
+                self._said[2 * self._rank + slot] = tag << _TAG_SHIFT | word
                 self._told += 1
             for other in self._others:
-                word = self._said[2 * other + slot]
-                if word >> _TAG_SHIFT != tag:
+                said = self._said[2 * other + slot]
+                if said >> _TAG_SHIFT != tag:
                     return
-                best = min(best, word & _NOBODY)
+                best = min(best, said & _NOBODY)
             self._decided += 1
             self._held.popleft()
             if mine >= 0:
-                if best & ((1 << _INDEX_BITS) - 1) == mine * self._size + self._rank:
+                if best == word:
                     self._add(mine, number)
                 self._catch_up(mine)
 
@@ -316,20 +320,22 @@ class _Member:
         engine, arrival = self._engines[index], Arrival(at_s, int(prompt), int(output))
         engine.advance(at_s)
         engine.add(request_of(arrival, str(number), self._run.slo))
-        self._load[index] = engine.unfinished
+        self._count(index)
 
     def _catch_up(self, index: int) -> None:
         """Let an engine that was held for the arrival before all those that are undecided go on, or
         one in its place."""
+        words, next_event = self._words, self._engines[index].next_event
         for place, other in enumerate(self._held):
             until = self._times[self._decided + place]
-            while self._engines[index].next_event < until:
+            while next_event < until:
                 self._pass_event(index)
-            if other < 0 or (self._load[index], index) < (self._load[other], other):
+                next_event = self._engines[index].next_event
+            if other < 0 or words[index] < words[other]:
                 self._held[place] = index
                 if other < 0:
                     return
-                index = other
+                index, next_event = other, self._engines[other].next_event
         self._release(index)
 
     # ---- waiting ----
@@ -338,11 +344,13 @@ class _Member:
         """Wait for the others a moment, if need be."""
         decided = self._decided
         self._decide()
-        if self._decided == decided:
-            time.sleep(_NAP_S)
-            self._naps += 1
-            if self._naps % _WATCH == 0:
-                self._watch()
+        if self._decided > decided:
+            self._naps = 0
+            return
+        time.sleep(min(_SHORTEST_NAP_S * 2 ** min(self._naps, 8), _LONGEST_NAP_S))
+        self._naps += 1
+        if self._naps % _WATCH == 0:
+            self._watch()
 
     def _watch(self) -> None:
         """End with the process that started this one."""

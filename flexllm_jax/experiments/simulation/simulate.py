@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -101,7 +101,7 @@ def _simulate(config: SimulationConfig, progress: Callable[[int, int], None]) ->
         progress(number, len(arrivals))
 
     if config.fleet.processes > 1:
-        table = np.array([astuple(arrival) for arrival in arrivals])
+        table = np.array([(a.arrival_s, a.prompt_tokens, a.output_tokens) for a in arrivals])
         run = Run(table, slo, serves, _PATIENCE_S)
         new = [make_engine(index) for index in range(engines)]
         try:
