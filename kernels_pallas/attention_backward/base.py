@@ -8,11 +8,12 @@ rows of the accumulators are complete, because every later query has been there 
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
@@ -38,56 +39,51 @@ def attention_of_slice(
         padding. The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 1).
     """
     unit_tokens, num_heads, head_dim = q.shape
-    kv_heads, num_slots = k_pages.shape[2], kv_slots.shape[0]
+    kv_heads = k_pages.shape[2]
     scale = options.scale_of(head_dim)
     group = num_heads // kv_heads
-    chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
-    flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
-    flat_values = v_pages.reshape(-1, kv_heads, head_dim)
     token = first_row + jnp.arange(unit_tokens)
     attends = sequence_starts <= token
     starts = options.first_keys(sequence_starts, token)
-    first_key = jnp.min(jnp.where(attends, starts, num_slots))
-    last_key = jnp.max(jnp.where(attends, token, -1))
-    queries = jnp.where(attends[:, None, None], q, 0).reshape(
-        unit_tokens, kv_heads, group, head_dim
-    )
+    queries = _by_kv_head(jnp.where(attends[:, None, None], q, 0), kv_heads)
+    index, start = (jnp.repeat(x, group)[:, None] for x in (token, starts))  # [U*G, 1]
+    first_chunk, last_chunk, read = _chunks(k_pages, v_pages, kv_slots, token, attends, starts)
 
     def chunk_of_keys(c, carry):
         total, maximum, accumulated = carry
-        slots = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk)
-        index = c * chunk + jnp.arange(chunk)
-        read = ((index >= first_key) & (index <= last_key))[:, None, None]
-        keys, values = (jnp.where(read, from_stored(x[slots]), 0) for x in (flat_keys, flat_values))
+        key_index, keys, values = read(c)
         scores = scale * jnp.einsum(
-            "ukgh,ckh->ukgc", queries, keys, preferred_element_type=jnp.float32
+            "kqh,kch->kqc", queries, keys, preferred_element_type=jnp.float32
         )
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-        visible = (index >= starts[:, None]) & (index <= token[:, None])  # [U, C]
-        visible = visible[:, None, None]
+        visible = (key_index >= start) & (key_index <= index)  # [U*G, C]
         scores = jnp.where(visible, scores, _MASKED)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
         correction = jnp.exp(maximum - new_maximum)
         accumulated = accumulated * correction[..., None] + jnp.einsum(
-            "ukgc,ckh->ukgh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
+            "kqc,kch->kqh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
         )
         return total * correction + weights.sum(axis=-1), new_maximum, accumulated
 
     total, maximum, accumulated = lax.fori_loop(
-        first_key // chunk,
-        last_key // chunk + 1,
+        first_chunk,
+        last_chunk + 1,
         chunk_of_keys,
         (
-            jnp.zeros(queries.shape[:3], jnp.float32),
-            jnp.full(queries.shape[:3], _MASKED, jnp.float32),
+            jnp.zeros(queries.shape[:2], jnp.float32),
+            jnp.full(queries.shape[:2], _MASKED, jnp.float32),
             jnp.zeros(queries.shape, jnp.float32),
         ),
     )
-    live = attends[:, None, None]
-    out = jnp.where(live[..., None], accumulated / jnp.where(live, total, 1.0)[..., None], 0)
+    live = jnp.repeat(attends, group)
+    out = jnp.where(live[:, None], accumulated / jnp.where(live, total, 1.0)[..., None], 0)
     lse = jnp.where(live, maximum + jnp.log(jnp.where(live, total, 1.0)), 0.0)
+    out, lse = (
+        jnp.moveaxis(x.reshape(kv_heads, unit_tokens, group, *x.shape[2:]), 0, 1)
+        for x in (out, lse)
+    )
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(unit_tokens, num_heads)
 
 
@@ -133,70 +129,91 @@ def attention_backward(
     unit_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     group = num_heads // kv_heads
-    num_slots = kv_slots.shape[0]
-    chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
     scale, soft_cap = options.scale_of(head_dim), options.soft_cap
-    flat_keys = k_pages.reshape(-1, kv_heads, head_dim)
-    flat_values = v_pages.reshape(-1, kv_heads, head_dim)
-
-    def by_kv_head(x):  # [U, N, ...] -> [K, U*G, ...]
-        x = x.reshape(unit_tokens, kv_heads, group, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0).reshape(kv_heads, unit_tokens * group, *x.shape[3:])
-
     token = first_row + jnp.arange(unit_tokens)
     attends = sequence_starts <= token
     # Padding holds anything, NaN too, and 0 * NaN is NaN.
     q, out, d_out = (jnp.where(attends[:, None, None], x, 0) for x in (q, out, d_out))
     starts = options.first_keys(sequence_starts, token)
-    # Sequences follow each other, so all keys from the first to the last are some query's.
-    first_key = jnp.min(jnp.where(attends, starts, num_slots))
-    last_key = jnp.max(jnp.where(attends, token, -1))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
-    queries, d_outs, lses, deltas = (
-        by_kv_head(q),
-        by_kv_head(d_out),
-        by_kv_head(lse),
-        by_kv_head(delta),
-    )
-    index = jnp.repeat(token, group)[:, None]  # [U*G, 1]
-    start = jnp.repeat(starts, group)[:, None]
+    queries, d_outs = (_by_kv_head(x, kv_heads) for x in (q, d_out))
+    lses, deltas = (_by_kv_head(x, kv_heads)[:, None] for x in (lse, delta))
+    index, start = (jnp.repeat(x, group) for x in (token, starts))  # [U*G]
+    first_chunk, last_chunk, read = _chunks(k_pages, v_pages, kv_slots, token, attends, starts)
 
     def chunk_of_keys(c, carry):
+        # Scores are [key, query], and dq is transposed, so that fewer products transpose what they
+        # read: those of XLA's CPU that do are half as fast.
         dq, dk, dv = carry
-        slots = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk)
-        key_index = c * chunk + jnp.arange(chunk)
-        read = ((key_index >= first_key) & (key_index <= last_key))[:, None, None]
-        keys = jnp.where(read, from_stored(flat_keys[slots]), 0)  # [C, K, H]
-        values = jnp.where(read, from_stored(flat_values[slots]), 0)
-        visible = (key_index >= start) & (key_index <= index)
+        key_index, keys, values = read(c)
+        visible = (key_index[:, None] >= start) & (key_index[:, None] <= index)
         scores = scale * jnp.einsum(
-            "kqh,ckh->kqc", queries, keys, preferred_element_type=jnp.float32
+            "kch,kqh->kcq", keys, queries, preferred_element_type=jnp.float32
         )
         slope = scale
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
             slope = scale * (1.0 - (scores / soft_cap) ** 2)
-        weights = jnp.where(visible, jnp.exp(scores - lses[..., None]), 0.0)
-        d_weights = jnp.einsum("kqh,ckh->kqc", d_outs, values, preferred_element_type=jnp.float32)
-        d_scores = (slope * weights * (d_weights - deltas[..., None])).astype(q.dtype)
-        dq = dq + jnp.einsum("kqc,ckh->kqh", d_scores, keys, preferred_element_type=jnp.float32)
-        add_k = jnp.einsum("kqc,kqh->ckh", d_scores, queries, preferred_element_type=jnp.float32)
+        weights = jnp.where(visible, jnp.exp(scores - lses), 0.0)
+        d_weights = jnp.einsum("kch,kqh->kcq", values, d_outs, preferred_element_type=jnp.float32)
+        d_scores = (slope * weights * (d_weights - deltas)).astype(q.dtype)
+        dq = dq + jnp.einsum("kch,kcq->khq", keys, d_scores, preferred_element_type=jnp.float32)
+        add_k = jnp.einsum("kcq,kqh->kch", d_scores, queries, preferred_element_type=jnp.float32)
         add_v = jnp.einsum(
-            "kqc,kqh->ckh", weights.astype(q.dtype), d_outs, preferred_element_type=jnp.float32
+            "kcq,kqh->kch", weights.astype(q.dtype), d_outs, preferred_element_type=jnp.float32
         )
-        return dq, _add_rows(dk, add_k, c * chunk), _add_rows(dv, add_v, c * chunk)
+        return dq, _add_rows(dk, add_k, key_index[0]), _add_rows(dv, add_v, key_index[0])
 
     dq, dk, dv = lax.fori_loop(
-        first_key // chunk,
-        last_key // chunk + 1,
+        first_chunk,
+        last_chunk + 1,
         chunk_of_keys,
-        (jnp.zeros(queries.shape, jnp.float32), dk, dv),
+        (jnp.zeros((kv_heads, head_dim, unit_tokens * group), jnp.float32), dk, dv),
     )
-    dq = jnp.moveaxis(dq.reshape(kv_heads, unit_tokens, group, head_dim), 0, 1)
+    dq = dq.reshape(kv_heads, head_dim, unit_tokens, group).transpose(2, 0, 3, 1)
     return dq.reshape(q.shape).astype(q.dtype), dk, dv
 
 
+def _by_kv_head(x: Float[Array, "U N ..."], kv_heads: int) -> Float[Array, "K UG ..."]:
+    """What every query head has, by the key head that it reads."""
+    tokens, num_heads, *rest = x.shape
+    x = jnp.moveaxis(x.reshape(tokens, kv_heads, num_heads // kv_heads, *rest), 1, 0)
+    return x.reshape(kv_heads, -1, *rest)
+
+
+def _chunks(
+    k_pages: Float[Array, "P B K H"],
+    v_pages: Float[Array, "P B K H"],
+    kv_slots: Int[Array, " S"],
+    token: Int[Array, " U"],
+    attends: Bool[Array, " U"],
+    starts: Int[Array, " U"],
+) -> tuple[jax.Array, jax.Array, Callable]:
+    """The first and the last chunk of keys that some query reads, and a function from a
+    chunk to its keys' places in the microbatch [C], keys and values [K, C, H] (zeros where none
+    is read: padding holds anything).
+    """
+    num_slots, (kv_heads, head_dim) = kv_slots.shape[0], k_pages.shape[2:]
+    chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
+    # Sequences follow each other, so all keys from the first to the last are some query's.
+    first_key = jnp.min(jnp.where(attends, starts, num_slots))
+    last_key = jnp.max(jnp.where(attends, token, -1))
+    heads = jnp.arange(kv_heads)[:, None]
+
+    def read(c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        index = c * chunk + jnp.arange(chunk)
+        live = ((index >= first_key) & (index <= last_key))[:, None]
+        rows = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk) * kv_heads + heads
+        keys, values = (
+            jnp.where(live, from_stored(pages.reshape(-1, head_dim)[rows]), 0)
+            for pages in (k_pages, v_pages)
+        )
+        return index, keys, values
+
+    return first_key // chunk, last_key // chunk, read
+
+
 def _add_rows(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-    """Add `rows` to x[start:start + len(rows)]."""
-    old = lax.dynamic_slice_in_dim(x, start, rows.shape[0])
-    return lax.dynamic_update_slice_in_dim(x, old + rows, start, axis=0)
+    """Add `rows` [K, C, H] to x[start:start + C]."""
+    old = lax.dynamic_slice_in_dim(x, start, rows.shape[1])
+    return lax.dynamic_update_slice_in_dim(x, old + rows.swapaxes(0, 1), start, axis=0)

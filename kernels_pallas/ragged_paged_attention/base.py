@@ -7,9 +7,6 @@ batch and not the largest lengths possible. A query's result depends on nothing 
 sequence: chunks start at fixed positions.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +16,8 @@ from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
-_BLOCKS_AT_ONCE = 4
+_SINGLES_AT_ONCE = 8  # queries that are a block of their own
+_BLOCKS_AT_ONCE = 2  # blocks of a chunk: all walk the keys of the longest
 _CHUNK_BLOCK = 64  # queries a block of a chunk of prefill or finetuning holds
 _SMALL_BATCH = 32  # up to here every query is a block of its own
 _KEYS_AT_ONCE = 128
@@ -72,28 +70,22 @@ def ragged_paged_attention(
     if k_scales is not None and v_scales is not None:
         k_pages, v_pages = _dequantized(k_pages, k_scales), _dequantized(v_pages, v_scales)
     pages = (k_pages, v_pages, query_starts, kv_lengths, page_tables)
-    attend = partial(_attend, options=options)
 
-    if num_tokens <= _SMALL_BATCH:
-        out, lse = attend(q, pages, sequence, token, used, 1)
-        return out, jnp.where((token < used)[:, None], lse, 0)
-    ones = min(num_tokens, num_slots)
-    decoded = attend(q, pages, sequence[:ones], token[:ones], num_decode, 1)
-    owner, first, num_blocks, row_of = _query_blocks(
-        query_starts, num_decode, num_sequences, num_tokens
+    small = num_tokens <= _SMALL_BATCH
+    block = 1 if small else _CHUNK_BLOCK  # rows past the last query are for what is not asked for
+    results = (
+        jnp.zeros((num_tokens + block, *q.shape[1:]), q.dtype),
+        jnp.zeros((num_tokens + block, q.shape[1]), jnp.float32),
     )
-    chunked = attend(q, pages, owner, first, num_blocks, _CHUNK_BLOCK)
-
-    def select(decoded: jax.Array, chunked: jax.Array) -> jax.Array:
-        lead = (slice(None),) + (None,) * (decoded.ndim - 1)
-        ones_or_chunk = jnp.where(
-            (token < num_decode)[lead],
-            decoded[jnp.minimum(token, ones - 1)],
-            chunked[row_of(token, sequence)],
-        )
-        return jnp.where((token < used)[lead], ones_or_chunk, 0)
-
-    return select(decoded[0], chunked[0]), select(decoded[1], chunked[1])
+    ones = num_tokens if small else min(num_tokens, num_slots)
+    single = used if small else num_decode
+    results = _attend(q, pages, (sequence[:ones], token[:ones], single), 1, results, options)
+    if not small:
+        blocks = _query_blocks(query_starts, num_decode, num_sequences, num_tokens)
+        results = _attend(q, pages, blocks, block, results, options)
+    out, lse = (x[:num_tokens] for x in results)
+    asked = (token < used)[:, None]
+    return jnp.where(asked[..., None], out, 0), jnp.where(asked, lse, 0)
 
 
 def _query_blocks(
@@ -101,11 +93,10 @@ def _query_blocks(
     num_decode: Int[Array, ""],
     num_sequences: Int[Array, ""],
     num_tokens: int,
-) -> tuple[Int[Array, " X"], Int[Array, " X"], Int[Array, ""], Callable]:
+) -> tuple[Int[Array, " X"], Int[Array, " X"], Int[Array, ""]]:
     """Cut the queries of every sequence after the decoding ones into blocks of `_CHUNK_BLOCK`.
 
-    Returns each block's sequence and first query, the number of blocks in use, and a function from
-    a token and its sequence to its row in the blocks laid one after the other.
+    Returns each block's sequence and first query, and the number of blocks in use.
     """
     slots = query_starts.shape[0] - 1
     sequence = jnp.arange(slots)
@@ -118,12 +109,7 @@ def _query_blocks(
     owner = jnp.searchsorted(ends, block, side="right", method="compare_all").astype(jnp.int32)
     owner = jnp.minimum(owner, slots - 1)
     first = query_starts[owner] + (block - (ends - blocks)[owner]) * _CHUNK_BLOCK
-
-    def row_of(token: jax.Array, owner: jax.Array) -> jax.Array:
-        row = (ends - blocks)[owner] * _CHUNK_BLOCK + token - query_starts[owner]
-        return jnp.clip(row, 0, capacity * _CHUNK_BLOCK - 1)
-
-    return owner, first.astype(jnp.int32), ends[-1], row_of
+    return owner, first.astype(jnp.int32), ends[-1]
 
 
 def _dequantized(pages: jax.Array, scales: jax.Array) -> jax.Array:
@@ -131,26 +117,27 @@ def _dequantized(pages: jax.Array, scales: jax.Array) -> jax.Array:
 
 
 def _attend(
-    q,
-    pages,
-    block_sequence,
-    block_first,
-    num_blocks,
-    block_size,
-    *,
+    q: Float[Array, "T N H"],
+    pages: tuple[jax.Array, ...],
+    blocks: tuple[Int[Array, " X"], Int[Array, " X"], Int[Array, ""]],
+    block_size: int,
+    results: tuple[Float[Array, "T_plus_block N H"], Float[Array, "T_plus_block N"]],
     options: AttentionOptions,
-):
-    """Attention of blocks of `block_size` queries: output and log-sum-exp of their rows.
+) -> tuple[Float[Array, "T_plus_block N H"], Float[Array, "T_plus_block N"]]:
+    """Attention of blocks of `block_size` queries, written to their rows of `results`.
 
-    Whatever does not depend on queries and keys is computed before the loops: it is the same in
-    every layer, and computed once.
+    Blocks come in the order of their queries: what a block writes past its sequence's end is
+    overwritten by the next one. Whatever does not depend on queries and keys is computed before the
+    loops: it is the same in every layer, and computed once. Queries, keys and values are read as
+    rows of one head, so that they come in the order of the products and are not transposed.
     """
     k_pages, v_pages, query_starts, kv_lengths, page_tables = pages
-    num_heads, head_dim = q.shape[1:]
+    block_sequence, block_first, num_blocks = blocks
+    num_tokens, num_heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1], k_pages.shape[2]
     group = num_heads // kv_heads
     capacity = block_sequence.shape[0]
-    at_once = min(_BLOCKS_AT_ONCE, capacity)
+    at_once = min(_SINGLES_AT_ONCE if block_size == 1 else _BLOCKS_AT_ONCE, capacity)
     padding = -capacity % at_once
     chunk_pages = max(1, _KEYS_AT_ONCE // page_size)
     chunk = chunk_pages * page_size
@@ -158,35 +145,41 @@ def _attend(
     scale, soft_cap = options.scale_of(head_dim), options.soft_cap
 
     sequence = jnp.pad(block_sequence, (0, padding))
-    token = jnp.pad(block_first, (0, padding))[:, None] + jnp.arange(block_size)  # [X, Q]
+    in_use = jnp.arange(capacity + padding) < num_blocks
+    first = jnp.where(in_use, jnp.pad(block_first, (0, padding)), num_tokens)
+    token = first[:, None] + jnp.arange(block_size)  # [X, Q]
     end = query_starts[sequence + 1][:, None]
-    valid = (token < end) & (jnp.arange(capacity + padding) < num_blocks)[:, None]
+    valid = (token < end) & in_use[:, None]
     length = jnp.where(valid[:, 0], kv_lengths[sequence], 0)  # [X]
     position = jnp.where(valid, length[:, None] - end + token, -1)
     row_position = jnp.repeat(position, group, axis=1)  # [X, Q*G]
     tables = jnp.pad(page_tables, ((0, 0), (0, -page_tables.shape[1] % chunk_pages)))[sequence]
-    queries = q[jnp.where(valid, token, 0)]  # [X, Q, N, H]
-    queries = queries.reshape(-1, block_size, kv_heads, group, head_dim)
-    queries = queries.transpose(0, 2, 1, 3, 4).reshape(-1, kv_heads, block_size * group, head_dim)
+    head = jnp.arange(num_heads).reshape(kv_heads, 1, group)
+    query_rows = jnp.where(valid, token, 0)[:, None, :, None] * num_heads + head  # [X, K, Q, G]
+    query_rows = query_rows.reshape(-1, kv_heads, block_size * group)
+    key_heads = jnp.arange(kv_heads)[:, None, None]
+    queries, keys_by_head, values_by_head = (x.reshape(-1, head_dim) for x in (q, k_pages, v_pages))
 
     def attend_some(i, results):
         def mine(x: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(x, i * at_once, at_once)
 
-        own_queries, own_tables, own_length = mine(queries), mine(tables), mine(length)[:, None]
+        own_queries = queries[mine(query_rows)]
+        own_tables, own_length = mine(tables), mine(length)[:, None]
         own_position = mine(row_position)[:, None, :, None]
         first_key = options.first_keys(jnp.zeros_like(own_position), own_position)
 
         def chunk_of_keys(c, carry):
             total, maximum, accumulated = carry
             ids = lax.dynamic_slice_in_dim(own_tables, c * chunk_pages, chunk_pages, axis=1)
-            keys = from_stored(k_pages[ids]).reshape(at_once, chunk, kv_heads, head_dim)
-            values = from_stored(v_pages[ids]).reshape(at_once, chunk, kv_heads, head_dim)
+            slots = ids[:, None, :, None] * page_size + jnp.arange(page_size)
+            rows = (slots * kv_heads + key_heads).reshape(at_once, kv_heads, chunk)
+            keys, values = from_stored(keys_by_head[rows]), from_stored(values_by_head[rows])
             index = c * chunk + jnp.arange(chunk)
             # Slots past the sequence hold anything, NaN too, and 0 * NaN is NaN.
-            values = jnp.where((index < own_length)[:, :, None, None], values, 0)
+            values = jnp.where((index < own_length)[:, None, :, None], values, 0)
             scores = scale * jnp.einsum(
-                "xkqh,xckh->xkqc", own_queries, keys, preferred_element_type=jnp.float32
+                "xkqh,xkch->xkqc", own_queries, keys, preferred_element_type=jnp.float32
             )
             if soft_cap is not None:
                 scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -197,7 +190,7 @@ def _attend(
             weights = jnp.where(visible, weights, 0.0)
             correction = jnp.exp(maximum - new_maximum)
             accumulated = accumulated * correction[..., None] + jnp.einsum(
-                "xkqc,xckh->xkqh",
+                "xkqc,xkch->xkqh",
                 weights.astype(values.dtype),
                 values,
                 preferred_element_type=jnp.float32,
@@ -217,22 +210,17 @@ def _attend(
             ),
         )
         total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-        out, lse = results
-        out = lax.dynamic_update_slice_in_dim(
-            out, accumulated / total[..., None], i * at_once, axis=0
+        found = (accumulated / total[..., None], maximum + jnp.log(total))
+        return tuple(
+            write(result, x, mine(first)) for result, x in zip(results, found, strict=True)
         )
-        lse = lax.dynamic_update_slice_in_dim(lse, maximum + jnp.log(total), i * at_once, axis=0)
-        return out, lse
 
-    out, lse = lax.fori_loop(
-        0,
-        (num_blocks + at_once - 1) // at_once,
-        attend_some,
-        (jnp.zeros(queries.shape, jnp.float32), jnp.zeros(queries.shape[:3], jnp.float32)),
-    )
+    def write(result: jax.Array, x: jax.Array, first: jax.Array) -> jax.Array:
+        """Blocks [X, K, Q*G, ...] to their rows [Q, N, ...] of the result."""
+        x = x.reshape(at_once, kv_heads, block_size, group, *x.shape[3:])
+        x = jnp.moveaxis(x, 1, 2).reshape(at_once, block_size, num_heads, *x.shape[4:])
+        for block, row in zip(x.astype(result.dtype), first, strict=True):
+            result = lax.dynamic_update_slice_in_dim(result, block, row, axis=0)
+        return result
 
-    def to_rows(x: jax.Array) -> jax.Array:  # [X, K, Q*G, ...] -> [X*Q, N, ...]
-        x = x[:capacity].reshape(capacity, kv_heads, block_size, group, *x.shape[3:])
-        return jnp.moveaxis(x, 1, 2).reshape(capacity * block_size, num_heads, *x.shape[4:])
-
-    return to_rows(out).astype(q.dtype), to_rows(lse)
+    return lax.fori_loop(0, (num_blocks + at_once - 1) // at_once, attend_some, results)
