@@ -85,6 +85,9 @@ def grouped_lora_backward(
         dx in x's dtype; da and db in theirs: zeros for an adapter without tokens.
     """
 
+    # Products of XLA's CPU that transpose what they read, or give, are several times slower.
+    apart = lax.optimization_barrier
+
     def add(row: jax.Array, carry: tuple) -> tuple:
         dx, da, db = carry
         own_a, own_b, scale = ([w[row] for w in weights] for weights in (a, b, scales))
@@ -97,11 +100,11 @@ def grouped_lora_backward(
         ]
         dx = dx + product("tr,dr->td", jnp.concatenate(d_shrunk, 1), jnp.concatenate(down, 1))
         da = [
-            total.at[row].set(product("tr,td->rd", d, x).T.astype(total.dtype))
+            total.at[row].set(apart(product("rt,td->rd", apart(d.T), x)).T.astype(total.dtype))
             for total, d in zip(da, d_shrunk, strict=True)
         ]
         db = [
-            total.at[row].set(product("tr,te->re", s, d_y).astype(total.dtype))
+            total.at[row].set(product("rt,te->re", apart(s.T), d_y).astype(total.dtype))
             for total, s, d_y in zip(db, shrunk, d_ys, strict=True)
         ]
         return dx, tuple(da), tuple(db)
