@@ -1,7 +1,7 @@
 """First contact with a GPU: does everything run, is it right, and how fast?
 
 Phases of a minute or two, each with a JSON file in --out that is written after every measurement:
-`smoke` (the device's rates, a tiny engine with XLA's kernels and with ours), `kernels` (a dozen
+`smoke` (the device's rates, tiny engines with XLA's kernels and with ours), `kernels` (a dozen
 calls at the shapes of Llama-3.1-8B), `engine` (the engine at that shape), `serve` (one of --config
 with many adapters, requests of a trace beside a job, rollouts), `peers` (transformers and PEFT).
 Weights are random: no checkpoint is needed. `--dry-run` goes through the same on a CPU; its times
@@ -23,7 +23,7 @@ from flexllm_jax.config.cli import needs_extra, run_script
 from flexllm_jax.experiments.gpu import first_contact, serving, speed
 from flexllm_jax.experiments.gpu.measure import Notes
 
-PARTS = {"engine": speed.PARTS, "serve": serving.PARTS}
+PARTS = {"smoke": first_contact.SMOKE, "engine": speed.PARTS, "serve": serving.PARTS}
 
 
 def main() -> int:
@@ -68,7 +68,7 @@ def main() -> int:
     notes = Notes(file, command=sys.argv, dry_run=dry_run)
     own = {"dry_run": dry_run, "overrides": arguments.set, "parts": parts}
     if phase == "smoke":
-        first_contact.smoke(notes, arguments.cache, dry_run=dry_run)
+        first_contact.smoke(notes, arguments.cache, dry_run=dry_run, parts=parts)
     elif phase == "kernels":
         first_contact.kernels(notes, dry_run=dry_run, match=arguments.match)
     elif phase == "engine":

@@ -61,11 +61,14 @@ def test_first_contact_leaves_what_it_measured(tmp_path, cache, phase):
     options = ["--dry-run", "--out", str(tmp_path), "--cache", cache]
     if phase == "serve":
         options += ["--rates", "5", "--seconds", "3"]
+    if phase == "smoke":
+        options += ["--parts", "hybrid"]
     run("scripts/gpu_first_contact.py", phase, *options)
     noted = json.loads((tmp_path / f"{phase}.json").read_text())
     if phase == "smoke":
-        assert noted["agree"]["tokens"] and noted["agree"]["adapted"]
-        assert noted["tiny engine, kernels=auto"]["status"] == "succeeded"
+        agree = noted["hybrid/agree"]
+        assert agree["tokens"] and agree["adapted"] and "dense/agree" not in noted
+        assert noted["hybrid/kernels=auto"]["status"] == "succeeded"
         return
     if phase == "peers":
         assert noted["finetune"]["tokens_per_s"] > 0 and noted["generate"]["tokens_per_s"] > 0

@@ -32,6 +32,40 @@ TOY_MODEL = HF_CONFIG | {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# One of each kind of layers: what a GPU has to agree with XLA's kernels about.
+TOY_MODELS = {
+    "dense": TOY_MODEL,
+    "sliding": {name: value for name, value in TOY_MODEL.items() if name != "hidden_act"}
+    | {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_scaling": None,
+        "sliding_window": 32,
+        "query_pre_attn_scalar": 64,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    "hybrid": TOY_MODEL
+    | {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 4,
+        "rope_scaling": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+        },
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
+}
 TOY_ENGINE = {
     "model": {"max_model_len": 256},
     "adapters": {"slots": 8, "max_rank": 16},

@@ -1,7 +1,8 @@
 """First contact with a GPU: does everything run, and is it right? Each phase leaves a JSON file,
 written after every measurement, so that a run that is cut off leaves what it has measured.
 
-    smoke     the device's rates; a tiny float32 engine with XLA's kernels and with ours
+    smoke     the device's rates; tiny float32 engines, one of each kind of model, with XLA's
+              kernels and with ours
     kernels   the kernels that matter most at the shapes of Llama-3.1-8B: errors against float32,
               and times by name from a trace
 
@@ -11,7 +12,7 @@ CPU; its times mean nothing.
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from flexllm_jax.engine.sampling.params import SamplingParams
-from flexllm_jax.experiments.gpu.engine import TOY_ENGINE, TOY_MODEL, MeasuredEngine, start
+from flexllm_jax.experiments.gpu.engine import TOY_ENGINE, TOY_MODELS, MeasuredEngine, start
 from flexllm_jax.experiments.gpu.kernels import kernel_cases
 from flexllm_jax.experiments.gpu.measure import Notes, kernel_times, measure_roofline
 from flexllm_jax.llm import LLM
@@ -58,6 +59,7 @@ _CASES = (
     "layer_passes/llama-3.1-8b/tp1/gated-1024-backward",
     "layer_passes/llama-3.1-8b/tp1/rotate-256",
 )
+SMOKE = tuple(TOY_MODELS)  # parts of the phase
 # How our kernels' names begin.
 _OURS = ("attention", "delta", "grouped_lora", "add_norm", "gated", "rotate")
 
@@ -114,29 +116,31 @@ def _run_case(case: Case, make: Callable, call: Callable, expected: Callable, ca
     }
 
 
-def smoke(notes: Notes, cache_dir: Path, *, dry_run: bool) -> None:
-    """Rates, and the same tiny engine with XLA's kernels and with ours: greedy tokens, losses of a
-    job, tokens of the adapter it made."""
+def smoke(notes: Notes, cache_dir: Path, *, dry_run: bool, parts: Sequence[str] = SMOKE) -> None:
+    """Rates, and tiny engines of each kind of model in `parts` with XLA's kernels and with ours:
+    greedy tokens, losses of a job, tokens of the adapter it made."""
     notes.add("memory_stats", jax.devices()[0].memory_stats())
     notes.add("rates", measure_roofline(dry_run=dry_run))
     jax.config.update("jax_default_matmul_precision", "highest")
-    results, adapters = {}, {}
-    for choice in ("xla", "auto"):
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            own = [f"compile.cache_dir={cache_dir}", "model.dtype=float32", f"kernels={choice}"]
-            with start(folder, TOY_MODEL, TOY_ENGINE, own) as llm:
-                engine = MeasuredEngine(llm, folder)
-                results[choice], adapters[choice] = _run_tiny(llm, engine)
-                notes.add(f"tiny engine, kernels={choice}", results[choice])
-    xla, ours = results["xla"], results["auto"]
-    far = {
-        name: np.abs(np.subtract(xla[name], ours[name])).max() for name in ("losses", "logprobs")
-    }
-    a, b = adapters.values()
-    far["adapter, relative"] = np.linalg.norm(a - b) / np.linalg.norm(a)
-    same = {name: xla[name] == ours[name] for name in ("tokens", "adapted")}
-    notes.add("agree", same | {name: float(value) for name, value in far.items()})
+    for kind in parts:
+        results, adapters = {}, {}
+        for choice in ("xla", "auto"):
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = Path(temporary)
+                own = [f"compile.cache_dir={cache_dir}", "model.dtype=float32", f"kernels={choice}"]
+                with start(folder, TOY_MODELS[kind], TOY_ENGINE, own) as llm:
+                    engine = MeasuredEngine(llm, folder)
+                    results[choice], adapters[choice] = _run_tiny(llm, engine)
+                    notes.add(f"{kind}/kernels={choice}", results[choice])
+        xla, ours = results["xla"], results["auto"]
+        far = {
+            name: np.abs(np.subtract(xla[name], ours[name])).max()
+            for name in ("losses", "logprobs")
+        }
+        a, b = adapters.values()
+        far["adapter, relative"] = np.linalg.norm(a - b) / np.linalg.norm(a)
+        same = {name: xla[name] == ours[name] for name in ("tokens", "adapted")}
+        notes.add(f"{kind}/agree", same | {name: float(value) for name, value in far.items()})
 
 
 def _run_tiny(llm: LLM, engine: MeasuredEngine) -> tuple[dict[str, Any], np.ndarray]:
