@@ -62,13 +62,13 @@ def test_first_contact_leaves_what_it_measured(tmp_path, cache, phase):
     if phase == "serve":
         options += ["--rates", "5", "--seconds", "3"]
     if phase == "smoke":
-        options += ["--parts", "hybrid"]
+        options += ["--parts", "sliding"]
     run("scripts/gpu_first_contact.py", phase, *options)
     noted = json.loads((tmp_path / f"{phase}.json").read_text())
     if phase == "smoke":
-        agree = noted["hybrid/agree"]
+        agree = noted["sliding/agree"]
         assert agree["tokens"] and agree["adapted"] and "dense/agree" not in noted
-        assert noted["hybrid/kernels=auto"]["status"] == "succeeded"
+        assert noted["sliding/kernels=auto"]["status"] == "succeeded"
         return
     if phase == "peers":
         assert noted["finetune"]["tokens_per_s"] > 0 and noted["generate"]["tokens_per_s"] > 0
