@@ -14,12 +14,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from flexllm_jax.finetune.buffers import MicrobatchTable, without_padding
-from flexllm_jax.finetune.losses import LossTokens, coefficients
+from flexllm_jax.finetune.losses import LossTokens, coefficients, reads_sequences
 from flexllm_jax.models.collectives import join_softmax, rows_of
 from flexllm_jax.models.decoder import Decoder
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.peft.stacks import of_layer
-from kernels_pallas.backend import Backend
+from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora.base import product
 from kernels_pallas.rows import from_stored, to_stored
 
@@ -106,7 +106,8 @@ def loss_unit(
     head = _Head.of(decoder, unit_tokens, params, adapter, flow, table, start, dropout)
     logprob, softmax = head.logprobs(expect=True)
     all_logprobs = _with_slice(flow["logprob"], logprob, start)
-    c = _coefficients(loss, MicrobatchTable.unpack(table), all_logprobs, start, unit_tokens)
+    whole, backend = MicrobatchTable.unpack(table), decoder.backend
+    c = _coefficients(loss, whole, all_logprobs, start, unit_tokens, backend)
     # A token without a log-probability has no gradient: the optimizer refuses the step.
     c = jnp.where(head.counts, jnp.where(jnp.isfinite(logprob), c, jnp.nan), 0.0)
     targets = [decoder.config.head.uncap(x, softmax.target[:, None]) for x in head.targets]
@@ -140,6 +141,7 @@ def _coefficients(
     logprob: Float[Array, " S"],
     start: Int[Array, ""],
     unit_tokens: int,
+    backend: Backend = XLA,
 ) -> Float[Array, " U"]:
     """dL/dlogprob of a slice's labels."""
     rows = MicrobatchTable(*(lax.dynamic_slice_in_dim(x, start, unit_tokens) for x in table))
@@ -149,15 +151,26 @@ def _coefficients(
         # Compared with all slots: sums in a fixed order, unlike those of a scatter.
         return jnp.sum(jnp.where(starts[:, None] == table.sequence_start, values, 0.0), axis=1)
 
+    def of_sequences() -> tuple[jax.Array, ...]:
+        owners = (rows.sequence_start, rows.pair_start)
+        return tuple(of_sequence(own, x) for own in owners for x in (gap, table.weight))
+
+    if backend.implementation == "xla":  # a CPU takes as long for them as for the head's products
+        nothing = (jnp.zeros(unit_tokens, jnp.float32),) * 4
+        own_gap, own_length, pair_gap, pair_length = lax.cond(
+            reads_sequences(loss), of_sequences, lambda: nothing
+        )
+    else:
+        own_gap, own_length, pair_gap, pair_length = of_sequences()
     tokens = LossTokens(
         lax.dynamic_slice_in_dim(logprob, start, unit_tokens),
         rows.reference,
         rows.advantage,
         rows.weight,
-        of_sequence(rows.sequence_start, gap),
-        of_sequence(rows.sequence_start, table.weight),
-        of_sequence(rows.pair_start, gap),
-        of_sequence(rows.pair_start, table.weight),
+        own_gap,
+        own_length,
+        pair_gap,
+        pair_length,
         start + jnp.arange(unit_tokens) == rows.sequence_start,
     )
     return coefficients(loss, tokens)

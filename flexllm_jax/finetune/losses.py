@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 Array = Any  # numpy's or JAX's
 
@@ -239,3 +239,8 @@ def coefficients(packed: Float[jax.Array, " L"], tokens: LossTokens) -> Float[ja
     settings = LossSettings(*packed[1:])
     of_each = [kind.formula(tokens, settings, jnp)[1] for kind in LOSSES.values()]
     return jnp.stack(of_each)[packed[0].astype(jnp.int32)]
+
+
+def reads_sequences(packed: Float[jax.Array, " L"]) -> Bool[jax.Array, ""]:
+    """Whether the loss that `Loss.packed` names is one of whole sequences, on the device."""
+    return jnp.array([kind.of_sequences for kind in LOSSES.values()])[packed[0].astype(jnp.int32)]

@@ -57,6 +57,10 @@ def test_runs_are_compared_by_round(tmp_path):
     assert _ratios(task, [slow], [fast]) == pytest.approx(expected)
     never = Curve([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], tokens=1, cpu_s=1.0)
     assert _ratios(task, [slow, slow], [fast, never])["time_to_reward"] is None
+    # One round reached the mean of both after 2 steps, the other after 4: they do after 3.
+    rewards = [0, 1.5, 1, 1], [0, 0, 0.5, 1]
+    early, late = (Curve([1.0, 2.0, 3.0, 4.0], own, tokens=1, cpu_s=1.0) for own in rewards)
+    assert _ratios(task, [early, late], [fast, fast])["time_to_reward"] == pytest.approx(3 / 1.5)
 
 
 def test_a_row_without_its_facts_is_told(tmp_path):

@@ -244,19 +244,28 @@ def _summary(task: AnswerTask, curves: list[Curve]) -> dict[str, Any]:
         "tokens_per_s": [curve.tokens_per_s for curve in curves],
         "cpu_seconds": [curve.cpu_s for curve in curves],
         "seconds": [curve.ends_s[-1] for curve in curves],
-        "seconds_to_reward": [curve.seconds_to(task.reward) for curve in curves],
+        "seconds_to_reward": _mean(curves).seconds_to(task.reward),
         "rewards": [curve.rewards for curve in curves],
     }
 
 
 def _ratios(task: AnswerTask, theirs: list[Curve], ours: list[Curve]) -> dict[str, float | None]:
-    """Medians over the rounds; None where a side did not come so far."""
+    """Medians over the rounds; the time to the reward is that of their mean, as the reward of one
+    round comes and goes by several steps: None where a side did not come so far."""
     pairs = list(zip(theirs, ours, strict=True))
-    times = [(a.seconds_to(task.reward), b.seconds_to(task.reward)) for a, b in pairs]
-    reached = [a / b for a, b in times if a is not None and b is not None]
+    reached = [_mean(curves).seconds_to(task.reward) for curves in (theirs, ours)]
     return {
         "tokens_per_s": median(b.tokens_per_s / a.tokens_per_s for a, b in pairs),
         "cpu_time": median(a.cpu_s / b.cpu_s for a, b in pairs),
         "time": median(a.ends_s[-1] / b.ends_s[-1] for a, b in pairs),
-        "time_to_reward": median(reached) if len(reached) == len(times) else None,
+        "time_to_reward": reached[0] / reached[1] if reached[0] and reached[1] else None,
     }
+
+
+def _mean(curves: list[Curve]) -> Curve:
+    """When the steps of several rounds ended, and their rewards, on average."""
+    ends, rewards = (
+        [float(np.mean(own)) for own in zip(*of_each, strict=False)]
+        for of_each in ([c.ends_s for c in curves], [c.rewards for c in curves])
+    )
+    return Curve(ends, rewards)

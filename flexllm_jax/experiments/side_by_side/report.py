@@ -118,14 +118,14 @@ def show_answers(result: dict[str, Any], console: Console) -> None:
     for column in (f"time to {reward} ÷", "CPU time ÷"):
         table.add_column(column)
     for name, side in result["sides"].items():
-        reached = [seconds for seconds in side["seconds_to_reward"] if seconds is not None]
+        reached = side["seconds_to_reward"]
         ratio = result["ratio"].get(name, {})
         last = [sum(rewards[-3:]) / len(rewards[-3:]) for rewards in side["rewards"]]
         table.add_row(
             name,
             f"{median(side['tokens_per_s']):.0f}",
             f"{median(side['seconds']):.1f}",
-            f"{median(reached):.1f}" if len(reached) == len(last) else "not all",
+            f"{reached:.1f}" if reached else "never",
             f"{median(last):.2f}",
             *(f"{ratio[name]:.2f}" if ratio.get(name) else "" for name in _RATIOS),
         )
