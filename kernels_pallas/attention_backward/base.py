@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
-_KEYS_AT_ONCE = 128
+_QUERIES_AT_ONCE = 64  # at most
+_KEYS_AT_ONCE = 64
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 
 
@@ -38,6 +39,21 @@ def attention_of_slice(
         Attention output in q's dtype, and the float32 log-sum-exp of the scaled scores; zeros in
         padding. The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 1).
     """
+    blocks = _blocks(q, sequence_starts, first_row)
+    out, lse = lax.map(lambda own: _block_forward(own, k_pages, v_pages, kv_slots, options), blocks)
+    return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def _block_forward(
+    own: tuple[jax.Array, ...],
+    k_pages: Float[Array, "P B K H"],
+    v_pages: Float[Array, "P B K H"],
+    kv_slots: Int[Array, " S"],
+    options: AttentionOptions,
+) -> tuple[Float[Array, "U N H"], Float[Array, "U N"]]:
+    """`attention_of_slice` of a block of U queries: themselves, their sequences' starts, and the
+    first one's row."""
+    q, sequence_starts, first_row = own
     unit_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     scale = options.scale_of(head_dim)
@@ -126,6 +142,28 @@ def attention_backward(
     The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2). With a cap c the scores
     are c tanh(s / c), whose derivative is 1 - (score / c)^2.
     """
+    blocks = _blocks(q, sequence_starts, first_row, out, lse, d_out)
+
+    def add_block(carry, own):
+        dq, *carry = _block_backward(own, *carry, k_pages, v_pages, kv_slots, options)
+        return tuple(carry), dq
+
+    (dk, dv), dq = lax.scan(add_block, (dk, dv), blocks)
+    return dq.reshape(q.shape), dk, dv
+
+
+def _block_backward(
+    own: tuple[jax.Array, ...],
+    dk: Float[Array, "S K H"],
+    dv: Float[Array, "S K H"],
+    k_pages: Float[Array, "P B K H"],
+    v_pages: Float[Array, "P B K H"],
+    kv_slots: Int[Array, " S"],
+    options: AttentionOptions,
+) -> tuple[Float[Array, "U N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
+    """`attention_backward` of a block of U queries: themselves, their sequences' starts, the first
+    one's row, `out`, `lse` and `d_out`."""
+    q, sequence_starts, first_row, out, lse, d_out = own
     unit_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     group = num_heads // kv_heads
@@ -172,6 +210,15 @@ def attention_backward(
     )
     dq = dq.reshape(kv_heads, head_dim, unit_tokens, group).transpose(2, 0, 3, 1)
     return dq.reshape(q.shape).astype(q.dtype), dk, dv
+
+
+def _blocks(q: Float[Array, "U N H"], starts: jax.Array, first_row: jax.Array, *more: jax.Array):
+    """A slice's queries, their sequences' starts, their first rows, and what else they have, in
+    blocks: few of a block's keys are of none of its queries, however short their sequences are."""
+    size = max(n for n in range(1, _QUERIES_AT_ONCE + 1) if q.shape[0] % n == 0)
+    own = (x.reshape(-1, size, *x.shape[1:]) for x in (q, starts, *more))
+    q, starts, *more = own
+    return q, starts, first_row + size * jnp.arange(len(q)), *more
 
 
 def _by_kv_head(x: Float[Array, "U N ..."], kv_heads: int) -> Float[Array, "K UG ..."]:

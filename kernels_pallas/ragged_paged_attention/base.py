@@ -18,9 +18,9 @@ from kernels_pallas.rows import from_stored
 _MASKED = -1e30  # finite, so that a row with no visible key gives zeros and not NaN
 _SINGLES_AT_ONCE = 8  # queries that are a block of their own
 _BLOCKS_AT_ONCE = 2  # blocks of a chunk: all walk the keys of the longest
-_CHUNK_BLOCK = 64  # queries a block of a chunk of prefill or finetuning holds
+_CHUNK_BLOCK = 32  # queries a block of a chunk of prefill or finetuning holds
 _SMALL_BATCH = 32  # up to here every query is a block of its own
-_KEYS_AT_ONCE = 128
+_KEYS_AT_ONCE = 64
 
 
 def ragged_paged_attention(
