@@ -13,6 +13,8 @@ _MERGED_BYTES = 32 * 2**20
 # it copies all of them first, so those of other widths are kept apart (`models.layers.Linear`).
 MERGED_COLUMNS = 64
 
+Kernels = Literal["auto", "xla", "pallas", "mosaic"]  # the config's field
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -20,15 +22,19 @@ class Backend:
 
     implementation: "xla" (the references, which run anywhere) or "pallas" (Triton, for NVIDIA
     GPUs). chip: whose tuning table gives the tiles (`chip_name`). interpret: run Pallas kernels in
-    its interpreter, which needs no GPU and is slow.
+    its interpreter, which needs no GPU and is slow. mosaic: where an operator has a kernel in
+    Pallas' Mosaic, for Hopper GPUs, that takes the shapes at hand, it goes before Triton's.
     """
 
     implementation: Literal["xla", "pallas"]
     chip: str = "h200"
     interpret: bool = False
+    mosaic: bool = False
 
 
 XLA = Backend("xla")
+# The first JAX whose interpreter knows what Mosaic's kernels are made of.
+MOSAIC_INTERPRETER = (0, 11, 0)
 
 
 def chip_name(device_kind: str) -> str:
@@ -38,13 +44,29 @@ def chip_name(device_kind: str) -> str:
     return "a100" if any(name in kind for name in ("a100", "a40", "a10", "a30", "rtx")) else "h200"
 
 
-def select_backend(kernels: Literal["auto", "xla", "pallas"], device: Any) -> Backend:
+def is_hopper(device_kind: str) -> bool:
+    """Whether a device has what Mosaic's kernels are made of: "NVIDIA H100 80GB HBM3" has."""
+    return any(name in device_kind.lower() for name in ("h100", "h20", "h800"))
+
+
+def select_backend(kernels: Kernels, device: Any) -> Backend:
     """The backend that the config's `kernels` means on a device: auto is Pallas on a GPU and XLA
-    elsewhere; Pallas elsewhere is interpreted."""
+    elsewhere; Pallas elsewhere is interpreted. ValueError where Mosaic's kernels cannot run."""
     on_gpu = device.platform in ("gpu", "cuda")
     if kernels == "xla" or (kernels == "auto" and not on_gpu):
         return XLA
-    return Backend("pallas", chip_name(device.device_kind), interpret=not on_gpu)
+    mosaic = kernels == "mosaic"
+    if mosaic and on_gpu and not is_hopper(device.device_kind):
+        raise ValueError(
+            f"kernels=mosaic is for Hopper GPUs (H100, H200), not for {device.device_kind}: "
+            "use auto"
+        )
+    if mosaic and not on_gpu and jax.__version_info__ < MOSAIC_INTERPRETER:
+        raise ValueError(
+            "kernels=mosaic without a GPU is interpreted, which JAX can from version "
+            f"{'.'.join(map(str, MOSAIC_INTERPRETER))} on, not {jax.__version__}: use pallas"
+        )
+    return Backend("pallas", chip_name(device.device_kind), interpret=not on_gpu, mosaic=mosaic)
 
 
 def are_merged(x: jax.Array | jax.ShapeDtypeStruct, widths: Sequence[int]) -> bool:

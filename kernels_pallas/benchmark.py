@@ -100,7 +100,7 @@ def main(cases: Iterable[Case]) -> None:
     """Time a kernel's cases and print bytes/s and FLOP/s: the command line of each `bench.py`."""
     parser = argparse.ArgumentParser(description="Time a kernel on the device at hand.")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--backend", choices=("pallas", "xla"), default="pallas")
+    parser.add_argument("--backend", choices=("pallas", "mosaic", "xla"), default="pallas")
     parser.add_argument("--calls", type=int, default=_CALLS, help="in a row, for one measurement")
     arguments = parser.parse_args()
     backend = select_backend(arguments.backend, jax.devices()[0])

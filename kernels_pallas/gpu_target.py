@@ -6,14 +6,17 @@ compiler says; times and the choice of GEMM algorithms are not known.
 """
 
 import math
+import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import files
 from pathlib import Path
 
@@ -29,6 +32,8 @@ _SHARED = re.compile(r"shared_memory: (\d+) bytes")
 # (docs/results/gpu).
 _MOST_SPILLED = 64
 _MEASURED_SPILLS = {"attention_backward_dkv": 512}
+_DUMPING = threading.Lock()
+_BY_MOSAIC: dict[tuple[str, ...], list] = {}  # by a program's calls of Mosaic's kernels
 _CONTAINERS = ("kCommandBuffer", "kSequential", "kWhile", "kConditional")
 _PTXAS = re.compile(
     r"Compiling entry function '(?P<name>\S+)'.*?"
@@ -133,12 +138,13 @@ def compile_for(
         started = time.thread_time()
         lowered = lower_only(target, function, arguments, donated)
         traced_s = time.thread_time() - started
-        compiled = lowered.compile(compiler_options=options)
+        compiled, by_mosaic = _compile(lowered, options)
         # The last list is the one with graphs; XLA writes no second one for very short programs.
         thunks = sorted(Path(folder).glob("*.thunk_sequence*.txt"), key=lambda f: len(f.name))[-1]
         shared, launches, outside = _read_thunks(thunks.read_text(encoding="utf-8"))
         names = set(re.findall(r'name = "(\w+)", num_stages', compiled.as_text() or ""))
         kernels = _assemble(sorted(Path(folder).glob("*.ptx")), names, shared, target.arch)
+        kernels += by_mosaic
     memory = compiled.memory_analysis()
     assert memory is not None
     return CompiledProgram(
@@ -152,6 +158,53 @@ def compile_for(
         kernels=tuple(kernels),
         launches=launches,
         outside_graphs=outside,
+    )
+
+
+def _compile(lowered: jax.stages.Lowered, options: dict) -> tuple[jax.stages.Compiled, list]:
+    """The program compiled, and its kernels by Mosaic, of which XLA's dump tells nothing."""
+    calls = tuple(re.findall(r"@mosaic_gpu\w*\(.*?\) (.*)", lowered.as_text()))
+    if not calls:
+        return lowered.compile(compiler_options=options), []
+    # Mosaic asks once per process where to dump to, and not every version numbers the kernels
+    # across programs: one program at a time. What it has compiled, it does not compile again.
+    with _DUMPING:
+        folder = Path(_mosaic_folder().name)
+        compiled = lowered.compile(compiler_options=options)
+        if found := [_read_mosaic(file) for file in sorted(folder.glob("*.ptxas"))]:
+            _BY_MOSAIC[calls] = found
+        for file in folder.iterdir():
+            file.unlink()
+        return compiled, _BY_MOSAIC[calls]
+
+
+@cache
+def _mosaic_folder() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder.name
+    return folder
+
+
+def _read_mosaic(ptxas: Path) -> Kernel:
+    """A kernel from what `ptxas` said of it, and from the passes that led to it, which say how much
+    shared memory its launch asks for."""
+    found = _PTXAS.search(ptxas.read_text(encoding="utf-8"))
+    passes = ptxas.with_suffix(".mlir-passes.log")
+    shared, constants = 0, {}
+    with passes.open(encoding="utf-8") as lines:
+        for line in lines:
+            if constant := re.search(r"(%\w+) = arith.constant (\d+) : i32", line):
+                constants[constant[1]] = int(constant[2])
+            if launch := re.search(r"dynamic_shared_memory_size (%\w+)", line):
+                shared = constants[launch[1]]
+                break
+    if found is None or not shared:
+        raise ValueError(f"{ptxas.stem}: not as Mosaic used to write it")
+    return Kernel(
+        name=found["name"],
+        shared=shared,
+        registers=int(found["registers"]),
+        spilled=int(found["stores"]) + int(found["loads"]),
     )
 
 

@@ -34,7 +34,7 @@ def main() -> int:
     backend = select_backend("pallas", device)
     for kernel in arguments.kernel or KERNELS:
         for key, case in keys_and_cases(kernel, dry_run=DRY_RUN).items():
-            if arguments.key in key:
+            if arguments.key in key and backend.chip in case.chips:
                 best = tune(kernel, key, case, backend, dry_run=DRY_RUN)
                 if best is not None and not DRY_RUN:
                     keep(kernel, key, backend.chip, best)

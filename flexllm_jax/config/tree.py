@@ -24,10 +24,11 @@ class Config(Section):
 
     model: ModelSection = Field(description="The base model.")
     parallel: ParallelSection = Field(default_factory=ParallelSection, description="Devices.")
-    kernels: Literal["auto", "xla", "pallas"] = Field(
+    kernels: Literal["auto", "xla", "pallas", "mosaic"] = Field(
         default="auto",
         description="Attention and adapter kernels. auto: pallas on a GPU, xla elsewhere. pallas "
-        "without a GPU runs in an interpreter, slowly.",
+        "without a GPU runs in an interpreter, slowly. mosaic: as pallas, and on H100 and H200 the "
+        "backward of attention (bfloat16, heads of 64 or 128) in a kernel that is not timed yet.",
     )
     cache: CacheSection = Field(default_factory=CacheSection, description="KV pages.")
     adapters: AdaptersSection = Field(default_factory=AdaptersSection, description="Adapter bank.")

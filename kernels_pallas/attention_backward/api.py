@@ -1,5 +1,6 @@
 """Picks the implementation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,11 +19,22 @@ def attention_backward(
     """See `base.attention_backward`; out and lse may be `rows.Rows`. Of attention with sinks, they
     are what it returned with them (`join_sinks`)."""
     if backend.implementation == "pallas":
-        return pallas_triton.attention_backward(*arguments, options=options, backend=backend)
+        return _kernel(arguments, options, backend)(*arguments, options=options, backend=backend)
     shape = arguments[0].shape
     arrays = [as_array(x) for x in arguments]
     arrays[6] = arrays[6].reshape(shape)
     return base.attention_backward(*arrays, options=options)
+
+
+def _kernel(arguments: tuple, options: AttentionOptions, backend: Backend) -> Callable:
+    if backend.mosaic:
+        # Whose compiler takes a second to import: not for those who do without it.
+        from kernels_pallas.attention_backward import pallas_mosaic
+
+        q, k_pages, _, kv_slots = arguments[:4]
+        if pallas_mosaic.is_supported(q, k_pages, kv_slots, options):
+            return pallas_mosaic.attention_backward
+    return pallas_triton.attention_backward
 
 
 def attention_of_slice(

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
-from kernels_pallas.attention_backward.pallas_triton import tuning_key
+from kernels_pallas.attention_backward.pallas_triton import mosaic_key, tuning_key
+from kernels_pallas.backend import Backend
 from kernels_pallas.cases import Case, ModelShape, model_shards
 from kernels_pallas.layer_options import FULL, AttentionOptions
 
 # Sequences of a few hundred tokens that fill a microbatch of 4096 up to some padding.
 PACKED = (700, 200, 450, 310, 620, 90, 540, 380, 260, 480)
+# Heads in groups of a power of two, and of five.
+_MOSAIC, _MOSAIC_MODELS = "/mosaic", ("llama-3.1-8b/tp1", "qwen2.5-14b/tp1")
 
 
 def _make(key, model: ModelShape, lengths, slots, unit_tokens, start, page_size, dtype) -> tuple:
@@ -111,20 +114,34 @@ def _again(case: Case, options: AttentionOptions = FULL) -> Case:
     )
 
 
+def _on_mosaic(case: Case) -> Case:
+    """The same by Mosaic's kernels, to be seen beside Triton's."""
+
+    def function(*arguments, backend: Backend):
+        return case.function(*arguments, backend=replace(backend, mosaic=True))
+
+    return replace(case, name=f"{case.name}{_MOSAIC}", function=function, chips=("h200",))
+
+
 def _cases() -> Iterator[Case]:
     for model in model_shards():
         last = partial(
             _case, model=model, lengths=(8192,), slots=8192, unit_tokens=1024, start=7168
         )
         yield last(f"{model.name}/last-1024-of-8192", target=0.4)
+        if model.name in _MOSAIC_MODELS:
+            yield _on_mosaic(last(f"{model.name}/last-1024-of-8192", target=0.4))
         yield _again(last(f"{model.name}/last-1024-of-8192"))
         packed = partial(_case, model=model, lengths=PACKED, slots=4096, unit_tokens=512)
         yield packed(f"{model.name}/packed-512-of-4096", start=2048)
+        if model.name in _MOSAIC_MODELS:
+            yield _on_mosaic(packed(f"{model.name}/packed-512-of-4096", start=2048))
     model = next(model_shards())
     extra = partial(_case, lengths=PACKED, slots=4096, unit_tokens=512, start=3584)
     others = {h: ModelShape(model.name, 0, 16, 4, h, 0) for h in (64, 80, 96, 256, 512)}
     for head_dim, other in others.items():
         yield extra(f"{model.name}/packed-512-of-4096/h{head_dim}", model=other)
+    yield _on_mosaic(extra(f"{model.name}/packed-512-of-4096/h64", model=others[64]))
     yield _again(extra(f"{model.name}/packed-512-of-4096/h512", model=others[512]))
     for name, shape, options in (
         ("window", model, AttentionOptions(window=256)),
@@ -133,6 +150,8 @@ def _cases() -> Iterator[Case]:
         case = extra(f"{model.name}/packed-512-of-4096/{name}", model=shape, options=options)
         yield case
         yield _again(case, options)
+        if options.soft_cap is None:
+            yield _on_mosaic(case)
     yield extra(f"{model.name}/packed-512-of-4096/float32", model=model, dtype=jnp.float32)
     yield extra(f"{model.name}/packed-512-of-4096/page16", model=model, page_size=16)
     odd = partial(_case, model=model, lengths=(1000, 77), slots=1099, page_size=128)
@@ -159,12 +178,18 @@ def tuning_keys(case: Case) -> tuple[str, ...]:
     if not case.donated:  # the forward
         return ()
     q = jax.eval_shape(case.make, jax.random.key(0))[0]
-    dq, dkv = (tuning_key(kernel, q.shape[2], q.dtype) for kernel in ("dq", "dkv"))
+    key = mosaic_key if case.name.endswith(_MOSAIC) else tuning_key
+    dq, dkv = (key(kernel, q.shape[2], q.dtype) for kernel in ("dq", "dkv"))
     return dq, dkv
 
 
 def candidates(key: str) -> Iterator[dict[str, int]]:
     """Tiles worth timing for a key of the tuning table; some do not fit every chip."""
+    if key.startswith("mosaic"):
+        walked = "keys" if "/dq/" in key else "queries"
+        for rows, stages in product((64, 128), (2, 3, 4)):
+            yield {walked: rows, "stages": stages}
+        return
     programs = (264, 512, 1024) if key.startswith("dq") else (0,)
     for queries, keys, warps, stages, count in product(
         (16, 32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3), programs

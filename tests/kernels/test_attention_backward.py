@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
-from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.attention_backward.arg_specs import CASES as MODEL_CASES
+from kernels_pallas.attention_backward.pallas_mosaic import is_supported
+from kernels_pallas.backend import MOSAIC_INTERPRETER, XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from tests.kernels.paged import PagePool
 
 # Every implementation of the contract.
 BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
+MOSAIC = Backend("pallas", interpret=True, mosaic=True)
 
 LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a slice's edge, some inside
 TOKENS = sum(LENGTHS)  # the rest of the slots is padding
@@ -38,6 +41,8 @@ class Shape:
 SHAPES = {
     "page16-gqa4-h64-float32": Shape(16, 4, 1, 64, np.float32, 2e-5),
     "page32-gqa7-h80-bfloat16": Shape(32, 14, 2, 80, ml_dtypes.bfloat16, 3e-2),
+    "page16-gqa3-h64-bfloat16": Shape(16, 6, 2, 64, ml_dtypes.bfloat16, 2e-2),
+    "page64-gqa2-h128-bfloat16": Shape(64, 4, 2, 128, ml_dtypes.bfloat16, 2e-2),
     "page128-gqa1-h16-float32": Shape(128, 2, 2, 16, np.float32, 2e-5),
     "page64-gqa2-h512-float32": Shape(64, 2, 1, 512, np.float32, 2e-5),
     "page16-gqa4-h64-float32-sinks": Shape(16, 4, 1, 64, np.float32, 2e-5, sinks=True),
@@ -55,6 +60,13 @@ CASES = [
     ("page64-gqa2-h512-float32", 64, AttentionOptions(window=65, soft_cap=1.5)),
     ("page16-gqa4-h64-float32-sinks", 64, FULL),
     ("page16-gqa4-h64-float32-sinks", 7, AttentionOptions(window=21, soft_cap=1.5)),
+]
+
+
+# Of Mosaic's kernels, in one and in two warpgroups: slots of the microbatch, tokens of a slice.
+MOSAIC_CASES = [
+    ("page16-gqa3-h64-bfloat16", 448, 64, FULL),
+    ("page64-gqa2-h128-bfloat16", 512, 128, AttentionOptions(window=100, scale=0.2)),
 ]
 
 
@@ -98,7 +110,7 @@ def dense_gradients(q, k, v, d_out, starts, sinks, options):
 
 
 @cache
-def problem(name: str, options: AttentionOptions = FULL) -> Problem:
+def problem(name: str, options: AttentionOptions = FULL, slots: int = SLOTS) -> Problem:
     """A random microbatch whose padding, in the arrays and in the pages, is NaN."""
     shape, rng = SHAPES[name], np.random.default_rng(0)
 
@@ -113,7 +125,7 @@ def problem(name: str, options: AttentionOptions = FULL) -> Problem:
     out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), starts, sinks, options)
 
     pool = PagePool(64, shape.page_size, shape.kv_heads, shape.head_dim, shape.dtype, rng)
-    kv_slots = np.zeros(SLOTS, np.int32)
+    kv_slots = np.zeros(slots, np.int32)
     for first, length in zip(firsts, LENGTHS, strict=True):
         own = slice(first, first + length)
         table = np.asarray(pool.write(k[own], v[own]), np.int32)
@@ -125,7 +137,7 @@ def problem(name: str, options: AttentionOptions = FULL) -> Problem:
     kv_slots[TOKENS:] = np.flatnonzero(never_written)[0]
 
     def padded(x, fill=np.nan):
-        rows = np.full((SLOTS - TOKENS, *x.shape[1:]), fill)
+        rows = np.full((slots - TOKENS, *x.shape[1:]), fill)
         return np.concatenate([np.asarray(x), rows.astype(x.dtype)])
 
     per_token = {
@@ -133,7 +145,7 @@ def problem(name: str, options: AttentionOptions = FULL) -> Problem:
         "out": padded(np.asarray(out).astype(shape.dtype)),
         "lse": padded(np.asarray(lse)),
         "d_out": padded(d_out),
-        "sequence_starts": padded(starts, SLOTS),
+        "sequence_starts": padded(starts, slots),
     }
     names = ("dq", "dk", "dv")
     gradients = dict(zip(names, map(np.asarray, gradients), strict=True))
@@ -148,7 +160,8 @@ def backward(request):
 
 @cache
 def _compiled(name: str, options: AttentionOptions):
-    function = partial(attention_backward, options=options, backend=BACKENDS[name])
+    backend = MOSAIC if name == "mosaic" else BACKENDS[name]
+    function = partial(attention_backward, options=options, backend=backend)
     return jax.jit(function, donate_argnums=(9, 10))
 
 
@@ -170,8 +183,8 @@ def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv, 
     )
 
 
-def zeros(shape: Shape):
-    return jnp.zeros((SLOTS, shape.kv_heads, shape.head_dim), jnp.float32)
+def zeros(shape: Shape, slots: int = SLOTS):
+    return jnp.zeros((slots, shape.kv_heads, shape.head_dim), jnp.float32)
 
 
 def assert_close(actual, desired, tolerance):
@@ -185,11 +198,43 @@ def assert_close(actual, desired, tolerance):
 
 @pytest.mark.parametrize(("name", "unit_tokens", "options"), CASES)
 def test_slices_in_reverse_order_add_up_to_the_whole_gradient(backward, name, unit_tokens, options):
-    shape, whole = SHAPES[name], problem(name, options)
-    dk, dv = zeros(shape), zeros(shape)
-    dq = np.zeros((SLOTS, shape.heads, shape.head_dim), np.float32)
+    check_slices(backward, name, SLOTS, unit_tokens, options)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < MOSAIC_INTERPRETER, reason="this JAX cannot interpret Mosaic's kernels"
+)
+@pytest.mark.parametrize(("name", "slots", "unit_tokens", "options"), MOSAIC_CASES)
+def test_slices_add_up_in_the_kernels_of_hopper(name, slots, unit_tokens, options):
+    whole = problem(name, options, slots)
+    q = whole.per_token["q"][:unit_tokens]
+    assert is_supported(q, whole.k_pages, whole.kv_slots, options)
+    backward = lambda *arguments, options: _compiled("mosaic", options)(*arguments)  # noqa: E731
+    check_slices(backward, name, slots, unit_tokens, options)
+    # What they cannot take is Triton's: other rows, heads, dtypes, and a soft cap.
+    capped = AttentionOptions(soft_cap=2.0)
+    others = [(q[:7], whole.k_pages, options), (q[..., :32], whole.k_pages, options)]
+    others += [(q, whole.k_pages.astype(np.float32), options), (q, whole.k_pages, capped)]
+    for q, k_pages, options in others:
+        assert not is_supported(q, k_pages, whole.kv_slots, options)
+
+
+def test_what_is_timed_as_mosaic_is_mosaic():
+    """Else Triton's kernels would be compared with themselves."""
+    cases = [case for case in MODEL_CASES if case.name.endswith("/mosaic")]
+    assert len(cases) > 3
+    for case in cases:
+        q, k_pages, _, kv_slots, *_ = jax.eval_shape(case.make, jax.random.key(0))
+        assert is_supported(q, k_pages, kv_slots, FULL), case.name
+        assert {"h200", "a100"} - {*case.chips} == {"a100"}
+
+
+def check_slices(backward, name, slots, unit_tokens, options):
+    shape, whole = SHAPES[name], problem(name, options, slots)
+    dk, dv = zeros(shape, slots), zeros(shape, slots)
+    dq = np.zeros((slots, shape.heads, shape.head_dim), np.float32)
     done = {"dk": np.zeros(dk.shape, np.float32), "dv": np.zeros(dv.shape, np.float32)}
-    for start in reversed(range(0, SLOTS, unit_tokens)):
+    for start in reversed(range(0, slots, unit_tokens)):
         rows = slice(start, start + unit_tokens)
         dq_rows, dk, dv = run_slice(backward, whole, start, unit_tokens, dk, dv, options)
         assert dq_rows.dtype == shape.dtype

@@ -29,6 +29,7 @@ from flexllm_jax.engine.memory.activations import choose_saved
 from flexllm_jax.engine.memory.placement import plan_placement
 from flexllm_jax.engine.memory.plan import (
     MemoryPlan,
+    choose_backend,
     compiled_temporaries,
     memory_budget,
     plan_memory,
@@ -43,7 +44,6 @@ from flexllm_jax.models.checkpoints.hf_weights import load_parameters
 from flexllm_jax.models.checkpoints.random_weights import random_parameters
 from flexllm_jax.models.config import ModelConfig
 from flexllm_jax.peft.dropout import JobDropout
-from kernels_pallas.backend import select_backend
 from scheduler.latency.model import Sampling
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Runner:
         use_persistent_cache(config.compile.cache_dir)
         self.model = ModelConfig.from_hf(config.model.path, config.model.max_model_len)
         self.device = jax.local_devices()[0]
-        backend = select_backend(config.kernels, self.device)
+        backend = choose_backend(config, self.device)
         platform, available = self.device.platform, memory_budget(config, self.device)
         placement = plan_placement(
             config,

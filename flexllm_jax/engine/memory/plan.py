@@ -21,7 +21,9 @@ from flexllm_jax.engine.memory.cache import CacheError, device_memory, tree_byte
 from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.engine.memory.temporaries import reckon_temporaries
 from flexllm_jax.engine.sampling.structured_outputs import mask_words
+from flexllm_jax.errors import UserError
 from flexllm_jax.finetune.optimizer import checkpointed
+from kernels_pallas.backend import Backend, select_backend
 
 # Steps whose outputs are on the device at once: one runs, one is read.
 _STEPS_IN_FLIGHT = 2
@@ -57,6 +59,14 @@ class MemoryPlan:
         named[f"{self.num_pages} KV pages"] = self.pages
         parts = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in named.items())
         return f"memory, MiB: {parts}; {self.total / 2**20:,.1f} of {self.available / 2**20:,.1f}"
+
+
+def choose_backend(config: Config, device: Any) -> Backend:
+    """The kernels that a device gets. UserError where it cannot run those that are asked for."""
+    try:
+        return select_backend(config.kernels, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def memory_budget(config: Config, device: Any) -> int:

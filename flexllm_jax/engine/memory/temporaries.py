@@ -13,7 +13,7 @@ from flexllm_jax.engine.memory.cache import tree_bytes
 from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.engine.sampling.sampler import ROWS_AT_ONCE
 from flexllm_jax.finetune.loss import logits_at_once
-from flexllm_jax.models.spec import GatedDeltaSpec
+from flexllm_jax.models.spec import AttentionSpec, GatedDeltaSpec
 from kernels_pallas.gated_delta import CHUNK
 
 _SLACK = 1.05
@@ -40,11 +40,16 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
 
     forward = item * tokens * 3 * (inner + width) + _FLOAT * _PARTIAL_ROWS * queries
     layer = item * unit * (7 * inner + 4 * width)
-    deltas = [kind.mixer for kind in local.kinds if isinstance(kind.mixer, GatedDeltaSpec)]
+    mixers = [kind.mixer for kind in local.kinds]
+    attentions = [mixer for mixer in mixers if isinstance(mixer, AttentionSpec)]
+    deltas = [mixer for mixer in mixers if isinstance(mixer, GatedDeltaSpec)]
     if deltas:
         layer = max(layer, *(_delta_unit(mixer, unit, item, width, inner) for mixer in deltas))
         kept = max((mixer.width - 1) * mixer.channels for mixer in deltas)
         forward += item * shape.sequences * kept  # the convolution's inputs before the step
+    if sizes.backend.mosaic:  # keys and values are gathered, queries and a gradient copied
+        keys = max((m.kv_heads * m.head_dim for m in attentions), default=0)
+        layer += 2 * item * (sizes.finetune_slots * keys + unit * queries)
     if sizes.dropout:  # each projection reads an input of its own
         forward += item * tokens * inner
         layer += 2 * item * unit * inner

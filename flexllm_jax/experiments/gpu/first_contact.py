@@ -39,7 +39,9 @@ _CASES = (
     "ragged_paged_attention/llama-3.1-8b/tp1/mixed-64-448",
     "ragged_paged_attention/llama-3.1-8b/tp1/mixed/page16",
     "attention_backward/llama-3.1-8b/tp1/last-1024-of-8192",
+    "attention_backward/llama-3.1-8b/tp1/last-1024-of-8192/mosaic",
     "attention_backward/llama-3.1-8b/tp1/packed-512-of-4096",
+    "attention_backward/llama-3.1-8b/tp1/packed-512-of-4096/mosaic",
     "gated_delta/qwen3.5-9b/tp1/decode-64",
     "gated_delta/qwen3.5-9b/tp1/mixed-64-448-512",
     "gated_delta/qwen3.5-9b/tp1/window-1024-backward",
@@ -72,6 +74,7 @@ def kernels(notes: Notes, *, dry_run: bool, match: str = "") -> None:
     notes.add("rates", measure_roofline(dry_run=dry_run))
     backend = select_backend("pallas", jax.devices()[0])
     cases = essential_cases(match, dry_run=dry_run)
+    cases = {name: case for name, case in cases.items() if backend.chip in case.chips}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         compiled = {name: pool.submit(_compile, case, backend) for name, case in cases.items()}
         for name, case in cases.items():

@@ -193,7 +193,9 @@ def check_and_time(match: str, backend: Backend, console: Console, *, dry_run: b
         f"{jax.devices()[0].device_kind}: copy {roofline['bytes_per_s'] / 1e9:,.0f} GB/s, "
         f"product {roofline['flops_per_s'] / 1e12:,.1f} TFLOP/s"
     )
-    rows = run_kernels(kernel_cases(match, dry_run=dry_run), backend, roofline, dry_run=dry_run)
+    cases = kernel_cases(match, dry_run=dry_run)
+    cases = [(kernel, case) for kernel, case in cases if backend.chip in case.chips]
+    rows = run_kernels(cases, backend, roofline, dry_run=dry_run)
     result: Row = {
         "roofline": roofline,
         "kernels": rows,

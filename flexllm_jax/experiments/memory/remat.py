@@ -16,10 +16,9 @@ from flexllm_jax.compile.remat import Plan
 from flexllm_jax.compile.whole_layer import PAGES
 from flexllm_jax.config import Config
 from flexllm_jax.engine.memory.activations import choose_saved
-from flexllm_jax.engine.memory.plan import memory_budget
+from flexllm_jax.engine.memory.plan import choose_backend, memory_budget
 from flexllm_jax.engine.memory.sizes import EngineSizes
 from flexllm_jax.models.config import ModelConfig
-from kernels_pallas.backend import select_backend
 
 Row = dict[str, Any]
 
@@ -27,7 +26,7 @@ Row = dict[str, Any]
 def planned_sizes(config: Config, device: Any) -> EngineSizes:
     """The engine of a configuration on a device, with its plan of what to save chosen."""
     model = ModelConfig.from_hf(config.model.path, config.model.max_model_len)
-    backend = select_backend(config.kernels, device)
+    backend = choose_backend(config, device)
     sizes = EngineSizes.from_config(config, model, device.platform, backend)
     return choose_saved(config, sizes, memory_budget(config, device))
 

@@ -16,12 +16,17 @@ from flexllm_jax.engine.device.profile import model_cost
 from flexllm_jax.engine.memory.activations import choose_saved, recomputed, saved_names
 from flexllm_jax.engine.memory.cache import CacheError
 from flexllm_jax.engine.memory.placement import Placement, split
-from flexllm_jax.engine.memory.plan import fixed_parts, memory_budget, plan_memory, planned_jobs
+from flexllm_jax.engine.memory.plan import (
+    choose_backend,
+    fixed_parts,
+    memory_budget,
+    plan_memory,
+    planned_jobs,
+)
 from flexllm_jax.engine.memory.sizes import EngineSizes, bank_shape, step_buckets
 from flexllm_jax.experiments.gpu.compile import TARGETS
 from flexllm_jax.models.checkpoints.dtype import engine_dtype
 from flexllm_jax.models.config import ModelConfig
-from kernels_pallas.backend import XLA, Backend, chip_name
 from scheduler.latency import roofline as sheets
 from scheduler.latency.model import LatencyModel
 from scheduler.latency.roofline import MEASURED, DeviceSpec, roofline
@@ -118,7 +123,7 @@ def plan_engine(config: Config, chip: str) -> PlannedEngine:
         AbsentDevice(chip),
         ModelConfig.from_hf(config.model.path, config.model.max_model_len),
     )
-    backend = XLA if config.kernels == "xla" else Backend("pallas", chip_name(device.device_kind))
+    backend = choose_backend(config, device)
     shared = split(
         config,
         model,
