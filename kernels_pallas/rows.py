@@ -11,7 +11,7 @@ A kernel also reads a part of such an array where it lies (`Rows`), which XLA wo
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,7 @@ class Recalled:
         return _recall(self.computed, self.kept.read().reshape(self.shape))
 
 
+@runtime_checkable
 class Readable(Protocol):
     """What kernels read where it lies, or as it is computed; `read` makes it an array."""
 
@@ -115,7 +116,7 @@ class Readable(Protocol):
 
 def as_array(x: jax.Array | Readable) -> jax.Array:
     """x for those who read arrays alone."""
-    return x if isinstance(x, jax.Array) else x.read()
+    return x.read() if isinstance(x, Readable) else x
 
 
 def recall(x: Any) -> Any:

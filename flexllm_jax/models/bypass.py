@@ -8,13 +8,15 @@ summand, and `join` the all-reduce that makes it whole: LoRA adds to the summand
 base model's all-reduce; a bottleneck reads the whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
 import jax
 
-Outputs = dict[str, jax.Array]  # projection (q, k, v, o, gate, up or down) -> its output [T, d_out]
+from kernels_pallas.grouped_lora import Ahead
+
+Outputs = dict[str, Any]  # projection (q, k, v, o, gate, up or down) -> its output [T, d_out]
 Join = Callable[[jax.Array], jax.Array]
-BypassFunction = Callable[..., Outputs]
 
 
 def whole_already(output: jax.Array) -> jax.Array:
@@ -22,6 +24,28 @@ def whole_already(output: jax.Array) -> jax.Array:
     return output
 
 
-def no_bypass(x: jax.Array, outputs: Outputs, join: Join = whole_already) -> Outputs:
+class BypassFunction(Protocol):
+    """What the decoder calls."""
+
+    def __call__(self, x: Any, outputs: Outputs, join: Join = ...) -> Outputs:
+        """The outputs with what adapters make of them."""
+        ...
+
+    def ahead(self, names: Collection[str]) -> Ahead | None:
+        """What the bypass of these projections does first with what they read: a pass that makes
+        that may begin with it, and give it to the call as `x`. None: nothing that it may."""
+        ...
+
+
+class NoBypass:
     """The base model alone."""
-    return {name: join(output) for name, output in outputs.items()}
+
+    def __call__(self, x: Any, outputs: Outputs, join: Join = whole_already) -> Outputs:
+        """The outputs, whole."""
+        return {name: join(output) for name, output in outputs.items()}
+
+    def ahead(self, names: Collection[str]) -> None:
+        """Nothing."""
+
+
+no_bypass = NoBypass()

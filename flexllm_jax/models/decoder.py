@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from flexllm_jax.models.bypass import BypassFunction, no_bypass
+from flexllm_jax.models.bypass import BypassFunction, no_bypass, whole_already
 from flexllm_jax.models.collectives import (
     Axes,
     argmax_columns,
@@ -37,6 +37,7 @@ from flexllm_jax.models.mixers import Tap, mixer_of
 from flexllm_jax.models.rope import Angles, rotary_angles
 from flexllm_jax.models.spec import AttentionSpec, LayerSpec, NormSpec
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.grouped_lora import Ahead
 from kernels_pallas.layer_passes import gated
 from kernels_pallas.rows import Recalled, as_array
 
@@ -101,7 +102,9 @@ class DecoderLayer(nnx.Module):
         """What of x + y is mixed, and the gate of what comes out (`Mixer.inputs`); and the input as
         `after_mixing` takes it: through here go all of its gradients."""
         names = self.spec.mixer.projected
-        x, (*readers, h) = self._normed(self.pre_attn_norm, x, y, 1 + len(names))
+        x, (*readers, h) = self._normed(
+            self.pre_attn_norm, x, y, 1 + len(names), bypass.ahead(names)
+        )
         outputs = self._projections(names, h, readers, bypass)
         inputs, gate = mixer_of(self.spec.mixer).inputs(self, outputs, tap, query_factor)
         return inputs, gate, x
@@ -146,9 +149,7 @@ class DecoderLayer(nnx.Module):
         """What `after_mixing` adds up: the next layer's norm can do so as it reads them. None:
         there is nothing to be added."""
 
-        def join(y: jax.Array) -> jax.Array:
-            return sum_outputs(y, self.axes)
-
+        join = partial(sum_outputs, axes=self.axes) if self.axes else whole_already
         mixed, out = mixer_of(self.spec.mixer).gated(self, mixed, gate), self.spec.mixer.output
         y = bypass(mixed, {out: getattr(self, out)(as_array(mixed))}, join)[out]
         y = self._branch(self.post_attn_norm, y, "attention_branch", tap)
@@ -161,7 +162,7 @@ class DecoderLayer(nnx.Module):
             x = tap("residual", as_array(x) + as_array(y))
             x, normed = self._normed(self.pre_mlp_norm, x, None, readers)
         else:
-            x, normed = self._normed(self.pre_mlp_norm, x, y, readers)
+            x, normed = self._normed(self.pre_mlp_norm, x, y, readers, bypass.ahead(names))
             x = as_array(tap("residual", x))
         *inputs, h = normed
         outputs = tuple(self._projections(names, h, inputs, bypass).values())
@@ -170,7 +171,9 @@ class DecoderLayer(nnx.Module):
         else:
             gate, up = outputs
         factors = tap("gate", gate), tap("up", up)
-        inner, low = gated(*factors, self.backend, 2, self.spec.mlp.activation)
+        inner, low = gated(
+            *(*factors, self.backend, 2, self.spec.mlp.activation), bypass.ahead(["down"])
+        )
         y = bypass(low, {"down": self.down(inner)}, join)["down"]
         y = self._branch(self.post_mlp_norm, y, "mlp_branch", tap)
         if own is not None:
@@ -210,15 +213,16 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "T D"] | Recalled,
         y: Float[Array, "T D"] | None,
         readers: int,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "T D"], list[Float[Array, "T D"]]]:
-        """x + y, and its norm for each of its readers; where the model is split over devices, the
-        gradients of all are added up before they are shared."""
-        y = None if y is None else as_array(y)
+        """x + y, and its norm for each of its readers, of which the last begins with what is
+        `ahead`; where the model is split over devices, the gradients of all are added up before
+        they are shared."""
         if norm is None:
-            x = as_array(x) if y is None else as_array(x) + y
+            x = as_array(x) if y is None else as_array(x) + as_array(y)
             return x, [share_input(x, self.axes)] * readers
         if not self.axes:
-            x, *normed = norm.join(x, y, self.backend, readers)
+            x, *normed = norm.join(x, y, self.backend, readers, ahead)
             return x, normed
         x, h = norm.join(x, y, self.backend, 1)
         return x, [share_input(h, self.axes)] * readers

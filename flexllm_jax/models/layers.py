@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from flexllm_jax.models.collectives import Axes
 from flexllm_jax.models.spec import NormSpec
 from kernels_pallas.backend import MERGED_COLUMNS, Backend
+from kernels_pallas.grouped_lora import Ahead
 from kernels_pallas.layer_passes import add_norm, normed
 from kernels_pallas.rows import Recalled, as_array
 
@@ -60,13 +61,14 @@ class RMSNorm(nnx.Module):
         y: Float[Array, "T D"] | None,
         backend: Backend,
         readers: int,
+        ahead: Ahead | None = None,
     ) -> tuple[Float[Array, "T D"], ...]:
-        """The residual x + y, and it normalized, for so many readers: one pass, and one
-        backward."""
+        """The residual x + y, and it normalized, for so many readers, of which the last begins
+        with what is `ahead`: one pass, and one backward."""
         if self.spec.centred:  # XLA's: the pass has no kernel that takes the mean off
-            x = as_array(x) if y is None else as_array(x) + y
+            x = as_array(x) if y is None else as_array(x) + as_array(y)
             return x, *[self._centred(x)] * readers
-        return add_norm(x, y, self._weight, self.spec.eps, backend, readers)
+        return add_norm(x, y, self._weight, self.spec.eps, backend, readers, ahead)
 
     def _centred(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         wide = x.astype(jnp.float32)

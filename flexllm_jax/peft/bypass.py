@@ -5,7 +5,7 @@ it is no part of the decoder's layers. Everything is a pure function of arrays, 
 differentiated, inside the step programs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ from flexllm_jax.peft import prefix
 from flexllm_jax.peft.bottleneck import bottleneck
 from flexllm_jax.peft.dropout import Dropout
 from flexllm_jax.peft.ia3 import SCALED, ia3
-from flexllm_jax.peft.lora import lora
+from flexllm_jax.peft.lora import lora, lora_ahead
 from flexllm_jax.peft.stacks import of_layer
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.grouped_lora import Ahead
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import Recalled, as_array
 
@@ -66,6 +67,13 @@ class Bypass:
         if split:
             outputs = {name: join(as_array(output)) for name, output in outputs.items()}
         return bottleneck(*stacked, outputs, self.layer, self.backend)
+
+    def ahead(self, names: Collection[str]) -> Ahead | None:
+        """See `models.bypass.BypassFunction`."""
+        if self.dropout is not None or self.sums is not None:
+            return None
+        stacked = (self.weights, self.scales, self.adapter)
+        return lora_ahead(*stacked, names, self.layer, self.backend)
 
     def attend(
         self,

@@ -1,5 +1,6 @@
 """LoRA (arXiv 2106.09685) as a bypass: y + scale * (x @ A) @ B, with each token's own adapter."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from jaxtyping import Array, Int
 from flexllm_jax.models.bypass import Outputs
 from flexllm_jax.peft.dropout import Dropout
 from kernels_pallas.backend import XLA, Backend, are_merged
-from kernels_pallas.grouped_lora import job_lora, low_rank_sums
+from kernels_pallas.grouped_lora import Ahead, ahead, job_lora, low_rank_sums
 from kernels_pallas.rows import Recalled, as_array
 
 
@@ -56,8 +57,8 @@ def lora(
         scale = tuple(scales[name] for name in group)
         added: Any
         if sums is None:
-            read = as_array(read)
-            merged = are_merged(read, [y.shape[1] for y in own])
+            array = as_array(read)
+            merged = are_merged(array, [y.shape[1] for y in own])
             added = low_rank_sums(read, own, a, b, scale, adapter, backend, layer, merged=merged)
         else:
             a, b, scale = jax.tree.map(lambda w: w[:, 0], (a, b, scale))
@@ -65,6 +66,22 @@ def lora(
             added = job_lora(read, own, a, b, scale, adapter >= 0, layer, totals, backend)
         outputs = outputs | dict(zip(group, added, strict=True))
     return outputs
+
+
+def lora_ahead(
+    weights: dict,
+    scales: dict,
+    adapter: Int[Array, " T"],
+    names: Collection[str],
+    layer: Int[Array, ""] | int,
+    backend: Backend,
+) -> Ahead | None:
+    """What `lora` does first with what projections of these names read."""
+    names = [name for name in names if name in weights]
+    if not names:
+        return None
+    a, _ = _factors(weights, names)
+    return ahead(a, tuple(scales[name] for name in names), adapter, backend, layer)
 
 
 def _factors(weights: dict, modules: list[str]) -> tuple[tuple, tuple]:

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import base, block_backward, one_adapter
-from kernels_pallas.grouped_lora.sums import LowRankSum, begin
+from kernels_pallas.grouped_lora.blocks import blocks_of_all
+from kernels_pallas.grouped_lora.sums import Ahead, LowRankSum, begin
 from kernels_pallas.rows import as_array, computed_and_kept
 
 
@@ -33,11 +34,20 @@ def low_rank_sums(
     x, ys, a, b, scales, adapter, backend: Backend = XLA, layer=None, *, merged: bool = False
 ) -> tuple[jax.Array | LowRankSum, ...]:
     """`grouped_lora` for a forward alone, whose sums the passes that read them may add up. They
-    cannot be differentiated."""
+    cannot be differentiated. x: also what a pass made of an array and what was `ahead` of it."""
     a, b, scales, layer = _of_layers(a, b, scales, layer)
     if _takes_xla(backend, a):
-        return base.grouped_lora(x, ys, a, b, scales, adapter, layer)
+        return base.grouped_lora(as_array(x), ys, a, b, scales, adapter, layer)
     return begin(x, ys, a, b, scales, adapter, layer, backend, merged=merged).sums
+
+
+def ahead(a, scales, adapter, backend: Backend, layer) -> Ahead | None:
+    """What `low_rank_sums` with these factors does first, for a pass that makes its x
+    (`layer_passes`); None: no pass may begin with it."""
+    if _takes_xla(backend, a):
+        return None
+    blocks = blocks_of_all(adapter, a[0].shape[1])
+    return Ahead(tuple(a), tuple(scales), blocks, jnp.int32(layer), backend)
 
 
 def _of_layers(a, b, scales, layer):

@@ -1,7 +1,6 @@
 """Grouped LoRA at the shapes of real models, and the tiles to choose from."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,15 +9,11 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.cases import Case, ModelShape, model_shards
-from kernels_pallas.grouped_lora import grouped_lora, job_lora, low_rank_sums, one_adapter
+from kernels_pallas.grouped_lora import grouped_lora, job_lora, one_adapter
 from kernels_pallas.grouped_lora.blocks import block_rows, blocks_of_all
+from kernels_pallas.grouped_lora.layer_case import Projections, layer, make_layer
 from kernels_pallas.grouped_lora.pallas_triton import padded_rank, tuning_key
-from kernels_pallas.grouped_lora.passes import pass_key
-from kernels_pallas.layer_passes import gated, rotate_and_write
-
-_PAGE, _HEAD = 64, 128
-# The projections whose sums a layer's next pass adds, and its name.
-_PASSES = {"qkv": "rotate", "gate_up": "gated"}
+from kernels_pallas.grouped_lora.passes import norm_key, pass_key
 
 
 def groups(model: ModelShape) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -46,21 +41,6 @@ def forward_and_backward(x, ys, a, b, scales, adapter, d_ys, totals, backend: Ba
 def map_blocks(adapter, scales, backend: Backend = XLA):
     """What all calls of a step share, and each pays when it is timed alone."""
     return blocks_of_all(adapter, scales.shape[0])
-
-
-def gated_sums(x, ys, a, b, scales, adapter, backend: Backend = XLA):
-    """A forward's feed-forward network between its products."""
-    gate, up = low_rank_sums(x, ys, a, b, scales, adapter, backend)
-    return gated(gate, up, backend)[0]
-
-
-def rotated_sums(
-    x, ys, a, b, scales, adapter, cos, sin, slots, k_pages, v_pages, backend: Backend = XLA
-):
-    """A forward's attention between its projections and itself."""
-    sums = low_rank_sums(x, ys, a, b, scales, adapter, backend)
-    q, k, v = (y.reshape(x.shape[0], -1, cos.shape[-1]) for y in sums)
-    return rotate_and_write(q, k, v, (cos, sin), slots, k_pages, v_pages, backend=backend)
 
 
 def base_projection(case: Case) -> Case:
@@ -108,24 +88,30 @@ def _make(key, tokens, d_in, d_outs, adapters, rank, dtype, unused=False, job=Fa
     return x, ys, a, b, scales, adapter, d_ys, jax.tree.map(jnp.ones_like, (a, b))
 
 
-def _passed_on(name: str, group: tuple[int, tuple[int, ...]], pass_: str, **sizes: Any) -> Case:
-    """A case of grouped LoRA whose sums go on to a layer's next pass, which adds them."""
-    case = _case(f"{name}/{pass_}", group, **sizes)
-    if pass_ == "gated":
-        return replace(case, function=gated_sums, donated=())
-
-    def make(key):
-        arguments = case.make(key)
-        _, (_, k, _), *_ = arguments
-        tokens, dtype = k.shape[0], k.dtype
-        angle = jax.random.normal(key, (tokens, 1, _HEAD // 2))
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        angles = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
-        pages = jnp.zeros((tokens // _PAGE + 2, _PAGE, k.shape[1] // _HEAD, _HEAD), dtype)
-        slots = (jnp.arange(tokens, dtype=jnp.int32) * 2) % (pages.shape[0] * _PAGE + 7)
-        return *arguments, *angles, slots, pages, pages + 1
-
-    return replace(case, function=rotated_sums, make=make, donated=(9, 10))
+def _layer_case(
+    name: str,
+    model: ModelShape,
+    tokens: int,
+    adapters: int,
+    rank: int = 16,
+    dtype: Any = jnp.bfloat16,
+    apart: bool = False,
+) -> Case:
+    own = groups(model)
+    factors = sum(rank * (d_in + d) for d_in, d_outs in own.values() for d in d_outs)
+    # Attention's output, the residual and every product's once; the residual, what the products
+    # read, and what is rotated and written.
+    rows = tokens * (4 * model.d_model + model.d_ff + 2 * sum(sum(d) for _, d in own.values()))
+    sizes = (own, tokens, adapters, rank, model.head_dim, dtype)
+    return Case(
+        name,
+        partial(layer, apart=apart),
+        lambda key: make_layer(key, *sizes),
+        flops=2.0 * tokens * factors,
+        bytes=float((adapters * factors + rows) * jnp.dtype(dtype).itemsize),
+        bound="bandwidth",
+        donated=(11, 12),
+    )
 
 
 def _case(
@@ -179,17 +165,16 @@ def _cases() -> Iterator[Case]:
             yield case(f"{where}/decode-8-of-8", tokens=8, adapters=8)
             yield case(f"{where}/prefill-4096-of-4", tokens=4096, adapters=4)
             yield case(f"{where}/train-1024-backward", tokens=1024, adapters=1, backward=True)
-            if name in _PASSES:
-                sizes = {"tokens": 256, "adapters": 64}
-                yield _passed_on(f"{where}/decode-256-of-64", group, _PASSES[name], **sizes)
+        yield _layer_case(f"{model.name}/layer-256-of-64", model, tokens=256, adapters=64)
     model = next(model_shards())
-    for name, pass_ in _PASSES.items():
-        where, group = f"{model.name}/{name}", groups(model)[name]
-        for tokens, adapters, what in ((64, 16, "decode-64-of-16"), (2048, 4, "mixed-2048-of-4")):
-            yield _case(f"{where}/{what}", group, tokens, adapters)
-            yield _passed_on(f"{where}/{what}", group, pass_, tokens=tokens, adapters=adapters)
-        wide = {"tokens": 256, "adapters": 64, "rank": 64, "dtype": jnp.float32}
-        yield _passed_on(f"{where}/decode-256-of-64/float32", group, pass_, **wide)
+    for tokens, adapters in ((64, 4), (64, 16), (2048, 4)):
+        for apart in (False, True):
+            name = f"{model.name}/layer-{tokens}-of-{adapters}{'/apart' * apart}"
+            yield _layer_case(name, model, tokens, adapters, apart=apart)
+    yield _layer_case(f"{model.name}/layer-2048-of-64", model, 2048, 64)
+    yield _layer_case(f"{model.name}/layer-256-of-64/rank64", model, 256, 64, rank=64)
+    odd = ModelShape("odd", 896, 14, 2, 80, 4864)
+    yield _layer_case("odd/layer-333-of-3/float32", odd, 333, 3, rank=8, dtype=jnp.float32)
     for name in ("qkv", "down"):
         for tokens, adapters, where in (
             (256, 64, f"{model.name}/{name}/decode-256-of-64"),
@@ -214,9 +199,11 @@ DRY_RUN_CASES = (
 
 
 def tuning_keys(case: Case) -> tuple[str, ...]:
-    """The entries of the tuning table that a case uses: of shrink, and of what adds to y."""
+    """The entries of the tuning table that a case uses: of shrink and of expand, if any."""
     if case.function is map_blocks:
         return ()
+    if isinstance(case.function, partial):
+        return _keys_of_layer(case)
     x, _, a, *_ = jax.eval_shape(case.make, jax.random.key(0))
     num_adapters = a[0].shape[0]
     if case.function is forward_and_backward:
@@ -231,12 +218,36 @@ def tuning_keys(case: Case) -> tuple[str, ...]:
         return tuple(dict.fromkeys([*own, wide]))
     rows = block_rows(x.shape[0], num_adapters)
     ranks = [padded_rank(down.shape[2]) for down in a]
-    last = {
-        grouped_lora: tuning_key("expand", rows, max(ranks), x.dtype),
-        gated_sums: pass_key("gated", rows, max(ranks), x.dtype),
-        rotated_sums: pass_key("rotate", rows, _HEAD, x.dtype),
-    }
-    return tuning_key("shrink", rows, sum(ranks), x.dtype), last[case.function]
+    return (
+        tuning_key("shrink", rows, sum(ranks), x.dtype),
+        tuning_key("expand", rows, max(ranks), x.dtype),
+    )
+
+
+def _keys_of_layer(case: Case) -> tuple[str, ...]:
+    """Those of a layer's passes."""
+    attended, x, o, gate_up, down, qkv, *_, cos, _, _, _, _ = jax.eval_shape(
+        case.make, jax.random.key(0)
+    )
+    rows = block_rows(x.shape[0], o.a[0].shape[1])
+
+    def rank(*own: Projections) -> int:
+        return max(padded_rank(a.shape[3]) for projections in own for a in projections.a)
+
+    keys = [
+        tuning_key("shrink", rows, rank(o), attended.dtype),
+        pass_key("gated", rows, rank(gate_up, down), x.dtype),
+        pass_key("add", rows, rank(o, gate_up), x.dtype),
+        pass_key("add", rows, rank(down, qkv), x.dtype),
+        pass_key("rotate", rows, cos.shape[-1], x.dtype),
+        norm_key(x.shape[1], x.dtype),
+    ]
+    return tuple(dict.fromkeys(keys))
+
+
+def adds_to_a_product(case: Case) -> bool:
+    """Whether the case has one base product to compare it with."""
+    return case.function in (grouped_lora, forward_and_backward)
 
 
 def candidates(key: str) -> Iterator[dict[str, int]]:
@@ -257,12 +268,16 @@ def candidates(key: str) -> Iterator[dict[str, int]]:
                         "num_warps": num_warps,
                         "num_stages": num_stages,
                     }
+    elif key.startswith("norm"):
+        for num_warps in (2, 4, 8, 16):
+            yield {"num_warps": num_warps, "num_stages": 1}
     elif key.startswith("rotate"):
         for heads in (1, 2, 4):
             for num_warps in (2, 4, 8):
                 yield {"heads": heads, "num_warps": num_warps, "num_stages": 1}
     else:
-        of_pass = [{"programs": n} for n in (264, 528, 1056)] if key.startswith("gated") else [{}]
+        split = key.startswith(("gated", "add"))
+        of_pass = [{"programs": n} for n in (264, 528, 1056)] if split else [{}]
         for columns in (64, 128, 256, 512):
             for own in of_pass:
                 for num_warps in (2, 4, 8):

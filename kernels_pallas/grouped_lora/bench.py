@@ -7,8 +7,10 @@ python -m kernels_pallas.grouped_lora.bench [--case SUBSTRING] [--backend pallas
 """
 
 from kernels_pallas.benchmark import main
-from kernels_pallas.grouped_lora.arg_specs import CASES, base_projection
+from kernels_pallas.grouped_lora.arg_specs import CASES, adds_to_a_product, base_projection
 
 if __name__ == "__main__":
-    bases = tuple(base_projection(case) for case in CASES if "decode" in case.name)
+    bases = tuple(
+        base_projection(case) for case in CASES if "decode" in case.name and adds_to_a_product(case)
+    )
     main(sorted((*CASES, *bases), key=lambda case: case.name))

@@ -68,10 +68,12 @@ def of_all_layers(factors: Any, layer: Int[Array, ""], num_adapters: int) -> tup
     return rows, jnp.reshape(layer * num_adapters, 1)
 
 
-def splits_of(steps: int, num_blocks: int, programs: int) -> tuple[int, int]:
-    """How many programs share the steps over a row, where so many programs in all are enough, and
-    the steps of each."""
-    steps_each = pl.cdiv(steps, max(1, min(programs // num_blocks, MOST_SPLITS)))
+def splits_of(
+    steps: int, num_blocks: int, programs: int, most: int = MOST_SPLITS
+) -> tuple[int, int]:
+    """How many programs share the steps over a row, `most` or where so many programs in all are
+    enough, and the steps of each."""
+    steps_each = pl.cdiv(steps, max(1, min(programs // num_blocks, most)))
     return pl.cdiv(steps, steps_each), steps_each
 
 

@@ -2,12 +2,13 @@
 
 A program has a block of one adapter's tokens (`blocks.blocks_of_all`), or of tokens of none, and
 some columns of their rows: y + s @ b there takes what the expand kernel would read, and the sum
-goes on in registers. What is low-rank of the result (the next shrink) can be begun there, too.
+goes on in registers. The low-rank products of the result, which the next projections' adapters
+shrink, are begun there, too (`sums.Ahead`).
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,71 +17,190 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.grouped_lora.block_refs import Begun, Block, Factors, Sum, shrunk_of, store
 from kernels_pallas.grouped_lora.pallas_triton import (
     compiler_params,
-    dot,
-    of_all_layers,
     over_columns,
-    padded_rank,
     power_of_two,
-    row_in,
     splits_of,
-    total_of,
 )
-from kernels_pallas.grouped_lora.sums import LowRankCall
+from kernels_pallas.grouped_lora.sums import Ahead, LowRankCall, Shrunk
 from kernels_pallas.tuning import tiles
 
+MOST_SPLITS = 32  # programs that share a block's rows
 
-def gated(call: LowRankCall) -> Float[Array, "T F"]:
-    """silu(gate) * up, of a call's two sums."""
-    b, first, num_adapters, ranks = _factors(call)
-    tile = gated_tiles(call.backend.chip, call.blocks.tokens.shape[1], max(ranks), call.dtype)
-    num_blocks, width = len(call.blocks.tokens), call.ys[0].shape[1]
-    steps = pl.cdiv(width, tile["columns"])
-    splits, steps_each = splits_of(steps, num_blocks, tile["programs"])
-    return pl.pallas_call(
+
+def gated(
+    call: LowRankCall, ahead: Ahead | None = None
+) -> tuple[Float[Array, "T F"], Float[Array, "T F"] | Shrunk]:
+    """silu(gate) * up, of a call's two sums, for two readers, of which the second begins with what
+    is `ahead`."""
+    factors, blocks, y = Factors.of(call, ahead), call.blocks, call.ys[0]
+    num_blocks, rows = blocks.tokens.shape
+    tile = gated_tiles(call.backend.chip, rows, max(factors.ranks + factors.ahead), call.dtype)
+    steps = pl.cdiv(y.shape[1], tile["columns"])
+    splits, steps = splits_of(steps, num_blocks, tile["programs"], MOST_SPLITS)
+    inner, *begun = pl.pallas_call(
         partial(
             _gated_kernel,
-            num_adapters=num_adapters,
-            ranks=ranks,
+            **factors.static,
             tile=tile["columns"],
-            steps=steps_each,
+            steps=steps,
             dtype=call.dtype,
         ),
         grid=(num_blocks, splits),
-        out_shape=jax.ShapeDtypeStruct(call.ys[0].shape, call.ys[0].dtype),
+        out_shape=(jax.ShapeDtypeStruct(y.shape, y.dtype), *factors.begun(splits, blocks)),
         compiler_params=compiler_params(tile),
         interpret=call.backend.interpret,
         name="grouped_lora_gated",
-    )(call.blocks.tokens, call.blocks.adapter, first, call.shrunk, *b, *call.ys)
+    )(*blocks[:2], *factors.firsts, call.shrunk, *call.ys, *factors.ends)
+    return inner, inner if ahead is None else Shrunk(inner, ahead, begun[0])
 
 
-def _gated_kernel(
-    *refs, num_adapters: int, ranks: Sequence[int], tile: int, steps: int, dtype: Any
-):
+def _gated_kernel(*refs, num_adapters: int, ranks, ahead, tile: int, steps: int, dtype: Any):
     """One block's tokens and `steps` tiles of columns."""
-    *block_refs, shrunk_ref, b_gate, b_up, gate_ref, up_ref, inner_ref = refs
-    own, split = _Block.of(block_refs, gate_ref, num_adapters), pl.program_id(1)
-    width = inner_ref.shape[1]
+    *block_refs, shrunk_ref, gate_ref, up_ref, b_gate, b_up = refs[:9]
+    a_refs, scale_refs, (inner_ref, *begun_refs) = _cut(refs[9:], len(ahead), len(ahead))
+    block, split = Block.of(block_refs, gate_ref, num_adapters), pl.program_id(1)
+    begun, width = Begun(block, a_refs, scale_refs, ahead), inner_ref.shape[1]
 
-    @pl.when(own.is_live)
+    @pl.when(block.is_live)
     def _():
-        gates, ups = (
-            _Sum(y_ref, 0, b_ref, own.shrunk(shrunk_ref, column, rank, dtype))
-            for y_ref, b_ref, column, rank in (
-                (gate_ref, b_gate, 0, ranks[0]),
-                (up_ref, b_up, ranks[0], ranks[1]),
-            )
-        )
+        s = [shrunk_of(block, shrunk_ref, ranks, j, dtype) for j in (0, 1)]
+        both = Sum(gate_ref, 0, b_gate, s[0]), Sum(up_ref, 0, b_up, s[1])
 
-        def add_tile(step, _):
-            columns = step * tile + lax.iota(jnp.int32, tile)
-            inside = None if width % tile == 0 else columns < width
-            gate, up = (x.load(own, columns, inside) for x in (gates, ups))
-            own.store(inner_ref, columns, inside, gate / (1.0 + jnp.exp(-gate)) * up)
+        def add_tile(step, sums):
+            columns, inside = _columns(step, tile, width)
+            gate, up = (x.load(block, columns, inside) for x in both)
+            inner = (gate / (1.0 + jnp.exp(-gate)) * up).astype(inner_ref.dtype)
+            block.store(inner_ref, columns, inside, inner)
+            return begun.add(sums, inner, columns)
 
         end = jnp.minimum((split + 1) * steps, pl.cdiv(width, tile))
-        lax.fori_loop(split * steps, end, add_tile, None)
+        begun.store(begun_refs, split, lax.fori_loop(split * steps, end, add_tile, begun.zeros))
+
+
+def add_norm(
+    x: Float[Array, "T D"],
+    y: Float[Array, "T D"] | LowRankCall,
+    weight: Float[Array, " D"],
+    eps: float,
+    ahead: Ahead,
+) -> tuple[Float[Array, "T D"], Float[Array, "T D"], Shrunk]:
+    """`layer_passes.base.add_norm`, its norm for two readers, of which the second begins with what
+    is `ahead`; y: or a call's one sum.
+
+    In two passes. The first adds, and begins both what the norm is divided by and the low-rank
+    products, of x + y times the weight: (x / r * w) @ a = (x * w) @ a / r. It has blocks and
+    columns a program. The second, of a row a program, divides both by the root of the mean square.
+    """
+    call = y if isinstance(y, LowRankCall) else None
+    factors, blocks, backend = Factors.of(call, ahead), ahead.blocks, ahead.backend
+    num_blocks, rows = blocks.tokens.shape
+    tile = add_tiles(backend.chip, rows, max(factors.ranks + factors.ahead), x.dtype)
+    steps = pl.cdiv(x.shape[1], tile["columns"])
+    splits, steps = splits_of(steps, num_blocks, tile["programs"], MOST_SPLITS)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    total, squares, begun = pl.pallas_call(
+        partial(
+            _add_kernel,
+            **factors.static,
+            tile=tile["columns"],
+            steps=steps,
+            dtype=x.dtype,
+        ),
+        grid=(num_blocks, splits),
+        out_shape=(
+            like,
+            jax.ShapeDtypeStruct((splits, num_blocks, rows), jnp.float32),
+            *factors.begun(splits, blocks),
+        ),
+        compiler_params=compiler_params(tile),
+        interpret=backend.interpret,
+        name="grouped_lora_add",
+    )(
+        *(*blocks[:2], *factors.firsts, x, weight),
+        *((y,) if call is None else (call.ys[0], call.shrunk)),
+        *factors.ends,
+    )
+    normed, shrunk = pl.pallas_call(
+        partial(_norm_kernel, eps=eps),
+        grid=x.shape[:1],
+        out_shape=(like, jax.ShapeDtypeStruct((1, *begun.shape[1:]), jnp.float32)),
+        compiler_params=compiler_params(norm_tiles(backend.chip, x.shape[1], x.dtype)),
+        interpret=backend.interpret,
+        name="grouped_lora_norm",
+    )(blocks.place, total, weight, squares, begun)
+    return total, normed, Shrunk(normed, ahead, shrunk)
+
+
+def _add_kernel(*refs, num_adapters: int, ranks, ahead, tile: int, steps: int, dtype: Any):
+    """One block's tokens and `steps` tiles of columns."""
+    *block_refs, x_ref, weight_ref, y_ref = refs[:7]
+    shrunk_ref, b_refs, rest = _cut(refs[7:], len(ranks), len(ranks))
+    a_refs, scale_refs, (total_ref, squares_ref, *begun_refs) = _cut(rest, len(ahead), len(ahead))
+    block, split = Block.of(block_refs, x_ref, num_adapters), pl.program_id(1)
+    begun, width = Begun(block, a_refs, scale_refs, ahead), x_ref.shape[1]
+
+    @pl.when(block.is_live)
+    def _():
+        y = Sum(y_ref)
+        if ranks:
+            y = Sum(y_ref, 0, b_refs[0], shrunk_of(block, shrunk_ref[0], ranks, 0, dtype))
+
+        def add_tile(step, carry):
+            squares, *sums = carry
+            columns, inside = _columns(step, tile, width)
+            x = block.load(x_ref, columns, inside).astype(jnp.float32)
+            total = (x + y.load(block, columns, inside)).astype(total_ref.dtype)
+            block.store(total_ref, columns, inside, total)
+            total = total.astype(jnp.float32)  # rounded, as what reads it will read it
+            weight = pltriton.load(
+                weight_ref.at[columns], mask=inside, other=None if inside is None else 0.0
+            ).astype(jnp.float32)
+            weighted = (total * lax.broadcast_in_dim(weight, total.shape, (1,))).astype(dtype)
+            squares += jnp.sum(total * total, axis=1)
+            return squares, *begun.add(sums, weighted, columns)
+
+        zeros = jnp.zeros(block.tokens.shape, jnp.float32), *begun.zeros
+        end = jnp.minimum((split + 1) * steps, pl.cdiv(width, tile))
+        squares, *sums = lax.fori_loop(split * steps, end, add_tile, zeros)
+        squares_ref[split, block.number, :] = squares
+        begun.store(begun_refs, split, sums)
+
+
+def _norm_kernel(
+    place_ref, total_ref, weight_ref, squares_ref, begun_ref, normed_ref, shrunk_ref, *, eps: float
+):
+    """A token's row."""
+    row, (splits, _, rows, width) = pl.program_id(0), begun_ref.shape
+    place = place_ref[row]
+    block, at = lax.div(place, rows), lax.rem(place, rows)
+    split, column = (lax.iota(jnp.int32, pl.next_power_of_2(n)) for n in (splits, width))
+    squares = pltriton.load(squares_ref.at[split, block, at], mask=split < splits, other=0.0)
+    root = lax.rsqrt(jnp.sum(squares) / total_ref.shape[1] + eps)
+
+    shape = (split.shape[0], column.shape[0])
+    index = over_columns(split, shape[1]), lax.broadcast_in_dim(column, shape, (1,))
+    begun = pltriton.load(
+        begun_ref.at[index[0], jnp.full(shape, block), jnp.full(shape, at), index[1]],
+        mask=(index[0] < splits) & (index[1] < width),
+        other=0.0,
+    )
+    inside = column < width
+    own = shrunk_ref.at[jnp.full(column.shape, 0), block, at, column]
+    pltriton.store(own, jnp.sum(begun, axis=0) * root, mask=inside)
+
+    columns = lax.iota(jnp.int32, pl.next_power_of_2(total_ref.shape[1]))
+    inside = None if columns.shape[0] == total_ref.shape[1] else columns < total_ref.shape[1]
+    other = None if inside is None else 0.0
+    total = pltriton.load(total_ref.at[row, columns], mask=inside, other=other)
+    weight = pltriton.load(weight_ref.at[columns], mask=inside, other=other)
+    normed = total.astype(jnp.float32) * root
+    if weight.dtype == normed_ref.dtype:
+        normed = normed.astype(normed_ref.dtype).astype(jnp.float32)
+    weighted = (weight.astype(jnp.float32) * normed).astype(normed_ref.dtype)
+    pltriton.store(normed_ref.at[row, columns], weighted, mask=inside)
 
 
 def rotate_and_write(
@@ -92,13 +212,13 @@ def rotate_and_write(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """`layer_passes.base.rotate_and_write` of a call's three sums; angles: of half a head, as both
     halves have the same. A program has some heads."""
-    b, first, num_adapters, ranks = _factors(call)
+    factors, blocks = Factors.of(call, None), call.blocks
     kv_heads, head_dim = k_pages.shape[1:]
     counts = (call.ys[0].shape[1] // head_dim, kv_heads, kv_heads)
-    tile = rotate_tiles(call.backend.chip, call.blocks.tokens.shape[1], head_dim, call.dtype)
+    tile = rotate_tiles(call.backend.chip, blocks.tokens.shape[1], head_dim, call.dtype)
     merged = call.merged
     arrays = [jnp.concatenate(call.ys, axis=1)] if merged else call.ys
-    inputs = [call.blocks.tokens, call.blocks.adapter, first, call.shrunk, *b, *arrays]
+    inputs = [*blocks[:2], *factors.firsts, call.shrunk, *factors.ends, *arrays]
     inputs += [*angles, slots, k_pages, v_pages]
     queries = jax.ShapeDtypeStruct((len(slots), counts[0] * head_dim), call.ys[0].dtype)
     pages = [x.reshape(-1, kv_heads * head_dim) for x in (k_pages, v_pages)]
@@ -106,15 +226,14 @@ def rotate_and_write(
     rotated, *written = pl.pallas_call(
         partial(
             _rotate_and_write_kernel,
-            num_adapters=num_adapters,
-            ranks=ranks,
+            **factors.static,
             counts=counts,
             heads=tile["heads"],
             head_dim=head_dim,
             merged=merged,
             dtype=call.dtype,
         ),
-        grid=(len(call.blocks.tokens), sum(pl.cdiv(count, tile["heads"]) for count in counts)),
+        grid=(len(blocks.tokens), sum(pl.cdiv(count, tile["heads"]) for count in counts)),
         out_shape=(queries, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages)),
         input_output_aliases={len(inputs) - 2: 1, len(inputs) - 1: 2},
         compiler_params=compiler_params(tile),
@@ -129,6 +248,7 @@ def _rotate_and_write_kernel(
     *refs,
     num_adapters: int,
     ranks: Sequence[int],
+    ahead: Sequence[int],
     counts: Sequence[int],
     heads: int,
     head_dim: int,
@@ -136,152 +256,82 @@ def _rotate_and_write_kernel(
     dtype: Any,
 ):
     """One block's tokens and `heads` heads of queries, of keys or of values."""
-    *block_refs, shrunk_ref, b_q, b_k, b_v = refs[:7]
-    refs = refs[7:]
+    *block_refs, shrunk_ref, b_q, b_k, b_v = refs[:8]
+    refs = refs[8:]
     y_refs, refs = (refs[:1] * 3, refs[1:]) if merged else (refs[:3], refs[3:])
     cos_ref, sin_ref, slots_ref, _, _, *out_refs = refs
-    own, half = _Block.of(block_refs, y_refs[0], num_adapters), head_dim // 2
+    block, half = Block.of(block_refs, y_refs[0], num_adapters), head_dim // 2
     column, number = lax.iota(jnp.int32, pl.next_power_of_2(half)), pl.program_id(1)
 
     def add_heads(j: int, group):
-        kept, row = own.valid, own.tokens
+        kept, row = block.valid, block.tokens
         if j > 0:
             nowhere = out_refs[j].shape[0]
-            row = pltriton.load(slots_ref.at[own.tokens], mask=own.valid, other=nowhere)
+            row = pltriton.load(slots_ref.at[block.tokens], mask=block.valid, other=nowhere)
             kept &= row < nowhere
         out_dtype = out_refs[j].dtype
         first = head_dim * sum(counts[:j]) if merged else 0
-        shrunk = own.shrunk(shrunk_ref, sum(ranks[:j]), ranks[j], dtype)
-        sums = _Sum(y_refs[j], first, (b_q, b_k, b_v)[j], shrunk)
+        shrunk = shrunk_of(block, shrunk_ref, ranks, j, dtype)
+        sums = Sum(y_refs[j], first, (b_q, b_k, b_v)[j], shrunk)
         for i in range(heads):
             head = group * heads + i
             inside = (column < half) & (head < counts[j])
             places = [head * head_dim + side * half + column for side in (0, 1)]
-            halves = [sums.load(own, place, inside) for place in places]
+            halves = [sums.load(block, place, inside) for place in places]
             if j < 2:
                 halves = [x.astype(out_dtype).astype(jnp.float32) for x in halves]
                 cos, sin = (
-                    own.load(ref, column, column < half).astype(out_dtype).astype(jnp.float32)
+                    block.load(ref, column, column < half).astype(out_dtype).astype(jnp.float32)
                     for ref in (cos_ref, sin_ref)
                 )
                 (one, two) = halves
                 halves = [one * cos - two * sin, two * cos + one * sin]
             for place, values in zip(places, halves, strict=True):
-                _store(out_refs[j], row, kept, place, inside, values)
+                store(out_refs[j], row, kept, place, inside, values)
 
     first = 0
     for j, count in enumerate(counts):
         groups = pl.cdiv(count, heads)
-        mine = own.is_live & (number >= first) & (number < first + groups)
+        mine = block.is_live & (number >= first) & (number < first + groups)
         pl.when(mine)(partial(add_heads, j, number - first))
         first += groups
 
 
-class _Block(NamedTuple):
-    """A program's tokens. is_live: there are some; used: they have an adapter; first: row of the
-    layer's first adapter in a stack of all layers'."""
-
-    number: Any
-    tokens: Any
-    valid: Any
-    adapter: Any
-    first: Any
-    num_adapters: int
-
-    @classmethod
-    def of(cls, refs: Sequence[Any], like: Any, num_adapters: int) -> "_Block":
-        """refs: tokens, adapter and first; like: an array with a row for each token."""
-        tokens_ref, adapter_ref, first_ref = refs
-        number = pl.program_id(0)
-        tokens = tokens_ref[number, :]
-        valid = tokens < like.shape[0]
-        return cls(number, tokens, valid, adapter_ref[number], first_ref[0], num_adapters)
-
-    @property
-    def is_live(self):
-        return self.adapter <= self.num_adapters
-
-    def used(self, shape: tuple[int, ...]):
-        return jnp.full(shape, self.adapter < self.num_adapters)
-
-    def shrunk(self, ref, column: int, rank: int, dtype) -> jax.Array:
-        """A projection's s [M, rank]; zeros where there is none."""
-        valid = self.valid & self.used(self.valid.shape)
-        return total_of(ref, self.number, valid, column, rank).astype(dtype)
-
-    def factor(self, ref, rows, columns, inside, dtype) -> jax.Array:
-        """Rows and columns of the adapter's factor; zeros beyond them, and without an adapter."""
-        shape = (rows.shape[0], columns.shape[0])
-        row = row_in(self.adapter, self.first, self.num_adapters, ref)
-        index = (jnp.full(shape, row), over_columns(rows, shape[1]), _over_rows(columns, shape[0]))
-        mask = self.used(shape)
-        for place, size, axis in ((index[1], ref.shape[1], 0), (index[2], ref.shape[2], 1)):
-            if size % shape[axis]:
-                mask &= place < size
-        if inside is not None:
-            mask &= _over_rows(inside, shape[0])
-        return pltriton.load(ref.at[index], mask=mask, other=0.0).astype(dtype)
-
-    def load(self, ref, columns, inside=None) -> jax.Array:
-        """Columns of the tokens' rows; zeros where there are none."""
-        index, mask = _place(self.tokens, self.valid, columns, inside)
-        return pltriton.load(ref.at[index], mask=mask, other=0.0)
-
-    def store(self, ref, columns, inside, values) -> None:
-        """Write columns of the tokens' rows."""
-        _store(ref, self.tokens, self.valid, columns, inside, values)
+def _cut(refs: Sequence[Any], *counts: int) -> tuple[Any, ...]:
+    """So many first, so many then, and the rest."""
+    parts, at = [], 0
+    for count in counts:
+        parts.append(refs[at : at + count])
+        at += count
+    return *parts, refs[at:]
 
 
-class _Sum(NamedTuple):
-    """y + s @ b: y is columns of an array, from `first_column` on."""
-
-    y_ref: Any
-    first_column: int
-    b_ref: Any
-    shrunk: jax.Array
-
-    def load(self, own: _Block, columns, inside=None) -> jax.Array:
-        """Columns of it in float32, rounded as an array of it would be."""
-        y = own.load(self.y_ref, self.first_column + columns, inside)
-        rank = lax.iota(jnp.int32, self.shrunk.shape[1])
-        up = own.factor(self.b_ref, rank, columns, inside, self.shrunk.dtype)
-        return (y.astype(jnp.float32) + dot(self.shrunk, up)).astype(y.dtype).astype(jnp.float32)
-
-
-def _factors(call: LowRankCall) -> tuple[list, jax.Array, int, list[int]]:
-    """All b as rows, the layer's first, adapters of a layer, and the padded ranks."""
-    num_adapters = call.b[0].shape[1]
-    b, first = of_all_layers(list(call.b), call.layer, num_adapters)
-    return b, first, num_adapters, [padded_rank(up.shape[1]) for up in b]
-
-
-def _place(rows, valid, columns, inside):
-    """Index arrays of a tile, and its mask."""
-    shape = (rows.shape[0], columns.shape[0])
-    mask = over_columns(valid, shape[1])
-    if inside is not None:
-        mask &= _over_rows(inside, shape[0])
-    return (over_columns(rows, shape[1]), _over_rows(columns, shape[0])), mask
-
-
-def _store(ref, rows, kept, columns, inside, values) -> None:
-    index, mask = _place(rows, kept, columns, inside)
-    pltriton.store(ref.at[index], values.astype(ref.dtype), mask=mask)
-
-
-def _over_rows(vector, height: int) -> jax.Array:
-    return lax.broadcast_in_dim(vector, (height, vector.shape[0]), (1,))
+def _columns(step, tile: int, width: int):
+    """A tile's columns, and which of them there are; None: all."""
+    columns = step * tile + lax.iota(jnp.int32, tile)
+    return columns, None if width % tile == 0 else columns < width
 
 
 def gated_tiles(chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
-    """columns: of one step; programs: how many to split a row for. Unless measured otherwise, as in
-    expand (`pallas_triton.expand_tiles`), of half the columns, as there are two sums."""
-    wide = jnp.dtype(dtype) == jnp.float32
-    num_warps = 8 if rows == 64 else 4
-    most = 1024 // rank if wide else min(8192 // rank, 1024 * num_warps // rows)
-    default = {"columns": power_of_two(most, 32, 32 if wide else 256), "programs": 528}
-    default |= {"num_warps": num_warps, "num_stages": 1}
-    return tiles("grouped_lora", chip, pass_key("gated", rows, rank, dtype), default)
+    """columns: of one step; programs: how many to split a row for. Unless measured otherwise, 16
+    values of a sum for each thread, beside their addresses."""
+    return _tiles_of_sums("gated", chip, rows, rank, dtype)
+
+
+def add_tiles(chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
+    """columns: of one step; programs: how many to split a row for. As `gated_tiles`."""
+    return _tiles_of_sums("add", chip, rows, rank, dtype)
+
+
+def norm_tiles(chip: str, size: int, dtype) -> dict[str, int]:
+    """Of programs that have a row of so many columns."""
+    default = {"num_warps": min(16, max(1, pl.next_power_of_2(size) // 512)), "num_stages": 1}
+    return tiles("grouped_lora", chip, norm_key(size, dtype), default)
+
+
+def norm_key(size: int, dtype) -> str:
+    """What the tiles of "norm" depend on: a row's columns."""
+    return f"norm/{size}/{jnp.dtype(dtype).name}"
 
 
 def rotate_tiles(chip: str, rows: int, head_dim: int, dtype) -> dict[str, int]:
@@ -293,6 +343,15 @@ def rotate_tiles(chip: str, rows: int, head_dim: int, dtype) -> dict[str, int]:
 
 
 def pass_key(kernel: str, rows: int, size: int, dtype) -> str:
-    """What the tiles of "gated" or "rotate" depend on: rows of a block, and the padded rank or the
-    size of a head."""
+    """What the tiles of "gated", "add" or "rotate" depend on: rows of a block, and the largest
+    padded rank or the size of a head."""
     return f"{kernel}/m{rows}/r{size}/{jnp.dtype(dtype).name}"
+
+
+def _tiles_of_sums(kernel: str, chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
+    wide = jnp.dtype(dtype) == jnp.float32
+    num_warps = 4 if rows == 16 and not wide else 8
+    most = 1024 // rank if wide else min(4096 // rank, 512 * num_warps // rows)
+    default = {"columns": power_of_two(most, 32, 32 if wide else 128), "num_warps": num_warps}
+    default |= {"programs": 1056 if rows == 16 else 528, "num_stages": 1}
+    return tiles("grouped_lora", chip, pass_key(kernel, rows, rank, dtype), default)

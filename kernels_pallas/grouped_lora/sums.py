@@ -5,6 +5,7 @@ A layer's next pass over y (the gated activations, the rotation) adds them as it
 (`rows.as_array`) gets it from the expand kernel, which adds all of a call's at once.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.backend import Backend
 from kernels_pallas.grouped_lora import pallas_triton
 from kernels_pallas.grouped_lora.blocks import BlockMap, blocks_of_all
+from kernels_pallas.rows import as_array
 
 
 @partial(
@@ -80,8 +82,47 @@ class LowRankSum:
         )
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What LoRA does first with an array that is not there yet: it multiplies it by these. A pass
+    that makes the array may begin with that."""
+
+    a: tuple[Float[Array, "L A D R"], ...]
+    scales: tuple[Float[Array, "L A"], ...]
+    blocks: BlockMap
+    layer: Int[Array, ""]
+    backend: Backend
+
+    def is_of(self, a: Sequence[jax.Array]) -> bool:
+        """Whether these are the factors."""
+        return len(a) == len(self.a) and all(map(operator.is_, a, self.a))
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """An array, and the partial sums of what was ahead of it."""
+
+    array: Float[Array, "T D"]
+    ahead: Ahead
+    partial_sums: Float[Array, "splits B M ranks"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the array."""
+        return self.array.dtype
+
+    def read(self) -> jax.Array:
+        """The array."""
+        return self.array
+
+
 def begin(
-    x: Float[Array, "T D"],
+    x: Float[Array, "T D"] | Shrunk,
     ys: Sequence[Float[Array, "T E"]],
     a: Sequence[Float[Array, "L A D R"]],
     b: Sequence[Float[Array, "L A R E"]],
@@ -93,8 +134,11 @@ def begin(
     merged: bool,
 ) -> LowRankCall:
     """`base.grouped_lora` up to its sums."""
-    blocks = blocks_of_all(adapter, a[0].shape[1])
-    shrunk = pallas_triton.shrink(x, a, scales, blocks, layer, backend)
+    if isinstance(x, Shrunk) and x.ahead.is_of(a):
+        blocks, shrunk = x.ahead.blocks, x.partial_sums
+    else:
+        blocks = blocks_of_all(adapter, a[0].shape[1])
+        shrunk = pallas_triton.shrink(as_array(x), a, scales, blocks, layer, backend)
     merged = merged and len(ys) > 1
     return LowRankCall(tuple(ys), shrunk, tuple(b), blocks, layer, x.dtype, backend, merged)
 

@@ -5,7 +5,16 @@ from kernels_pallas.layer_passes.api import (
     gated,
     rotate_and_write,
     rotate_back_and_clear,
+    write_rows,
 )
 from kernels_pallas.layer_passes.base import normed, rotate
 
-__all__ = ["add_norm", "gated", "normed", "rotate", "rotate_and_write", "rotate_back_and_clear"]
+__all__ = [
+    "add_norm",
+    "gated",
+    "normed",
+    "rotate",
+    "rotate_and_write",
+    "rotate_back_and_clear",
+    "write_rows",
+]

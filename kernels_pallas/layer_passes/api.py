@@ -4,25 +4,32 @@ Kernels are for GPUs; elsewhere XLA differentiates its own references.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
-from kernels_pallas.grouped_lora import LowRankSum, passes
+from kernels_pallas.grouped_lora import Ahead, LowRankSum, passes
 from kernels_pallas.grouped_lora.sums import call_of
 from kernels_pallas.layer_passes import base, pallas_triton
 from kernels_pallas.rows import Recalled, as_array, computed_and_kept
 
 
 def add_norm(
-    x, y, weight, eps: float, backend: Backend = XLA, readers: int = 1
-) -> tuple[jax.Array, ...]:
+    x, y, weight, eps: float, backend: Backend = XLA, readers: int = 1, ahead: Ahead | None = None
+) -> tuple[Any, ...]:
     """See `base.add_norm`. Differentiable in x and y; the weight is a constant.
 
     The normed array is returned once for each of `readers`: their gradients then come one by one,
-    and the pass that reads them adds them up. x may be `rows.Recalled`.
+    and the pass that reads them adds them up. x may be `rows.Recalled`; y a sum of grouped LoRA,
+    which is added here, if there is something `ahead` that the last reader begins with.
     """
+    if ahead is not None and y is not None:
+        call = call_of(y)
+        x, *both = passes.add_norm(x, as_array(y) if call is None else call, weight, eps, ahead)
+        return x, *both[:1] * (readers - 1), both[1]
+    y = y.read() if isinstance(y, LowRankSum) else y
     if backend.implementation == "xla":
         total, normed = base.add_norm(as_array(x), y, weight, eps)
         return total, *[normed] * readers
@@ -56,12 +63,15 @@ def gated(
     backend: Backend = XLA,
     readers: int = 1,
     activation: base.Activation = "silu",
-) -> tuple[jax.Array, ...]:
+    ahead: Ahead | None = None,
+) -> tuple[Any, ...]:
     """See `base.gated`; once for each of `readers`, as in `add_norm`. Its gradients are one pass;
     XLA's own forward is one, too. There is a kernel for silu alone. Both factors may be
-    `rows.Recalled`, or sums of grouped LoRA, which are added here."""
+    `rows.Recalled`, or sums of grouped LoRA, which are added here; the last
+    reader then begins with what is `ahead`."""
     if activation == "silu" and (call := call_of(gate, up)) is not None:
-        return (passes.gated(call),) * readers
+        inner, last = passes.gated(call, ahead)
+        return *[inner] * (readers - 1), last
     gate, up = (x.read() if isinstance(x, LowRankSum) else x for x in (gate, up))
     if backend.implementation == "xla" or activation != "silu":
         return (base.gated(as_array(gate), as_array(up), activation),) * readers
@@ -107,3 +117,10 @@ def rotate_and_write(q, k, v, *arguments, backend: Backend = XLA, merged: bool =
     if backend.implementation == "xla":
         return base.rotate_and_write(q, k, v, *arguments)
     return pallas_triton.rotate_and_write(q, k, v, *arguments, backend=backend, merged=merged)
+
+
+def write_rows(arrays, rows, values, backend: Backend = XLA) -> list[jax.Array]:
+    """See `base.write_rows`: in one launch."""
+    if backend.implementation == "xla":
+        return base.write_rows(arrays, rows, values)
+    return pallas_triton.write_rows(arrays, rows, values, backend)

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.cases import Case, ModelShape, model_shards
-from kernels_pallas.layer_passes import add_norm, gated, rotate_and_write, rotate_back_and_clear
+from kernels_pallas.layer_passes import (
+    add_norm,
+    gated,
+    rotate_and_write,
+    rotate_back_and_clear,
+    write_rows,
+)
 from kernels_pallas.layer_passes.pallas_triton import tuning_key
 
 _EPS, _PAGE = 1e-5, 64
@@ -41,6 +47,11 @@ def rotate_back(dq, dk, dv, cos, sin, backend: Backend = XLA):
 def write(q, k, v, cos, sin, slots, k_pages, v_pages, backend: Backend = XLA):
     """A forward's."""
     return rotate_and_write(q, k, v, (cos, sin), slots, k_pages, v_pages, backend=backend)
+
+
+def keep(arrays, rows, x, mixed, lse, backend: Backend = XLA):
+    """A forward's, of what the backward reads."""
+    return write_rows(arrays, rows, [[x, mixed], [lse]], backend)
 
 
 def _case(
@@ -85,6 +96,18 @@ def _make_write(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: An
     return make
 
 
+def _make_keep(tokens: int, d_model: int, inner: int, heads: int, dtype: Any):
+    def make(key):
+        width = d_model + inner
+        make_rows = _normals((tokens, d_model), (tokens, inner), (2 * tokens, width), dtype=dtype)
+        x, mixed, kept = make_rows(key)
+        lse = jax.random.normal(key, (tokens, heads))
+        rows = (jnp.arange(tokens, dtype=jnp.int32) * 3) % (4 * tokens + 1)  # half past the end
+        return [kept, jnp.zeros((2 * tokens, heads))], rows, x, mixed, lse
+
+    return make
+
+
 def _make_rotate_back(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: Any):
     def make(key):
         q, k, v, cos, sin, *_ = _make_write(tokens, heads, kv_heads, head_dim, dtype)(key)
@@ -119,6 +142,15 @@ def _model_cases(where: str, model: ModelShape, tokens: int, dtype: Any) -> Iter
         dtype,
     )
     heads = (model.num_heads, model.num_kv_heads, model.head_dim)
+    mixed = model.num_heads * model.head_dim
+    yield _case(
+        f"{where}/keep-{tokens}",
+        keep,
+        _make_keep(tokens, model.d_model, mixed, model.num_heads, dtype),
+        2 * tokens * (model.d_model + mixed),
+        dtype,
+        donated=(0,),
+    )
     yield _case(
         f"{where}/rotate-{tokens}",
         write,
@@ -152,21 +184,24 @@ DRY_RUN_CASES = tuple(_model_cases("tiny", ModelShape("tiny", 48, 4, 2, 16, 80),
 
 def tuning_keys(case: Case) -> tuple[str, ...]:
     """The entry of the tuning table that a case uses."""
-    x, *_ = jax.eval_shape(case.make, jax.random.key(0))
+    x, *others = jax.eval_shape(case.make, jax.random.key(0))
     kernels = {
         norm: "row",
         norm_backward: "row",
         gated_backward: "gated",
         write: "rotate",
         rotate_back: "rotate",
+        keep: "write",
     }
     kernel = kernels[case.function]
-    return (tuning_key(kernel, 0 if kernel == "gated" else x.shape[-1], x.dtype),)
+    x = others[1] if kernel == "write" else x
+    return (tuning_key(kernel, 0 if kernel in ("gated", "write") else x.shape[-1], x.dtype),)
 
 
 def candidates(key: str) -> Iterator[dict[str, int]]:
     """Tiles worth timing for a key of the tuning table."""
-    sizes = (1024, 2048, 4096, 8192) if key.startswith("gated") else (None,)
+    pieces = key.startswith(("gated", "write"))
+    sizes = (1024, 2048, 4096, 8192) if pieces else (None,)
     for size in sizes:
         for num_warps in (1, 2, 4, 8, 16):
             own = {} if size is None else {"size": size}

@@ -5,12 +5,13 @@ gradients of both factors; a write of keys, one of values, and queries. Where re
 arrays is all that costs, each should be one.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from kernels_pallas.layer_options import Activation
 from kernels_pallas.rows import set_rows
@@ -148,3 +149,25 @@ def rotate_and_write(
         return set_rows(flat, slots, values).reshape(pages.shape)
 
     return rotate(q, angles), write(k_pages, rotate(k, angles)), write(v_pages, v)
+
+
+def write_rows(
+    arrays: Sequence[Shaped[Array, "S W"]],
+    rows: Int[Array, " T"],
+    values: Sequence[Sequence[Float[Array, "T X"]]],
+) -> list[Shaped[Array, "S W"]]:
+    """Overwrite rows of several arrays of a `rows.stored_dtype`, each with values that lie side by
+    side in it; updated in place when donated.
+
+    Args:
+        arrays: what to write to.
+        rows: no two the same; past the end: written nowhere.
+        values: for each array, of all its columns.
+
+    Returns:
+        The arrays.
+    """
+    return [
+        set_rows(array, rows, jnp.concatenate(own, axis=1))
+        for array, own in zip(arrays, values, strict=True)
+    ]

@@ -231,6 +231,46 @@ def _rotate(
         pltriton.store(at, rotated.astype(out_ref.dtype), mask=inside & kept)
 
 
+def write_rows(arrays, rows, values, backend: Backend) -> list[jax.Array]:
+    """See `base.write_rows`; a program has a token, and leaves if it is written nowhere."""
+    counts = [len(own) for own in values]
+    flat = [x for own in values for x in own]
+    tile = write_tiles(backend.chip, arrays[0].dtype)
+    return pl.pallas_call(
+        partial(_write_rows_kernel, counts=counts, size=tile["size"]),
+        grid=(rows.shape[0],),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
+        input_output_aliases={1 + len(flat) + i: i for i in range(len(arrays))},
+        compiler_params=_options(tile),
+        interpret=backend.interpret,
+        name="write_rows",
+    )(rows, *flat, *arrays)
+
+
+def _write_rows_kernel(rows_ref, *refs, counts, size: int):
+    value_refs, out_refs = list(refs[: sum(counts)]), refs[-len(counts) :]
+    token = pl.program_id(0)
+    row = rows_ref[token]
+
+    @pl.when(row < out_refs[0].shape[0])
+    def _():
+        for count, out_ref in zip(counts, out_refs, strict=True):
+            first = 0
+            for _ in range(count):
+                ref = value_refs.pop(0)
+                width = ref.shape[1]
+                piece = min(size, pl.next_power_of_2(width))
+                for start in range(0, width, piece):
+                    column = start + lax.iota(jnp.int32, piece)
+                    mask = None if start + piece <= width else column < width
+                    value = pltriton.load(
+                        ref.at[token, column], mask=mask, other=None if mask is None else 0.0
+                    )
+                    at = out_ref.at[row, first + column]
+                    pltriton.store(at, value.astype(out_ref.dtype), mask=mask)
+                first += width
+
+
 def of_one_half(angles) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [T, H / 2]: XLA then makes no arrays of both halves."""
     cos, sin = angles
@@ -269,6 +309,12 @@ def gated_tiles(chip: str, dtype) -> dict[str, int]:
     return tiles("layer_passes", chip, tuning_key("gated", 0, dtype), default)
 
 
+def write_tiles(chip: str, dtype) -> dict[str, int]:
+    """size: of the pieces in which a row is copied."""
+    default = {"size": 4096, "num_warps": 4, "num_stages": 1}
+    return tiles("layer_passes", chip, tuning_key("write", 0, dtype), default)
+
+
 def rotate_tiles(chip: str, head_dim: int, dtype) -> dict[str, int]:
     """Of programs that have the heads of a token."""
     default = {"num_warps": 4, "num_stages": 1}
@@ -276,7 +322,7 @@ def rotate_tiles(chip: str, head_dim: int, dtype) -> dict[str, int]:
 
 
 def tuning_key(kernel: str, size: int, dtype) -> str:
-    """What the tiles of "row", "gated" or "rotate" depend on; size: of a row, or of a head."""
+    """What the tiles of "row", "gated", "write" or "rotate" depend on; size: of a row or a head."""
     return "/".join([kernel, *([str(size)] if size else []), jnp.dtype(dtype).name])
 
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.check import widened
 from kernels_pallas.grouped_lora import grouped_lora as api
 from kernels_pallas.grouped_lora import job_lora, low_rank_sums
 from kernels_pallas.grouped_lora.blocks import block_map
-from kernels_pallas.layer_passes import gated, rotate_and_write
+from kernels_pallas.grouped_lora.layer_case import layer as lora_layer
+from kernels_pallas.grouped_lora.layer_case import make_layer
 from kernels_pallas.rows import as_array
 from tests.kernels.paged import round_to
 
@@ -106,49 +108,28 @@ def test_outputs_that_are_columns_of_one_array():
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "heads"),
-    ((ml_dtypes.bfloat16, (4, 2, 2)), (np.float32, (5, 3, 3))),
-    ids=("merged-bfloat16", "apart-float32"),
-)
-def test_sums_that_the_next_pass_adds(dtype, heads):
-    """The gated activations and the rotation take them as they would arrays: also of tokens that
-    have no adapter, and in a layer of several."""
-    head_dim, layer = 40, np.int32(1)
-    x, _, a, _, scales, adapter = problem(dtype)
-    x[adapter < 0] = np.nan
-    rng = np.random.default_rng(1)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape).astype(np.float32).astype(dtype)
-
-    def stacked(factors) -> tuple:
-        return tuple(jnp.stack([jnp.zeros_like(w), jnp.asarray(w)]) for w in factors)
-
-    ys = tuple(normal(TOKENS, n * head_dim) for n in heads)
-    up = tuple(normal(ADAPTERS, RANK, n * head_dim) for n in heads)
-    angle = rng.standard_normal((TOKENS, 1, head_dim // 2)).astype(np.float32)
-    cos, sin = np.cos(angle), np.sin(angle)
-    angles = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
-    slots = rng.permutation(60)[:TOKENS].astype(np.int32)  # some past the 52 there are
-    pages = [jnp.asarray(normal(13, 4, heads[1], head_dim)) for _ in "kv"]
-
-    def passes(backend):
-        take: Any = partial(low_rank_sums, backend=backend, layer=layer)
-        factors = stacked(a), stacked(up), stacked(scales)
-        q, k, v = take(jnp.asarray(x), ys, *factors, adapter, merged=heads == (4, 2, 2))
-        q, k, v = (y.reshape(TOKENS, -1, head_dim) for y in (q, k, v))
-        pair = take(jnp.asarray(x), ys[1:], *(w[1:] for w in factors), adapter)
-        return (
-            *rotate_and_write(q, k, v, angles, slots, *pages, backend=backend),
-            *gated(pair[0], pair[1], backend),
-        )
-
-    expected, added = (jax.jit(passes, static_argnums=0)(b) for b in BACKENDS.values())
-    traced = jax.make_jaxpr(passes, static_argnums=0)(BACKENDS["pallas"])
-    assert "grouped_lora_expand" not in str(traced)
-    for one, other in zip(added, expected, strict=True):
-        assert_close(one, np.asarray(other, np.float32), TOLERANCE[dtype])
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_a_layer_whose_passes_add_the_sums_and_begin_the_products(dtype):
+    """As one whose passes read arrays; tokens of no adapter among others, widths of no tile."""
+    heads, head_dim, width, inner = (5, 3, 3), 24, 530, 333
+    qkv = tuple(n * head_dim for n in heads)
+    groups = {
+        "qkv": (width, qkv),
+        "o": (qkv[0], (width,)),
+        "gate_up": (width, (inner, inner)),
+        "down": (inner, (width,)),
+    }
+    make = partial(make_layer, groups=groups, tokens=50, adapters=3, rank=12, head_dim=head_dim)
+    arguments = jax.jit(partial(make, dtype=dtype, without=True))(jax.random.key(0))
+    assert (arguments[7] < 0).sum() > 9
+    expected = jax.jit(lora_layer)(*widened(arguments))
+    own = partial(lora_layer, backend=BACKENDS["pallas"])
+    traced = str(jax.make_jaxpr(own)(*arguments))
+    assert traced.count("name=grouped_lora_shrink") == 1
+    assert "grouped_lora_expand" not in traced
+    for out, want in zip(jax.jit(own)(*arguments), expected, strict=True):
+        assert out.dtype == dtype
+        assert_close(out, np.asarray(want), 3e-6 if dtype == jnp.float32 else 3e-2)
 
 
 def test_sums_are_added_once_for_whoever_reads_arrays():

@@ -15,6 +15,7 @@ from kernels_pallas.layer_passes import (
     gated,
     rotate_and_write,
     rotate_back_and_clear,
+    write_rows,
 )
 from tests.kernels.paged import round_to
 
@@ -161,3 +162,17 @@ def test_gradients_rotated_back_and_accumulators_cleared(backend, dtype, heads, 
     for actual, before in ((new_dk, dk), (new_dv, dv)):
         before[own] = 0
         np.testing.assert_array_equal(actual, before)
+
+
+def test_rows_of_several_arrays_are_written_side_by_side(backend, dtype):
+    """Whole rows; those of other tokens stay, and the third and the fifth go nowhere."""
+    one, two, kept = normals(dtype, (5, 4097), (5, 3), (7, 4100))
+    three, more = normals(np.float32, (5, 6), (7, 6))
+    rows = np.array([4, 0, 7, 6, 9], np.int32)
+    run = jax.jit(partial(write_rows, backend=backend))
+    written = run([jnp.asarray(kept), jnp.asarray(more)], rows, [[one, two], [three]])
+    inside = rows < 7
+    kept[rows[inside]] = np.concatenate([one, two], axis=1)[inside]
+    more[rows[inside]] = three[inside]
+    for actual, want in zip(written, (kept, more), strict=True):
+        np.testing.assert_array_equal(actual, want)

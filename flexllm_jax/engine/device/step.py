@@ -21,6 +21,7 @@ from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.layer_passes import write_rows
 from kernels_pallas.rows import as_array, set_rows
 
 
@@ -104,19 +105,16 @@ def forward_step(
         mixed = mixing(layer, projected, layer_pages, layer_saved, adapters)
         activations |= mixed.rows
         x, y = layer.summands(x, mixed.output, gate, bypass, tap, (), own)
-        y = None if y is None else as_array(y)
         new_saved = None
         if layer_saved is not None:
-            arrays = [activations[name] for name in kept]
-            activations["activations"] = jnp.concatenate(arrays, axis=1)
-            new_saved = mixed.saved | {
-                name: set_rows(slots, inputs.saved_row, activations[name])
-                for name, slots in layer_saved.items()
-                if name not in mixed.saved
-            }
+            values = {n: [activations[n]] for n in layer_saved if n in activations}
+            values["activations"] = [activations[name] for name in kept]
+            slots = [layer_saved[name] for name in values]
+            written = write_rows(slots, inputs.saved_row, list(values.values()), passes)
+            new_saved = mixed.saved | dict(zip(values, written, strict=True))
             # Written before the next layer: else XLA writes all layers' at the end, and holds what
             # it writes until then.
-            x, y, new_saved = jax.lax.optimization_barrier((x, y, new_saved))
+            x, new_saved = jax.lax.optimization_barrier((x, new_saved))
         return mixed.cache, new_saved, x, y
 
     new_pages, new_saved = list(pages), []
@@ -136,7 +134,7 @@ def forward_step(
         if source == i:
             new_pages[i] = read
         new_saved.append(layer_saved)
-    x = x if y is None else x + y
+    x = x if y is None else x + as_array(y)
     if finetune is not None:
         outputs = set_rows(finetune["flow"]["stream"], inputs.saved_row, x)
         finetune = {"saved": new_saved, "flow": finetune["flow"] | {"stream": outputs}}

@@ -47,15 +47,13 @@ _CASES = (
     "gated_delta/qwen3.5-9b/tp1/window-1024-backward",
     "grouped_lora/llama-3.1-8b/tp1/qkv/decode-256-of-64",
     "grouped_lora/llama-3.1-8b/tp1/gate_up/decode-256-of-64",
-    "grouped_lora/llama-3.1-8b/tp1/qkv/decode-64-of-16",
-    "grouped_lora/llama-3.1-8b/tp1/qkv/decode-64-of-16/rotate",
-    "grouped_lora/llama-3.1-8b/tp1/qkv/mixed-2048-of-4",
-    "grouped_lora/llama-3.1-8b/tp1/qkv/mixed-2048-of-4/rotate",
-    "grouped_lora/llama-3.1-8b/tp1/gate_up/decode-64-of-16",
-    "grouped_lora/llama-3.1-8b/tp1/gate_up/decode-64-of-16/gated",
-    "grouped_lora/llama-3.1-8b/tp1/gate_up/mixed-2048-of-4",
-    "grouped_lora/llama-3.1-8b/tp1/gate_up/mixed-2048-of-4/gated",
     "grouped_lora/llama-3.1-8b/tp1/down/prefill-4096-of-4",
+    "grouped_lora/llama-3.1-8b/tp1/layer-64-of-4",
+    "grouped_lora/llama-3.1-8b/tp1/layer-64-of-4/apart",
+    "grouped_lora/llama-3.1-8b/tp1/layer-64-of-16",
+    "grouped_lora/llama-3.1-8b/tp1/layer-64-of-16/apart",
+    "grouped_lora/llama-3.1-8b/tp1/layer-2048-of-4",
+    "grouped_lora/llama-3.1-8b/tp1/layer-2048-of-4/apart",
     "grouped_lora/llama-3.1-8b/tp1/qkv/train-1024-backward",
     "layer_passes/llama-3.1-8b/tp1/norm-1024-backward",
     "layer_passes/llama-3.1-8b/tp1/gated-1024-backward",
@@ -63,7 +61,7 @@ _CASES = (
 )
 SMOKE = tuple(TOY_MODELS)  # parts of the phase
 # How our kernels' names begin.
-_OURS = ("attention", "delta", "grouped_lora", "add_norm", "gated", "rotate")
+_OURS = ("attention", "delta", "grouped_lora", "add_norm", "gated", "rotate", "write_rows")
 
 
 # -- kernels ---------------------------------------------------------------------------------------

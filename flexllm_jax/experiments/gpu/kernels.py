@@ -141,7 +141,7 @@ def lora_overhead(rows: list[Row], *, dry_run: bool) -> list[Row]:
     cases = {case.name: case for case in (specs.DRY_RUN_CASES if dry_run else specs.CASES)}
     found = []
     for row in rows:
-        if row["kernel"] != "grouped_lora" or row["case"].startswith("block-map"):
+        if row["kernel"] != "grouped_lora" or not specs.adds_to_a_product(cases[row["case"]]):
             continue
         product = specs.base_projection(cases[row["case"]])
         base = 1e6 * seconds_per_call(product.function, product.make(jax.random.key(0)))
