@@ -348,9 +348,10 @@ def test_what_an_environment_says_is_not_trained(llm, tmp_path):
             heard = [t for t, said in zip(episode.tokens, episode.said, strict=True) if not said]
             assert heard == question + back[-len(heard) + asked :]
             datum = episode.datum(1.0)
-            trained = np.flatnonzero(datum.label >= 0)
-            assert episode.said == [False, *(datum.label[:-1] >= 0)]
-            assert (datum.label[trained] == datum.token[trained + 1]).all()
+            trained, said = np.flatnonzero(datum.label >= 0), np.flatnonzero(episode.said)
+            assert trained.tolist() == (said - 1).tolist()
+            assert (datum.label[trained] == np.array(episode.tokens)[said]).all()
+            assert len(datum) == said[-1], "what comes after the last label is read by nobody"
             assert (datum.weight[trained] == 1).all() and datum.weight.sum() == len(trained)
 
 

@@ -119,11 +119,10 @@ class OurSide:
             dtype="float32",
             # A quarter of the rows is for others; all answers of a step shall run at once.
             scheduler={"max_tokens_per_step": 512, "max_sequences": task.answers * 4 // 3 + 1},
-            compile={"token_buckets": [task.answers // 4, task.answers, 512]},
+            compile={"token_buckets": [task.answers // 4, task.answers, 256, 512]},
             adapter_bank={"slots": 5, "max_rank": task.rank},
             finetune={
                 "max_tokens": 4096,
-                "unit_tokens": 512,
                 "saved": "all",
                 "checkpoint_every": 0,
                 "idle_step_ms": 10_000,

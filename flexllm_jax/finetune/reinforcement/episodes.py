@@ -65,17 +65,25 @@ class Episode:
         self.error, self.reward, self.over = reason, 0.0, True
 
     def datum(self, advantage: np.ndarray | float) -> Datum:
-        """For training. advantage: of each token, or of all alike; 0 where it was not said."""
+        """For training. advantage: of each token, or of all alike; 0 where it was not said. What
+        comes after the last label changes nothing, and is left out."""
         said = np.array(self.said)
         token = np.array(self.tokens, np.int32)
         of_each = np.where(said, advantage, 0.0)
         label = np.full(len(token), -1, np.int32)
         label[:-1] = np.where(said[1:], token[1:], -1)
+        kept = slice(np.flatnonzero(label >= 0).max(initial=0) + 1)
 
         def before(values: np.ndarray) -> np.ndarray:  # what is said of a token, at the one before
-            return np.append(values[1:], 0).astype(np.float32)
+            return np.append(values[1:], 0).astype(np.float32)[kept]
 
-        return Datum(token, label, before(said), before(np.array(self.logprob)), before(of_each))
+        return Datum(
+            token[kept],
+            label[kept],
+            before(said),
+            before(np.array(self.logprob)),
+            before(of_each),
+        )
 
 
 @dataclass(eq=False)
