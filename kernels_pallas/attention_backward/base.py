@@ -145,8 +145,9 @@ def attention_backward(
     blocks = _blocks(q, sequence_starts, first_row, out, lse, d_out)
 
     def add_block(carry, own):
-        dq, *carry = _block_backward(own, *carry, k_pages, v_pages, kv_slots, options)
-        return tuple(carry), dq
+        dk, dv = carry
+        dq, dk, dv = _block_backward(own, dk, dv, k_pages, v_pages, kv_slots, options)
+        return (dk, dv), dq
 
     (dk, dv), dq = lax.scan(add_block, (dk, dv), blocks)
     return dq.reshape(q.shape), dk, dv
@@ -216,9 +217,8 @@ def _blocks(q: Float[Array, "U N H"], starts: jax.Array, first_row: jax.Array, *
     """A slice's queries, their sequences' starts, their first rows, and what else they have, in
     blocks: few of a block's keys are of none of its queries, however short their sequences are."""
     size = max(n for n in range(1, _QUERIES_AT_ONCE + 1) if q.shape[0] % n == 0)
-    own = (x.reshape(-1, size, *x.shape[1:]) for x in (q, starts, *more))
-    q, starts, *more = own
-    return q, starts, first_row + size * jnp.arange(len(q)), *more
+    q, starts, *others = (x.reshape(-1, size, *x.shape[1:]) for x in (q, starts, *more))
+    return q, starts, first_row + size * jnp.arange(len(q)), *others
 
 
 def _by_kv_head(x: Float[Array, "U N ..."], kv_heads: int) -> Float[Array, "K UG ..."]:
