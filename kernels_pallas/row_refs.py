@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as pltriton
 
-from kernels_pallas.rows import Rows
+from kernels_pallas.rows import GatedRows, Rows
 
 
 class RowRefs(NamedTuple):
@@ -24,21 +24,28 @@ class RowRefs(NamedTuple):
     shape: tuple[int, ...]
 
     @staticmethod
-    def arguments(x: jax.Array | Rows) -> list[jax.Array]:
+    def arguments(x: jax.Array | Rows | GatedRows) -> list[jax.Array]:
         """What a kernel is given of x."""
+        if isinstance(x, GatedRows):
+            return [*RowRefs.arguments(x.gate), *RowRefs.arguments(x.up)]
         if isinstance(x, Rows):
             start = jnp.reshape(x.start, (1,)).astype(jnp.int32)
             return [x.array, start, x.live.astype(jnp.int32)]
         return [x]
 
     @staticmethod
-    def layout(x: jax.Array | Rows) -> tuple[bool, int, tuple[int, ...]]:
+    def layout(x: jax.Array | Rows | GatedRows) -> tuple[Any, ...]:
         """What `take` wants to know of x: static."""
+        if isinstance(x, GatedRows):
+            return RowRefs.layout(x.gate), RowRefs.layout(x.up)
         return isinstance(x, Rows), x.columns[0] if isinstance(x, Rows) else 0, x.shape
 
     @classmethod
-    def take(cls, refs: list, layout: tuple[bool, int, tuple[int, ...]]) -> "RowRefs":
-        """References to `arguments`, taken from the front of a kernel's."""
+    def take(cls, refs: list, layout: tuple[Any, ...]) -> Any:
+        """References to `arguments`, taken from the front of a kernel's; of both factors
+        `GatedRefs`."""
+        if len(layout) == 2:
+            return GatedRefs(*(cls.take(refs, own) for own in layout))
         in_place, column, shape = layout
         others = (refs.pop(1), refs.pop(1)) if in_place else (None, None)
         return cls(refs.pop(0), *others, column, shape)
@@ -63,6 +70,24 @@ class RowRefs(NamedTuple):
         columns = lax.broadcast_in_dim(column, shape, (1,))
         index = (rows, self.first_column + columns)
         return _load(self.array, index, read & (columns < self.shape[1]))
+
+
+class GatedRefs(NamedTuple):
+    """References to `rows.GatedRows`."""
+
+    gate: RowRefs
+    up: RowRefs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of both."""
+        return self.gate.shape
+
+    def load_tile(self, row, column) -> jax.Array:
+        """Columns of rows of the products; zeros beyond the last of both."""
+        gate, up = (x.load_tile(row, column) for x in self)
+        wide = gate.astype(jnp.float32)
+        return (wide / (1.0 + jnp.exp(-wide)) * up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def _load(ref, index, mask) -> jax.Array:

@@ -77,6 +77,29 @@ class Rows:
         return jnp.where(self.live[:, None], from_stored(rows[:, slice(*self.columns)]), 0)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("gate", "up"), meta_fields=())
+@dataclass(frozen=True)
+class GatedRows:
+    """silu(gate) * up, which kernels compute as they read both."""
+
+    gate: jax.Array | Rows
+    up: jax.Array | Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of both."""
+        return self.gate.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of both."""
+        return self.gate.dtype
+
+    def read(self) -> jax.Array:
+        """The products as an array of their own."""
+        return jax.nn.silu(as_array(self.gate)) * as_array(self.up)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=("computed", "kept"), meta_fields=())
 @dataclass(frozen=True)
 class Recalled:
@@ -84,7 +107,7 @@ class Recalled:
     `computed`, whose value is then needed for its own gradient at most."""
 
     computed: jax.Array
-    kept: Rows
+    kept: Rows | GatedRows
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -132,6 +155,6 @@ def _recall(computed: jax.Array, saved: jax.Array) -> jax.Array:
 _recall.defvjp(lambda computed, saved: (saved, None), lambda _, gradient: (gradient, None))
 
 
-def computed_and_kept(x: jax.Array | Recalled) -> tuple[jax.Array, Rows | None]:
+def computed_and_kept(x: jax.Array | Recalled) -> tuple[jax.Array, Rows | GatedRows | None]:
     """What gradients go to, and what is read in its place if that was kept."""
     return (x.computed, x.kept) if isinstance(x, Recalled) else (x, None)

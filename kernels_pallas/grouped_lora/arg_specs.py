@@ -203,7 +203,7 @@ def tuning_keys(case: Case) -> tuple[str, ...]:
     if case.function is map_blocks:
         return ()
     if isinstance(case.function, partial):
-        return _keys_of_layer(case)
+        return () if case.function.keywords["apart"] else _keys_of_layer(case)
     x, _, a, *_ = jax.eval_shape(case.make, jax.random.key(0))
     num_adapters = a[0].shape[0]
     if case.function is forward_and_backward:

@@ -123,12 +123,13 @@ class Block(NamedTuple):
 
 class Sum(NamedTuple):
     """y + s @ b over a block's rows: y is columns of an array, from `first_column` on; without b,
-    y alone."""
+    y alone. kept_ref: where to write it, as y lies."""
 
     y_ref: Any
     first_column: int = 0
     b_ref: Any = None
     shrunk: Any = None
+    kept_ref: Any = None
 
     def load(self, block: Block, columns, inside=None) -> jax.Array:
         """Columns of it in float32, rounded as an array of it would be."""
@@ -137,7 +138,10 @@ class Sum(NamedTuple):
             return y.astype(jnp.float32)
         rank = lax.iota(jnp.int32, self.shrunk.shape[1])
         up = block.factor(self.b_ref, 0, rank, columns, self.shrunk.dtype, inside)
-        return (y.astype(jnp.float32) + dot(self.shrunk, up)).astype(y.dtype).astype(jnp.float32)
+        total = (y.astype(jnp.float32) + dot(self.shrunk, up)).astype(y.dtype)
+        if self.kept_ref is not None:
+            block.store(self.kept_ref, self.first_column + columns, inside, total)
+        return total.astype(jnp.float32)
 
 
 def shrunk_of(block: Block, ref, ranks: Sequence[int], j: int, dtype) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora.api import ahead, low_rank_sums
+from kernels_pallas.grouped_lora.sums import LowRankSum
 from kernels_pallas.layer_passes import add_norm, gated, rotate_and_write
 from kernels_pallas.rows import as_array
 
@@ -27,29 +28,40 @@ class Projections(NamedTuple):
 
 def layer(
     attended, x, o, gate_up, down, qkv, weights, adapter, cos, sin, slots, k_pages, v_pages,
-    backend: Backend = XLA, *, apart: bool = False,
+    backend: Backend = XLA, *, apart: bool = False, keep: bool = False,
 ):  # fmt: skip
-    """The residual, the feed-forward network's inner activations, queries and pages.
+    """The residual, the feed-forward network's inner activations, queries and pages. keep: and what
+    a forward keeps for a backward, the sums of gate, up and q; those of q, k and v are then columns
+    of one array.
 
     apart: with a launch for every shrink and expand, and passes that read arrays.
     """
     read: Any = as_array if apart else lambda x: x
 
-    def add(x: Any, own: Projections) -> list[Any]:
-        return [read(y) for y in low_rank_sums(x, *own, adapter, backend, 1)]
+    def add(x: Any, own: Projections, merged: bool = False) -> list[Any]:
+        sums = low_rank_sums(x, *own, adapter, backend, 1, merged=merged)
+        return [read(y) for y in sums]
 
     def first(own: Projections) -> Any:
         return None if apart else ahead(own.a, own.scales, adapter, backend, 1)
 
+    def want(*sums: Any) -> list[Any]:
+        for y in sums:
+            if keep and isinstance(y, LowRankSum):
+                y.keep()
+        return list(sums) if keep else []
+
     (y,) = add(attended, o)
     x, _, h = add_norm(x, y, weights[0], _EPS, backend, 2, first(gate_up))
     gate, up = add(h, gate_up)
+    kept = want(gate, up)
     inner, low = gated(gate, up, backend, 2, "silu", first(down))
     (y,) = add(low, down)
     x, _, h = add_norm(x, y, weights[1], _EPS, backend, 2, first(qkv))
-    q, k, v = (y.reshape(x.shape[0], -1, cos.shape[-1]) for y in add(h, qkv))
+    q, k, v = (y.reshape(x.shape[0], -1, cos.shape[-1]) for y in add(h, qkv, merged=keep))
+    kept += want(q)
     written = rotate_and_write(q, k, v, (cos, sin), slots, k_pages, v_pages, backend=backend)
-    return x, inner, *written
+    return x, inner, *written, *map(as_array, kept)
 
 
 def make_layer(

@@ -40,34 +40,45 @@ def gated(
     tile = gated_tiles(call.backend.chip, rows, max(factors.ranks + factors.ahead), call.dtype)
     steps = pl.cdiv(y.shape[1], tile["columns"])
     splits, steps = splits_of(steps, num_blocks, tile["programs"], MOST_SPLITS)
-    inner, *begun = pl.pallas_call(
+    kept = [jax.ShapeDtypeStruct(y.shape, y.dtype)] * 2 if call.is_kept else []
+    inner, *others = pl.pallas_call(
         partial(
             _gated_kernel,
             **factors.static,
             tile=tile["columns"],
             steps=steps,
+            keep=call.is_kept,
             dtype=call.dtype,
         ),
         grid=(num_blocks, splits),
-        out_shape=(jax.ShapeDtypeStruct(y.shape, y.dtype), *factors.begun(splits, blocks)),
+        out_shape=(jax.ShapeDtypeStruct(y.shape, y.dtype), *kept, *factors.begun(splits, blocks)),
+        input_output_aliases={5 + j: 1 + j for j in range(len(kept))},
         compiler_params=compiler_params(tile),
         interpret=call.backend.interpret,
         name="grouped_lora_gated",
     )(*blocks[:2], *factors.firsts, call.shrunk, *call.ys, *factors.ends)
-    return inner, inner if ahead is None else Shrunk(inner, ahead, begun[0])
+    if kept:
+        call.written(others[:2])
+    return inner, inner if ahead is None else Shrunk(inner, ahead, others[-1])
 
 
-def _gated_kernel(*refs, num_adapters: int, ranks, ahead, tile: int, steps: int, dtype: Any):
+def _gated_kernel(
+    *refs, num_adapters: int, ranks, ahead, tile: int, steps: int, keep: bool, dtype: Any
+):
     """One block's tokens and `steps` tiles of columns."""
     *block_refs, shrunk_ref, gate_ref, up_ref, b_gate, b_up = refs[:9]
-    a_refs, scale_refs, (inner_ref, *begun_refs) = _cut(refs[9:], len(ahead), len(ahead))
+    a_refs, scale_refs, (inner_ref, *refs) = _cut(refs[9:], len(ahead), len(ahead))
+    kept_refs, begun_refs = (refs[:2], refs[2:]) if keep else ((None, None), refs)
     block, split = Block.of(block_refs, gate_ref, num_adapters), pl.program_id(1)
     begun, width = Begun(block, a_refs, scale_refs, ahead), inner_ref.shape[1]
 
     @pl.when(block.is_live)
     def _():
         s = [shrunk_of(block, shrunk_ref, ranks, j, dtype) for j in (0, 1)]
-        both = Sum(gate_ref, 0, b_gate, s[0]), Sum(up_ref, 0, b_up, s[1])
+        both = (
+            Sum(gate_ref, 0, b_gate, s[0], kept_refs[0]),
+            Sum(up_ref, 0, b_up, s[1], kept_refs[1]),
+        )
 
         def add_tile(step, sums):
             columns, inside = _columns(step, tile, width)
@@ -223,7 +234,9 @@ def rotate_and_write(
     queries = jax.ShapeDtypeStruct((len(slots), counts[0] * head_dim), call.ys[0].dtype)
     pages = [x.reshape(-1, kv_heads * head_dim) for x in (k_pages, v_pages)]
     inputs[-2:] = pages
-    rotated, *written = pl.pallas_call(
+    first_y = 5 + len(factors.ends)
+    kept = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in arrays] if call.is_kept else []
+    rotated, k_pages, v_pages, *sums = pl.pallas_call(
         partial(
             _rotate_and_write_kernel,
             **factors.static,
@@ -231,16 +244,20 @@ def rotate_and_write(
             heads=tile["heads"],
             head_dim=head_dim,
             merged=merged,
+            keep=call.is_kept,
             dtype=call.dtype,
         ),
         grid=(len(blocks.tokens), sum(pl.cdiv(count, tile["heads"]) for count in counts)),
-        out_shape=(queries, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages)),
-        input_output_aliases={len(inputs) - 2: 1, len(inputs) - 1: 2},
+        out_shape=(queries, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages), *kept),
+        input_output_aliases={len(inputs) - 2: 1, len(inputs) - 1: 2}
+        | {first_y + j: 3 + j for j in range(len(kept))},
         compiler_params=compiler_params(tile),
         interpret=call.backend.interpret,
         name="grouped_lora_rotate",
     )(*inputs)
-    k_pages, v_pages = (x.reshape(-1, kv_heads, head_dim) for x in written)
+    if kept:
+        call.written(sums)
+    k_pages, v_pages = (x.reshape(-1, kv_heads, head_dim) for x in (k_pages, v_pages))
     return rotated.reshape(len(slots), -1, head_dim), k_pages, v_pages
 
 
@@ -253,13 +270,15 @@ def _rotate_and_write_kernel(
     heads: int,
     head_dim: int,
     merged: bool,
+    keep: bool,
     dtype: Any,
 ):
     """One block's tokens and `heads` heads of queries, of keys or of values."""
     *block_refs, shrunk_ref, b_q, b_k, b_v = refs[:8]
     refs = refs[8:]
     y_refs, refs = (refs[:1] * 3, refs[1:]) if merged else (refs[:3], refs[3:])
-    cos_ref, sin_ref, slots_ref, _, _, *out_refs = refs
+    cos_ref, sin_ref, slots_ref, _, _, *refs = refs
+    out_refs, kept_refs = refs[:3], refs[3:] * (3 if merged else 1) if keep else [None] * 3
     block, half = Block.of(block_refs, y_refs[0], num_adapters), head_dim // 2
     column, number = lax.iota(jnp.int32, pl.next_power_of_2(half)), pl.program_id(1)
 
@@ -272,7 +291,7 @@ def _rotate_and_write_kernel(
         out_dtype = out_refs[j].dtype
         first = head_dim * sum(counts[:j]) if merged else 0
         shrunk = shrunk_of(block, shrunk_ref, ranks, j, dtype)
-        sums = Sum(y_refs[j], first, (b_q, b_k, b_v)[j], shrunk)
+        sums = Sum(y_refs[j], first, (b_q, b_k, b_v)[j], shrunk, kept_refs[j])
         for i in range(heads):
             head = group * heads + i
             inside = (column < half) & (head < counts[j])
@@ -350,7 +369,7 @@ def pass_key(kernel: str, rows: int, size: int, dtype) -> str:
 
 def _tiles_of_sums(kernel: str, chip: str, rows: int, rank: int, dtype) -> dict[str, int]:
     wide = jnp.dtype(dtype) == jnp.float32
-    num_warps = 4 if rows == 16 and not wide else 8
+    num_warps = 4 if rows < 64 and not wide else 8
     most = 1024 // rank if wide else min(4096 // rank, 512 * num_warps // rows)
     default = {"columns": power_of_two(most, 32, 32 if wide else 128), "num_warps": num_warps}
     default |= {"programs": 1056 if rows == 16 else 528, "num_stages": 1}

@@ -48,6 +48,22 @@ class LowRankCall:
         """One for each of ys."""
         return tuple(LowRankSum(self, j, y.shape) for j, y in enumerate(self.ys))
 
+    def keep(self) -> None:
+        """Somebody wants the sums as arrays, too: the pass that adds them then writes them."""
+        vars(self)["kept"] = True
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether somebody wants the arrays."""
+        return "kept" in vars(self)
+
+    def written(self, arrays: Sequence[Float[Array, "T E"]]) -> None:
+        """The sums as a pass has written them: of ys, or if those are merged of their one array."""
+        if self.merged:
+            ends = [sum(y.shape[1] for y in self.ys[:j]) for j in range(1, len(self.ys))]
+            arrays = jnp.split(arrays[0], ends, axis=1)
+        vars(self)["arrays"] = tuple(arrays)
+
     @cached_property
     def arrays(self) -> tuple[Float[Array, "T E"], ...]:
         """All sums, added up once."""
@@ -74,6 +90,10 @@ class LowRankSum:
     def read(self) -> jax.Array:
         """The sum as an array."""
         return self.call.arrays[self.number].reshape(self.shape)
+
+    def keep(self) -> None:
+        """See `LowRankCall.keep`."""
+        self.call.keep()
 
     def reshape(self, *shape: int) -> "LowRankSum":
         """As an array's."""

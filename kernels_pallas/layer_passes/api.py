@@ -13,7 +13,7 @@ from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import Ahead, LowRankSum, passes
 from kernels_pallas.grouped_lora.sums import call_of
 from kernels_pallas.layer_passes import base, pallas_triton
-from kernels_pallas.rows import Recalled, as_array, computed_and_kept
+from kernels_pallas.rows import GatedRows, Recalled, as_array, computed_and_kept
 
 
 def add_norm(
@@ -76,7 +76,11 @@ def gated(
     if backend.implementation == "xla" or activation != "silu":
         return (base.gated(as_array(gate), as_array(up), activation),) * readers
     (gate, kept_gate), (up, kept_up) = map(computed_and_kept, (gate, up))
-    return _gated(gate, up, kept_gate, kept_up, backend, readers)
+    results: Any = _gated(gate, up, kept_gate, kept_up, backend, readers)
+    *inner, last = results
+    read: Any = gate if kept_gate is None else kept_gate, up if kept_up is None else kept_up
+    # A kernel reads both factors, and nobody writes their products for it.
+    return *inner, last if readers == 1 else Recalled(last, GatedRows(*read))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -16,6 +16,7 @@ from kernels_pallas.layer_passes import (
     write_rows,
 )
 from kernels_pallas.layer_passes.pallas_triton import tuning_key
+from kernels_pallas.rows import as_array
 
 _EPS, _PAGE = 1e-5, 64
 
@@ -34,7 +35,11 @@ def norm_backward(x, weight, gradients, backend: Backend = XLA):
 
 def gated_backward(gate, up, d_inner, backend: Backend = XLA):
     """A training step's: the inner activations, and the gradients of both factors."""
-    inner, pull = jax.vjp(lambda gate, up: gated(gate, up, backend, 2), gate, up)
+
+    def run(gate, up):
+        return tuple(as_array(x) for x in gated(gate, up, backend, 2))
+
+    inner, pull = jax.vjp(run, gate, up)
     return inner, pull((d_inner, d_inner))
 
 

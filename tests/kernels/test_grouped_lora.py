@@ -17,7 +17,7 @@ from kernels_pallas.grouped_lora import job_lora, low_rank_sums
 from kernels_pallas.grouped_lora.blocks import block_map
 from kernels_pallas.grouped_lora.layer_case import layer as lora_layer
 from kernels_pallas.grouped_lora.layer_case import make_layer
-from kernels_pallas.rows import as_array
+from kernels_pallas.rows import GatedRows, Recalled, Rows, as_array
 from tests.kernels.paged import round_to
 
 BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
@@ -110,7 +110,8 @@ def test_outputs_that_are_columns_of_one_array():
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 def test_a_layer_whose_passes_add_the_sums_and_begin_the_products(dtype):
-    """As one whose passes read arrays; tokens of no adapter among others, widths of no tile."""
+    """As one whose passes read arrays; tokens of no adapter among others, widths of no tile. In
+    bfloat16 they also write the sums that are kept."""
     heads, head_dim, width, inner = (5, 3, 3), 24, 530, 333
     qkv = tuple(n * head_dim for n in heads)
     groups = {
@@ -122,8 +123,9 @@ def test_a_layer_whose_passes_add_the_sums_and_begin_the_products(dtype):
     make = partial(make_layer, groups=groups, tokens=50, adapters=3, rank=12, head_dim=head_dim)
     arguments = jax.jit(partial(make, dtype=dtype, without=True))(jax.random.key(0))
     assert (arguments[7] < 0).sum() > 9
-    expected = jax.jit(lora_layer)(*widened(arguments))
-    own = partial(lora_layer, backend=BACKENDS["pallas"])
+    whole = partial(lora_layer, keep=dtype == jnp.bfloat16)
+    expected = jax.jit(whole)(*widened(arguments))
+    own = partial(whole, backend=BACKENDS["pallas"])
     traced = str(jax.make_jaxpr(own)(*arguments))
     assert traced.count("name=grouped_lora_shrink") == 1
     assert "grouped_lora_expand" not in traced
@@ -322,3 +324,29 @@ def test_a_job_adds_its_gradients_to_sums(name, dtype):
             assert_close(total, want, TOLERANCE[dtype])
             np.testing.assert_array_equal(np.delete(total, layer, 0), np.delete(before, layer, 0))
     assert_close(dx, want_dx, TOLERANCE[dtype])
+
+
+def test_a_job_reads_gated_activations_that_nobody_has_written():
+    """As it reads their array, whose gradient is the same; one factor lies in a large array."""
+    _, ys, a, b, scales, adapter = problem(np.float32)
+    rng = np.random.default_rng(1)
+    kept, up = (
+        jnp.asarray(rng.standard_normal(shape), np.float32)
+        for shape in ((TOKENS + 9, D_IN + 7), (TOKENS, D_IN))
+    )
+    present = adapter >= 0
+    gate = Rows(kept, jnp.int32(4), jnp.asarray(present), (7, D_IN + 7))
+
+    @partial(jax.jit, static_argnums=0)
+    def run(read: bool):
+        inner = jax.nn.silu(gate.read()) * up
+
+        def add(inner, sums):
+            x: Any = Recalled(inner, GatedRows(gate, up)) if read else inner
+            return job_lora(x, ys, a, b, scales, present, 1, sums, BACKENDS["pallas"])
+
+        out, pull = jax.vjp(add, jnp.nan * inner if read else inner, (a, b))
+        return out, pull(ys)
+
+    for one, other in zip(*(jax.tree.leaves(run(read)) for read in (True, False)), strict=True):
+        assert_close(one, np.asarray(other), 1e-6)

@@ -21,6 +21,7 @@ from flexllm_jax.peft.bypass import Bypass
 from flexllm_jax.peft.dropout import JobDropout
 from flexllm_jax.peft.stacks import LayerStacks
 from kernels_pallas.backend import XLA, Backend
+from kernels_pallas.grouped_lora import LowRankSum
 from kernels_pallas.layer_passes import write_rows
 from kernels_pallas.rows import as_array, set_rows
 
@@ -95,9 +96,10 @@ def forward_step(
         kept = () if layer_saved is None else columns[config.kinds.index(spec)]
         activations = {}
 
-        def tap(name, value):  # what is kept is an array, for whoever reads it
-            activations[name] = as_array(value) if name in kept else value
-            return activations[name]
+        def tap(name, value):
+            if name in kept and isinstance(value, LowRankSum):
+                value.keep()
+            return activations.setdefault(name, value)
 
         factor = mixing.query_factor(spec.mixer)
         projected, gate, x = layer.project(x, bypass, tap, y, factor)
@@ -108,7 +110,7 @@ def forward_step(
         new_saved = None
         if layer_saved is not None:
             values = {n: [activations[n]] for n in layer_saved if n in activations}
-            values["activations"] = [activations[name] for name in kept]
+            values["activations"] = [as_array(activations[name]) for name in kept]
             slots = [layer_saved[name] for name in values]
             written = write_rows(slots, inputs.saved_row, list(values.values()), passes)
             new_saved = mixed.saved | dict(zip(values, written, strict=True))
