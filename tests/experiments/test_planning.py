@@ -131,7 +131,9 @@ TRACE = ROOT.parent / "shared" / "data" / "workload_azconv600s_sharegpt_20rps.cs
 @pytest.mark.skipif(not TRACE.exists(), reason=f"the trace that was measured is not at {TRACE}")
 def test_an_engine_under_load_is_predicted(tmp_path):
     """Nothing was fitted to it, but for the passes of a backward unit to another run."""
+    # What the configuration had, and what `saved: auto` chose, when it was measured.
     options = ["adapters.slots=66", "compile.token_buckets=[16,64,256,512,2048]"]
+    options += ["finetune.saved=[query,attended,residual]"]
     config, own = ROOT / "configs/llama3.1-8b.yaml", {"trace": TRACE, "seconds": 24.0}
     rows = predict(measured("serve"), config, overrides=options, **own)
     for name, predicted, found in rows:

@@ -11,7 +11,7 @@ from kernels_pallas.attention_backward import attention_backward
 from kernels_pallas.backend import XLA, Backend
 from kernels_pallas.grouped_lora import job_lora
 from kernels_pallas.layer_passes import add_norm, gated
-from kernels_pallas.rows import Recalled, Rows, as_array
+from kernels_pallas.rows import Recalled, Rows, as_array, recall
 
 BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
 SLOTS, UNIT, LIVE, START = 40, 20, 17, 15
@@ -51,9 +51,8 @@ def test_values_and_gradients_of_passes(rows, name, function):
     def run(in_place: bool, *rows):
         def of(*computed):
             kept = zip(computed, rows, strict=True)
-            return function(
-                *(Recalled(c, r) if in_place else c for c, r in kept), y, BACKENDS[name]
-            )
+            given = (Recalled(c, r) if in_place else c for c, r in kept)
+            return tuple(map(recall, function(*given, y, BACKENDS[name])))
 
         computed = [zeros if in_place else r.read() for r in rows]
         results, pull = jax.vjp(of, *computed)

@@ -20,8 +20,9 @@ _SLACK = 1.05
 _FLOAT = 4  # bytes of a float32
 # Rows of attention's outputs that decode keeps besides, float32: it splits long contexts.
 _PARTIAL_ROWS = 1024
-# Of the references, which stand in for the kernels on a CPU: queries of a block, and copies of it.
-_BLOCK, _BLOCK_ARRAYS = 64, 6
+# Of the references, which stand in for the kernels on a CPU: rows that they work on at once, arrays
+# of them, and arrays of all rows.
+_ROWS_AT_ONCE, _BLOCK_ARRAYS, _ROW_ARRAYS = 64, 6, 4
 
 
 def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
@@ -54,9 +55,11 @@ def reckon_temporaries(sizes: EngineSizes) -> dict[str, int]:
         forward += item * tokens * inner
         layer += 2 * item * unit * inner
     if on_cpu:
-        blocks = tokens // _BLOCK + min(shape.sequences, tokens)
-        forward += _FLOAT * _BLOCK_ARRAYS * blocks * _BLOCK * queries
-        layer += _FLOAT * _BLOCK_ARRAYS * (unit // _BLOCK + 1) * _BLOCK * queries
+        blocks = _FLOAT * _BLOCK_ARRAYS * _ROWS_AT_ONCE * queries
+        saved = max(columns.stop for own in sizes.columns for columns in own.values())
+        forward += blocks + _FLOAT * _ROW_ARRAYS * (tokens + _ROWS_AT_ONCE) * queries
+        forward += item * tokens * saved  # side by side, before they are kept
+        layer += blocks + _FLOAT * _ROW_ARRAYS * unit * queries
     reckoned = {
         "forward": forward,
         "sample": 2.4 * _FLOAT * rows * vocabulary,
