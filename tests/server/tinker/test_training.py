@@ -75,7 +75,9 @@ def test_requests_are_done_in_the_order_of_their_numbers(one):
     assert error.value.category == "user"
     seqs = [s for s, body in sorted(bodies.items()) if isinstance(body, bytes) and s != 7]
     losses = [shuffled.output(promises[s]).metrics["loss:sum"] for s in seqs]
-    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    # Which of them share a step is chance, and a step of another size rounds otherwise: an update
+    # too early or too late would change a loss by 1e-4 and more.
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_tenants_train_side_by_side_and_do_not_meet(one, two):
             model.call("optim_step", adam_params={"learning_rate": 1e-2})
     for model, own in zip(models, promises, strict=True):
         losses = [model.output(p).metrics["loss:sum"] for p in own]
-        np.testing.assert_allclose(losses, alone, rtol=1e-6)
+        np.testing.assert_allclose(losses, alone, rtol=1e-5)  # steps are shared by chance
     path = models[0].save("mine")
     stranger = Model(two, models[0].id, 100)
     for ask in (
