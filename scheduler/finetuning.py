@@ -143,10 +143,7 @@ class FinetuneQueue:
     def repeats(self, plan: StepPlan) -> int:
         """How many more steps can hold as many tokens and units as `plan`, and end neither part."""
         loss_units, count = plan.features.loss_units, 1 << 30
-        for work in (plan.forward, plan.backward):
-            if work is None:
-                continue
-            progress = self._progress_of(work)
+        for work, progress in self._worked_on(plan):
             if progress is None:
                 return 0
             if isinstance(work, FinetuneForward):
@@ -160,10 +157,7 @@ class FinetuneQueue:
 
     def repeat(self, plan: StepPlan, count: int) -> None:
         """Dispatch `count` times more what `plan` holds."""
-        for work in (plan.forward, plan.backward):
-            if work is None:
-                continue
-            progress = self._progress_of(work)
+        for work, progress in self._worked_on(plan):
             if progress is None:
                 raise RuntimeError("a step is repeated whose microbatch is not in work")
             if isinstance(work, FinetuneForward):
@@ -171,12 +165,16 @@ class FinetuneQueue:
             else:
                 progress.units_done += count * len(work.units)
 
-    def _progress_of(self, work: FinetuneForward | BackwardUnits) -> Progress | None:
-        """The microbatch in work that a part of a plan belongs to."""
-        for progress in self.in_work:
-            if progress.microbatch is work.microbatch:
-                return progress
-        return None
+    def _worked_on(
+        self, plan: StepPlan
+    ) -> list[tuple[FinetuneForward | BackwardUnits, Progress | None]]:
+        """The finetuning of a plan, with the microbatch in work it belongs to."""
+        found = []
+        for work in (plan.forward, plan.backward):
+            if work:
+                own = (p for p in self.in_work if p.microbatch is work.microbatch)
+                found.append((work, next(own, None)))
+        return found
 
     # ---- starting and parking ----
 

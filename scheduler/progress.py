@@ -43,7 +43,9 @@ class Progress:
         self._segments, self._reads = config.max_finetune_segments, config.reads
         self._ends = list(itertools.accumulate(microbatch.lengths))
         # (query, key) pairs of the first i units of a layer: slices come from the last one on.
-        self._sweep_pairs = [0, *itertools.accumulate(reversed(self._slice_pairs()))]
+        starts = range((self.slices - 1) * self.unit_tokens, -1, -self.unit_tokens)
+        pairs = [self._extent(s, min(s + self.unit_tokens, self.tokens))[0] for s in starts]
+        self._sweep_pairs = [0, *itertools.accumulate(pairs)]
         by = latency.coefficients
         unit_s = by["layer_units"] + by["dropout_units"] * microbatch.dropout
         self._loss_s = by["loss_units"]
@@ -84,17 +86,14 @@ class Progress:
         """The features of a step that also holds the next `length` tokens."""
         pairs, keys = self._extent(self.forwarded, self.forwarded + length)
         decode, prefill, _, decode_kv, chunk_kv, other_pairs = features[1:7]
-        # Most of a plan's features are made here: `_replace` would take five times as long.
-        return tuple.__new__(
-            StepFeatures,
-            (
-                *(bucket, decode, prefill, length, decode_kv, chunk_kv + keys, other_pairs + pairs),
-                *features[7:10],
-                True,  # adapters
-                *features[11:14],
-                self.microbatch.dropout,
-                features.dropout_units,
-            ),
+        # Most of a plan's features are made here: `_replace` would take three times as long.
+        return StepFeatures(
+            *(bucket, decode, prefill, length, decode_kv, chunk_kv + keys, other_pairs + pairs),
+            *features[7:10],
+            True,  # adapters
+            *features[11:14],
+            self.microbatch.dropout,
+            features.dropout_units,
         )
 
     def with_units(self, features: StepFeatures, count: int) -> StepFeatures:
@@ -137,22 +136,6 @@ class Progress:
             return 0
         sweeps, rest = divmod(unit - self.head_units, self.slices)
         return sweeps * self._sweep_pairs[-1] + self._sweep_pairs[rest]
-
-    def _slice_pairs(self) -> list[float]:
-        """What `_extent` says first of each slice, all in one pass: there may be hundreds."""
-        reads, unit_tokens = self._reads, self.unit_tokens
-        pairs, begin = [0.0] * self.slices, 0
-        for end in self._ends:
-            start = begin
-            while start < end:
-                own = start // unit_tokens
-                stop = (own + 1) * unit_tokens
-                if stop > end:
-                    stop = end
-                pairs[own] += reads.pairs(stop - start, stop - begin)
-                start = stop
-            begin = end
-        return pairs
 
     def _extent(self, start: int, stop: int) -> tuple[float, float]:
         """Sum of query length x key length, and of key lengths, over the sequences in tokens
