@@ -86,8 +86,12 @@ class GatedRefs(NamedTuple):
     def load_tile(self, row, column) -> jax.Array:
         """Columns of rows of the products; zeros beyond the last of both."""
         gate, up = (x.load_tile(row, column) for x in self)
-        wide = gate.astype(jnp.float32)
-        return (wide / (1.0 + jnp.exp(-wide)) * up.astype(jnp.float32)).astype(gate.dtype)
+        return gated_tile(*(x.astype(jnp.float32) for x in (gate, up))).astype(gate.dtype)
+
+
+def gated_tile(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, of float32 tiles in a kernel."""
+    return gate / (1.0 + jnp.exp(-gate)) * up
 
 
 def _load(ref, index, mask) -> jax.Array:

@@ -25,6 +25,7 @@ from kernels_pallas.grouped_lora.pallas_triton import (
     splits_of,
 )
 from kernels_pallas.grouped_lora.sums import Ahead, LowRankCall, Shrunk
+from kernels_pallas.row_refs import gated_tile
 from kernels_pallas.tuning import tiles
 
 MOST_SPLITS = 32  # programs that share a block's rows
@@ -83,7 +84,7 @@ def _gated_kernel(
         def add_tile(step, sums):
             columns, inside = _columns(step, tile, width)
             gate, up = (x.load(block, columns, inside) for x in both)
-            inner = (gate / (1.0 + jnp.exp(-gate)) * up).astype(inner_ref.dtype)
+            inner = gated_tile(gate, up).astype(inner_ref.dtype)
             block.store(inner_ref, columns, inside, inner)
             return begun.add(sums, inner, columns)
 
