@@ -32,10 +32,9 @@ def check_microbatch(microbatch: Microbatch, config: SchedulerConfig) -> None:
     lengths = microbatch.lengths
     if not lengths or min(lengths) < 1:
         raise ValueError(f"{name}: lengths={lengths} must not be empty, and each at least 1")
-    if max(lengths) > config.max_model_len:
+    if (longest := max(microbatch.keys)) > config.max_model_len:
         raise ValueError(
-            f"{name}: a sequence of {max(lengths)} tokens exceeds"
-            f" max_model_len={config.max_model_len}"
+            f"{name}: a sequence of {longest} tokens exceeds max_model_len={config.max_model_len}"
         )
     slices = -(-microbatch.tokens // config.unit_tokens)
     if slices * config.unit_tokens > config.finetune_slots:

@@ -42,6 +42,8 @@ class Progress:
         self.total_units = self.head_units + self.slices * layers
         self._segments, self._reads = config.max_finetune_segments, config.reads
         self._ends = list(itertools.accumulate(microbatch.lengths))
+        # Where each sequence would begin if the tokens before it lay there, too.
+        self._begins = [end - keys for end, keys in zip(self._ends, microbatch.keys, strict=True)]
         # (query, key) pairs of the first i units of a layer: slices come from the last one on.
         starts = range((self.slices - 1) * self.unit_tokens, -1, -self.unit_tokens)
         pairs = [self._extent(s, min(s + self.unit_tokens, self.tokens))[0] for s in starts]
@@ -143,11 +145,10 @@ class Progress:
         pairs = keys = 0.0
         segment = bisect.bisect_right(self._ends, start)
         if stop <= self._ends[segment]:  # within one sequence
-            last = stop - self._ends[segment] + self.microbatch.lengths[segment]
+            last = stop - self._begins[segment]
             return self._reads.pairs(stop - start, last), self._reads(last, stop - start)
         while start < stop:
-            begin = self._ends[segment] - self.microbatch.lengths[segment]
-            end = min(self._ends[segment], stop)
+            begin, end = self._begins[segment], min(self._ends[segment], stop)
             pairs += self._reads.pairs(end - start, end - begin)
             keys += self._reads(end - begin, end - start)
             start, segment = end, segment + 1

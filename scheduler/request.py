@@ -183,6 +183,8 @@ class Microbatch:
                    and no others
     scoring        its log-probabilities are wanted before any loss: it begins with scoring units
     dropout        its forward and its layer units draw masks, which costs time
+    before         tokens that come before each sequence and are another of them: whole pages, which
+                   several may share; empty: none
     """
 
     microbatch_id: int
@@ -192,6 +194,7 @@ class Microbatch:
     weights_version: int = 0
     scoring: bool = False
     dropout: bool = False
+    before: tuple[int, ...] = ()
 
     @property
     def scored(self) -> bool:
@@ -202,6 +205,15 @@ class Microbatch:
     def tokens(self) -> int:
         """Tokens of all packed sequences."""
         return sum(self.lengths)
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """Keys that the last token of each sequence sees."""
+        return (
+            tuple(map(sum, zip(self.lengths, self.before, strict=True)))
+            if self.before
+            else self.lengths
+        )
 
 
 class Chunk(NamedTuple):

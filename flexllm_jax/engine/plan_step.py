@@ -263,16 +263,17 @@ class StepBuilder:
         inputs.adapter[where] = current.job.bank_slot - 1
         inputs.saved_row[where] = forward.first_token_slot + np.arange(tokens.start, tokens.stop)
         start, row = 0, self._runner.sizes.rows
-        for length, pages in zip(packed.lengths, current.pages, strict=True):
-            first, last = max(start, tokens.start), min(start + length, tokens.stop)
+        for part, pages in zip(packed.parts, current.pages, strict=True):
+            first, last = max(start, tokens.start), min(start + len(part), tokens.stop)
             if first < last:
                 at += last - first
                 inputs.query_starts[sequences + 1 :] = at
-                inputs.kv_lengths[sequences] = last - start
+                inputs.kv_lengths[sequences] = part.start + last - start
                 inputs.table[sequences] = row
-                self._new_pages.append((row, 0, pages))
+                shared = () if part.shared is None else current.pages[part.shared]
+                self._new_pages.append((row, 0, (*shared, *pages)))
                 sequences, row = sequences + 1, row + 1
-            start += length
+            start += len(part)
         inputs.unfinished[0] = self._unfinished
         # What one sequence is read from, another is not written to.
         if row > self._runner.sizes.rows + 1:

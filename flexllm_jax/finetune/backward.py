@@ -61,7 +61,7 @@ def layer_unit(
     saved: dict,
     flow: dict,
     gradients: dict,
-    table: Int[Array, "8 S"],
+    table: Int[Array, "10 S"],
     index: Int[Array, ""],
     start: Int[Array, ""],
     dropout: JobDropout | None = None,
@@ -188,7 +188,7 @@ def layer_units(
     saved: dict,
     flow: dict,
     gradients: dict,
-    table: Int[Array, "8 S"],
+    table: Int[Array, "10 S"],
     index: Int[Array, ""],
     start: Int[Array, ""],
 ) -> tuple[dict, dict]:

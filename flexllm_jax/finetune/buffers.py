@@ -26,7 +26,9 @@ class MicrobatchTable(NamedTuple):
     label: token to predict next, or -1 where no loss counts. position: in its sequence. kv_slot:
     page * page_size + offset of its key. sequence_start: token slot of its sequence's first token
     (S for padding, which then attends to nothing). pair_start: that of the other sequence of its
-    pair. weight, reference, advantage: float32, what the loss takes (`losses.LossTokens`).
+    pair. shared_start, shared_end: token slots of the tokens that come before its sequence and
+    others', too; both sequence_start where there are none. weight, reference, advantage: float32,
+    what the loss takes (`losses.LossTokens`).
     """
 
     label: Any
@@ -34,6 +36,8 @@ class MicrobatchTable(NamedTuple):
     kv_slot: Any
     sequence_start: Any
     pair_start: Any
+    shared_start: Any
+    shared_end: Any
     weight: Any
     reference: Any
     advantage: Any
@@ -44,17 +48,23 @@ class MicrobatchTable(NamedTuple):
         packed = np.zeros((TABLE_ROWS, slots), np.int32)
         table = cls(*packed[:_INT_ROWS], *packed[_INT_ROWS:].view(np.float32))
         table.label[:] = -1
-        table.sequence_start[:] = table.pair_start[:] = slots
+        for starts in (
+            table.sequence_start,
+            table.pair_start,
+            table.shared_start,
+            table.shared_end,
+        ):
+            starts[:] = slots
         return table, packed
 
     @classmethod
-    def unpack(cls, packed: Int[Array, "8 S"]) -> "MicrobatchTable":
+    def unpack(cls, packed: Int[Array, "10 S"]) -> "MicrobatchTable":
         """The fields of the packed array, on the device."""
         floats = lax.bitcast_convert_type(packed[_INT_ROWS:], jnp.float32)
         return cls(*packed[:_INT_ROWS], *floats)
 
 
-TABLE_ROWS, _INT_ROWS = len(MicrobatchTable._fields), 5
+TABLE_ROWS, _INT_ROWS = len(MicrobatchTable._fields), 7
 
 
 # Where an activation lies in the row that a layer saves of a token: by kind of layer, by name.

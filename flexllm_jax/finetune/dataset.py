@@ -13,6 +13,7 @@ import numpy as np
 
 from flexllm_jax.config import FinetuneConfig
 from flexllm_jax.finetune.data import BatchStream, Dataset, TrainingSequence, pack
+from flexllm_jax.finetune.layout import Head
 from flexllm_jax.finetune.losses import Loss
 from flexllm_jax.finetune.microbatch import Datum, PackedMicrobatch
 from flexllm_jax.finetune.optimizer import hyperparameters
@@ -119,7 +120,7 @@ class DatasetSource:
         self.config, self.method = config, method
         self.dataset, self.validation = dataset, validation
         self._max_tokens, self._pack_tokens = max_tokens, pack_tokens
-        self._first_position = first_position
+        self._first_position, self.page = first_position, 0
         self.stream = BatchStream(dataset, config.batch_tokens, config.seed)
         self.total_steps: int = config.steps or self.stream.batches_left(config.epochs or 1)
         self._ready: deque[tuple[_Pass, Sequence[Any]] | Step] = deque()
@@ -172,11 +173,15 @@ class DatasetSource:
         self, rows: Sequence[Any], places: dict[int, tuple[int, int]] | None = None
     ) -> _Pass:
         """Queue the microbatches of a pass; `places` (see `_Pass`) make it a batch."""
-        groups = pack(rows, self._max_tokens, self._pack_tokens)
+        groups = pack(rows, self._max_tokens, self._pack_tokens, heads=self._heads)
         rows_pass = _Pass(groups, self.method.divisor(rows) or 1.0, places or {})
         self._passes.append(rows_pass)
         self._ready += [(rows_pass, group) for group in groups]
         return rows_pass
+
+    def _heads(self, row: Any) -> list[Head | None]:
+        data = self.method.data(row, ()) if self.page else ()
+        return [datum.head(self.method.loss, self.page) for datum in data]
 
     def _pack(self, rows: Sequence[Any], places: dict[int, tuple[int, int]]) -> PackedMicrobatch:
         data: list[Datum] = []
@@ -191,7 +196,7 @@ class DatasetSource:
                 names += [(*places[id(row)], i) for i in range(len(own))]
         return PackedMicrobatch(
             *(tuple(data), self.method.loss, tuple(pairs)),
-            *(self._first_position, bool(places), tuple(names)),
+            *(self._first_position, bool(places), tuple(names), self.page),
         )
 
     # -- results ----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def score_unit(
     params: dict,
     adapter: dict | None,
     flow: dict,
-    table: Int[Array, "8 S"],
+    table: Int[Array, "10 S"],
     start: Int[Array, ""],
     dropout: JobDropout | None = None,
 ) -> dict:
@@ -70,7 +70,7 @@ def loss_unit(
     adapter: dict | None,
     flow: dict,
     gradients: dict | None,
-    table: Int[Array, "8 S"],
+    table: Int[Array, "10 S"],
     loss: Float[Array, " L"],
     start: Int[Array, ""],
     dropout: JobDropout | None = None,

@@ -165,22 +165,24 @@ def _sigmoid(x: Array, xp: ModuleType) -> Array:
 @dataclass(frozen=True)
 class LossKind:
     """A loss: its formula, the settings it reads with their defaults, and whether it needs the
-    log-probabilities of whole sequences before any coefficient."""
+    log-probabilities of whole sequences before any coefficient. silent: a token whose fields of
+    these names are 0 has no part in the loss, its own or its sequence's; without names all have."""
 
     formula: Formula
     defaults: dict[str, float]
     of_sequences: bool = False
+    silent: tuple[str, ...] = ("weight",)
 
 
-_RATIO = {"low": 0.8, "high": 1.2}
+_RATIO, _NO_GAIN = {"low": 0.8, "high": 1.2}, ("advantage",)
 LOSSES: dict[str, LossKind] = {
     "cross_entropy": LossKind(_cross_entropy, {}),
-    "importance_sampling": LossKind(_importance_sampling, {"high": math.inf}),
-    "ppo": LossKind(_ppo, _RATIO),
-    "cispo": LossKind(_cispo, {"low": 0.0, "high": 4.0}),
-    "dro": LossKind(_dro, {"beta": 0.05}),
-    "sapo": LossKind(_sapo, {"tau_pos": 1.0, "tau_neg": 1.05}),
-    "gspo": LossKind(_gspo, _RATIO, of_sequences=True),
+    "importance_sampling": LossKind(_importance_sampling, {"high": math.inf}, silent=_NO_GAIN),
+    "ppo": LossKind(_ppo, _RATIO, silent=_NO_GAIN),
+    "cispo": LossKind(_cispo, {"low": 0.0, "high": 4.0}, silent=_NO_GAIN),
+    "dro": LossKind(_dro, {"beta": 0.05}, silent=()),
+    "sapo": LossKind(_sapo, {"tau_pos": 1.0, "tau_neg": 1.05}, silent=_NO_GAIN),
+    "gspo": LossKind(_gspo, _RATIO, of_sequences=True, silent=("weight", *_NO_GAIN)),
     "dpo": LossKind(_dpo, {"beta": 0.1}, of_sequences=True),
     "ipo": LossKind(_ipo, {"beta": 0.1}, of_sequences=True),
     "simpo": LossKind(_simpo, {"beta": 2.0, "gamma": 1.0}, of_sequences=True),
@@ -221,6 +223,11 @@ class Loss:
     def of_sequences(self) -> bool:
         """Whether log-probabilities of whole sequences come before any coefficient."""
         return LOSSES[self.name].of_sequences
+
+    def silent(self, fields: Any) -> np.ndarray:
+        """Which tokens have no part in it; bool [n]. `fields`: has arrays [n] by those names."""
+        zero = [getattr(fields, name) == 0 for name in LOSSES[self.name].silent]
+        return np.all(zero, axis=0) if zero else np.zeros(len(fields.weight), np.bool_)
 
     def packed(self) -> np.ndarray:
         """For the device: the loss's number in LOSSES and its settings, float32

@@ -60,7 +60,13 @@ class CannotGoOn(UserError):
 
 class Source(Protocol):
     """Hands a job's work over in order. It must draw nothing from time or chance between calls: a
-    resumed job does what it would have done."""
+    resumed job does what it would have done.
+
+    page: tokens that sequences of a microbatch may share together (`PackedMicrobatch.page`); the
+    engine sets it before it asks for anything.
+    """
+
+    page: int
 
     @property
     def total_steps(self) -> int | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from scheduler.coserving import Scheduler
 from scheduler.latency.model import Sampling
@@ -22,24 +22,42 @@ ROWS_LEFT = 4  # a quarter of the rows is left to others
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """groups: of each prompt its tokens, and those of each answer. microbatches: of each the tokens
-    of its sequences; none where there is nothing to learn."""
+    """groups: of each prompt its tokens, and those of each answer. microbatches: what is trained of
+    them, whoever's; none where there is nothing to learn."""
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
-    microbatches: tuple[tuple[int, ...], ...]
+    microbatches: tuple[Microbatch, ...]
 
     @classmethod
     def of(
-        cls, groups: Sequence[tuple[int, Sequence[int]]], microbatch_tokens: int
+        cls,
+        groups: Sequence[tuple[int, Sequence[int]]],
+        microbatch_tokens: int,
+        page_size: int,
     ) -> RolloutBatch:
-        """All that is said is trained, packed in microbatches of so many tokens."""
-        lengths = [prompt + answer for prompt, answers in groups for answer in answers]
-        packed: list[list[int]] = []
-        for length in lengths:
-            if not packed or sum(packed[-1]) + length > microbatch_tokens:
-                packed.append([])
-            packed[-1].append(length)
-        return cls(tuple((p, tuple(own)) for p, own in groups), tuple(map(tuple, packed)))
+        """All that is said is trained, packed in microbatches of so many tokens: nothing behind the
+        last token before it, and the whole pages of a prompt once a microbatch."""
+        packed: list[list[tuple[int, int]]] = []  # of each sequence: tokens, and those before it
+        room = 0
+        for prompt, answers in groups:
+            shared, begun = (prompt - 1) // page_size * page_size, False
+            for answer in answers:
+                own = prompt + answer - 1 - shared
+                needed = own if begun else own + shared
+                if not packed or needed > room:
+                    packed.append([])
+                    room, begun, needed = microbatch_tokens, False, own + shared
+                if shared and not begun:
+                    packed[-1].append((shared, 0))
+                packed[-1].append((own, shared))
+                room, begun = room - needed, True
+        return cls(
+            tuple((p, tuple(own)) for p, own in groups),
+            tuple(
+                Microbatch(0, lengths, before=before)
+                for lengths, before in (zip(*own, strict=True) for own in packed)
+            ),
+        )
 
 
 @dataclass
@@ -80,10 +98,10 @@ class RolloutSupply:
             if self._unanswered[self.trained]:
                 break
             del self._unanswered[self.trained]
-            for lengths in self._batch(self.trained).microbatches:
+            for own in self._batch(self.trained).microbatches:
                 self._number += 1
-                own = Microbatch(self._number, lengths, job=self.job, weights_version=self.trained)
-                self._ready.append(own)
+                mine = {"microbatch_id": self._number, "job": self.job}
+                self._ready.append(replace(own, **mine, weights_version=self.trained))
             if not self._ready:
                 self.trained += 1
         for leader in list(self._behind):

@@ -11,7 +11,7 @@ from scheduler.simulation.engine import SimulatedEngine, replay, report
 from scheduler.simulation.rollouts import RolloutBatch, RolloutSupply
 from tests.scheduler.test_simulator import SLO, arrivals, make
 
-BATCH = RolloutBatch.of([(100, [20, 60, 40]), (90, [50, 10, 30])], 512)
+BATCH = RolloutBatch.of([(100, [20, 60, 40]), (90, [50, 10, 30])], 512, 16)
 
 
 def rollouts(batches=(BATCH,), **fields):
@@ -48,7 +48,7 @@ def test_a_batch_is_trained_when_all_of_it_is_answered_and_then_the_next_begins(
         per_batch = sum(sum(own) for _, own in BATCH.groups)
         begun = len(seen) * per_batch
         assert supply.trained * per_batch <= engine.answered_tokens <= begun
-        trained = sum(map(sum, BATCH.microbatches))
+        trained = sum(own.tokens for own in BATCH.microbatches)
         assert engine.finetune_tokens // trained == supply.trained
 
 

@@ -216,6 +216,7 @@ def _unit_cases(runner: Runner) -> Iterator[tuple[StepFeatures, Callable[[], obj
     positions = np.arange(sizes.finetune_slots, dtype=np.int32)
     rows, packed = MicrobatchTable.empty(sizes.finetune_slots)
     rows.label[:] = rows.sequence_start[:] = rows.pair_start[:] = 0
+    rows.shared_start[:] = rows.shared_end[:] = 0
     rows.position[:], rows.kv_slot[:] = positions, positions % (runner.num_pages * sizes.page_size)
     table, loss = runner.put((packed, Loss.of().packed()))
     weights = runner.new_job_state({})["master"]

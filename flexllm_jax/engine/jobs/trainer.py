@@ -101,6 +101,9 @@ class Trainer:
 
     def enter(self, job: FinetuneJob) -> None:
         """Let a job have its turns."""
+        # Shared tokens would have one mask of dropout, and a recurrent state after them one copy.
+        if not (job.lora_dropout or self._runner.sizes.recurrent):
+            job.source.page = self._runner.sizes.page_size
         self.jobs[job.name] = job
         self._scheduler.add_job(job.name, job.config.weight, job.config.priority)
 
@@ -279,7 +282,7 @@ class Trainer:
     def _scored(self, job: FinetuneJob, packed: PackedMicrobatch, logprob: np.ndarray) -> None:
         if not job.running:
             return
-        job.scored(packed, logprob)
+        job.scored(packed, packed.of_data(logprob))
         if job.complete:
             self._complete(job)
 

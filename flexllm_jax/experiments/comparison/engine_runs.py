@@ -6,7 +6,7 @@ knows every step's time before it plans the step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -179,10 +179,5 @@ class RecordedSupply(TrainingSupply):
         around, index = divmod(self._given, len(self._microbatches))
         self._given += 1
         one = self._microbatches[index]
-        return Microbatch(
-            self._given,
-            one.lengths,
-            one.backward,
-            self.job,
-            one.weights_version + around * self._versions,
-        )
+        version = one.weights_version + around * self._versions
+        return replace(one, microbatch_id=self._given, job=self.job, weights_version=version)

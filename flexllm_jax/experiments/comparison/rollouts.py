@@ -17,7 +17,7 @@ import numpy as np
 from flexllm_jax.config import Config, ConfigError
 from flexllm_jax.engine.engine import Engine
 from flexllm_jax.finetune.job import FinetuneJob
-from flexllm_jax.finetune.microbatch import Datum
+from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.finetune.reinforcement.episodes import Group
 from flexllm_jax.launch.replay import ReplayRequest
 from flexllm_jax.launch.run import Run, prepare
@@ -73,16 +73,16 @@ class RecordedRollouts:
         self._steps = [(f, s) for f, s, _ in list(self._engine.scheduler.latency.recent)]
         self._host_s = float(np.mean(self._engine.host_seconds))
 
-    def _note(self, groups: Sequence[Group], packs: Sequence[Sequence[Datum]]) -> None:
+    def _note(self, groups: Sequence[Group], packed: Sequence[PackedMicrobatch]) -> None:
         answers = tuple(
             (len(g.prompt.tokens), tuple(max(1, e.length) for e in g.episodes)) for g in groups
         )
-        microbatches = tuple(tuple(map(len, own)) for own in packs) * self._method.num_iterations
-        self.batches.append(RolloutBatch(answers, microbatches))
+        microbatches = tuple(own.as_planned(0, self._job.name, 0) for own in packed)
+        self.batches.append(RolloutBatch(answers, microbatches * self._method.num_iterations))
 
     def _in(self, seconds: float, steps: int) -> Throughput:
         groups = [own for batch in self.batches for own in batch.groups]
-        trained = sum(sum(own) for batch in self.batches for own in batch.microbatches)
+        trained = sum(own.tokens for batch in self.batches for own in batch.microbatches)
         return Throughput(sum(sum(own) for _, own in groups), trained, seconds, steps)
 
     @property

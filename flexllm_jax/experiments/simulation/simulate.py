@@ -251,7 +251,9 @@ def _rollouts(
     each = section.prompts * section.generations
     drawn = lengths.draw(np.random.default_rng([seed, 7]), _BATCHES * each)
     batches = [
-        RolloutBatch.of([(section.prompt_tokens, own) for own in batch], microbatch_tokens)
+        RolloutBatch.of(
+            [(section.prompt_tokens, own) for own in batch], microbatch_tokens, limits.page_size
+        )
         for batch in drawn.reshape(_BATCHES, section.prompts, section.generations).tolist()
     ]
     rows = limits.max_sequences

@@ -179,7 +179,7 @@ class CallSource:
 
     def __init__(self, max_tokens: int, pack_tokens: int, most_sequences: int):
         self._max_tokens, self._pack_tokens = max_tokens, pack_tokens
-        self._most_sequences = most_sequences
+        self._most_sequences, self.page = most_sequences, 0
         self._calls: deque[Call] = deque()  # not begun
         self._ready: deque[PackedMicrobatch | Step | Aside] = deque()
         self._answering: deque[_Scoring | StepCall] = deque()  # results to come, in order
@@ -246,12 +246,14 @@ class CallSource:
             for number, datum in enumerate(call.data)
             for target, own in enumerate(datum)
         }
-        packs = pack(sequences, self._max_tokens, self._pack_tokens, self._most_sequences)
+        sizes = (self._max_tokens, self._pack_tokens, self._most_sequences)
+        packs = pack(sequences, *sizes, lambda own: [own.head(call.loss, self.page)])
         places = [[place[id(own)] for own in group] for group in packs]
         found = [[np.empty(0, np.float32)] * len(datum) for datum in call.data]
         self._answering.append(_Scoring(call, places, found=found))
         self._ready += [
-            PackedMicrobatch(tuple(group), call.loss, backward=call.backward) for group in packs
+            PackedMicrobatch(tuple(own), call.loss, backward=call.backward, page=self.page)
+            for own in packs
         ]
 
     # -- results ----------------------------------------------------------------------------------

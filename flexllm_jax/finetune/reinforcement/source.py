@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,11 @@ class ReinforcementSource:
         self.sampler: Sampler | None = None
         self.reader: PromptReader | None = None  # of its prompts
         self.asking: Asking | None = None  # by which its grader asks models
-        self.on_batch: Callable[..., None] = lambda groups, packs: None  # sees what is trained
+        self.on_batch: Callable[..., None] = lambda groups, microbatches: (
+            None
+        )  # sees what is trained
         self._max_tokens, self._pack_tokens = max_tokens, pack_tokens
-        self._first_position = first_position
+        self._first_position, self.page = first_position, 0
         updates, size = self.method.num_iterations, self.method.batch_size
         in_epochs = -(-len(dataset) * (config.epochs or 1) // size) * updates
         self.total_steps: int = config.steps or in_epochs
@@ -214,18 +216,19 @@ class ReinforcementSource:
         self.samples = [told for group in groups for told in group.told]
         data, scale = self._data(groups)
         self._version = None  # the next steps change it
-        packs = pack(data, self._max_tokens, self._pack_tokens)
         place = {id(datum): i for i, datum in enumerate(data)}
-        self.on_batch(batch.groups, packs)
+        heads = lambda datum: [datum.head(self.loss, self.page)]  # noqa: E731
+        microbatches = [
+            PackedMicrobatch(tuple(own), self.loss, (), self._first_position, page=self.page)
+            for own in pack(data, self._max_tokens, self._pack_tokens, heads=heads)
+        ]
+        self.on_batch(batch.groups, microbatches)
         updates, self._skipped = method.num_iterations - self._skipped, 0
         updates = min(updates, self.total_steps - self._handed)
         for left in reversed(range(updates)):
             self._ready += [
-                PackedMicrobatch(
-                    *(tuple(own), self.loss, (), self._first_position),
-                    names=tuple((self._handed, place[id(datum)]) for datum in own),
-                )
-                for own in packs
+                replace(own, names=tuple((self._handed, place[id(datum)]) for datum in own.data))
+                for own in microbatches
             ]
             values = hyperparameters(self.config.optimizer, self._handed, self.total_steps, scale)
             self._handed += 1
