@@ -33,12 +33,27 @@ class AttentionOptions:
         """The factor for heads of this size."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
-    def first_keys(self, starts: jax.Array, rows: jax.Array) -> jax.Array:
+    def first_keys(
+        self,
+        starts: jax.Array,
+        rows: jax.Array,
+        shared: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
         """The first key that each query sees: `starts`, of their sequences, or later. `rows`: their
-        own places, in the same count. A start past its row, as padding has, stays there."""
+        own places, in the same count. A start past its row, as padding has, stays there.
+
+        shared: the first and the end of the tokens that come before each sequence, anywhere ahead
+        of it; both are its start where none do. A window counts them as if they lay right before.
+        """
         import jax.numpy as jnp
 
-        return starts if self.window is None else jnp.maximum(starts, rows - self.window + 1)
+        first, end = (starts, starts) if shared is None else shared
+        if self.window is None:
+            return first
+        if shared is None:
+            return jnp.maximum(starts, rows - self.window + 1)
+        left = self.window - 1 - (rows - starts)  # of the window, for what comes before
+        return jnp.where(left > 0, jnp.maximum(first, end - left), starts - left)
 
 
 FULL = AttentionOptions()

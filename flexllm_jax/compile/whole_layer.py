@@ -70,13 +70,15 @@ def attention_forward(q, k, v, sinks, options: AttentionOptions, backend: Backen
 def attention_gradient(q, k, v, out, lse, d_out, options: AttentionOptions, backend: Backend):
     """One operation of the trace."""
     slots = jnp.arange(q.shape[0], dtype=jnp.int32)
+    starts = jnp.zeros_like(slots)
     zeros = jnp.zeros(k.shape, jnp.float32)
     dq, dk, dv = attention_backward(
         q,
         _paged(k),
         _paged(v),
         slots,
-        jnp.zeros_like(slots),
+        starts,
+        jnp.stack([starts, starts]),
         jnp.int32(0),
         out,
         lse,

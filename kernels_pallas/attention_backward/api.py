@@ -22,7 +22,7 @@ def attention_backward(
         return _kernel(arguments, options, backend)(*arguments, options=options, backend=backend)
     shape = arguments[0].shape
     arrays = [as_array(x) for x in arguments]
-    arrays[6] = arrays[6].reshape(shape)
+    arrays[7] = arrays[7].reshape(shape)
     return base.attention_backward(*arrays, options=options)
 
 
@@ -48,6 +48,6 @@ def attention_of_slice(
         out, lse = pallas_triton.attention_of_slice(*arguments, options=options, backend=backend)
     else:
         out, lse = base.attention_of_slice(*arguments, options=options)
-    sequence_starts, first_row = arguments[4:6]
+    sequence_starts, first_row = arguments[4], arguments[6]
     live = sequence_starts <= first_row + jnp.arange(out.shape[0])
     return join_sinks(out, lse, sinks, live)

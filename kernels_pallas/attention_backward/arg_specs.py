@@ -50,12 +50,14 @@ def _make(key, model: ModelShape, lengths, slots, unit_tokens, start, page_size,
     seen = start + np.arange(unit_tokens) + 1 - sequence_starts[start : start + unit_tokens]
     lse = rows(dtype=jnp.float32) * 0.1 + np.log(np.maximum(seen, 1))[:, None] + 0.5
     accumulator = jnp.zeros((slots, model.num_kv_heads, model.head_dim), jnp.float32)
+    starts = jnp.asarray(sequence_starts[start : start + unit_tokens])
     return (
         q,
         k_pages,
         v_pages,
         kv_slots,
-        jnp.asarray(sequence_starts[start : start + unit_tokens]),
+        starts,
+        jnp.stack([starts, starts]),
         jnp.int32(start),
         out,
         lse.astype(jnp.float32),
@@ -94,7 +96,7 @@ def _case(
         flops=5.0 * 2 * pairs * model.head_dim,
         bytes=float(values),
         bound="products",
-        donated=(9, 10),
+        donated=(10, 11),
         target=target,
     )
 
@@ -106,7 +108,7 @@ def _again(case: Case, options: AttentionOptions = FULL) -> Case:
         case,
         name=f"{case.name}/again",
         function=partial(attention_of_slice, options=options),
-        make=lambda key: case.make(key)[:6],
+        make=lambda key: case.make(key)[:7],
         flops=case.flops * 2 / 5,
         bytes=case.bytes / 2,
         donated=(),

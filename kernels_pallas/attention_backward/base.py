@@ -5,10 +5,19 @@ A microbatch's sequences lie one after the other, and its rows are cut in slices
 slices of one layer run from the last to the first; each adds into float32 accumulators of the
 gradients of the keys and values that its queries read. When a slice has added its own share, its
 rows of the accumulators are complete, because every later query has been there before.
+
+Sequences that begin alike, as the answers to one prompt do, may share those tokens: they lie in the
+microbatch once, before all that go on from them. Tokens p of a prompt and a, b of two answers (x:
+sees; the gap of an answer is what lies between the prompt and itself):
+
+               key p0 p1 a0 a1 b0 b1
+         query a1   x  x  x  x
+         query b1   x  x        x  x
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +38,7 @@ def attention_of_slice(
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
     sequence_starts: Int[Array, " U"],
+    shared: Int[Array, "2 U"],
     first_row: Int[Array, ""],
     options: AttentionOptions = FULL,
 ) -> tuple[Float[Array, "U N H"], Float[Array, "U N"]]:
@@ -39,7 +49,7 @@ def attention_of_slice(
         Attention output in q's dtype, and the float32 log-sum-exp of the scaled scores; zeros in
         padding. The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 1).
     """
-    blocks = _blocks(q, sequence_starts, first_row)
+    blocks = _blocks(q, first_row, sequence_starts, *shared)
     out, lse = lax.map(lambda own: _block_forward(own, k_pages, v_pages, kv_slots, options), blocks)
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
@@ -51,29 +61,27 @@ def _block_forward(
     kv_slots: Int[Array, " S"],
     options: AttentionOptions,
 ) -> tuple[Float[Array, "U N H"], Float[Array, "U N"]]:
-    """`attention_of_slice` of a block of U queries: themselves, their sequences' starts, and the
-    first one's row."""
-    q, sequence_starts, first_row = own
+    """`attention_of_slice` of a block of U queries (`_blocks`)."""
+    q, first_row, sequence_starts, *shared = own
     unit_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     scale = options.scale_of(head_dim)
     group = num_heads // kv_heads
-    token = first_row + jnp.arange(unit_tokens)
-    attends = sequence_starts <= token
-    starts = options.first_keys(sequence_starts, token)
+    sees = _Sees.of(first_row + jnp.arange(unit_tokens), sequence_starts, shared, options)
+    attends = sees.attends
     queries = _by_kv_head(jnp.where(attends[:, None, None], q, 0), kv_heads)
-    index, start = (jnp.repeat(x, group)[:, None] for x in (token, starts))  # [U*G, 1]
-    first_chunk, last_chunk, read = _chunks(k_pages, v_pages, kv_slots, token, attends, starts)
+    rows = sees.repeated(group)[:, :, None]  # [4, U*G, 1]
+    chunks, read = _chunks(k_pages, v_pages, kv_slots, sees)
 
-    def chunk_of_keys(c, carry):
+    def chunk_of_keys(n, carry):
         total, maximum, accumulated = carry
-        key_index, keys, values = read(c)
+        key_index, keys, values = read(n)
         scores = scale * jnp.einsum(
             "kqh,kch->kqc", queries, keys, preferred_element_type=jnp.float32
         )
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-        visible = (key_index >= start) & (key_index <= index)  # [U*G, C]
+        visible = _visible(key_index, rows)  # [U*G, C]
         scores = jnp.where(visible, scores, _MASKED)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
         weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
@@ -84,8 +92,8 @@ def _block_forward(
         return total * correction + weights.sum(axis=-1), new_maximum, accumulated
 
     total, maximum, accumulated = lax.fori_loop(
-        first_chunk,
-        last_chunk + 1,
+        0,
+        chunks,
         chunk_of_keys,
         (
             jnp.zeros(queries.shape[:2], jnp.float32),
@@ -109,6 +117,7 @@ def attention_backward(
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
     sequence_starts: Int[Array, " U"],
+    shared: Int[Array, "2 U"],
     first_row: Int[Array, ""],
     out: Float[Array, "U N H"],
     lse: Float[Array, "U N"],
@@ -128,6 +137,10 @@ def attention_backward(
         sequence_starts: for each query, the first token of its sequence: it attends to the tokens
             [sequence_starts[i], first_row + i]. A row that is padding starts past itself,
             attends to nothing, and changes nothing whatever its other arguments hold.
+        shared: the tokens [shared[0, i], shared[1, i]) come before each query's sequence, which
+            goes on from them: query i attends to them and to [sequence_starts[i], first_row + i].
+            None are shared where both are sequence_starts[i]; neither is ever larger, and in
+            padding all three are alike. The rows of the gap between hold numbers.
         first_row: the slice's first row in the microbatch; int32 scalar.
         out: the forward's output rows.
         lse: the forward's log-sum-exp of the scaled scores; float32.
@@ -142,7 +155,7 @@ def attention_backward(
     The formula is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2). With a cap c the scores
     are c tanh(s / c), whose derivative is 1 - (score / c)^2.
     """
-    blocks = _blocks(q, sequence_starts, first_row, out, lse, d_out)
+    blocks = _blocks(q, first_row, sequence_starts, *shared, out, lse, d_out)
 
     def add_block(carry, own):
         dk, dv = carry
@@ -162,30 +175,27 @@ def _block_backward(
     kv_slots: Int[Array, " S"],
     options: AttentionOptions,
 ) -> tuple[Float[Array, "U N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
-    """`attention_backward` of a block of U queries: themselves, their sequences' starts, the first
-    one's row, `out`, `lse` and `d_out`."""
-    q, sequence_starts, first_row, out, lse, d_out = own
+    """`attention_backward` of a block of U queries (`_blocks`), with `out`, `lse` and `d_out`."""
+    q, first_row, sequence_starts, *shared, out, lse, d_out = own
     unit_tokens, num_heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     group = num_heads // kv_heads
     scale, soft_cap = options.scale_of(head_dim), options.soft_cap
-    token = first_row + jnp.arange(unit_tokens)
-    attends = sequence_starts <= token
+    sees = _Sees.of(first_row + jnp.arange(unit_tokens), sequence_starts, shared, options)
     # Padding holds anything, NaN too, and 0 * NaN is NaN.
-    q, out, d_out = (jnp.where(attends[:, None, None], x, 0) for x in (q, out, d_out))
-    starts = options.first_keys(sequence_starts, token)
+    q, out, d_out = (jnp.where(sees.attends[:, None, None], x, 0) for x in (q, out, d_out))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     queries, d_outs = (_by_kv_head(x, kv_heads) for x in (q, d_out))
     lses, deltas = (_by_kv_head(x, kv_heads)[:, None] for x in (lse, delta))
-    index, start = (jnp.repeat(x, group) for x in (token, starts))  # [U*G]
-    first_chunk, last_chunk, read = _chunks(k_pages, v_pages, kv_slots, token, attends, starts)
+    rows = sees.repeated(group)  # [4, U*G]
+    chunks, read = _chunks(k_pages, v_pages, kv_slots, sees)
 
-    def chunk_of_keys(c, carry):
+    def chunk_of_keys(n, carry):
         # Scores are [key, query], and dq is transposed, so that fewer products transpose what they
         # read: those of XLA's CPU that do are half as fast.
         dq, dk, dv = carry
-        key_index, keys, values = read(c)
-        visible = (key_index[:, None] >= start) & (key_index[:, None] <= index)
+        key_index, keys, values = read(n)
+        visible = _visible(key_index[:, None], rows)
         scores = scale * jnp.einsum(
             "kch,kqh->kcq", keys, queries, preferred_element_type=jnp.float32
         )
@@ -204,8 +214,8 @@ def _block_backward(
         return dq, _add_rows(dk, add_k, key_index[0]), _add_rows(dv, add_v, key_index[0])
 
     dq, dk, dv = lax.fori_loop(
-        first_chunk,
-        last_chunk + 1,
+        0,
+        chunks,
         chunk_of_keys,
         (jnp.zeros((kv_heads, head_dim, unit_tokens * group), jnp.float32), dk, dv),
     )
@@ -213,12 +223,38 @@ def _block_backward(
     return dq.reshape(q.shape).astype(q.dtype), dk, dv
 
 
-def _blocks(q: Float[Array, "U N H"], starts: jax.Array, first_row: jax.Array, *more: jax.Array):
-    """A slice's queries, their sequences' starts, their first rows, and what else they have, in
-    blocks: few of a block's keys are of none of its queries, however short their sequences are."""
+def _blocks(q: Float[Array, "U N H"], first_row: jax.Array, *more: jax.Array):
+    """A slice's queries in blocks: themselves, their first rows, and what else they have. Few of a
+    block's keys are of none of its queries, however short their sequences are."""
     size = max(n for n in range(1, _QUERIES_AT_ONCE + 1) if q.shape[0] % n == 0)
-    q, starts, *others = (x.reshape(-1, size, *x.shape[1:]) for x in (q, starts, *more))
-    return q, starts, first_row + size * jnp.arange(len(q)), *others
+    q, *others = (x.reshape(-1, size, *x.shape[1:]) for x in (q, *more))
+    return q, first_row + size * jnp.arange(len(q)), *others
+
+
+class _Sees(NamedTuple):
+    """What each of a block's queries sees: the keys from `first` up to the query's own, without the
+    gap from `gap_first` up to `gap_end`, which may lie before all of them. Whether it `attends`."""
+
+    first: Int[Array, " U"]
+    gap_first: Int[Array, " U"]
+    gap_end: Int[Array, " U"]
+    token: Int[Array, " U"]
+    attends: Bool[Array, " U"]
+
+    @classmethod
+    def of(cls, token, starts, shared, options: AttentionOptions) -> "_Sees":
+        first = options.first_keys(starts, token, shared)
+        return cls(first, shared[1], starts, token, starts <= token)
+
+    def repeated(self, group: int) -> Int[Array, "4 UG"]:
+        """All four numbers, as often as query heads read the same key head."""
+        return jnp.repeat(jnp.stack(self[:4]), group, axis=1)
+
+
+def _visible(key: jax.Array, rows: Int[Array, "4 ..."]) -> jax.Array:
+    """Whether queries see keys: of both the places, which broadcast."""
+    first, gap_first, gap_end, token = rows
+    return (key >= first) & (key <= token) & ((key < gap_first) | (key >= gap_end))
 
 
 def _by_kv_head(x: Float[Array, "U N ..."], kv_heads: int) -> Float[Array, "K UG ..."]:
@@ -232,22 +268,28 @@ def _chunks(
     k_pages: Float[Array, "P B K H"],
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
-    token: Int[Array, " U"],
-    attends: Bool[Array, " U"],
-    starts: Int[Array, " U"],
-) -> tuple[jax.Array, jax.Array, Callable]:
-    """The first and the last chunk of keys that some query reads, and a function from a
-    chunk to its keys' places in the microbatch [C], keys and values [K, C, H] (zeros where none
-    is read: padding holds anything).
+    sees: _Sees,
+) -> tuple[jax.Array, Callable]:
+    """How many chunks of keys some query reads, and a function from the n-th of them to its keys'
+    places in the microbatch [C], keys and values [K, C, H] (zeros where none is read: padding holds
+    anything). They lie in two rows: those of shared tokens, and after a gap the queries' own.
     """
     num_slots, (kv_heads, head_dim) = kv_slots.shape[0], k_pages.shape[2:]
     chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
-    # Sequences follow each other, so all keys from the first to the last are some query's.
-    first_key = jnp.min(jnp.where(attends, starts, num_slots))
-    last_key = jnp.max(jnp.where(attends, token, -1))
+    first_key = jnp.min(jnp.where(sees.attends, sees.first, num_slots))
+    last_key = jnp.max(jnp.where(sees.attends, sees.token, -1))
+    # Sequences follow each other, so all keys from here on are some query's own.
+    own_first = jnp.maximum(sees.first, sees.gap_end)
+    own_first = jnp.min(jnp.where(sees.attends, own_first, num_slots))
+    is_before = sees.attends & (sees.first < own_first)
+    shared_end = jnp.max(jnp.where(is_before, jnp.minimum(sees.gap_first, own_first), first_key))
+    own_chunk = own_first // chunk
+    shared_chunk = jnp.minimum(first_key // chunk, own_chunk)
+    shared_chunks = jnp.minimum((shared_end + chunk - 1) // chunk, own_chunk) - shared_chunk
     heads = jnp.arange(kv_heads)[:, None]
 
-    def read(c: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def read(n: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        c = n + jnp.where(n < shared_chunks, shared_chunk, own_chunk - shared_chunks)
         index = c * chunk + jnp.arange(chunk)
         live = ((index >= first_key) & (index <= last_key))[:, None]
         rows = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk) * kv_heads + heads
@@ -257,7 +299,7 @@ def _chunks(
         )
         return index, keys, values
 
-    return first_key // chunk, last_key // chunk, read
+    return shared_chunks + last_key // chunk + 1 - own_chunk, read
 
 
 def _add_rows(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

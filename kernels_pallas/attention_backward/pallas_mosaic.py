@@ -70,6 +70,7 @@ def attention_backward(
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
     sequence_starts: Int[Array, " U"],
+    shared: Int[Array, "2 U"],
     first_row: Int[Array, ""],
     out: Float[Array, "U N H"] | Rows,
     lse: Float[Array, "U N"] | Rows,

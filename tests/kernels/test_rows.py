@@ -96,7 +96,8 @@ def test_attentions_output_and_denominator(rows, name):
     def run(in_place: bool, out, lse):
         if not in_place:
             out, lse = as_array(out).reshape(q.shape), as_array(lse)
-        places = (jnp.arange(SLOTS, dtype=jnp.int32), sequence_starts, jnp.int32(START))
+        shared = jnp.stack([sequence_starts, sequence_starts])
+        places = (jnp.arange(SLOTS, dtype=jnp.int32), sequence_starts, shared, jnp.int32(START))
         return attention_backward(
             q, k, v, *places, out, lse, d_out, zeros, zeros, backend=BACKENDS[name]
         )
