@@ -98,8 +98,8 @@ class UnitAttention(UnitMixing):
         table, start = self.tokens.table, self.tokens.start
         q = rotate(projected[0], self._angles.rotation)
         where = (self.cache["k"], self.cache["v"], table.kv_slot)
-        begins = self.tokens.of(table.sequence_start)
-        where += (begins, jnp.stack([begins, begins]), start)
+        shared = jnp.stack([table.shared_start, table.shared_end], axis=1)
+        where += (self.tokens.of(table.sequence_start), self.tokens.of(shared).T, start)
         if "attended" in self.kept:
             attended = self.kept["attended"]
             lse = Rows(self.saved["lse"], start, self.tokens.is_token, (0, q.shape[1]))

@@ -35,6 +35,7 @@ from tests.engines import (
 from tests.finetune.test_losses import reference
 
 LENGTHS = (20, 33, 7, 11, 40, 25)
+PROMPTS = {1: (0, 17), 5: (4, 10)}  # a sequence begins like another, as far as so many tokens
 PAIR_LOSSES = ("dpo", "ipo", "simpo")
 NAMES = SHORT | {"lm_head": "head"}
 
@@ -42,7 +43,7 @@ NAMES = SHORT | {"lm_head": "head"}
 class Given:
     """A source of microbatches and steps that are given beforehand."""
 
-    waiting = False
+    waiting, page = False, 0
 
     def __init__(self, *items):
         self.items, self.logprobs, self.steps = list(items), [], 0
@@ -149,7 +150,7 @@ def torch_gradients(model):
 
 def make_data(case, loss, seed=0):
     """Sequences whose labels need not be their next tokens, with references near the model's
-    log-probabilities."""
+    log-probabilities. Some are answers to the same prompt; one's tokens have labels."""
     random = np.random.default_rng(seed)
     data = []
     for number, length in enumerate(LENGTHS):
@@ -162,6 +163,13 @@ def make_data(case, loss, seed=0):
             weight = counted * random.choice([1.0, 0.5, 0.0, -1.5], length)
         if loss.name in PAIR_LOSSES:
             advantage = np.full(length, 1.0 - 2 * (number % 2))
+        for asked, (first, count) in PROMPTS.items():
+            if number in (asked, first):
+                label[:count] = np.arange(100, 100 + count) if count < 16 else -1
+                weight[:count] = 0
+                advantage[:count] *= loss.name in PAIR_LOSSES
+            if number == asked:
+                token[:count] = data[first].token[:count]
         data.append(Datum(token, label, weight, 0 * weight, advantage.astype(np.float32)))
     if loss.name in ("cross_entropy", "simpo"):
         return data
@@ -180,13 +188,13 @@ def make_data(case, loss, seed=0):
     ]
 
 
-def pack(data, loss, groups, backward=True):
+def pack(data, loss, groups, backward=True, page=0):
     """Microbatches of so many sequences each, pairs side by side."""
     made, at = [], 0
     for count in groups:
         pairs = tuple(i ^ 1 for i in range(count)) if loss.name in PAIR_LOSSES else ()
         own = tuple(data[at : at + count])
-        made.append(PackedMicrobatch(own, loss, pairs, 0, backward))
+        made.append(PackedMicrobatch(own, loss, pairs, 0, backward, page=page))
         at += count
     return made
 
@@ -218,8 +226,11 @@ def test_gradients_of_every_loss_are_those_of_torch_and_peft(case, name):
     reference(whole, masked).backward()
     expected = torch_gradients(case.model)
 
-    scored = pack(data, loss, (4, 2), backward=False)
-    two, others = pack(data, loss, (4, 2)), pack(data, loss, (2, 4))
+    page = case.llm.engine.runner.sizes.page_size
+    scored = pack(data, loss, (4, 2), backward=False, page=page)
+    two, others = pack(data, loss, (4, 2)), pack(data, loss, (2, 4), page=page)
+    shared = 16 + 8 if loss.name != "dro" else 0
+    assert sum(own.tokens for own in others) == sum(LENGTHS) - shared
     source, (together, split), _ = run(case, f"loss-{name}", *scored, *two, step(), *others, step())
     assert_same(together, expected)
     assert_same(split, expected)
