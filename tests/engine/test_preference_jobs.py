@@ -20,6 +20,7 @@ from transformers import get_scheduler
 from flexllm_jax import DpoConfig, IpoConfig, SamplingParams, SimpoConfig
 from flexllm_jax.finetune.checkpoint import JobCheckpoints
 from flexllm_jax.finetune.job import JobStatus
+from flexllm_jax.finetune.microbatch import PackedMicrobatch
 from flexllm_jax.peft.bank import to_row
 from tests.engines import (
     job_config,
@@ -155,6 +156,13 @@ def test_the_first_loss_is_ln_2_and_pairs_are_learnt_beside_requests(llm, tmp_pa
     assert validated.keys() == last.keys() - {"gradient_norm"}
 
 
+def rows_of(source, dataset):
+    """Tokens that go through the model for all rows, each prompt once."""
+    method = source.method
+    data = (tuple(method.data(row, ())) for row in dataset.items)
+    return sum(PackedMicrobatch(own, method.loss, page=source.page).tokens for own in data)
+
+
 def test_resumed_is_undisturbed_and_scores_no_reference_again(llm, rows, start, tmp_path):
     validation = write_rows(tmp_path / "validation.jsonl", pair_rows(6, seed=3))
     fields = {"method": DpoConfig(), "validation": validation, "steps": 7, "init_adapter": start}
@@ -177,10 +185,11 @@ def test_resumed_is_undisturbed_and_scores_no_reference_again(llm, rows, start, 
     assert [at for at, _ in resumed.validations] == [at for at, _ in whole.validations] == [4, 7]
     for (_, mine), (_, expected) in zip(resumed.validations, whole.validations, strict=True):
         assert mine == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    validated = 2 * resumed._job.source.validation.tokens
-    assert resumed._job.forwarded == resumed._job.tokens + validated, "references scored again"
-    scored = whole._job.source.dataset.tokens + whole._job.source.validation.tokens
-    assert whole._job.forwarded == whole._job.tokens + validated + scored
+    data = whole._job.source
+    trained, validated = (rows_of(data, own) for own in (data.dataset, data.validation))
+    assert resumed._job.forwarded == resumed._job.tokens + 2 * validated, "references scored again"
+    assert whole._job.forwarded == whole._job.tokens + 3 * validated + trained
+    assert trained < data.dataset.tokens, "prompts went through twice"
     ours, theirs = (
         load_file(j.adapter_dir / "adapter_model.safetensors") for j in (resumed, whole)
     )
