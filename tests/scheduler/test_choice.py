@@ -134,3 +134,13 @@ def test_pairs_of_slices_see_the_keys_of_their_own_sequence_only():
     pairs = [1 * 3, 2 * 6 + 2 * 2, 4 * 4]
     costs = [progress.cost(3 + i + 1) - progress.cost(3 + i) for i in range(3)]
     assert costs == pairs
+
+
+def test_pairs_of_sequences_that_go_on_from_another_are_with_its_keys_too():
+    latency = LatencyModel({}, {"backward_pairs": 1.0})
+    progress = Progress(Microbatch(0, (4, 6, 3), before=(0, 4, 4)), config((16,)), latency)
+    # Slices of 4: the last token of the third, two of the second and third each, four of the
+    # second, and the first, which both go on from.
+    pairs = [1 * 7, 2 * 10 + 2 * 6, 4 * 8, 4 * 4]
+    costs = [progress.cost(4 + i + 1) - progress.cost(4 + i) for i in range(4)]
+    assert costs == pairs

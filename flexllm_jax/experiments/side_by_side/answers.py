@@ -119,6 +119,8 @@ class OurSide:
             dtype="float32",
             # A quarter of the rows is for others; all answers of a step shall run at once.
             scheduler={"max_tokens_per_step": 512, "max_sequences": task.answers * 4 // 3 + 1},
+            # What answers share of prompts of a dozen tokens are whole pages.
+            cache={"page_size": 4},
             compile={"token_buckets": [task.answers // 4, task.answers, 256, 512]},
             adapter_bank={"slots": 5, "max_rank": task.rank},
             finetune={
