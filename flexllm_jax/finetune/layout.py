@@ -12,7 +12,7 @@ Pages are read whole, so parts end where pages do; what is left of a prompt goes
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,15 +54,12 @@ def head_of(token: np.ndarray, label: np.ndarray, silent: np.ndarray, page: int)
     return Head(length, np.stack([token[:length], label[:length]]).tobytes())
 
 
-def lay_out(lengths: Iterable[int], heads: Iterable[Head | None]) -> tuple[Part, ...]:
+def lay_out(lengths: Sequence[int], heads: Iterable[Head | None]) -> tuple[Part, ...]:
     """The parts of sequences of these lengths, in the order of their rows: a head that several have
     lies before all of them, at the place of the first."""
-    groups: dict[bytes | int, list[tuple[int, int]]] = {}
-    shared: dict[bytes | int, int] = {}
-    for number, (length, head) in enumerate(zip(lengths, heads, strict=True)):
-        key = head.key if head else number
-        groups.setdefault(key, []).append((number, length))
-        shared[key] = head.length if head else 0
+    groups: dict[Head | int, list[int]] = {}
+    for number, head in enumerate(heads):
+        groups.setdefault(head or number, []).append(number)
     parts: list[Part] = []
     row = 0
 
@@ -71,12 +68,12 @@ def lay_out(lengths: Iterable[int], heads: Iterable[Head | None]) -> tuple[Part,
         parts.append(Part(sequence, start, stop, row, shared, shared_row))
         row += stop - start
 
-    for key, members in groups.items():
-        head, head_row = len(parts), row
-        if len(members) == 1:
-            add(*members[0][:1], 0, members[0][1], None, row)
+    for head, members in groups.items():
+        if isinstance(head, int) or len(members) == 1:
+            add(members[0], 0, lengths[members[0]], None, row)
             continue
-        add(members[0][0], 0, shared[key], None, row)
-        for number, length in members:
-            add(number, shared[key], length, head, head_row)
+        before, first_row = len(parts), row
+        add(members[0], 0, head.length, None, row)
+        for number in members:
+            add(number, head.length, lengths[number], before, first_row)
     return tuple(parts)

@@ -173,11 +173,15 @@ class PackedMicrobatch:
             np.int32,
         )
         of_rows = np.repeat(of_parts + first_token_slot, [len(p) for p in self.parts], axis=0)
+        sequence_start, pair_start, shared_start, shared_end = of_rows.T
         values = MicrobatchTable(
             self.label[rows],
             self.position,
             kv_slot,
-            *of_rows.T,
+            sequence_start,
+            pair_start,
+            shared_start,
+            shared_end,
             self._joined("weight")[rows],
             self._joined("reference")[rows],
             self._joined("advantage")[rows],
