@@ -179,13 +179,7 @@ def problem(name: str, options: AttentionOptions = FULL, slots: int = SLOTS) -> 
 @pytest.fixture(params=BACKENDS)
 def backward(request):
     """An implementation, compiled once for all tests of a shape."""
-    _skip_shared(request.param, request.node.callspec.params.get("name"))
     return lambda *arguments, options=FULL: _compiled(request.param, options)(*arguments)
-
-
-def _skip_shared(backend: str, name: str | None) -> None:
-    if backend != "xla" and name and SHAPES[name].grouped:
-        pytest.skip("these kernels do not take shared tokens yet")
 
 
 @cache
@@ -237,7 +231,6 @@ def test_slices_in_reverse_order_add_up_to_the_whole_gradient(backward, name, un
 )
 @pytest.mark.parametrize(("name", "slots", "unit_tokens", "options"), MOSAIC_CASES)
 def test_slices_add_up_in_the_kernels_of_hopper(name, slots, unit_tokens, options):
-    _skip_shared("mosaic", name)
     whole = problem(name, options, slots)
     q = whole.per_token["q"][:unit_tokens]
     assert is_supported(q, whole.k_pages, whole.kv_slots, options)
@@ -331,7 +324,6 @@ def test_rows_that_no_query_sees_are_left_alone(backward):
 @pytest.mark.parametrize(("name", "unit_tokens", "options"), CASES)
 def test_the_forward_of_a_slice(backend, name, unit_tokens, options):
     """Output and log-sum-exp are those of dense attention, and zeros in padding."""
-    _skip_shared(backend, name)
     shape, whole = SHAPES[name], problem(name, options)
     given = {"options": options, "backend": BACKENDS[backend], "sinks": whole.sinks}
     forward = jax.jit(partial(attention_of_slice, **given))
