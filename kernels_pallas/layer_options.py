@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # who reads a config.json alone needs no JAX
+    from collections.abc import Sequence
+
     import jax
 
 Activation = Literal["silu", "gelu_tanh"]  # of a feed-forward network
@@ -37,7 +39,7 @@ class AttentionOptions:
         self,
         starts: jax.Array,
         rows: jax.Array,
-        shared: tuple[jax.Array, jax.Array] | None = None,
+        shared: Sequence[jax.Array] | None = None,
     ) -> jax.Array:
         """The first key that each query sees: `starts`, of their sequences, or later. `rows`: their
         own places, in the same count. A start past its row, as padding has, stays there.

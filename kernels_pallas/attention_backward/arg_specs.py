@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,58 @@ from kernels_pallas.layer_options import FULL, AttentionOptions
 
 # Sequences of a few hundred tokens that fill a microbatch of 4096 up to some padding.
 PACKED = (700, 200, 450, 310, 620, 90, 540, 380, 260, 480)
+# A prompt and six answers to it.
+GROUP = (512, 580, 610, 545, 600, 570, 590)
 # Heads in groups of a power of two, and of five.
 _MOSAIC, _MOSAIC_MODELS = "/mosaic", ("llama-3.1-8b/tp1", "qwen2.5-14b/tp1")
 
 
-def _make(key, model: ModelShape, lengths, slots, unit_tokens, start, page_size, dtype) -> tuple:
+class _Slice(NamedTuple):
+    """What a slice's tokens see, without padding: their rows, their sequences' starts, and how many
+    keys of the `shared` ones ahead of it and of their own."""
+
+    token: np.ndarray
+    starts: np.ndarray
+    shared: int
+    before: np.ndarray
+    own: np.ndarray
+
+    @classmethod
+    def of(cls, lengths, start: int, unit_tokens: int, grouped: bool, options: AttentionOptions):
+        """Of packed sequences; `grouped`: all go on from the first."""
+        token = np.arange(start, min(start + unit_tokens, sum(lengths)))
+        starts = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)[token]
+        shared = lengths[0] if grouped else 0
+        most = options.window or sum(lengths)
+        own = np.minimum(token + 1 - starts, most)
+        before = np.where(starts > 0, np.minimum(most - own, shared), 0)
+        return cls(token, starts, shared, before, own)
+
+    @property
+    def keys(self) -> int:
+        """How many keys some query sees."""
+        read = np.zeros(self.token[-1] + 1, bool)
+        read[min(self.token + 1 - self.own) :] = True
+        read[self.shared - max(self.before) : self.shared] = True
+        return int(read.sum())
+
+    def contract(self, unit_tokens: int, slots: int) -> tuple[jax.Array, jax.Array]:
+        """sequence_starts and shared, with padding."""
+        starts, shared = np.full(unit_tokens, slots), np.full((2, unit_tokens), slots)
+        starts[: len(self.token)] = self.starts
+        goes_on = (self.starts > 0) & (self.shared > 0)
+        first, end = (np.where(goes_on, n, self.starts) for n in (0, self.shared))
+        shared[:, : len(self.token)] = first, end
+        return jnp.asarray(starts, jnp.int32), jnp.asarray(shared, jnp.int32)
+
+
+def _make(
+    key, model: ModelShape, tokens: int, rows_of: _Slice, slots, unit_tokens, page_size, dtype
+) -> tuple:
     """One slice of a microbatch whose pages lie in the pool in a random order, among as many that
     are not its own and hold NaN, as padding does."""
     keys = iter(jax.random.split(key, 7))
-    tokens = sum(lengths)
-    sequence_starts = np.full(slots, slots, np.int32)
-    sequence_starts[:tokens] = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)
+    start = int(rows_of.token[0])
     padding = jnp.arange(start, start + unit_tokens) >= tokens
     own = -(-slots // page_size)
     pages = jax.random.permutation(next(keys), 2 * own)[:own]
@@ -47,17 +89,16 @@ def _make(key, model: ModelShape, lengths, slots, unit_tokens, start, page_size,
 
     k_pages, v_pages, q, out, d_out = pool(), pool(), *(rows(model.head_dim) for _ in range(3))
     # About the log-sum-exp of that many random scores, so that the weights sum to about 1.
-    seen = start + np.arange(unit_tokens) + 1 - sequence_starts[start : start + unit_tokens]
-    lse = rows(dtype=jnp.float32) * 0.1 + np.log(np.maximum(seen, 1))[:, None] + 0.5
+    seen = np.ones(unit_tokens)
+    seen[: len(rows_of.token)] = rows_of.own + rows_of.before
+    lse = rows(dtype=jnp.float32) * 0.1 + np.log(seen)[:, None] + 0.5
     accumulator = jnp.zeros((slots, model.num_kv_heads, model.head_dim), jnp.float32)
-    starts = jnp.asarray(sequence_starts[start : start + unit_tokens])
     return (
         q,
         k_pages,
         v_pages,
         kv_slots,
-        starts,
-        jnp.stack([starts, starts]),
+        *rows_of.contract(unit_tokens, slots),
         jnp.int32(start),
         out,
         lse.astype(jnp.float32),
@@ -78,21 +119,19 @@ def _case(
     dtype=jnp.bfloat16,
     target: float = 0.0,
     options: AttentionOptions = FULL,
+    grouped: bool = False,
 ) -> Case:
-    tokens = np.arange(start, min(start + unit_tokens, sum(lengths)))
-    firsts = np.repeat(np.cumsum((0, *lengths[:-1])), lengths)[tokens]
-    if options.window is not None:
-        firsts = np.maximum(firsts, tokens - options.window + 1)
-    pairs = int(np.sum(tokens + 1 - firsts)) * model.num_heads
+    rows = _Slice.of(lengths, start, unit_tokens, grouped, options)
+    pairs = int(np.sum(rows.own + rows.before)) * model.num_heads
     item = jnp.dtype(dtype).itemsize
-    keys_read = int(tokens[-1] + 1 - firsts[0]) * model.num_kv_heads
+    keys_read = rows.keys * model.num_kv_heads
     # q, out, d_out and dq; the log-sum-exp; k, v and both accumulators, read and written.
-    values = len(tokens) * model.num_heads * (4 * model.head_dim * item + 4)
+    values = len(rows.token) * model.num_heads * (4 * model.head_dim * item + 4)
     values += keys_read * model.head_dim * (2 * item + 4 * 4)
     return Case(
         name,
         partial(attention_backward, options=options),
-        lambda key: _make(key, model, lengths, slots, unit_tokens, start, page_size, dtype),
+        lambda key: _make(key, model, sum(lengths), rows, slots, unit_tokens, page_size, dtype),
         flops=5.0 * 2 * pairs * model.head_dim,
         bytes=float(values),
         bound="products",
@@ -154,6 +193,11 @@ def _cases() -> Iterator[Case]:
         yield _again(case, options)
         if options.soft_cap is None:
             yield _on_mosaic(case)
+    grouped = partial(_case, model=model, lengths=GROUP, slots=4096, unit_tokens=512, grouped=True)
+    case = grouped(f"{model.name}/grouped-512-of-4096", start=3072)
+    yield case
+    yield _on_mosaic(case)
+    yield _again(case)
     yield extra(f"{model.name}/packed-512-of-4096/float32", model=model, dtype=jnp.float32)
     yield extra(f"{model.name}/packed-512-of-4096/page16", model=model, page_size=16)
     odd = partial(_case, model=model, lengths=(1000, 77), slots=1099, page_size=128)

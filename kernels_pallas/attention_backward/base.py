@@ -17,13 +17,13 @@ sees; the gap of an answer is what lies between the prompt and itself):
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.attention_backward.visible import Visible
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
@@ -67,11 +67,11 @@ def _block_forward(
     kv_heads = k_pages.shape[2]
     scale = options.scale_of(head_dim)
     group = num_heads // kv_heads
-    sees = _Sees.of(first_row + jnp.arange(unit_tokens), sequence_starts, shared, options)
-    attends = sees.attends
+    visible = Visible.of(first_row + jnp.arange(unit_tokens), sequence_starts, shared, options)
+    attends = sequence_starts <= visible.token
     queries = _by_kv_head(jnp.where(attends[:, None, None], q, 0), kv_heads)
-    rows = sees.repeated(group)[:, :, None]  # [4, U*G, 1]
-    chunks, read = _chunks(k_pages, v_pages, kv_slots, sees)
+    rows = Visible(*jnp.repeat(jnp.stack(visible), group, axis=1)[:, :, None])  # [U*G, 1]
+    chunks, read = _chunks(k_pages, v_pages, kv_slots, visible, attends)
 
     def chunk_of_keys(n, carry):
         total, maximum, accumulated = carry
@@ -81,10 +81,10 @@ def _block_forward(
         )
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
-        visible = _visible(key_index, rows)  # [U*G, C]
-        scores = jnp.where(visible, scores, _MASKED)
+        is_visible = rows.holds(key_index)  # [U*G, C]
+        scores = jnp.where(is_visible, scores, _MASKED)
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1))
-        weights = jnp.where(visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
+        weights = jnp.where(is_visible, jnp.exp(scores - new_maximum[..., None]), 0.0)
         correction = jnp.exp(maximum - new_maximum)
         accumulated = accumulated * correction[..., None] + jnp.einsum(
             "kqc,kch->kqh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32
@@ -181,21 +181,21 @@ def _block_backward(
     kv_heads = k_pages.shape[2]
     group = num_heads // kv_heads
     scale, soft_cap = options.scale_of(head_dim), options.soft_cap
-    sees = _Sees.of(first_row + jnp.arange(unit_tokens), sequence_starts, shared, options)
+    visible = Visible.of(first_row + jnp.arange(unit_tokens), sequence_starts, shared, options)
+    attends = sequence_starts <= visible.token
     # Padding holds anything, NaN too, and 0 * NaN is NaN.
-    q, out, d_out = (jnp.where(sees.attends[:, None, None], x, 0) for x in (q, out, d_out))
+    q, out, d_out = (jnp.where(attends[:, None, None], x, 0) for x in (q, out, d_out))
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     queries, d_outs = (_by_kv_head(x, kv_heads) for x in (q, d_out))
     lses, deltas = (_by_kv_head(x, kv_heads)[:, None] for x in (lse, delta))
-    rows = sees.repeated(group)  # [4, U*G]
-    chunks, read = _chunks(k_pages, v_pages, kv_slots, sees)
+    rows = Visible(*jnp.repeat(jnp.stack(visible), group, axis=1))  # [U*G]
+    chunks, read = _chunks(k_pages, v_pages, kv_slots, visible, attends)
 
     def chunk_of_keys(n, carry):
         # Scores are [key, query], and dq is transposed, so that fewer products transpose what they
         # read: those of XLA's CPU that do are half as fast.
         dq, dk, dv = carry
         key_index, keys, values = read(n)
-        visible = _visible(key_index[:, None], rows)
         scores = scale * jnp.einsum(
             "kch,kqh->kcq", keys, queries, preferred_element_type=jnp.float32
         )
@@ -203,7 +203,7 @@ def _block_backward(
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
             slope = scale * (1.0 - (scores / soft_cap) ** 2)
-        weights = jnp.where(visible, jnp.exp(scores - lses), 0.0)
+        weights = jnp.where(rows.holds(key_index[:, None]), jnp.exp(scores - lses), 0.0)
         d_weights = jnp.einsum("kch,kqh->kcq", values, d_outs, preferred_element_type=jnp.float32)
         d_scores = (slope * weights * (d_weights - deltas)).astype(q.dtype)
         dq = dq + jnp.einsum("kch,kcq->khq", keys, d_scores, preferred_element_type=jnp.float32)
@@ -231,32 +231,6 @@ def _blocks(q: Float[Array, "U N H"], first_row: jax.Array, *more: jax.Array):
     return q, first_row + size * jnp.arange(len(q)), *others
 
 
-class _Sees(NamedTuple):
-    """What each of a block's queries sees: the keys from `first` up to the query's own, without the
-    gap from `gap_first` up to `gap_end`, which may lie before all of them. Whether it `attends`."""
-
-    first: Int[Array, " U"]
-    gap_first: Int[Array, " U"]
-    gap_end: Int[Array, " U"]
-    token: Int[Array, " U"]
-    attends: Bool[Array, " U"]
-
-    @classmethod
-    def of(cls, token, starts, shared, options: AttentionOptions) -> "_Sees":
-        first = options.first_keys(starts, token, shared)
-        return cls(first, shared[1], starts, token, starts <= token)
-
-    def repeated(self, group: int) -> Int[Array, "4 UG"]:
-        """All four numbers, as often as query heads read the same key head."""
-        return jnp.repeat(jnp.stack(self[:4]), group, axis=1)
-
-
-def _visible(key: jax.Array, rows: Int[Array, "4 ..."]) -> jax.Array:
-    """Whether queries see keys: of both the places, which broadcast."""
-    first, gap_first, gap_end, token = rows
-    return (key >= first) & (key <= token) & ((key < gap_first) | (key >= gap_end))
-
-
 def _by_kv_head(x: Float[Array, "U N ..."], kv_heads: int) -> Float[Array, "K UG ..."]:
     """What every query head has, by the key head that it reads."""
     tokens, num_heads, *rest = x.shape
@@ -268,21 +242,21 @@ def _chunks(
     k_pages: Float[Array, "P B K H"],
     v_pages: Float[Array, "P B K H"],
     kv_slots: Int[Array, " S"],
-    sees: _Sees,
+    visible: Visible,
+    attends: Bool[Array, " U"],
 ) -> tuple[jax.Array, Callable]:
     """How many chunks of keys some query reads, and a function from the n-th of them to its keys'
     places in the microbatch [C], keys and values [K, C, H] (zeros where none is read: padding holds
-    anything). They lie in two rows: those of shared tokens, and after a gap the queries' own.
+    anything). First those of shared tokens, then, past the gap that all queries have, their own.
     """
     num_slots, (kv_heads, head_dim) = kv_slots.shape[0], k_pages.shape[2:]
     chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
-    first_key = jnp.min(jnp.where(sees.attends, sees.first, num_slots))
-    last_key = jnp.max(jnp.where(sees.attends, sees.token, -1))
-    # Sequences follow each other, so all keys from here on are some query's own.
-    own_first = jnp.maximum(sees.first, sees.gap_end)
-    own_first = jnp.min(jnp.where(sees.attends, own_first, num_slots))
-    is_before = sees.attends & (sees.first < own_first)
-    shared_end = jnp.max(jnp.where(is_before, jnp.minimum(sees.gap_first, own_first), first_key))
+    first_key = jnp.min(jnp.where(attends, visible.first, num_slots))
+    last_key = jnp.max(jnp.where(attends, visible.token, -1))
+    # Sequences follow each other, so all keys from here on are some query's.
+    own_first = jnp.min(jnp.where(attends, visible.own_first, num_slots))
+    before = attends & (visible.first < own_first)
+    shared_end = jnp.max(jnp.where(before, jnp.minimum(visible.gap_first, own_first), first_key))
     own_chunk = own_first // chunk
     shared_chunk = jnp.minimum(first_key // chunk, own_chunk)
     shared_chunks = jnp.minimum((shared_end + chunk - 1) // chunk, own_chunk) - shared_chunk

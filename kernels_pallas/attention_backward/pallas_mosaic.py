@@ -26,11 +26,12 @@ from kernels_pallas.attention_backward.pallas_triton import mosaic_key
 from kernels_pallas.attention_backward.prepare import (
     LOG2_E,
     NEVER,
+    Blocks,
     Queries,
-    Range,
     Ranges,
     prepare,
 )
+from kernels_pallas.attention_backward.visible import Visible
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import Rows
@@ -85,7 +86,7 @@ def attention_backward(
     slots = kv_slots.shape[0]
     dq_tile, dkv_tile = (_tiles(kernel, q, slots, backend) for kernel in ("dq", "dkv"))
     ranges, rows = prepare(
-        *(first_row, sequence_starts, q, d_out, out, lse, slots),
+        *(first_row, sequence_starts, shared, q, d_out, out, lse, slots),
         *(dq_tile, dkv_tile, options),
         interpret=backend.interpret,
     )
@@ -95,7 +96,7 @@ def attention_backward(
     keys, values = (
         jnp.where(read, x.reshape(-1, *x.shape[2:])[kv_slots], 0) for x in (k_pages, v_pages)
     )
-    live = (rows.starts < NEVER)[:, None, None]
+    live = (rows.sees[0] < NEVER)[:, None, None]
     rows = rows._replace(q=jnp.where(live, q, 0), d_out=jnp.where(live, d_out, 0))
     dq = _dq(ranges, rows, keys, values, dq_tile, options, backend)
     return dq, *_dkv(ranges, rows, keys, values, dk, dv, dkv_tile, options, backend)
@@ -126,7 +127,7 @@ def _dq(
 
 
 def _dq_kernel(
-    bounds_ref, seen_ref, starts_ref, q_ref, d_out_ref, lse_ref, minus_delta_ref, k_ref, v_ref,
+    bounds_ref, seen_ref, sees_ref, q_ref, d_out_ref, lse_ref, minus_delta_ref, k_ref, v_ref,
     dq_ref, q_smem, d_out_smem, barriers, staging,
     *, keys: int, stages: int, options: AttentionOptions,
 ):  # fmt: skip
@@ -134,7 +135,7 @@ def _dq_kernel(
     warpgroups, _, head_dim = q_smem.shape
     head, block, warpgroup = (lax.axis_index(name) for name in ("head", "block", "warpgroup"))
     kv_head = lax.div(head, q_ref.shape[1] // k_ref.shape[1])
-    seen = Range.load(seen_ref, block)
+    seen = Blocks.load(seen_ref, block)
     first = (block * warpgroups + warpgroup) * ROWS
     scale = LOG2_E * options.scale_of(head_dim)
     own, q_smem, d_out_smem = pl.ds(first, ROWS), q_smem.at[warpgroup], d_out_smem.at[warpgroup]
@@ -145,12 +146,13 @@ def _dq_kernel(
         plgpu.copy_gmem_to_smem(d_out_ref.at[own, head], d_out_smem, arrived)
         statistics = [
             _load(ref, _PER_ROW, optimized=False)
-            for ref in (starts_ref.at[own], lse_ref.at[head, own], minus_delta_ref.at[head, own])
+            for ref in (lse_ref.at[head, own], minus_delta_ref.at[head, own])
         ]
+        sees = [_load(sees_ref.at[i, own], _PER_ROW, optimized=False) for i in range(3)]
         plgpu.barrier_wait(arrived)
 
         def sum_over_keys(dq):
-            walk((dq, *statistics))
+            walk((dq, *statistics, *sees))
             return dq[...]
 
         dq = pl.run_scoped(sum_over_keys, _sums(head_dim))
@@ -160,8 +162,8 @@ def _dq_kernel(
         plgpu.wait_smem_to_gmem(0)
 
     def add_block(indices, k_smem, v_smem, k_free, v_free, carry):
-        dq, starts, lse, minus_delta = carry
-        index = seen.first + indices[0]
+        dq, lse, minus_delta, *sees = carry
+        index = seen.block(indices[0])
         tile = _sums(keys)
 
         def multiply(products, d_weights):
@@ -176,7 +178,7 @@ def _dq_kernel(
         def visible():
             token = bounds_ref[0] + first + _iota((ROWS, keys), 0)
             key = index * keys + _iota((ROWS, keys), 1)
-            return (key >= across(starts)) & (key <= token)
+            return Visible.join(map(across, sees), token).holds(key)
 
         full = seen.is_full(index)
         weights = _weights(products * scale, across(lse), full, visible)
@@ -187,14 +189,14 @@ def _dq_kernel(
         return carry
 
     block_of_keys = plgpu.BlockSpec(
-        (keys, head_dim), lambda i: (seen.first + i, 0), transforms=_SWIZZLED
+        (keys, head_dim), lambda i: (seen.block(i), 0), transforms=_SWIZZLED
     )
     _walk(
         compute,
         add_block,
         (k_ref.at[:, kv_head], v_ref.at[:, kv_head]),
         specs=[block_of_keys, block_of_keys],
-        blocks=seen.last - seen.first,
+        blocks=seen.size,
         stages=stages,
         warpgroups=warpgroups,
     )
@@ -229,7 +231,7 @@ def _dkv(
 
 
 def _dkv_kernel(
-    bounds_ref, seeing_ref, starts_ref, q_ref, d_out_ref, lse_ref, minus_delta_ref, k_ref, v_ref,
+    bounds_ref, seeing_ref, sees_ref, q_ref, d_out_ref, lse_ref, minus_delta_ref, k_ref, v_ref,
     dk_ref, dv_ref, k_smem, v_smem, barriers, staging,
     *, queries: int, stages: int, options: AttentionOptions,
 ):  # fmt: skip
@@ -238,7 +240,7 @@ def _dkv_kernel(
     warpgroups, _, head_dim = k_smem.shape
     kv_head, block, warpgroup = (lax.axis_index(name) for name in ("head", "block", "warpgroup"))
     group = q_ref.shape[1] // k_ref.shape[1]
-    seeing = Range.load(seeing_ref, block)
+    seeing = Blocks.load(seeing_ref, block)
     first = (block * warpgroups + warpgroup) * ROWS
     scale = LOG2_E * options.scale_of(head_dim)
     own, k_smem, v_smem = pl.ds(first, ROWS), k_smem.at[warpgroup], v_smem.at[warpgroup]
@@ -260,11 +262,11 @@ def _dkv_kernel(
             total[...] = _load(total, _TILE, optimized=False) + share
 
     def add_block(
-        indices, starts_smem, lse_smem, minus_delta_smem, q_smem, d_out_smem,
-        starts_free, lse_free, minus_delta_free, q_free, d_out_free, carry,
+        indices, sees_smem, lse_smem, minus_delta_smem, q_smem, d_out_smem,
+        sees_free, lse_free, minus_delta_free, q_free, d_out_free, carry,
     ):  # fmt: skip
         dk, dv = carry
-        index = seeing.first + lax.div(indices[0], group)
+        index = seeing.block(lax.div(indices[0], group))
         tile = _sums(queries)
         across = partial(lax.broadcast_in_dim, shape=(ROWS, queries), broadcast_dimensions=(1,))
 
@@ -277,14 +279,14 @@ def _dkv_kernel(
         plgpu.barrier_arrive(lse_free)
 
         def visible():
-            starts = _load(starts_smem, _PER_COLUMN)
+            sees = (_load(sees_smem.at[i], _PER_COLUMN) for i in range(3))
             token = bounds_ref[0] + index * queries + _iota((ROWS, queries), 1)
             key = first + _iota((ROWS, queries), 0)
-            return (key >= across(starts)) & (key <= token)
+            return Visible.join(map(across, sees), token).holds(key)
 
         full = seeing.is_full(index)
         weights = _weights(products * scale, across(lse), full, visible)
-        plgpu.barrier_arrive(starts_free)
+        plgpu.barrier_arrive(sees_free)
 
         def multiply_values(d_weights):
             plgpu.wgmma(d_weights, v_smem, d_out_smem.T)
@@ -305,24 +307,24 @@ def _dkv_kernel(
 
     def spec(shape: tuple, index_map: Callable, **how: Any):
         """Of a block of the queries of one of the group's heads, all heads before the next."""
-        block = lambda i: seeing.first + lax.div(i, group)  # noqa: E731
+        block = lambda i: seeing.block(lax.div(i, group))  # noqa: E731
         head = lambda i: kv_head * group + lax.rem(i, group)  # noqa: E731
         return plgpu.BlockSpec(shape, lambda i: index_map(block(i), head(i)), **how)
 
-    starts = spec((queries,), lambda block, head: (block,))
+    sees = spec((3, queries), lambda block, head: (0, block))
     statistic = spec((None, queries), lambda block, head: (head, block))
     operand = spec(
         (queries, None, head_dim), lambda block, head: (block, head, 0), transforms=_SWIZZLED
     )
 
-    @pl.when(seeing.first < seeing.last)
+    @pl.when(seeing.size > 0)
     def _():
         _walk(
             compute,
             add_block,
-            (starts_ref, lse_ref, minus_delta_ref, q_ref, d_out_ref),
-            specs=[starts, statistic, statistic, operand, operand],
-            blocks=(seeing.last - seeing.first) * group,
+            (sees_ref, lse_ref, minus_delta_ref, q_ref, d_out_ref),
+            specs=[sees, statistic, statistic, operand, operand],
+            blocks=seeing.size * group,
             stages=stages,
             warpgroups=warpgroups,
         )

@@ -22,16 +22,18 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.attention_backward.prepare import (
     LOG2_E,
     NEVER,
+    Blocks,
     Queries,
-    Range,
     Ranges,
     iota,
     keys_seen,
     load,
     load_rows,
+    load_visible,
     prepare,
     rows_index,
 )
+from kernels_pallas.attention_backward.visible import Visible
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import Rows
@@ -62,7 +64,7 @@ def attention_backward(
     keys, values = (x.reshape(-1, *x.shape[2:]) for x in (k_pages, v_pages))
     sizes = (backend.chip, q.shape[2], q.dtype, q.shape[0], kv_slots.shape[0])
     ranges, rows = prepare(
-        *(first_row, sequence_starts, q, d_out, out, lse, kv_slots.shape[0]),
+        *(first_row, sequence_starts, shared, q, d_out, out, lse, kv_slots.shape[0]),
         *(dq_tiles(*sizes), dkv_tiles(*sizes), options),
         interpret=backend.interpret,
     )
@@ -96,11 +98,11 @@ def attention_of_slice(
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
         name="attention_of_slice",
-    )(first_row.astype(jnp.int32).reshape(1), sequence_starts, q, kv_slots, keys, values)
+    )(first_row.astype(jnp.int32).reshape(1), sequence_starts, shared, q, kv_slots, keys, values)
 
 
 def _attention_kernel(
-    first_ref, starts_ref, q_ref, slots_ref, k_ref, v_ref, out_ref, lse_ref,
+    first_ref, starts_ref, shared_ref, q_ref, slots_ref, k_ref, v_ref, out_ref, lse_ref,
     *, queries: int, keys: int, options: AttentionOptions,
 ):  # fmt: skip
     """A block of one head's queries against the keys that they see, with an online softmax."""
@@ -108,13 +110,10 @@ def _attention_kernel(
     block, head = pl.program_id(0), pl.program_id(1)
     kv_head = lax.div(head, num_heads // k_ref.shape[1])
     row = block * queries + iota(queries)
-    token = first_ref[0] + row
     inside = row < unit_tokens
-    starts = load(starts_ref.at[row], inside, NEVER)
-    live = inside & (starts <= token)
-    starts = options.first_keys(starts, token)
+    visible, live = load_visible(starts_ref, shared_ref, first_ref[0], row, options)
     q = load_rows(q_ref, row, head, live)
-    span, seen = keys_seen(starts, token, live, keys)
+    span, seen = keys_seen(visible, live, keys)
 
     def add_block(_, index, masked: bool, carry):
         total, maximum, accumulated = carry
@@ -124,8 +123,7 @@ def _attention_kernel(
         k, v = (load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
         scores = _scores(_dot(q, k.T), head_dim, options)[0]
         if masked:
-            visible = (key[None, :] >= starts[:, None]) & (key[None, :] <= token[:, None])
-            scores = jnp.where(visible, scores, -jnp.inf)
+            scores = jnp.where(visible.expand(1).holds(key[None, :]), scores, -jnp.inf)
         # A row may see no key of a block: its maximum then stays finite and its weights are zero.
         new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_maximum[:, None])
@@ -171,10 +169,10 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int, options: At
     kv_head = lax.div(head, num_heads // k_ref.shape[1])
 
     row = block * queries + iota(queries)
-    token = bounds_ref[0] + row
     inside = row < unit_tokens
-    starts = load(rows.starts.at[row], inside, NEVER)
-    q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, starts < NEVER)
+    visible = _load_visible(bounds_ref, rows, row, inside)
+    live = visible.first < NEVER
+    q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
 
     def add_block(_, index, masked: bool, dq):
         key = index * keys + iota(keys)
@@ -184,12 +182,11 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int, options: At
         scores, slope = _scores(_dot(q, k.T), head_dim, options)
         weights = jnp.exp2(scores - lse[:, None])
         if masked:
-            visible = (key[None, :] >= starts[:, None]) & (key[None, :] <= token[:, None])
-            weights = jnp.where(visible, weights, 0.0)
+            weights = jnp.where(visible.expand(1).holds(key[None, :]), weights, 0.0)
         d_scores = weights * (_dot(d_out, v.T) + minus_delta[:, None]) * slope
         return dq + _dot(d_scores.astype(k.dtype), k)
 
-    seen = Range.load(seen_ref, block).split(split, pl.num_programs(2))
+    seen = Blocks.load(seen_ref, block).split(split, pl.num_programs(2))
     dq = seen.accumulate(add_block, 1, jnp.zeros(q.shape, jnp.float32))
     _store_rows(dq_ref, split * unit_tokens + row, head, dq, inside)
 
@@ -239,9 +236,9 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int, options:
     unit_tokens, num_heads, head_dim = rows.q.shape
     kv_head, block = pl.program_id(0), pl.program_id(1)
     group = num_heads // k_ref.shape[1]
-    seeing = Range.load(seeing_ref, block)
+    seeing = Blocks.load(seeing_ref, block)
 
-    @pl.when(seeing.first < seeing.last)
+    @pl.when(seeing.size > 0)
     def _():
         key = block * keys + iota(keys)
         read = _is_read(bounds_ref, key)
@@ -253,15 +250,14 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int, options:
             head = kv_head * group + nth
             row = index * queries + iota(queries)
             inside = row < unit_tokens if masked else None
-            starts = load(rows.starts.at[row], inside, NEVER)
-            live = starts < NEVER if masked else None
+            visible = _load_visible(bounds_ref, rows, row, inside)
+            live = visible.first < NEVER if masked else None
             q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
             scores, slope = _scores(_dot(k, q.T), head_dim, options)
             weights = jnp.exp2(scores - lse[None, :])
             if masked:
-                token = bounds_ref[0] + row
-                visible = (key[:, None] >= starts[None, :]) & (key[:, None] <= token[None, :])
-                weights = jnp.where(visible, weights, 0.0)
+                seen = visible.expand(0).holds(key[:, None])
+                weights = jnp.where(seen, weights, 0.0)
             dv = dv + _dot(weights.astype(d_out.dtype), d_out)
             d_scores = weights * (_dot(v, d_out.T) + minus_delta[None, :]) * slope
             return dk + _dot(d_scores.astype(q.dtype), q), dv
@@ -282,6 +278,12 @@ def _scores(products, head_dim: int, options: AttentionOptions):
     # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is exact at both ends.
     tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(products * (2.0 * LOG2_E * scale / cap)))
     return tanh * (cap * LOG2_E), scale * (1.0 - tanh * tanh)
+
+
+def _load_visible(bounds_ref, rows: Queries, row, inside) -> Visible:
+    """What rows of the slice see."""
+    sees = (load(rows.sees.at[(jnp.full(row.shape, i), row)], inside, NEVER) for i in range(3))
+    return Visible.join(sees, bounds_ref[0] + row)
 
 
 def _is_read(bounds_ref, key) -> jax.Array:

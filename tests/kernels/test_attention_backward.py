@@ -12,6 +12,7 @@ import pytest
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.attention_backward.arg_specs import CASES as MODEL_CASES
 from kernels_pallas.attention_backward.pallas_mosaic import is_supported
+from kernels_pallas.attention_backward.prepare import Blocks, prepare
 from kernels_pallas.backend import MOSAIC_INTERPRETER, XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from tests.kernels.paged import PagePool
@@ -89,6 +90,19 @@ class Problem:
     sinks: np.ndarray | None = None
 
 
+def layout(shape: Shape) -> tuple[tuple[int, ...], dict[int, int]]:
+    """The sequences' lengths, and which of them go on from which."""
+    return (GROUPED_LENGTHS, PROMPTS) if shape.grouped else (LENGTHS, {})
+
+
+def sequences_of(shape: Shape) -> list[list[int]]:
+    """Each sequence's tokens, those that it goes on from first."""
+    lengths, prompts = layout(shape)
+    ends = np.cumsum(lengths)
+    own = [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
+    return [(own[prompts[i]] if i in prompts else []) + tokens for i, tokens in enumerate(own)]
+
+
 def visible_pairs(sequences: list[list[int]], window: int | None) -> np.ndarray:
     """[query, key]: which keys a query sees, of sequences of tokens that may share their first."""
     visible = np.zeros((TOKENS, TOKENS), bool)
@@ -131,18 +145,15 @@ def problem(name: str, options: AttentionOptions = FULL, slots: int = SLOTS) -> 
         return rng.standard_normal((TOKENS, heads, shape.head_dim)).astype(shape.dtype)
 
     q, d_out, k, v = (normal(n) for n in [shape.heads] * 2 + [shape.kv_heads] * 2)
-    lengths, prompts = (GROUPED_LENGTHS, PROMPTS) if shape.grouped else (LENGTHS, {})
+    lengths, prompts = layout(shape)
     ends = np.cumsum(lengths)
     firsts = ends - lengths
     starts = np.repeat(firsts, lengths).astype(np.int32)
-    own = [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
-    before = [own[prompts[i]] if i in prompts else [] for i in range(len(own))]
-    sequences = [prompt + tokens for prompt, tokens in zip(before, own, strict=True)]
-    shared = [
-        (x[0], x[-1] + 1) if x else (first, first) for x, first in zip(before, firsts, strict=True)
-    ]
-    shared = np.repeat(np.asarray(shared, np.int32), lengths, axis=0)
-    visible = visible_pairs(sequences, options.window)
+    shared = np.stack([firsts, firsts])
+    for answer, prompt in prompts.items():
+        shared[:, answer] = firsts[prompt], ends[prompt]
+    shared = np.repeat(shared, lengths, axis=1).astype(np.int32)
+    visible = visible_pairs(sequences_of(shape), options.window)
     exact = [x.astype(np.float32) for x in (q, k, v)]
     sinks = np.linspace(-4, 5, shape.heads, dtype=np.float32) if shape.sinks else None
     out, lse, gradients = dense_gradients(*exact, d_out.astype(np.float32), visible, sinks, options)
@@ -172,20 +183,14 @@ def problem(name: str, options: AttentionOptions = FULL, slots: int = SLOTS) -> 
     }
     names = ("dq", "dk", "dv")
     gradients = dict(zip(names, map(np.asarray, gradients), strict=True))
-    shared = padded(shared, slots).T
+    shared = padded(shared.T, slots).T
     return Problem(per_token, shared, pool.k, pool.v, kv_slots, gradients, sinks)
 
 
 @pytest.fixture(params=BACKENDS)
 def backward(request):
     """An implementation, compiled once for all tests of a shape."""
-    _skip_shared(request.param, request.node.callspec.params.get("name"))
     return lambda *arguments, options=FULL: _compiled(request.param, options)(*arguments)
-
-
-def _skip_shared(backend: str, name: str | None) -> None:
-    if backend != "xla" and name and SHAPES[name].grouped:
-        pytest.skip("these kernels do not take shared tokens yet")
 
 
 @cache
@@ -237,7 +242,6 @@ def test_slices_in_reverse_order_add_up_to_the_whole_gradient(backward, name, un
 )
 @pytest.mark.parametrize(("name", "slots", "unit_tokens", "options"), MOSAIC_CASES)
 def test_slices_add_up_in_the_kernels_of_hopper(name, slots, unit_tokens, options):
-    _skip_shared("mosaic", name)
     whole = problem(name, options, slots)
     q = whole.per_token["q"][:unit_tokens]
     assert is_supported(q, whole.k_pages, whole.kv_slots, options)
@@ -327,11 +331,50 @@ def test_rows_that_no_query_sees_are_left_alone(backward):
     np.testing.assert_array_equal(first, second)
 
 
+def test_what_lies_between_a_prompt_and_its_answer_costs_nothing(backward):
+    """Queries 192..256 are one answer's: its prompt is 50..87, others' answers lie between. A sum
+    with anything, zeros too, would take the sign off the zeros there."""
+    name, unit_tokens, start = "page16-gqa4-h64-float32-grouped", 64, 192
+    shape, whole = SHAPES[name], problem(name)
+    shares = run_slice(backward, whole, start, unit_tokens, -zeros(shape), -zeros(shape))[1:]
+    for share in map(np.asarray, shares):
+        assert np.signbit(share[128:192]).all()
+        assert (share[[50, 86, 192, 255]] != 0).any(axis=(1, 2)).all()
+
+
+def test_blocks_that_kernels_walk():
+    """Of these sequences exactly the blocks of keys of which a block of queries sees some, each
+    once; without masks exactly those of which every query sees all. And the other way round."""
+    name, size = "page16-gqa4-h64-float32-grouped", 16
+    whole = problem(name)
+    rows, tile = whole.per_token, {"queries": size, "keys": size}
+    ranges, _ = prepare(
+        *(jnp.int32(0), rows["sequence_starts"], whole.shared),
+        *(rows[key] for key in ("q", "d_out", "out", "lse")),
+        *(SLOTS, tile, tile, FULL),
+        interpret=True,
+    )
+    blocks = SLOTS // size
+    pairs = np.zeros((SLOTS, SLOTS), bool)
+    pairs[:TOKENS, :TOKENS] = visible_pairs(sequences_of(SHAPES[name]), None)
+    pairs = pairs.reshape(blocks, size, blocks, size)
+    tables = ((ranges.seen, pairs), (ranges.seeing, pairs.transpose(2, 3, 0, 1)))
+    for table, sees in tables:
+        walked, full = (np.zeros((blocks, blocks), int) for _ in range(2))
+        for i in range(blocks):
+            program = Blocks.load(table, i)
+            for nth in range(int(program.size)):
+                block = int(program.block(nth))
+                walked[i, block] += 1
+                full[i, block] = program.is_full(block)
+        np.testing.assert_array_equal(walked, sees.any(axis=(1, 3)))
+        np.testing.assert_array_equal(full, sees.all(axis=(1, 3)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "unit_tokens", "options"), CASES)
 def test_the_forward_of_a_slice(backend, name, unit_tokens, options):
     """Output and log-sum-exp are those of dense attention, and zeros in padding."""
-    _skip_shared(backend, name)
     shape, whole = SHAPES[name], problem(name, options)
     given = {"options": options, "backend": BACKENDS[backend], "sinks": whole.sinks}
     forward = jax.jit(partial(attention_of_slice, **given))
