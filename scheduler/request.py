@@ -209,11 +209,9 @@ class Microbatch:
     @property
     def keys(self) -> tuple[int, ...]:
         """Keys that the last token of each sequence sees."""
-        return (
-            tuple(map(sum, zip(self.lengths, self.before, strict=True)))
-            if self.before
-            else self.lengths
-        )
+        if not self.before:
+            return self.lengths
+        return tuple(map(sum, zip(self.lengths, self.before, strict=True)))
 
 
 class Chunk(NamedTuple):

@@ -101,7 +101,7 @@ class Trainer:
 
     def enter(self, job: FinetuneJob) -> None:
         """Let a job have its turns."""
-        # Shared tokens would have one mask of dropout, and a recurrent state after them one copy.
+        # What is shared has one mask of dropout, and would need the recurrent state behind it.
         if not (job.lora_dropout or self._runner.sizes.recurrent):
             job.source.page = self._runner.sizes.page_size
         self.jobs[job.name] = job

@@ -90,9 +90,8 @@ class ReinforcementSource:
         self.sampler: Sampler | None = None
         self.reader: PromptReader | None = None  # of its prompts
         self.asking: Asking | None = None  # by which its grader asks models
-        self.on_batch: Callable[..., None] = lambda groups, microbatches: (
-            None
-        )  # sees what is trained
+        # Sees the groups of a batch and the microbatches that they are trained in.
+        self.on_batch: Callable[..., None] = lambda groups, microbatches: None
         self._max_tokens, self._pack_tokens = max_tokens, pack_tokens
         self._first_position, self.page = first_position, 0
         updates, size = self.method.num_iterations, self.method.batch_size
