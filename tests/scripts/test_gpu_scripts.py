@@ -36,7 +36,7 @@ def test_the_gpu_suite_runs_dry(tmp_path):
     assert kernels == set(KERNELS)
     for row in result["kernels"]:
         copies = "/keep-" in row["case"]
-        assert (row["error"] == 0 if copies else row["error"] > 0), row
+        assert row["error"] == 0 if copies else row["error"] > 0, row
         assert row["error"] <= row["tolerance"]
         assert row["microseconds"] > 0
     assert result["lora_overhead"][0]["added"] > 0
