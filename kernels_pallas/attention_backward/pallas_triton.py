@@ -170,7 +170,8 @@ def _dq_kernel(bounds_ref, seen_ref, *refs, queries: int, keys: int, options: At
 
     row = block * queries + iota(queries)
     inside = row < unit_tokens
-    visible = _load_visible(bounds_ref, rows, row, inside)
+    sees = (load(rows.sees.at[(jnp.full(row.shape, i), row)], inside, NEVER) for i in range(3))
+    visible = Visible.join(sees, bounds_ref[0] + row)
     live = visible.first < NEVER
     q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
 
@@ -210,13 +211,14 @@ def _dkv(
         # Blocks of late keys are seen by fewer queries: they start last, on every head.
         grid=(keys.shape[1], pl.cdiv(slots.shape[0], tile["keys"])),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (dk, dv)),
-        input_output_aliases={10: 0, 11: 1},
+        input_output_aliases={11: 0, 12: 1},
         compiler_params=_compiler_params(tile),
         interpret=backend.interpret,
         name="attention_backward_dkv",
     )(
         ranges.bounds,
         ranges.seeing,
+        ranges.ends,
         *rows,
         slots,
         keys,
@@ -226,7 +228,9 @@ def _dkv(
     )
 
 
-def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int, options: AttentionOptions):
+def _dkv_kernel(
+    bounds_ref, seeing_ref, ends_ref, *refs, queries: int, keys: int, options: AttentionOptions
+):
     """A block of one head's keys and values against all queries that see them. Scores are
     transposed, so that the products with them take them as they are computed."""
     rows, (slots_ref, k_ref, v_ref, dk_ref, dv_ref, new_dk_ref, new_dv_ref) = (
@@ -244,20 +248,23 @@ def _dkv_kernel(bounds_ref, seeing_ref, *refs, queries: int, keys: int, options:
         read = _is_read(bounds_ref, key)
         slot = load(slots_ref.at[key], read, 0)
         k, v = (load_rows(ref, slot, kv_head, read) for ref in (k_ref, v_ref))
+        end = load(ends_ref.at[key], read, 0)
 
         def add_block(nth, index, masked: bool, carry):
             dk, dv = carry
             head = kv_head * group + nth
             row = index * queries + iota(queries)
             inside = row < unit_tokens if masked else None
-            visible = _load_visible(bounds_ref, rows, row, inside)
-            live = visible.first < NEVER if masked else None
+            first = load(rows.sees.at[(jnp.zeros_like(row), row)], inside, NEVER)
+            live = first < NEVER if masked else None
             q, d_out, lse, minus_delta = _load_queries(rows, row, head, inside, live)
             scores, slope = _scores(_dot(k, q.T), head_dim, options)
             weights = jnp.exp2(scores - lse[None, :])
             if masked:
-                seen = visible.expand(0).holds(key[:, None])
-                weights = jnp.where(seen, weights, 0.0)
+                # The gap from the keys' side: that of the queries would need many registers.
+                token = (bounds_ref[0] + row)[None, :]
+                seen = (key[:, None] >= first[None, :]) & (key[:, None] <= token)
+                weights = jnp.where(seen & (token < end[:, None]), weights, 0.0)
             dv = dv + _dot(weights.astype(d_out.dtype), d_out)
             d_scores = weights * (_dot(v, d_out.T) + minus_delta[None, :]) * slope
             return dk + _dot(d_scores.astype(q.dtype), q), dv
@@ -278,12 +285,6 @@ def _scores(products, head_dim: int, options: AttentionOptions):
     # tanh(x) = 1 - 2 / (1 + exp(2 x)), which is exact at both ends.
     tanh = 1.0 - 2.0 / (1.0 + jnp.exp2(products * (2.0 * LOG2_E * scale / cap)))
     return tanh * (cap * LOG2_E), scale * (1.0 - tanh * tanh)
-
-
-def _load_visible(bounds_ref, rows: Queries, row, inside) -> Visible:
-    """What rows of the slice see."""
-    sees = (load(rows.sees.at[(jnp.full(row.shape, i), row)], inside, NEVER) for i in range(3))
-    return Visible.join(sees, bounds_ref[0] + row)
 
 
 def _is_read(bounds_ref, key) -> jax.Array:

@@ -159,12 +159,13 @@ class Ranges(NamedTuple):
 
     bounds: the slice's first row, and the `Span` of the keys that any of its queries sees. seen:
     for each block of queries, the `Blocks` of keys that it sees, two ranges. seeing: for each block
-    of keys, those of queries that see it, one range.
+    of keys, those of queries that see it, one range. ends: of each key the `readers_end`.
     """
 
     bounds: Int[Array, " 3"]
     seen: Int[Array, "blocks 8"]
     seeing: Int[Array, "blocks 4"]
+    ends: Int[Array, " S"]
 
 
 def prepare(
@@ -203,6 +204,7 @@ def prepare(
             table((3,)),
             table((blocks, 8)),
             table((pl.cdiv(slots, dkv["keys"]), 4)),
+            table((slots,)),
             table((3, unit_tokens)),
             statistic,
             statistic,
@@ -229,7 +231,7 @@ def _prepare_kernel(
     keys are shared out among the programs."""
     refs = list(refs)
     all_out, all_lse = (RowRefs.take(refs, layout) for layout in layouts)
-    bounds_ref, seen_ref, seeing_ref, sees_ref, new_lse_ref, minus_delta_ref = refs
+    bounds_ref, seen_ref, seeing_ref, ends_ref, sees_ref, new_lse_ref, minus_delta_ref = refs
     unit_tokens = starts_ref.shape[0]
     block, head = pl.program_id(0), pl.program_id(1)
     row = block * dq["queries"] + iota(dq["queries"])
@@ -270,7 +272,11 @@ def _prepare_kernel(
 
         @pl.loop(number, seeing_ref.shape[0], step=programs)
         def _(keys):
-            queries_seeing(visible, keys * dkv["keys"], dkv["keys"]).store(seeing_ref, keys)
+            first_key = keys * dkv["keys"]
+            queries_seeing(visible, first_key, dkv["keys"]).store(seeing_ref, keys)
+            key = first_key + iota(dkv["keys"])
+            ends = first_ref[0] + readers_end(starts_ref, shared_ref, key)
+            pltriton.store(ends_ref.at[key], ends, mask=key < ends_ref.shape[0])
 
 
 def keys_seen(visible: Visible, live, keys: int) -> tuple[Span, Blocks]:
@@ -326,14 +332,33 @@ def queries_seeing(visible: Visible, first_key, keys: int) -> Blocks:
     return Blocks((Range(first, full_first, full_last, last),))
 
 
+def readers_end(starts_ref, shared_ref, key) -> jax.Array:
+    """How many of the slice's rows lie before a key or go on from it, however far their windows
+    reach: they are its first ones, so that query `row` sees a key of `Visible.first` or later, and
+    not behind itself, where it is one of them."""
+    end, steps = jnp.zeros_like(key), starts_ref.shape[0].bit_length()
+    for step in (1 << i for i in reversed(range(steps))):
+        starts, (first, last) = _load_starts(starts_ref, shared_ref, end + step - 1)
+        goes_on = (starts <= key) | ((first <= key) & (key < last))
+        end = jnp.where(goes_on, end + step, end)
+    return end
+
+
+def _load_starts(starts_ref, shared_ref, row) -> tuple[jax.Array, list[jax.Array]]:
+    """Of rows of the slice, where their sequences start, and the first and the end of the tokens
+    before them; `NEVER` behind the last row."""
+    inside = row < starts_ref.shape[0]
+    columns = (jnp.full(row.shape, i) for i in range(2))
+    shared = [load(shared_ref.at[(column, row)], inside, NEVER) for column in columns]
+    return load(starts_ref.at[row], inside, NEVER), shared
+
+
 def load_visible(
     starts_ref, shared_ref, first_row, row, options: AttentionOptions
 ) -> tuple[Visible, jax.Array]:
     """What rows of the slice see, and whether they are there and no padding; `NEVER` where not."""
-    inside, token = row < starts_ref.shape[0], first_row + row
-    starts = load(starts_ref.at[row], inside, NEVER)
-    columns = (jnp.full(row.shape, i) for i in range(2))
-    shared = [load(shared_ref.at[(column, row)], inside, NEVER) for column in columns]
+    token = first_row + row
+    starts, shared = _load_starts(starts_ref, shared_ref, row)
     live = starts <= token
     sees = Visible.of(token, starts, shared, options)[:3]
     return Visible.join((jnp.where(live, x, NEVER) for x in sees), token), live
