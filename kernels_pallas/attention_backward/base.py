@@ -140,7 +140,9 @@ def attention_backward(
         shared: the tokens [shared[0, i], shared[1, i]) come before each query's sequence, which
             goes on from them: query i attends to them and to [sequence_starts[i], first_row + i].
             None are shared where both are sequence_starts[i]; neither is ever larger, and in
-            padding all three are alike. The rows of the gap between hold numbers.
+            padding all three are alike. The sequences that go on from the same tokens lie right
+            behind them, one after the other; padding comes last, and what lies in a gap holds
+            numbers.
         first_row: the slice's first row in the microbatch; int32 scalar.
         out: the forward's output rows.
         lse: the forward's log-sum-exp of the scaled scores; float32.
