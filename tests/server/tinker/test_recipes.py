@@ -1,7 +1,8 @@
 """Recipes of tinker-cookbook, unmodified, on a tiny model and data of their own: no hub is asked.
 
-They need tinker, and by `pip install --no-deps` tinker-cookbook with what it imports: chz,
-datasets, termcolor, tiktoken, blobfile, cloudpickle, aiohttp, pillow, torch, sympy, pylatexenc.
+They need tinker, and by `pip install --no-deps` tinker-cookbook (0.6.1) with what it imports: chz,
+datasets, termcolor, tiktoken, blobfile, cloudpickle, aiohttp, pillow, torch, sympy, pylatexenc,
+math-verify.
 """
 
 import json
