@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels_pallas.attention_backward.visible import Visible
+from kernels_pallas.attention_backward.visible import Visible, keys_seen
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import from_stored
 
@@ -253,21 +253,13 @@ def _chunks(
     """
     num_slots, (kv_heads, head_dim) = kv_slots.shape[0], k_pages.shape[2:]
     chunk = num_slots if num_slots <= _KEYS_AT_ONCE else math.gcd(num_slots, _KEYS_AT_ONCE)
-    first_key = jnp.min(jnp.where(attends, visible.first, num_slots))
-    last_key = jnp.max(jnp.where(attends, visible.token, -1))
-    # Sequences follow each other, so all keys from here on are some query's.
-    own_first = jnp.min(jnp.where(attends, visible.own_first, num_slots))
-    before = attends & (visible.first < own_first)
-    shared_end = jnp.max(jnp.where(before, jnp.minimum(visible.gap_first, own_first), first_key))
-    own_chunk = own_first // chunk
-    shared_chunk = jnp.minimum(first_key // chunk, own_chunk)
-    shared_chunks = jnp.minimum((shared_end + chunk - 1) // chunk, own_chunk) - shared_chunk
+    span, seen = keys_seen(visible, attends, chunk)
     heads = jnp.arange(kv_heads)[:, None]
 
     def read(n: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        c = n + jnp.where(n < shared_chunks, shared_chunk, own_chunk - shared_chunks)
+        c = seen.block(n)
         index = c * chunk + jnp.arange(chunk)
-        live = ((index >= first_key) & (index <= last_key))[:, None]
+        live = span.holds(index)[:, None]
         rows = lax.dynamic_slice_in_dim(kv_slots, c * chunk, chunk) * kv_heads + heads
         keys, values = (
             jnp.where(live, from_stored(pages.reshape(-1, head_dim)[rows]), 0)
@@ -275,7 +267,7 @@ def _chunks(
         )
         return index, keys, values
 
-    return shared_chunks + last_key // chunk + 1 - own_chunk, read
+    return seen.size, read
 
 
 def _add_rows(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

@@ -25,13 +25,11 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.attention_backward.pallas_triton import mosaic_key
 from kernels_pallas.attention_backward.prepare import (
     LOG2_E,
-    NEVER,
-    Blocks,
     Queries,
     Ranges,
     prepare,
 )
-from kernels_pallas.attention_backward.visible import Visible
+from kernels_pallas.attention_backward.visible import NEVER, Blocks, Visible
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import Rows

@@ -21,19 +21,16 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention_backward.prepare import (
     LOG2_E,
-    NEVER,
-    Blocks,
     Queries,
     Ranges,
     iota,
-    keys_seen,
     load,
     load_rows,
     load_visible,
     prepare,
     rows_index,
 )
-from kernels_pallas.attention_backward.visible import Visible
+from kernels_pallas.attention_backward.visible import NEVER, Blocks, Visible, keys_seen
 from kernels_pallas.backend import Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from kernels_pallas.rows import Rows

@@ -12,7 +12,8 @@ import pytest
 from kernels_pallas.attention_backward import attention_backward, attention_of_slice
 from kernels_pallas.attention_backward.arg_specs import CASES as MODEL_CASES
 from kernels_pallas.attention_backward.pallas_mosaic import is_supported
-from kernels_pallas.attention_backward.prepare import Blocks, prepare
+from kernels_pallas.attention_backward.prepare import prepare
+from kernels_pallas.attention_backward.visible import Blocks
 from kernels_pallas.backend import MOSAIC_INTERPRETER, XLA, Backend
 from kernels_pallas.layer_options import FULL, AttentionOptions
 from tests.kernels.paged import PagePool
